@@ -1,0 +1,124 @@
+"""Gather scattered fragments of paged blocks into a contiguous staging buffer, and scatter them back.
+
+A *piece* is a part of one fragment, small enough that one warp moves it in a few turns: a row of four 64-bit numbers,
+``base address in block 0, block stride, offset in the record, bytes``. One launch moves ``n_pieces`` consecutive pieces
+of ``n_blocks`` blocks; block ``b``'s record part starts at ``staging + b * pitch``. A warp takes a piece at a time, so
+the load is even however fragment sizes differ, and any grid works.
+
+The block ids are read once per CTA into shared memory, so they may lie in mapped host memory: no upload, no extra
+operation on the stream.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numba import cuda
+from numba.cuda import types
+
+from kvortex.kernels.lane import load1, load2, load4, load8, load16, store1, store2, store4, store8, store16
+
+MAX_BLOCKS = 2048  # block ids of one launch: 8 KiB of shared memory
+
+_U64 = types.uint64
+SIGNATURE: Any = types.void(_U64, types.CPointer(_U64), types.int32, types.CPointer(types.int32), types.int32, _U64)
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def _move(dst, src, nbytes, lane):  # type: ignore[no-untyped-def]
+    """One warp copies ``nbytes`` through the widest lanes that both addresses allow; what is left goes by bytes."""
+    align = dst | src
+    at = _U64(lane)
+    if align & _U64(15) == _U64(0):
+        at = at * _U64(16)
+        while at + _U64(4 * 512) <= nbytes + _U64(lane * 16):  # four loads in flight: 2 KiB a warp and turn
+            a = load16(src + at)
+            b = load16(src + at + _U64(512))
+            c = load16(src + at + _U64(1024))
+            d = load16(src + at + _U64(1536))
+            store16(dst + at, a)
+            store16(dst + at + _U64(512), b)
+            store16(dst + at + _U64(1024), c)
+            store16(dst + at + _U64(1536), d)
+            at += _U64(2048)
+        while at + _U64(16) <= nbytes:
+            store16(dst + at, load16(src + at))
+            at += _U64(512)
+        at = (nbytes & ~_U64(15)) + _U64(lane)
+    elif align & _U64(7) == _U64(0):
+        at = at * _U64(8)
+        while at + _U64(8) <= nbytes:
+            store8(dst + at, load8(src + at))
+            at += _U64(256)
+        at = (nbytes & ~_U64(7)) + _U64(lane)
+    elif align & _U64(3) == _U64(0):
+        at = at * _U64(4)
+        while at + _U64(4) <= nbytes:
+            store4(dst + at, load4(src + at))
+            at += _U64(128)
+        at = (nbytes & ~_U64(3)) + _U64(lane)
+    elif align & _U64(1) == _U64(0):
+        at = at * _U64(2)
+        while at + _U64(2) <= nbytes:
+            store2(dst + at, load2(src + at))
+            at += _U64(64)
+        at = (nbytes & ~_U64(1)) + _U64(lane)
+    while at < nbytes:
+        store1(dst + at, load1(src + at))
+        at += _U64(32)
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def _walk(staging, pieces, n_pieces, blocks, n_blocks, pitch, to_staging):  # type: ignore[no-untyped-def]
+    """Every warp takes every ``warps``-th of the ``n_blocks * n_pieces`` pieces. ``to_staging`` is a constant."""
+    ids = cuda.shared.array(MAX_BLOCKS, types.int32)
+    i = cuda.threadIdx.x
+    while i < n_blocks:
+        ids[i] = blocks[i]
+        i += cuda.blockDim.x
+    cuda.syncthreads()
+    lane = cuda.threadIdx.x & 31
+    warp = (cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) >> 5
+    warps = (cuda.gridDim.x * cuda.blockDim.x) >> 5
+    b = warp // n_pieces
+    p = warp - b * n_pieces
+    skip_b = warps // n_pieces  # steps by addition: a 64-bit division a piece would cost as much as its copy
+    skip_p = warps - skip_b * n_pieces
+    while b < n_blocks:
+        page = pieces[4 * p] + _U64(ids[b]) * pieces[4 * p + 1]
+        part = staging + _U64(b) * pitch + (pieces[4 * p + 2] - pieces[2])
+        if to_staging:
+            _move(part, page, pieces[4 * p + 3], lane)
+        else:
+            _move(page, part, pieces[4 * p + 3], lane)
+        b += skip_b
+        p += skip_p
+        if p >= n_pieces:
+            p -= n_pieces
+            b += 1
+
+
+def gather(staging, pieces, n_pieces, blocks, n_blocks, pitch):  # type: ignore[no-untyped-def]
+    """Copies pages into staging.
+
+    Parameters
+    ----------
+    staging : uint64
+        Address of the staging buffer; record part ``b`` starts at ``staging + b * pitch``.
+    pieces : pointer to uint64, (n_pieces, 4)
+        Base address, block stride, record offset, bytes. The first piece's offset is where the record part starts.
+    n_pieces : int32
+        At least 1.
+    blocks : pointer to int32, (n_blocks,)
+        Page of each record; device memory, or mapped host memory.
+    n_blocks : int32
+        At most ``MAX_BLOCKS``.
+    pitch : uint64
+        Bytes from one record part in staging to the next.
+    """
+    _walk(staging, pieces, n_pieces, blocks, n_blocks, pitch, True)
+
+
+def scatter(staging, pieces, n_pieces, blocks, n_blocks, pitch):  # type: ignore[no-untyped-def]
+    """Copies staging into pages: the reverse of :func:`gather`, with the same parameters."""
+    _walk(staging, pieces, n_pieces, blocks, n_blocks, pitch, False)

@@ -1,0 +1,139 @@
+"""The ``kvortex`` command. What a command needs is imported when it runs, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from kvortex import __version__
+from kvortex.config import parse_size
+from kvortex.errors import KVortexError
+
+_DEVICE_HELP = "auto (the first GPU if there is one, else the host), host, cuda or cuda:N; default auto"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Parameters
+    ----------
+    argv
+        Arguments without the program's name; None for ``sys.argv[1:]``.
+
+    Returns
+    -------
+    int
+        0: well. 1: wrong or lost bytes were found. 2: it could not run, and one line on stderr says why. 130: Ctrl-C.
+    """
+    try:
+        arguments = _parser().parse_args(argv)
+    except SystemExit as stop:  # argparse has printed what there is to say
+        return stop.code if isinstance(stop.code, int) else 2
+    arguments.command_line = ["kvortex", *(sys.argv[1:] if argv is None else argv)]
+    try:
+        return _run(arguments)
+    except KeyboardInterrupt:
+        print("kvortex: interrupted", file=sys.stderr)
+        return 130
+    except KVortexError as error:
+        print(f"kvortex: {error}", file=sys.stderr)
+    except MemoryError as error:
+        print(f"kvortex: not enough memory: {error}", file=sys.stderr)
+    except BrokenPipeError:  # the reader of a pipe has seen enough; nothing more may be written to it, at exit neither
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 2
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    if arguments.command == "demo":
+        from kvortex.cli import demo
+
+        return demo.run(arguments)
+    if arguments.command == "replay":
+        from kvortex.cli import replay
+
+        return replay.run(arguments)
+    from kvortex.cli import doctor
+
+    return doctor.run(arguments)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kvortex", description="Moves paged KV-cache blocks between VRAM and pinned RAM, as fast as the link allows."
+    )
+    parser.add_argument("--version", action="version", version=f"kvortex {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_demo(commands)
+    _add_replay(commands)
+    _add_doctor(commands)
+    return parser
+
+
+def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    about = "A synthetic multi-turn chat on a paged KV cache: blocks are saved, evicted, found and loaded, every byte verified."
+    demo = commands.add_parser("demo", help="save, evict and load blocks of a synthetic chat", description=about)
+    demo.add_argument("--device", default="auto", help=_DEVICE_HELP)
+    demo.add_argument("--turns", type=_count, default=12, metavar="N", help="turns of each conversation; default 12")
+    demo.add_argument("--conversations", type=_count, default=6, metavar="N", help="taken in turn; default 6")
+    demo.add_argument("--system-tokens", type=_count, default=1024, metavar="N",
+                      help="length of the system prompt that all conversations share; default 1024")
+    demo.add_argument("--pool-blocks", type=_count, metavar="N",
+                      help="blocks that the pool in RAM holds; default: half of all that the chat makes, so that it evicts")
+    demo.add_argument("--seconds", type=_seconds, default=20.0, metavar="S",
+                      help="begin no turn after this time; default 20")
+    demo.add_argument("--seed", type=int, default=0, metavar="N", help="of the messages; the same seed, the same chat")
+
+
+def _add_replay(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    about = (
+        "Plays a trace of requests in the Mooncake format: a JSON object a line with timestamp, input_length, output_length "
+        "and hash_ids, one id for each 512 tokens of the prompt. For each request the leading blocks that are in the pool "
+        "are loaded and verified byte by byte, and the others are saved."
+    )
+    replay = commands.add_parser("replay", help="play a recorded trace of requests", description=about)
+    replay.add_argument("trace", metavar="TRACE.jsonl")
+    replay.add_argument("--limit", type=_count, metavar="N", help="only the first N requests")
+    replay.add_argument("--blocks", type=_count, default=3000, metavar="N", help="blocks that the pool holds; default 3000")
+    replay.add_argument("--record-bytes", type=_size, default=16 << 10, metavar="SIZE",
+                        help="bytes that stand for one block, a multiple of 1 KiB; default 16KiB. The longest request of "
+                        "the trace must fit in the device's memory at this size")
+    replay.add_argument("--device", default="auto", help=_DEVICE_HELP)
+    replay.add_argument("--json", metavar="FILE", help="write the numbers, and the hits of each request; - for stdout")
+
+
+def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    about = "What this machine has, what kvortex would run on it, and what is missing with the command that cures it."
+    doctor = commands.add_parser("doctor", help="say what is here, what would run and what is missing", description=about)
+    doctor.add_argument("--json", action="store_true", help="as JSON on stdout")
+    doctor.add_argument("--build", action="store_true", help="also compile the kernels, for this GPU or else for 9.0")
+
+
+def _count(text: str) -> int:
+    """An integer of at least 1, for argparse."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no integer of at least 1")
+    return value
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
+    return value
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except KVortexError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

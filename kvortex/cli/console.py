@@ -1,0 +1,89 @@
+"""What a person sees: progress on stderr, tables on stdout; by rich on a terminal where rich is installed."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import IO, Any
+
+_LINE_EVERY_S = 5.0  # a log file wants to know that something happens, and not much more
+
+
+def _rich(module: str, stream: IO[str]) -> Any:
+    """A module of rich, or None where it is not installed or ``stream`` is no terminal: what is piped stays plain."""
+    if not stream.isatty():
+        return None
+    try:
+        importlib.import_module("rich")
+        return importlib.import_module(f"rich.{module}")
+    except ImportError:
+        return None
+
+
+class Progress:
+    """How far a command is, on stderr: a bar that vanishes at the end, or without a terminal a line every five seconds.
+
+    Parameters
+    ----------
+    what
+        In a few words.
+    total
+        Steps.
+    """
+
+    def __init__(self, what: str, total: int) -> None:
+        self._what, self._total, self._done = what, total, 0
+        self._next_line = time.monotonic() + _LINE_EVERY_S
+        self._bar: Any = None
+        progress, console = _rich("progress", sys.stderr), _rich("console", sys.stderr)
+        if progress is not None and console is not None:
+            self._bar = progress.Progress(console=console.Console(file=sys.stderr), transient=True)
+            self._task = self._bar.add_task(what, total=total)
+
+    def __enter__(self) -> Progress:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self) -> None:
+        """One step more."""
+        self._done += 1
+        if self._bar is not None:
+            self._bar.advance(self._task)
+        elif time.monotonic() >= self._next_line:
+            note(f"{self._what}: {self._done} of {self._total}")
+            self._next_line = time.monotonic() + _LINE_EVERY_S
+
+
+def note(text: str) -> None:
+    """One line on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def table(title: str, rows: Sequence[tuple[str, str]]) -> None:
+    """Names and values on stdout."""
+    rich_table, console, text = (_rich(module, sys.stdout) for module in ("table", "console", "text"))
+    if rich_table is None:
+        width = max((len(name) for name, _ in rows), default=0)
+        print(title, *(f"  {name:<{width}}  {value}" for name, value in rows), sep="\n", flush=True)
+        return
+    grid = rich_table.Table(title=text.Text(title, "bold"), title_justify="left", show_header=False)
+    for name, value in rows:
+        grid.add_row(text.Text(name, "cyan"), text.Text(value))  # Text, so that brackets in a value are no markup
+    console.Console(file=sys.stdout).print(grid)
+
+
+def amount(nbytes: float) -> str:
+    """Bytes in the unit that suits: ``"1.50 GB"``."""
+    for unit in ("bytes", "KB", "MB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} bytes" if unit == "bytes" else f"{nbytes:.2f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} GB"

@@ -1,0 +1,84 @@
+"""The part of an inference engine that both the demo and the replay play."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvortex.cli.pages import BlockIds, Pages
+from kvortex.config import KVortexConfig
+from kvortex.engine import KVortexEngine
+from kvortex.keys import KeyArray
+from kvortex.memory.arena import SLOT_ALIGNMENT
+
+
+class Server:
+    """Serves requests from a cache, and verifies every byte that comes out of it.
+
+    Attributes
+    ----------
+    requests, blocks, hits
+        Requests served, their blocks, and those in the leading runs that were found.
+    verified_bytes, wrong_bytes
+        Of the pages that were loaded.
+    """
+
+    def __init__(self, engine: KVortexEngine, pages: Pages) -> None:
+        self._engine, self._pages = engine, pages
+        self.requests = self.blocks = self.hits = self.verified_bytes = self.wrong_bytes = 0
+
+    def serve(self, keys: KeyArray, block_ids: BlockIds) -> int:
+        """One request: load the leading blocks that are there, "compute" the others, save those.
+
+        Parameters
+        ----------
+        keys : (n, 32) uint8
+        block_ids : (n,) int64
+            Different pages for them, whose contents are lost.
+
+        Returns
+        -------
+        int
+            Blocks found.
+        """
+        found = self._engine.check_blocks(keys)
+        hits = len(found) if found.all() else int(found.argmin())
+        loaded = self._load(keys[:hits], block_ids[:hits])
+        missing = np.ones(len(keys), bool)
+        missing[:hits] = ~loaded
+        self._pages.fill(block_ids[missing], keys[missing])
+        if hits < len(keys):
+            self._engine.save_blocks(keys[hits:], block_ids[hits:]).wait()
+        self.requests += 1
+        self.blocks += len(keys)
+        self.hits += hits
+        return hits
+
+    def _load(self, keys: KeyArray, block_ids: BlockIds) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+        """Which blocks came; the engine counts those that failed."""
+        if not len(keys):
+            return np.ones(0, bool)
+        self._pages.clear(block_ids)
+        loaded = self._engine.load_blocks(keys, block_ids).wait()
+        self.wrong_bytes += self._pages.wrong_bytes(block_ids[loaded], keys[loaded])
+        self.verified_bytes += int(loaded.sum()) * self._pages.layout.record_bytes
+        return loaded
+
+
+def config(pages: Pages, pool_blocks: int, block_size: int) -> KVortexConfig:
+    """For a pool of so many blocks."""
+    slot_bytes = -(-pages.layout.record_bytes // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
+    return KVortexConfig(
+        cpu_pool_size_bytes=pool_blocks * slot_bytes,
+        device=pages.device.name,
+        block_size=block_size,
+        model="kvortex-cli",
+        dtype="bf16",
+    )
+
+
+def warm_up(pages: Pages) -> None:
+    """Compiles or loads all that serving needs, in an engine of its own, so that nobody measures compilers."""
+    with KVortexEngine.create(config(pages, 2, 1), pages.layout) as engine:
+        server, keys = Server(engine, pages), engine.block_keys(range(2))
+        for first in range(2):  # the first saves, the second loads and saves
+            server.serve(keys[: first + 1], np.arange(min(first + 1, pages.num_blocks)))

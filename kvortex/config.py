@@ -1,0 +1,179 @@
+"""The options of an engine: one frozen dataclass, filled from keywords, the environment, or a TOML file."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from kvortex.errors import ConfigError
+
+ENV_PREFIX = "KVORTEX_"
+ENV_NOT_OPTIONS = frozenset({"KVORTEX_CACHE_DIR"})  # read by kvortex.kernels.build, not an option of the engine
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+_TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVortexConfig:
+    """Options of a :class:`kvortex.KVortexEngine`.
+
+    Parameters
+    ----------
+    cpu_pool_size_bytes
+        Budget of the pinned host pool, in bytes. Never exceeded; what does not fill a whole slot is not allocated.
+    gpu_pool_size_bytes
+        Budget of the staging buffers in VRAM, in bytes, shared by both directions. The host device has none.
+    num_transfer_streams
+        Streams, and staging buffers, of each direction (threads on the host device).
+    enable_numa
+        Bind the host pool to the GPU's NUMA node where the machine has several.
+    device
+        ``"cuda"``, ``"cuda:N"``, ``"host"``, or ``"auto"``: where the layout's tensors are, and without a layout a
+        GPU if there is one, else the host.
+    block_size
+        Tokens in one block.
+    max_block_bytes
+        Bytes of the largest opaque buffer (``save_blocks(keys, data_ptrs, sizes)``). Needed only without a layout.
+    model, dtype, rank, world_size, lora, salt
+        Parts of the key namespace: blocks of engines that differ in one of them never share a key.
+    transfer_timeout_s
+        Deadline in seconds of every wait that names none of its own.
+    """
+
+    cpu_pool_size_bytes: int = 1 << 30
+    gpu_pool_size_bytes: int = 96 << 20
+    num_transfer_streams: int = 3
+    enable_numa: bool = True
+    device: str = "auto"
+    block_size: int = 16
+    max_block_bytes: int | None = None
+    model: str = ""
+    dtype: str = ""
+    rank: int = 0
+    world_size: int = 1
+    lora: str = ""
+    salt: str = ""
+    transfer_timeout_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        for name in ("cpu_pool_size_bytes", "gpu_pool_size_bytes", "block_size", "world_size"):
+            self._integer(name, at_least=1)
+        self._integer("num_transfer_streams", at_least=1, at_most=32)
+        self._integer("rank", at_least=0)
+        if self.rank >= self.world_size:
+            raise ConfigError(f"rank = {self.rank}: must be below world_size = {self.world_size}")
+        if self.max_block_bytes is not None:
+            self._integer("max_block_bytes", at_least=1)
+        if not isinstance(self.enable_numa, bool):
+            raise ConfigError(f"enable_numa = {self.enable_numa!r}: must be true or false")
+        for name in ("model", "dtype", "lora", "salt", "device"):
+            if not isinstance(getattr(self, name), str):
+                raise ConfigError(f"{name} = {getattr(self, name)!r}: must be a string")
+        if not re.fullmatch(r"auto|host|cuda(:\d+)?", self.device):
+            raise ConfigError(f"device = {self.device!r}: must be 'auto', 'host', 'cuda' or 'cuda:N'")
+        seconds = self.transfer_timeout_s
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < float("inf"):
+            raise ConfigError(f"transfer_timeout_s = {seconds!r}: must be a number of seconds above 0")
+
+    def _integer(self, name: str, *, at_least: int, at_most: int | None = None) -> None:
+        value = getattr(self, name)
+        span = f"of at least {at_least}" if at_most is None else f"from {at_least} to {at_most}"
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ConfigError(f"{name} = {value!r}: must be an integer {span}")
+        if value < at_least or (at_most is not None and value > at_most):
+            raise ConfigError(f"{name} = {value}: must be an integer {span}")
+
+    @classmethod
+    def from_mapping(cls, options: Mapping[str, Any], *, source: str = "options") -> KVortexConfig:
+        """Config from names and values; strings are parsed (``"16 GiB"``, ``"true"``), unknown names are refused."""
+        return cls(**_parsed(options, source))
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None, **overrides: Any) -> KVortexConfig:
+        """Config from ``KVORTEX_CPU_POOL_SIZE_BYTES=16GiB`` and the like; keywords win."""
+        return cls(**{**_from_environ(environ), **_parsed(overrides, "keyword")})
+
+    @classmethod
+    def from_toml(cls, path: str | os.PathLike[str], **overrides: Any) -> KVortexConfig:
+        """Config from a TOML file, from its ``[kvortex]`` table if it has one, else its top level; keywords win."""
+        table = _read_toml(path)
+        table = table.get("kvortex", table)
+        if not isinstance(table, dict):
+            raise ConfigError(f"{os.fspath(path)}: 'kvortex' must be a table")
+        return cls(**{**_parsed(table, os.fspath(path)), **_parsed(overrides, "keyword")})
+
+
+_FIELDS = {field.name: str(field.type) for field in dataclasses.fields(KVortexConfig)}
+
+
+def parse_size(text: str) -> int:
+    """Bytes named by a string such as ``"4096"``, ``"512 MiB"`` or ``"16GB"``.
+
+    Raises
+    ------
+    ConfigError
+        The text is no size, or names a part of a byte.
+    """
+    match = _SIZE.fullmatch(text)
+    unit = _UNITS.get(match[2].upper()) if match else None
+    if match is None or unit is None:
+        raise ConfigError(f"{text!r} is no size: write bytes, or a number with KiB, MiB, GiB, TiB, KB, MB or GB")
+    size = Fraction(match[1]) * unit
+    if size.denominator != 1:
+        raise ConfigError(f"{text!r} is no whole number of bytes")
+    return size.numerator
+
+
+def _from_environ(environ: Mapping[str, str] | None) -> dict[str, Any]:
+    environ = os.environ if environ is None else environ
+    names = [name for name in environ if name.startswith(ENV_PREFIX) and name not in ENV_NOT_OPTIONS]
+    return _parsed({name[len(ENV_PREFIX) :].lower(): environ[name] for name in names}, "environment " + ENV_PREFIX + "*")
+
+
+def _parsed(options: Mapping[str, Any], source: str) -> dict[str, Any]:
+    unknown = sorted(set(options) - set(_FIELDS))
+    if unknown:
+        raise ConfigError(f"{source}: unknown option {', '.join(map(repr, unknown))}; known are {', '.join(sorted(_FIELDS))}")
+    return {name: _value(name, value, source) for name, value in options.items()}
+
+
+def _value(name: str, value: Any, source: str) -> Any:
+    kind = _FIELDS[name]
+    if not isinstance(value, str) or kind == "str":
+        return value
+    try:
+        if kind == "bool":
+            word = value.strip().lower()
+            if word not in _TRUE | _FALSE:
+                raise ConfigError(f"{value!r} is neither true nor false")
+            return word in _TRUE
+        if kind == "float":
+            return float(value)
+        if name.endswith("_bytes"):
+            return parse_size(value)
+        return int(value)
+    except ValueError as error:
+        raise ConfigError(f"{source}: {name} = {value!r}: {error}") from None
+
+
+def _read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    try:
+        tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    except ImportError:
+        raise ConfigError("reading TOML on Python 3.10 needs tomli: pip install 'kvortex[toml]'") from None
+    try:
+        with open(path, "rb") as file:
+            table: dict[str, Any] = tomllib.load(file)
+            return table
+    except OSError as error:
+        raise ConfigError(f"{os.fspath(path)}: {error.strerror}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{os.fspath(path)}: {error}") from None

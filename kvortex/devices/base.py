@@ -1,0 +1,86 @@
+"""The contract of a device: memory that holds KV pages, host memory pinned for it, and where it sits."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvortex.errors import ArgumentError
+
+Bytes = npt.NDArray[np.uint8]
+
+
+class DeviceBuffer(ABC):
+    """Memory of a device, owned by this object until :meth:`free`.
+
+    Attributes
+    ----------
+    address : int
+    nbytes : int
+    """
+
+    address: int
+    nbytes: int
+
+    @abstractmethod
+    def write(self, data: npt.NDArray[Any], offset: int = 0) -> None:
+        """Copies a C-contiguous host array to ``offset`` bytes into the buffer; returns when the bytes are there."""
+
+    @abstractmethod
+    def read(self, offset: int = 0, nbytes: int | None = None) -> Bytes:
+        """Copies bytes to a new host array, (nbytes,) uint8; sees all work issued to the device before the call."""
+
+    @abstractmethod
+    def free(self) -> None:
+        """Gives the memory back. A second call does nothing."""
+
+    def _check_inside(self, offset: int, nbytes: int) -> None:
+        if offset < 0 or nbytes < 0 or offset + nbytes > self.nbytes:
+            raise ArgumentError(f"bytes [{offset}, {offset + nbytes}) are not inside a buffer of {self.nbytes} bytes")
+
+
+class Device(ABC):
+    """Where pages live. ``name`` is ``"host"`` or ``"cuda:N"``."""
+
+    name: str
+
+    @abstractmethod
+    def allocate(self, nbytes: int) -> DeviceBuffer:
+        """Memory for KV pages, contents undefined, aligned to 256 bytes at least."""
+
+    @abstractmethod
+    def pin(self, address: int, nbytes: int) -> None:
+        """Makes host memory ``[address, address + nbytes)`` reachable by DMA.
+
+        Raises
+        ------
+        DeviceError
+            The driver refuses; nothing stays pinned.
+        """
+
+    @abstractmethod
+    def unpin(self, address: int) -> None:
+        """Undoes one :meth:`pin`."""
+
+    @abstractmethod
+    def allocate_pinned(self, nbytes: int) -> int:
+        """Address of new pinned host memory, mapped for the device."""
+
+    @abstractmethod
+    def free_pinned(self, address: int) -> None:
+        """Gives :meth:`allocate_pinned` memory back."""
+
+    @abstractmethod
+    def owner_of(self, address: int) -> str | None:
+        """Name of the device that an address belongs to, None where nothing is known of it."""
+
+    @abstractmethod
+    def numa_node(self) -> int | None:
+        """NUMA node that the device is attached to, None where the machine has one node or does not say."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Facts for reports: name, and for a GPU driver, compute capability, memory, link."""

@@ -1,0 +1,90 @@
+"""The CUDA driver through cuda-python: checked calls, and raw addresses of its functions for compiled code."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvortex.errors import DeviceError, DeviceUnavailableError
+
+# Functions that compiled code calls, with the driver version that fixed their signature.
+_SYMBOLS = {
+    "cuCtxPushCurrent": 4000,
+    "cuCtxPopCurrent": 4000,
+    "cuEventRecord": 2000,
+    "cuStreamWaitEvent": 3020,
+    "cuLaunchKernel": 4000,
+    "cuMemcpyDtoHAsync": 3020,
+    "cuMemcpyHtoDAsync": 3020,
+}
+CTX_PUSH, CTX_POP, EVENT_RECORD, STREAM_WAIT, LAUNCH, COPY_TO_HOST, COPY_TO_DEVICE = range(len(_SYMBOLS))
+
+
+@functools.cache
+def api() -> Any:
+    """cuda-python's driver module, after ``cuInit``.
+
+    Raises
+    ------
+    DeviceUnavailableError
+        cuda-python or the driver is missing, or the machine has no GPU.
+    """
+    try:
+        from cuda.bindings import driver
+    except ImportError as error:
+        raise DeviceUnavailableError(f"cuda-python cannot be imported: {error}") from error
+    try:
+        (code,) = driver.cuInit(0)
+    except Exception as error:  # cuda.bindings raises RuntimeError, ImportError or its own where libcuda is missing
+        raise DeviceUnavailableError(f"no CUDA driver on this machine: {error}") from error
+    if int(code):
+        raise DeviceUnavailableError(f"cuInit failed: {describe(driver, code)}")
+    return driver
+
+
+def describe(driver: Any, code: Any) -> str:
+    """``"CUDA_ERROR_OUT_OF_MEMORY (2): out of memory"``."""
+    number = int(code)
+    try:
+        text = driver.cuGetErrorString(driver.CUresult(number))[1]
+        return f"{driver.CUresult(number).name} ({number}): {text.decode() if text else ''}"
+    except ValueError:  # a code newer than these bindings
+        return f"CUDA error {number}"
+
+
+def check(result: tuple[Any, ...], what: str) -> Any:
+    """The values of a driver call, without the leading code; raises :class:`DeviceError` naming ``what``."""
+    code, *values = result
+    if int(code):
+        raise DeviceError(f"{what}: {describe(api(), code)}")
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+@functools.cache
+def functions() -> npt.NDArray[np.int64]:
+    """Addresses of the driver's functions, in the order of the constants above; read-only."""
+    driver = api()
+    table = np.zeros(len(_SYMBOLS), np.int64)
+    for at, (name, version) in enumerate(_SYMBOLS.items()):
+        address, status = check(driver.cuGetProcAddress(name.encode(), version, 0), f"cuGetProcAddress({name})")
+        if not int(address):
+            raise DeviceUnavailableError(f"the CUDA driver has no {name} (status {status})")
+        table[at] = int(address)
+    table.flags.writeable = False
+    return table
+
+
+@contextlib.contextmanager
+def current(context: Any) -> Iterator[Any]:
+    """Makes a context current for the calling thread, yields the driver module, and puts the old one back."""
+    driver = api()
+    check(driver.cuCtxPushCurrent(context), "cuCtxPushCurrent")
+    try:
+        yield driver
+    finally:
+        driver.cuCtxPopCurrent()

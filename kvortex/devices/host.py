@@ -1,0 +1,162 @@
+"""The host as a device: ordinary RAM stands for VRAM, threads for streams.
+
+It runs the whole engine where there is no GPU, with the rules of the GPU: work on a stream is in order and
+asynchronous, and only events order streams among each other.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvortex.devices.base import Bytes, Device, DeviceBuffer
+from kvortex.errors import ArgumentError, TransferTimeoutError
+
+
+class HostBuffer(DeviceBuffer):
+    """RAM that stands for VRAM; ``array`` is its (nbytes,) uint8 view."""
+
+    def __init__(self, nbytes: int) -> None:
+        if nbytes < 0:
+            raise ArgumentError(f"a buffer of {nbytes} bytes cannot be")
+        whole = np.empty(nbytes + 255, np.uint8)
+        skip = -whole.ctypes.data % 256
+        self.array: Bytes = whole[skip : skip + nbytes]
+        self.address = int(self.array.ctypes.data)
+        self.nbytes = nbytes
+
+    def write(self, data: npt.NDArray[Any], offset: int = 0) -> None:
+        flat = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+        self._check_inside(offset, flat.size)
+        self.array[offset : offset + flat.size] = flat
+
+    def read(self, offset: int = 0, nbytes: int | None = None) -> Bytes:
+        nbytes = self.nbytes - offset if nbytes is None else nbytes
+        self._check_inside(offset, nbytes)
+        return self.array[offset : offset + nbytes].copy()
+
+    def free(self) -> None:
+        self.array = np.empty(0, np.uint8)
+
+
+class HostEvent:
+    """A point in a :class:`HostStream`'s work, or the end of a transfer."""
+
+    def __init__(self) -> None:
+        self._passed = threading.Event()
+        self._lock = threading.Lock()
+        self._then: list[Callable[[], None]] = []
+
+    def set(self) -> None:
+        """Marks the point as reached."""
+        with self._lock:
+            self._passed.set()
+            then, self._then = self._then, []
+        for work in then:
+            work()
+
+    def when_set(self, work: Callable[[], None]) -> None:
+        """Calls ``work``, which must not block or raise, once the point is reached: now, or in the thread that gets there."""
+        with self._lock:
+            if not self._passed.is_set():
+                self._then.append(work)
+                return
+        work()
+
+    def query(self) -> bool:
+        """Whether the point was reached."""
+        return self._passed.is_set()
+
+    def synchronize(self, timeout: float | None = None) -> bool:
+        """Waits until the point is reached; False when ``timeout`` seconds went by first."""
+        return self._passed.wait(timeout)
+
+
+class HostStream:
+    """Work done in order by one daemon thread, which ends by itself when the stream is dropped or closed.
+
+    A caller on the host device passes one as ``stream=`` to order its own asynchronous work with transfers, as a CUDA
+    caller passes a CUDA stream. NumPy code that runs in the calling thread needs none.
+    """
+
+    def __init__(self) -> None:
+        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=_run, args=(self._work,), name="kvortex-host-stream", daemon=True)
+        self._thread.start()
+
+    def enqueue(self, work: Callable[[], None]) -> None:
+        """Adds work; it must not raise."""
+        self._work.put(work)
+
+    def record(self) -> HostEvent:
+        """An event that is reached when all work enqueued so far is done."""
+        event = HostEvent()
+        self._work.put(event.set)
+        return event
+
+    def wait(self, event: HostEvent) -> None:
+        """Makes later work wait for an event of another stream."""
+        self._work.put(lambda: _wait_for(event))
+
+    def synchronize(self, timeout: float = 60.0) -> None:
+        """Waits until all work enqueued so far is done."""
+        if not self.record().synchronize(timeout):
+            raise TransferTimeoutError(f"a host stream was not idle after {timeout} s")
+
+    def close(self) -> None:
+        """Ends the thread after the work enqueued so far."""
+        self._work.put(None)
+
+    def __del__(self) -> None:
+        self._work.put(None)
+
+
+def _wait_for(event: HostEvent) -> None:
+    event.synchronize()
+
+
+def _run(work: queue.SimpleQueue[Callable[[], None] | None]) -> None:
+    while (item := work.get()) is not None:
+        item()
+
+
+class HostDevice(Device):
+    """Ordinary RAM in the place of VRAM."""
+
+    name = "host"
+
+    def __init__(self) -> None:
+        self._pinned: dict[int, HostBuffer] = {}
+
+    def allocate(self, nbytes: int) -> HostBuffer:
+        return HostBuffer(nbytes)
+
+    def pin(self, address: int, nbytes: int) -> None:
+        """Nothing: any memory can be copied by threads."""
+
+    def unpin(self, address: int) -> None:
+        """Nothing."""
+
+    def allocate_pinned(self, nbytes: int) -> int:
+        buffer = HostBuffer(nbytes)
+        self._pinned[buffer.address] = buffer
+        return buffer.address
+
+    def free_pinned(self, address: int) -> None:
+        del self._pinned[address]
+
+    def owner_of(self, address: int) -> str | None:
+        return None
+
+    def numa_node(self) -> int | None:
+        return None
+
+    def describe(self) -> dict[str, Any]:
+        return {"device": self.name, "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}

@@ -1,0 +1,381 @@
+"""The engine: the one room that knows all the parts, and puts them together."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvortex import arguments
+from kvortex.config import KVortexConfig
+from kvortex.devices import Device, open_device
+from kvortex.devices.cuda import CudaDevice
+from kvortex.errors import (
+    ArgumentError,
+    ConfigError,
+    DeviceError,
+    EngineClosedError,
+    LayoutError,
+    TransferError,
+    TransferTimeoutError,
+)
+from kvortex.flight import Flight
+from kvortex.index import NEW, PENDING, BlockIndex
+from kvortex.keys import KeyArray, KeysLike, Namespace, as_keys, block_keys
+from kvortex.layout import KVLayout
+from kvortex.memory.arena import PinnedArena
+from kvortex.stats import Counters, EngineStats
+from kvortex.transfer.executor import Completion, Direction, Executor, Failed
+from kvortex.transfer.plan import Int64s, Pool
+from kvortex.transfer.ticket import Mask, Ticket, Transfer
+
+
+class KVortexEngine:
+    """A pool of pinned host memory that KV blocks are saved to and loaded from. Made by :meth:`create`.
+
+    Threads: every method may be called from any thread. Transfers run after the work that was on the caller's stream
+    when the call was made, and beside everything else; two transfers that must not overlap (a load into a page that a
+    save still reads) are for the caller to order, by :meth:`Ticket.wait` or :meth:`Ticket.add_to`.
+
+    Attributes
+    ----------
+    config, layout, device
+    namespace
+        What the keys of :meth:`block_keys` are made in.
+    """
+
+    def __init__(self, config: KVortexConfig, layout: KVLayout | None, device: Device, parts: _Parts) -> None:
+        self.config, self.layout, self.device = config, layout, device
+        self.namespace = Namespace(
+            model=config.model,
+            dtype=config.dtype,
+            layout=layout.fingerprint if layout is not None else b"",
+            block_size=config.block_size,
+            rank=config.rank,
+            world_size=config.world_size,
+            lora=config.lora,
+            salt=config.salt,
+        )
+        self._parts = parts
+        self._index, self._executor, self._flight, self._counters = parts.index, parts.executor, parts.flight, parts.counters
+        self._save_lock = threading.Lock()
+        self._gate = threading.Condition()
+        self._inside = 0
+        self._closed = False
+        self._finalizer = weakref.finalize(self, _Parts.dispose, parts, config.transfer_timeout_s)
+
+    @classmethod
+    def create(cls, config: KVortexConfig | None = None, layout: KVLayout | None = None) -> KVortexEngine:
+        """Takes the memory and starts an engine.
+
+        Parameters
+        ----------
+        config
+            None for ``KVortexConfig.from_env()``.
+        layout
+            Where the pages are. Without one the engine moves opaque buffers only, of up to ``config.max_block_bytes``.
+
+        Raises
+        ------
+        ConfigError
+            A budget is too small, or there is neither a layout nor ``max_block_bytes``.
+        LayoutError
+            The layout's tensors are on another device.
+        DeviceUnavailableError, DeviceError, BuildError, PinnedMemoryError
+            The device, its kernels or the memory cannot be had. Nothing stays taken.
+        """
+        config = KVortexConfig.from_env() if config is None else config
+        device = _open_for(config, layout)
+        record_bytes = max(layout.record_bytes if layout is not None else 0, config.max_block_bytes or 0)
+        if not record_bytes:
+            raise ConfigError("max_block_bytes = None: an engine without a layout needs the size of its largest buffer")
+        return cls(config, layout, device, _Parts(config, layout, device, record_bytes))
+
+    # -- keys and look-ups
+
+    def block_keys(
+        self, token_ids: Any, parent: bytes | KeyArray | None = None, *, lora: str | None = None, salt: str | None = None
+    ) -> KeyArray:
+        """Keys of the full blocks of a token sequence.
+
+        Parameters
+        ----------
+        token_ids
+            (t,) integers from 0 to 2**32 - 1; a last block that is not full gets no key.
+        parent
+            Key of the block before the first, to extend a sequence without hashing it again.
+        lora, salt
+            Instead of the config's, for this sequence.
+
+        Returns
+        -------
+        (t // block_size, 32) uint8
+        """
+        namespace = self.namespace
+        if lora is not None or salt is not None:
+            values = {name: getattr(namespace, name) for name in Namespace.__dataclass_fields__}
+            values.update({"lora": namespace.lora if lora is None else lora, "salt": namespace.salt if salt is None else salt})
+            namespace = Namespace(**values)
+        return block_keys(namespace, token_ids, parent)
+
+    def check_blocks(self, keys: KeysLike) -> Mask:
+        """Which blocks are in the cache now, (n,) bool. Pins nothing: a later load may still miss."""
+        with self._call():
+            found = self._index.lookup(keys)
+            self._counters.check(len(found), int(found.sum()))
+            return found
+
+    # -- transfers
+
+    def save_blocks(
+        self, keys: KeysLike, block_ids: Any = None, sizes: Any = None, *, data_ptrs: Any = None, stream: Any = None
+    ) -> Ticket:
+        """Starts saving blocks, and returns at once. A block that is in the cache already is not moved.
+
+        ``save_blocks(keys, block_ids)`` saves pages of the layout; ``save_blocks(keys, data_ptrs, sizes)`` saves opaque
+        contiguous buffers of the device.
+
+        Parameters
+        ----------
+        keys
+            n different keys, (n, 32) uint8 or a sequence of 32-byte strings.
+        block_ids : (n,) integers
+            Different pages.
+        data_ptrs, sizes : (n,) integers
+            Addresses and lengths in bytes.
+        stream
+            Stream that writes the pages: the save waits for what is on it now. An int handle or a stream object of
+            cuda.core, CuPy, Numba or torch; None for the legacy default stream. The caller must not overwrite the pages
+            before the ticket is done, or must make the writing stream wait (:meth:`Ticket.add_to`).
+
+        Returns
+        -------
+        Ticket
+            Its mask says which blocks are in the cache. They are visible once the ticket is done.
+
+        Raises
+        ------
+        ArgumentError
+            Lengths, ranges or duplicates; nothing was done.
+        PoolFullError
+            Too many slots are pinned or being written; nothing was done. Wait for a ticket, or enlarge the pool.
+        """
+        keys = as_keys(keys)
+        paged, pages, lengths = self._pages(len(keys), block_ids, data_ptrs, sizes, Direction.SAVE)
+        self._executor.check_stream(stream)
+        with self._call(), self._save_lock:
+            slots, status = self._index.reserve(keys, lengths)
+            new = np.flatnonzero(status == NEW)
+            transfer = Transfer(Direction.SAVE, np.ones(len(keys), bool))
+            if len(new):
+                transfer.moved, transfer.slots, transfer.nbytes = new, slots[new], int(lengths[new].sum())
+                transfer.completion = self._submit(transfer, paged, pages[new], lengths[new], stream)
+            waiting = np.flatnonzero(status == PENDING)
+            for at, found in zip(waiting.tolist(), self._flight.saves_into(slots[waiting]), strict=True):
+                if found is None:  # it ended since reserve looked
+                    transfer.mask[at] = self._index.lookup(keys[at : at + 1])[0]
+                else:
+                    transfer.after.append((found[0], at, found[1]))
+            return self._ticket(transfer)
+
+    def load_blocks(
+        self, keys: KeysLike, block_ids: Any = None, sizes: Any = None, *, output_ptrs: Any = None, stream: Any = None
+    ) -> Ticket:
+        """Starts loading blocks, and returns at once. A block that is not in the cache is a miss, told by the mask.
+
+        ``load_blocks(keys, block_ids)`` loads into pages of the layout; ``load_blocks(keys, output_ptrs, sizes)`` into
+        opaque contiguous buffers, whose sizes must be those that were saved.
+
+        Parameters
+        ----------
+        keys
+            n keys.
+        block_ids : (n,) integers
+            Different pages. Those of misses stay as they are.
+        output_ptrs, sizes : (n,) integers
+            Addresses and lengths in bytes of buffers that do not overlap.
+        stream
+            Stream that may still read or write the pages: the load waits for what is on it now. As in
+            :meth:`save_blocks`. A reader must wait for the ticket, or its stream must (:meth:`Ticket.add_to`).
+
+        Raises
+        ------
+        ArgumentError
+            Lengths, ranges, duplicates, or a size that is not the saved one; nothing was done.
+        """
+        keys = as_keys(keys)
+        paged, pages, lengths = self._pages(len(keys), block_ids, output_ptrs, sizes, Direction.LOAD)
+        self._executor.check_stream(stream)
+        with self._call():
+            slots = self._index.acquire(keys)
+            hits = np.flatnonzero(slots >= 0)
+            stored = self._index.size_of(slots[hits])
+            wrong = np.flatnonzero(stored != lengths[hits])
+            if len(wrong):
+                self._index.release(slots)
+                at = int(hits[wrong[0]])
+                text = f"keys[{at}] was saved with {stored[wrong[0]]} bytes, and {lengths[at]} are asked for"
+                raise ArgumentError(text)
+            transfer = Transfer(Direction.LOAD, slots >= 0)
+            self._counters.miss(len(keys) - len(hits))
+            if len(hits):
+                transfer.moved, transfer.slots, transfer.nbytes = hits, slots[hits], int(stored.sum())
+                transfer.completion = self._submit(transfer, paged, pages[hits], stored, stream)
+            return self._ticket(transfer)
+
+    def _pages(
+        self, count: int, block_ids: Any, pointers: Any, sizes: Any, direction: Direction
+    ) -> tuple[bool, Int64s, Int64s]:
+        """Whether pages of the layout move, their ids or the buffers' addresses, and the bytes of each."""
+        if sizes is None and pointers is None:
+            if self.layout is None:
+                raise ArgumentError("this engine has no layout: pass pointers and sizes")
+            if block_ids is None:
+                raise ArgumentError("block_ids are missing")
+            ids = arguments.block_ids(block_ids, count, self.layout.num_blocks)
+            return True, ids, np.full(count, self.layout.record_bytes, np.int64)
+        if sizes is None or (pointers is None) == (block_ids is None):
+            raise ArgumentError("opaque buffers need pointers and sizes, and no block_ids")
+        given = block_ids if pointers is None else pointers
+        most = self._parts.record_bytes
+        return False, *arguments.buffers(given, sizes, count, most, written=direction is Direction.LOAD)
+
+    def _submit(self, transfer: Transfer, paged: bool, pages: Int64s, lengths: Int64s, stream: Any) -> Completion:
+        try:
+            if paged:
+                return self._executor.submit_blocks(transfer.direction, pages, transfer.slots, stream)
+            return self._executor.submit_buffers(transfer.direction, pages, lengths, transfer.slots, stream)
+        except (DeviceError, TransferError) as error:
+            return Failed(TransferError(f"a {transfer.direction.value} could not be issued: {error}"))
+        except BaseException:
+            # A bug or an interrupt before anything was issued; the slots must not stay taken.
+            (self._index.abort if transfer.direction is Direction.SAVE else self._index.release)(transfer.slots)
+            raise
+
+    def _ticket(self, transfer: Transfer) -> Ticket:
+        self._flight.add(transfer)
+        return Ticket(transfer, self._settle, self.config.transfer_timeout_s)
+
+    def _settle(self, transfer: Transfer) -> bool:
+        """For tickets, which hold the engine by this method and so keep it alive."""
+        if not transfer.settled and self._parts.pid != os.getpid():
+            raise EngineClosedError("this engine belongs to the process that this one was forked from")
+        return self._flight.settle(transfer)
+
+    # -- numbers, and the end
+
+    def get_stats(self) -> EngineStats:
+        """Counters since the start; see :class:`EngineStats`."""
+        with self._call():
+            counts = self._index.counts()
+            return self._counters.snapshot(
+                counts.evictions, counts.resident, counts.reserved, counts.pinned, self._index.capacity
+            )
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        """Waits for running calls and transfers, then frees everything. Later calls raise; a second shutdown does nothing.
+
+        Raises
+        ------
+        TransferTimeoutError
+            Transfers still run after ``timeout`` seconds (None: ``transfer_timeout_s``). Their memory stays; call again.
+        """
+        deadline = time.monotonic() + (self.config.transfer_timeout_s if timeout is None else timeout)
+        if self._parts.pid != os.getpid():  # a forked child owns none of this
+            self._closed = True
+            self._finalizer.detach()
+            return
+        with self._gate:
+            self._closed = True
+            if not self._gate.wait_for(lambda: self._inside == 0, max(0.0, deadline - time.monotonic())):
+                raise TransferTimeoutError(f"{self._inside} calls of other threads are still running")
+            left = self._flight.drain(max(0.0, deadline - time.monotonic()))
+            if left:
+                raise TransferTimeoutError(f"{left} transfers are still running; their memory cannot be freed yet")
+            self._finalizer()
+
+    def __enter__(self) -> KVortexEngine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.shutdown()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"{self._index.capacity} blocks of {self._parts.record_bytes} bytes"
+        return f"<KVortexEngine on {self.device.name}: {state}>"
+
+    @contextlib.contextmanager
+    def _call(self) -> Iterator[None]:
+        """One public call: refused after shutdown, waited for by shutdown, and settles what has ended meanwhile."""
+        if self._parts.pid != os.getpid():
+            raise EngineClosedError("this engine belongs to the process that this one was forked from; create one here")
+        with self._gate:
+            if self._closed:
+                raise EngineClosedError("this engine was shut down")
+            self._inside += 1
+        try:
+            self._flight.reap()
+            yield
+        finally:
+            with self._gate:
+                self._inside -= 1
+                self._gate.notify_all()
+
+
+class _Parts:
+    """What an engine owns, apart from the engine itself, so that it can be freed when the engine is dropped."""
+
+    def __init__(self, config: KVortexConfig, layout: KVLayout | None, device: Device, record_bytes: int) -> None:
+        self.pid = os.getpid()
+        self.record_bytes = record_bytes
+        self.layout = layout  # running transfers touch its tensors: they must outlive the engine's last transfer
+        with contextlib.ExitStack() as undo:
+            self.arena = PinnedArena(device, config.cpu_pool_size_bytes, record_bytes, numa=config.enable_numa)
+            undo.callback(self.arena.close)
+            self.executor = _executor(config, layout, device, self.arena)
+            undo.callback(self.executor.close)
+            self.index = BlockIndex(self.arena.slots)
+            self.counters = Counters()
+            self.flight = Flight(self.index, self.counters)
+            undo.pop_all()
+
+    def dispose(self, timeout: float) -> None:
+        """Frees everything, unless a transfer does not end: then its memory is leaked rather than written after free."""
+        if self.pid == os.getpid() and self.flight.drain(timeout) == 0:
+            self.executor.close()
+            self.arena.close()
+
+
+def _executor(config: KVortexConfig, layout: KVLayout | None, device: Device, arena: PinnedArena) -> Executor:
+    pool = Pool(arena.address, arena.slot_bytes, arena.segment_slots)
+    fragments: npt.NDArray[np.int64] = np.empty((0, 4), np.int64) if layout is None else layout.fragments
+    if isinstance(device, CudaDevice):
+        from kvortex.transfer.cuda import CudaExecutor
+
+        return CudaExecutor(device, fragments, pool, config.gpu_pool_size_bytes, config.num_transfer_streams)
+    from kvortex.transfer.host import HostExecutor
+
+    return HostExecutor(fragments, pool, config.num_transfer_streams)
+
+
+def _open_for(config: KVortexConfig, layout: KVLayout | None) -> Device:
+    """The device that the config names, or where the layout is; and only if they agree."""
+    if layout is None:
+        return open_device(config.device)
+    device = open_device(layout.device if config.device == "auto" else config.device)
+    if device.name != layout.device:
+        raise LayoutError(f"the layout's tensors are on {layout.device}, and the config says device = {config.device!r}")
+    base, stride, _, nbytes = (int(column) for column in layout.fragments[0])
+    for address in (base, base + stride * (layout.num_blocks - 1) + nbytes - 1):
+        owner = device.owner_of(address)
+        if owner is not None and owner != device.name:
+            raise LayoutError(f"address {address:#x} of the layout belongs to {owner}, not to {device.name}")
+    return device

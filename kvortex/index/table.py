@@ -1,0 +1,276 @@
+"""The index that an engine uses: batches of keys in, slots out, every call atomic."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any, NamedTuple, NoReturn, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from kvortex.errors import ArgumentError, ConfigError, IndexStateError, PoolFullError
+from kvortex.index import core
+from kvortex.index._check import PROBLEMS, first_problem
+from kvortex.index.policies import POLICIES
+from kvortex.keys import KeysLike, as_keys
+
+MAX_CAPACITY = 1 << 30  # buckets hold slot + 1 as int32
+_STATES = {core.FREE: "free", core.RESERVED: "reserved", core.RESIDENT: "resident"}
+SlotsLike: TypeAlias = npt.NDArray[Any] | Sequence[int]
+
+
+class Reservation(NamedTuple):
+    """What :meth:`BlockIndex.reserve` found or made, one entry a key.
+
+    ``slots`` is (n,) int64. ``status`` is (n,) uint8: ``NEW`` (the slot is yours to fill, then commit or abort),
+    ``RESIDENT`` (the bytes are there already), ``PENDING`` (another reservation is filling that slot).
+    """
+
+    slots: npt.NDArray[np.int64]
+    status: npt.NDArray[np.uint8]
+
+
+class IndexCounts(NamedTuple):
+    """Slots by state at one moment: ``free + reserved + resident == capacity``.
+
+    ``resident`` includes dropped records that are still pinned; ``pinned`` counts slots, not pins; ``evictions`` is
+    the total since the index was made.
+    """
+
+    capacity: int
+    free: int
+    reserved: int
+    resident: int
+    pinned: int
+    evictions: int
+
+
+class BlockIndex:
+    """Which key lies in which slot of a pool, who holds it, and what is evicted next.
+
+    A slot is *free*, then *reserved* for one key while its bytes are being written, then *resident*: only now is the
+    key visible. A resident slot that is pinned is never evicted and never handed out. One batch counts as used from
+    its last key to its first, so the tail of a prefix is evicted before its head. A slot leaves the eviction order
+    with its first pin and comes back as the newest with its last release (again a batch's last slot first): while it
+    is pinned its place does not matter, and eviction stays O(1).
+
+    Parameters
+    ----------
+    capacity
+        Slots in the pool, from 1 to 2**30.
+    policy
+        Name of the eviction policy: ``"lru"``.
+
+    Raises
+    ------
+    ConfigError
+        An unknown policy, or an impossible capacity.
+
+    Notes
+    -----
+    Threads: every method may be called from any thread, and each is atomic: it happens entirely before or after any
+    other. A call is one compiled function that runs without the GIL, under one lock. Arrays that are handed in must
+    not be written to by others during the call, and are not kept; arrays that are returned are new.
+
+    Keys are an (n, 32) uint8 array or a sequence of 32-byte ``bytes``; slots are 1-d integers. Other things raise
+    ArgumentError. Memory: 58 bytes a slot (key 32, size 8, order 8, pins 4, free stack 4, state 2) and 8 to 16 for
+    the hash table, so 66 to 74.
+    """
+
+    def __init__(self, capacity: int, policy: str = "lru") -> None:
+        if isinstance(capacity, bool) or not isinstance(capacity, (int, np.integer)) or not 1 <= capacity <= MAX_CAPACITY:
+            raise ConfigError(f"capacity = {capacity!r}: must be an integer from 1 to {MAX_CAPACITY}")
+        if policy not in POLICIES:
+            raise ConfigError(f"policy = {policy!r}: unknown; known are {', '.join(sorted(POLICIES))}")
+        self.capacity = int(capacity)
+        self.policy = policy
+        self._table = core.new_table(self.capacity, POLICIES[policy])
+        # Re-entrant, because the garbage collector may run a finaliser that releases a pin in a thread that is just
+        # taking the lock. The compiled call is all that the lock guards, and no Python runs inside that.
+        self._lock = threading.RLock()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays of the index."""
+        return sum(array.nbytes for array in self._table)
+
+    def lookup(self, keys: KeysLike) -> npt.NDArray[np.bool_]:
+        """Which keys are resident, as (n,) bool. Changes nothing, not even the eviction order."""
+        words = _words(keys)
+        found = np.empty(len(words), np.bool_)
+        with self._lock:
+            core.lookup(self._table, words, found)
+        return found
+
+    def match(self, keys: KeysLike) -> int:
+        """How many keys from the first on are resident without a gap. Changes nothing."""
+        words = _words(keys)
+        with self._lock:
+            return int(core.match(self._table, words))
+
+    def reserve(self, keys: KeysLike, nbytes: int | npt.ArrayLike = 0) -> Reservation:
+        """Slots for keys that are to be written; what is there already is found instead.
+
+        A key that is nowhere gets a free slot, or that of the next evicted record, and stays invisible until
+        :meth:`commit`. Exactly as many records are evicted as slots are missing, none of them a key of this batch.
+        Keys that are resident count as used, and get no pin.
+
+        Parameters
+        ----------
+        keys
+            n keys, all different.
+        nbytes
+            Length in bytes of each record, one for all or (n,); kept for the new ones, see :meth:`size_of`.
+
+        Raises
+        ------
+        ArgumentError
+            A key stands twice in the batch, or a length is negative, no integer, or not one a key.
+        PoolFullError
+            Too few slots are free or may be evicted; the message has the numbers. Nothing was evicted or touched.
+        """
+        words = _words(keys)
+        sizes = _sizes(nbytes, len(words))
+        slots = np.empty(len(words), np.int64)
+        status = np.empty(len(words), np.uint8)
+        with self._lock:
+            fault, a, b = core.reserve(self._table, words, sizes, slots, status)
+            counts = self.counts() if fault == core.FULL else None
+        if counts is not None:
+            raise PoolFullError(
+                f"{a} slots asked for: {counts.free} of {counts.capacity} are free, {b} may be evicted beside the keys of this "
+                f"batch, {counts.pinned} are pinned, {counts.reserved} are reserved"
+            )
+        if fault == core.DUPLICATE:
+            raise ArgumentError(f"keys[{a}] and keys[{b}] are the same key; a batch names each key once")
+        return Reservation(slots, status)
+
+    def commit(self, slots: SlotsLike) -> None:
+        """Make reserved slots resident: their keys are visible from now on, and may be evicted.
+
+        Raises
+        ------
+        IndexStateError
+            A slot is not reserved, does not exist, or stands twice in the batch. Nothing was changed.
+        """
+        self._settle("commit", core.commit, slots)
+
+    def abort(self, slots: SlotsLike) -> None:
+        """Give reserved slots back, unwritten. Errors as in :meth:`commit`."""
+        self._settle("abort", core.abort, slots)
+
+    def acquire(self, keys: KeysLike) -> npt.NDArray[np.int64]:
+        """Pin resident keys: (n,) int64 slots, -1 where a key is not resident.
+
+        Each occurrence of a key takes one pin, to be given back by :meth:`release`. The records count as used.
+        """
+        words = _words(keys)
+        slots = np.empty(len(words), np.int64)
+        with self._lock:
+            core.acquire(self._table, words, slots)
+        return slots
+
+    def release(self, slots: SlotsLike) -> None:
+        """Drop one pin of each slot; -1 is skipped, so the result of :meth:`acquire` can be handed back as it is.
+
+        Raises
+        ------
+        IndexStateError
+            A slot has fewer pins than it is named, or does not exist. Nothing was changed.
+        """
+        self._settle("release", core.release, slots)
+
+    def drop(self, keys: KeysLike) -> int:
+        """Forget resident keys, and say how many there were.
+
+        They are invisible at once. A slot is free now or, while it is pinned, from its last release on. Keys that
+        are only reserved stay so.
+        """
+        words = _words(keys)
+        with self._lock:
+            return int(core.drop(self._table, words))
+
+    def size_of(self, slots: SlotsLike) -> npt.NDArray[np.int64]:
+        """Length in bytes of the record in each slot, as given to :meth:`reserve`; (n,) int64.
+
+        0 for -1 and for free slots. Ask while you hold the slots: others may evict what is not pinned.
+
+        Raises
+        ------
+        IndexStateError
+            A slot does not exist.
+        """
+        asked = _slots(slots)
+        if asked.size and (asked.min() < -1 or asked.max() >= self.capacity):
+            seen = f"{asked.min()} to {asked.max()}"
+            raise IndexStateError(f"size_of: slots must be from -1 to {self.capacity - 1}; seen: {seen}")
+        with self._lock:
+            return np.where(asked < 0, 0, self._table.sizes[asked])
+
+    def counts(self) -> IndexCounts:
+        """Slots by state, all from the same moment."""
+        with self._lock:
+            free, reserved, pinned, evictions = self._table.counters.tolist()
+        return IndexCounts(self.capacity, free, reserved, self.capacity - free - reserved, pinned, evictions)
+
+    def check(self) -> None:
+        """Verify every invariant, in O(capacity) and under the lock: for tests and when looking for leaks.
+
+        Raises
+        ------
+        IndexStateError
+            The index is damaged; the message says how and where.
+        """
+        with self._lock:
+            problem, place = first_problem(self._table)
+        if problem:
+            raise IndexStateError(f"index is damaged at {place}: {PROBLEMS[problem]}")
+
+    def _settle(self, name: str, call: Any, slots: SlotsLike) -> None:
+        batch = _slots(slots)
+        with self._lock:
+            fault, place = call(self._table, batch)
+            if fault != core.OK:
+                self._refuse(name, fault, place, int(batch[place]))
+
+    def _refuse(self, name: str, fault: int, place: int, slot: int) -> NoReturn:
+        state = _STATES[int(self._table.state[slot])] if fault == core.STATE else ""
+        if fault == core.RANGE:
+            what = f"outside 0 to {self.capacity - 1}"
+        elif fault == core.DUPLICATE:
+            what = "twice in this batch"
+        elif name == "release":
+            what = f"{state} with {int(self._table.pins[slot])} pins, fewer than are to be released"
+        else:
+            what = f"{state}, not reserved"
+        raise IndexStateError(f"{name}: slots[{place}] = {slot} is {what}; nothing was changed")
+
+
+# Each distinct array type would be compiled again, so the compiled code is only ever handed writable, aligned,
+# contiguous arrays of one dtype; others are copied, which costs less than hashing them.
+
+
+def _words(keys: KeysLike) -> npt.NDArray[np.uint64]:
+    words = as_keys(keys).view(np.uint64)
+    return words if words.flags.writeable and words.flags.aligned else words.copy()
+
+
+def _slots(slots: SlotsLike) -> npt.NDArray[np.int64]:
+    array = np.asarray(slots)
+    if array.size == 0 and not isinstance(slots, np.ndarray):
+        array = array.astype(np.int64)  # NumPy makes floats of an empty list
+    if array.ndim != 1 or array.dtype.kind not in "iu" or not np.can_cast(array.dtype, np.int64):
+        raise ArgumentError(f"slots must be 1-d integers; seen: shape {array.shape}, dtype {array.dtype}")
+    return np.require(array, np.int64, ["C", "A", "W"])
+
+
+def _sizes(nbytes: int | npt.ArrayLike, count: int) -> npt.NDArray[np.int64]:
+    array = np.asarray(nbytes)
+    if array.size == 0 and not isinstance(nbytes, np.ndarray):
+        array = array.astype(np.int64)
+    if array.dtype.kind not in "iu" or not np.can_cast(array.dtype, np.int64) or array.shape not in ((), (count,)):
+        raise ArgumentError(f"nbytes must be one integer or {count}; seen: shape {array.shape}, dtype {array.dtype}")
+    if array.size and array.min() < 0:
+        raise ArgumentError(f"nbytes must be at least 0; seen: {array.min()}")
+    return np.full(count, array, np.int64)

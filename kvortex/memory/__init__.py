@@ -1,0 +1,1 @@
+"""Host memory that the link reaches, and staging memory on the device."""

@@ -1,0 +1,38 @@
+"""``python -m perf NAME``: measures, prints a table, writes JSON and a picture."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from kvortex.errors import KVortexError
+from perf import fragments
+from perf.report import Report, environment
+
+QUESTIONS = {"fragments": fragments}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m perf", description=__doc__)
+    parser.add_argument("name", choices=sorted(QUESTIONS), help="the question")
+    parser.add_argument("--device", default="auto", help="auto, host, cuda or cuda:N")
+    parser.add_argument("--quick", action="store_true", help="small and short: shows that it works, not how fast")
+    parser.add_argument("--out", type=Path, default=Path("perf/results"), help="folder of the JSON and the picture")
+    arguments = parser.parse_args(argv)
+    module = QUESTIONS[arguments.name]
+    try:
+        device_name, rows, notes = module.measure(arguments.device, quick=arguments.quick)
+    except KVortexError as error:
+        print(f"perf: {error}", file=sys.stderr)
+        return 2
+    command = " ".join(["python -m perf", *(sys.argv[1:] if argv is None else argv)])
+    report = Report(arguments.name, command, environment(device_name), notes, rows)
+    print(report.table(module.COLUMNS))
+    for path in report.write(arguments.out, module.draw):
+        print(f"wrote {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""The CUDA driver's errors in words, its functions' addresses, and a machine that has none."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import cuda.bindings
+import pytest
+
+from kvortex.devices import cuda_available
+from kvortex.devices import driver as cu
+from kvortex.errors import DeviceError, DeviceUnavailableError
+from tests.fake_driver import FakeDriver, installed
+
+
+def no_library(_: int) -> None:
+    raise RuntimeError("libcuda.so.1 cannot be opened")
+
+
+def test_no_driver_on_the_machine() -> None:
+    with installed(SimpleNamespace(cuInit=no_library)):
+        with pytest.raises(DeviceUnavailableError, match="^no CUDA driver on this machine: libcuda.so.1 cannot be opened$"):
+            cu.api()
+        assert cuda_available() == (False, "no CUDA driver on this machine: libcuda.so.1 cannot be opened")
+
+
+def test_no_cuda_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    with installed(FakeDriver()):
+        with monkeypatch.context() as patch:
+            patch.delattr(cuda.bindings, "driver")
+            patch.setitem(sys.modules, "cuda.bindings.driver", None)
+            with pytest.raises(DeviceUnavailableError, match="^cuda-python cannot be imported: "):
+                cu.api()
+        assert isinstance(cu.api(), FakeDriver), "a failure is not remembered"
+
+
+def test_a_driver_that_refuses_to_start() -> None:
+    driver = FakeDriver()
+    driver.fails["cuInit"] = (100, 0)
+    wanted = "cuInit failed: CUDA_ERROR_NO_DEVICE (100): no CUDA-capable device is detected"
+    with installed(driver):
+        with pytest.raises(DeviceUnavailableError) as caught:
+            cu.api()
+        assert str(caught.value) == wanted and cuda_available() == (False, wanted)
+
+
+def test_a_driver_without_a_gpu_and_with_one() -> None:
+    with installed(FakeDriver(cuDeviceGetCount=0)):
+        assert cuda_available() == (False, "the CUDA driver sees no GPU")
+    with installed(FakeDriver(cuDeviceGetCount=2)) as driver:
+        assert cuda_available() == (True, "")
+        assert cuda_available() == (True, "") and len(driver.named("cuInit")) == 1
+
+
+def test_describe() -> None:
+    driver = FakeDriver()
+    assert cu.describe(driver, 2) == "CUDA_ERROR_OUT_OF_MEMORY (2): out of memory"
+    assert cu.describe(driver, 1) == "CUDA_ERROR_INVALID_VALUE (1): "
+    assert cu.describe(driver, 4321) == "CUDA error 4321"
+
+
+@pytest.mark.gpu
+def test_describe_with_the_real_driver() -> None:
+    assert cu.describe(cu.api(), 2) == "CUDA_ERROR_OUT_OF_MEMORY (2): out of memory"
+    assert cu.describe(cu.api(), 999_999) == "CUDA error 999999"
+
+
+def test_check_gives_the_values_without_the_code() -> None:
+    with installed(FakeDriver()):
+        assert cu.check((0,), "cuNothing") == ()
+        assert cu.check((0, 5), "cuOne") == 5
+        assert cu.check((0, 5, 6), "cuTwo") == (5, 6)
+        with pytest.raises(DeviceError, match=r"^cuMemAlloc\(9\): CUDA_ERROR_OUT_OF_MEMORY \(2\): out of memory$"):
+            cu.check((2, None), "cuMemAlloc(9)")
+        with pytest.raises(DeviceError, match="^cuNew: CUDA error 4321$"):
+            cu.check((4321,), "cuNew")
+
+
+def test_a_context_is_current_inside_and_put_back_on_every_path() -> None:
+    with installed(FakeDriver()) as driver:
+        with cu.current(77) as given:
+            assert given is driver and driver.calls[-1] == ("cuCtxPushCurrent", (77,))
+        assert driver.calls[-1][0] == "cuCtxPopCurrent"
+        with pytest.raises(ZeroDivisionError), cu.current(78):
+            raise ZeroDivisionError
+        assert [name for name, _ in driver.calls] == ["cuInit", *["cuCtxPushCurrent", "cuCtxPopCurrent"] * 2]
+
+
+def test_a_context_that_cannot_be_made_current_is_not_popped() -> None:
+    with installed(FakeDriver()) as driver:
+        driver.fails["cuCtxPushCurrent"] = (1, 0)
+        with pytest.raises(DeviceError, match="cuCtxPushCurrent: CUDA_ERROR_INVALID_VALUE"), cu.current(77):
+            pytest.fail("the body must not run")
+        assert not driver.named("cuCtxPopCurrent")
+
+
+def address_of(name: bytes, version: int, flags: int) -> tuple[int, int, int]:
+    return 0, 0x1000 + len(name) + version * 0x10000, 0
+
+
+def test_the_functions_table() -> None:
+    with installed(FakeDriver(cuGetProcAddress=address_of)) as driver:
+        table = cu.functions()
+        names = [name for name, _, _ in driver.named("cuGetProcAddress")]
+        assert names[cu.CTX_PUSH] == b"cuCtxPushCurrent" and names[cu.CTX_POP] == b"cuCtxPopCurrent"
+        assert names[cu.EVENT_RECORD] == b"cuEventRecord" and names[cu.STREAM_WAIT] == b"cuStreamWaitEvent"
+        assert names[cu.LAUNCH] == b"cuLaunchKernel"
+        assert names[cu.COPY_TO_HOST] == b"cuMemcpyDtoHAsync" and names[cu.COPY_TO_DEVICE] == b"cuMemcpyHtoDAsync"
+        assert table.tolist() == [address_of(*arguments)[1] for arguments in driver.named("cuGetProcAddress")]
+        assert not table.flags.writeable and cu.functions() is table
+
+
+def test_a_function_that_the_driver_lacks() -> None:
+    lacks = FakeDriver(cuGetProcAddress=lambda name, *_: (0, 0, 1) if name == b"cuLaunchKernel" else (0, 5, 0))
+    with installed(lacks), pytest.raises(DeviceUnavailableError, match=r"the CUDA driver has no cuLaunchKernel \(status 1\)"):
+        cu.functions()
+
+
+@pytest.mark.gpu
+def test_the_real_functions() -> None:
+    table = cu.functions()
+    assert (table > 0).all() and len(set(table.tolist())) == len(table)

@@ -1,0 +1,154 @@
+"""Everything an engine takes is given back: by shutdown, by ``with``, when it is dropped; and a fork does no harm."""
+
+from __future__ import annotations
+
+import gc
+import os
+import re
+import threading
+import warnings
+
+import numpy as np
+import pytest
+
+from kvortex import KVortexEngine
+from kvortex.devices import Device, HostDevice
+from kvortex.errors import EngineClosedError
+from tests.pages import PagedCache, assert_same, keys_of
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def free_vram(device: Device) -> int:
+    if isinstance(device, HostDevice):
+        return 0
+    from kvortex.devices import driver as cu
+
+    with cu.current(device.context) as driver:  # type: ignore[attr-defined]
+        return int(cu.check(driver.cuMemGetInfo(), "cuMemGetInfo")[0])
+
+
+def use(engine: KVortexEngine) -> None:
+    assert engine.save_blocks(keys_of(1, 2), [1, 2]).wait().all()
+    assert engine.load_blocks(keys_of(1, 2), [3, 4]).wait().all()
+
+
+@pytest.mark.parametrize("how", ["shutdown", "with", "drop", "cycle"])
+def test_nothing_stays_taken(device: Device, how: str) -> None:
+    cache = PagedCache.plain(device)
+    pool = 64 << 20
+
+    def once() -> None:
+        engine = cache.engine(cpu_pool_size_bytes=pool)
+        use(engine)
+        if how == "shutdown":
+            engine.shutdown()
+        elif how == "with":
+            with engine:
+                pass
+        elif how == "cycle":
+            engine.myself = engine  # type: ignore[attr-defined]
+            del engine
+            gc.collect()
+
+    once()  # compiles, and fills the allocators' own pools
+    once()
+    threads, memory, vram = threading.active_count(), resident_bytes(), free_vram(device)
+    for _ in range(5):
+        once()
+    assert threading.active_count() <= threads
+    assert resident_bytes() - memory < pool // 2
+    assert vram - free_vram(device) < 4 << 20
+
+
+def test_shutdown_while_others_call(device: Device) -> None:
+    cache = PagedCache.plain(device)
+    engine = cache.engine()
+    use(engine)
+    ended: list[str] = []
+
+    def work() -> None:
+        rng = np.random.default_rng(threading.get_ident() % 2**32)
+        try:
+            while True:
+                engine.save_blocks(keys_of(int(rng.integers(100))), [int(rng.integers(24))])
+                engine.check_blocks(keys_of(1))
+        except EngineClosedError:
+            ended.append("closed")
+
+    workers = [threading.Thread(target=work) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    engine.shutdown()
+    for worker in workers:
+        worker.join(20)
+    assert ended == ["closed"] * 4
+
+
+def test_a_fork_does_no_harm() -> None:
+    """The child may drop, use or close its copy; the parent's engine goes on. (Host only: see the test below.)"""
+    _fork_and_go_on(HostDevice())
+
+
+@pytest.mark.gpu
+def test_a_fork_does_no_harm_to_a_gpu() -> None:
+    from kvortex.devices import open_device
+
+    _fork_and_go_on(open_device("cuda"))
+
+
+def _fork_and_go_on(device: Device) -> None:
+    cache = PagedCache.plain(device)
+    engine = cache.engine()
+    before = cache.randomize()
+    engine.save_blocks(keys_of(1), [1]).wait()
+    ticket = engine.save_blocks(keys_of(2), [2])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of threads, which the child does not use
+        child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            for call in (lambda: engine.check_blocks(keys_of(1)), lambda: engine.save_blocks(keys_of(5), [5])):
+                try:
+                    call()
+                except EngineClosedError as error:
+                    assert re.search("forked", str(error))
+                else:
+                    raise AssertionError("a forked child used the engine")
+            engine.shutdown()
+            engine.shutdown()
+            del engine, ticket
+            gc.collect()
+            code = 0
+        finally:
+            os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0
+    assert ticket.wait().all()
+    poisoned = cache.randomize()
+    assert engine.load_blocks(keys_of(1, 2), [10, 11]).wait().all()
+    assert_same(cache.memory(), cache.expected(poisoned, before, [(1, 10), (2, 11)]))
+    engine.shutdown()
+
+
+def test_a_failed_start_gives_back_what_it_took(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = PagedCache.plain(device)
+    closed = []
+
+    def fail(*_: object) -> None:
+        raise MemoryError("planted")
+
+    from kvortex.memory.arena import PinnedArena
+
+    close = PinnedArena.close
+    monkeypatch.setattr(PinnedArena, "close", lambda self: (closed.append(self), close(self)))
+    monkeypatch.setattr("kvortex.engine.BlockIndex", fail)
+    vram = free_vram(device)
+    with pytest.raises(MemoryError, match="planted"):
+        cache.engine()
+    assert len(closed) == 1
+    gc.collect()
+    assert vram - free_vram(device) < 4 << 20

@@ -1,0 +1,125 @@
+"""Compiling without a GPU: every kernel for every architecture, 128-bit lanes in the machine code, and the cache."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sysconfig
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvortex.errors import BuildError
+from kvortex.kernels import build
+
+ARCHITECTURES = [(8, 0), (8, 6), (9, 0), (10, 0), (12, 0)]
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("KVORTEX_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def nvdisasm() -> str:
+    site = Path(sysconfig.get_paths()["purelib"])
+    found = [*site.glob("nvidia/*/bin/nvdisasm"), *filter(None, [shutil.which("nvdisasm")])]
+    assert found, "nvdisasm is part of the test extra"
+    return str(found[0])
+
+
+def sass(code: bytes, folder: Path) -> str:
+    path = folder / "kernel.cubin"
+    path.write_bytes(code)
+    return subprocess.run([nvdisasm(), "-c", str(path)], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("capability", ARCHITECTURES)
+@pytest.mark.parametrize("name", build.KERNELS)
+def test_every_kernel_compiles_for_every_architecture(name: str, capability: tuple[int, int]) -> None:
+    cubin = build.compile_kernel(name, capability)
+    assert cubin.code[:4] == b"\x7fELF" and name in cubin.entry
+    assert int.from_bytes(cubin.code[18:20], "little") == 190  # EM_CUDA: machine code, no PTX
+
+
+@pytest.mark.parametrize("name", build.KERNELS)
+def test_lanes_are_128_bits_wide_on_hopper(name: str, tmp_path: Path) -> None:
+    text = sass(build.compile_kernel(name, (9, 0)).code, tmp_path)
+    assert len(re.findall(r"\bLDG\.E\.\S*128", text)) >= 5  # four in flight, and one for what is left
+    assert len(re.findall(r"\bSTG\.E\.\S*128", text)) >= 5
+    assert not re.findall(r"\b(LDL|STL)\b", text), "registers were spilled to local memory"
+    for width in ("64", "U16", "U8"):
+        assert re.search(rf"\bLDG\.E\.\S*{width}\S*CONSTANT", text), f"no lane of {width}"
+
+
+def test_a_warm_start_reads_the_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cold = build.load("gather", (9, 0))
+    monkeypatch.setattr(build, "compile_kernel", lambda *_: pytest.fail("compiled again"))
+    began = time.perf_counter()
+    assert build.load("gather", (9, 0)) == cold
+    assert time.perf_counter() - began < 0.1
+    assert [path.suffix for path in cache.iterdir()] == [".cubin"]
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "flipped", "version", "foreign"])
+def test_a_damaged_cache_file_is_built_anew(cache: Path, damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = build.Cubin(b"code" * 100, "entry")
+    monkeypatch.setattr(build, "compile_kernel", lambda *_: made)
+    build.load("gather", (9, 0))
+    (path,) = cache.iterdir()
+    data = bytearray(path.read_bytes())
+    if damage == "flipped":
+        data[-1] ^= 1
+    elif damage == "version":
+        data[8] += 1
+    elif damage == "foreign":
+        data[:8] = b"ANOTHER!"
+    else:
+        del data[0 if damage == "empty" else len(data) // 2 :]
+    path.write_bytes(data)
+    fresh = build.Cubin(b"fresh", "other")
+    monkeypatch.setattr(build, "compile_kernel", lambda *_: fresh)
+    assert build.load("gather", (9, 0)) == fresh
+    monkeypatch.setattr(build, "compile_kernel", lambda *_: pytest.fail("compiled again"))
+    assert build.load("gather", (9, 0)) == fresh
+
+
+def test_another_compiler_or_target_is_another_file(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "compile_kernel", lambda *_: build.Cubin(b"code", "entry"))
+    build.load("gather", (9, 0))
+    build.load("gather", (8, 0))
+    build._fingerprint.cache_clear()
+    monkeypatch.setattr(build.importlib.metadata, "version", lambda _: "99")
+    build.load("gather", (9, 0))
+    build._fingerprint.cache_clear()
+    assert len(list(cache.iterdir())) == 3
+
+
+def test_a_folder_that_cannot_be_written_costs_only_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setenv("KVORTEX_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(build, "compile_kernel", lambda *_: build.Cubin(b"code", "entry"))
+    assert build.load("gather", (9, 0)).code == b"code"
+
+
+def test_numpy_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = set(vars(np))
+    with build._row_stack():
+        assert np.row_stack is not None  # type: ignore[attr-defined]
+    build.compile_kernel("gather", (9, 0))
+    assert set(vars(np)) == before
+
+
+def test_what_does_not_compile_says_why() -> None:
+    with pytest.raises(BuildError, match=r"gather.*\(1, 0\)"):
+        build.compile_kernel("gather", (1, 0))
+
+
+def test_block_ids_of_one_launch_agree() -> None:
+    from kvortex.kernels import paged
+    from kvortex.transfer import cuda
+
+    assert cuda.MAX_BLOCKS == paged.MAX_BLOCKS

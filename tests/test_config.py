@@ -1,0 +1,256 @@
+"""Options: what is taken, what is refused, and that a refusal names the option."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvortex import ConfigError, KVortexConfig, KVortexError
+from kvortex.config import parse_size
+
+GOOD: dict[str, list[Any]] = {
+    "cpu_pool_size_bytes": [1, 4096, 1 << 44],
+    "gpu_pool_size_bytes": [1, 96 << 20],
+    "num_transfer_streams": [1, 3, 32],
+    "enable_numa": [True, False],
+    "device": ["auto", "host", "cuda", "cuda:0", "cuda:15"],
+    "block_size": [1, 16, 256],
+    "max_block_bytes": [None, 1, 2 << 20],
+    "model": ["", "llama-3-8b", "模型"],
+    "dtype": ["", "bfloat16"],
+    "rank": [0],
+    "world_size": [1, 8],
+    "lora": ["", "adapter"],
+    "salt": ["", "tenant-7"],
+    "transfer_timeout_s": [0.001, 1, 3600.0],
+}
+BAD: dict[str, list[Any]] = {
+    "cpu_pool_size_bytes": [0, -1, 1.5, 1e9, "16 GiB", True, None],
+    "gpu_pool_size_bytes": [0, -1, 2.0, None, False],
+    "num_transfer_streams": [0, -1, 33, 3.0, True, None],
+    "enable_numa": [1, 0, "true", None],
+    "device": ["", "gpu", "cuda:", "cuda:-1", "cuda:x", "cuda:0\n", "CUDA", "host:0", 0, None],
+    "block_size": [0, -16, 16.0, True, None],
+    "max_block_bytes": [0, -1, 1.0, True, "1MiB"],
+    "model": [None, 1, b"llama"],
+    "dtype": [None, float],
+    "rank": [-1, 1, 0.0, False, None],  # the default world has one rank
+    "world_size": [0, -1, 1.0, True, None],
+    "lora": [None, 3],
+    "salt": [None, b""],
+    "transfer_timeout_s": [0, 0.0, -1.0, float("inf"), float("nan"), True, "60", None],
+}
+CASES = [(name, value) for name, values in BAD.items() for value in values]
+
+
+def test_every_option_has_good_and_bad_values() -> None:
+    names = {field.name for field in dataclasses.fields(KVortexConfig)}
+    assert set(GOOD) == names
+    assert set(BAD) == names
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in GOOD.items() for value in values])
+def test_good_value_is_kept(name: str, value: Any) -> None:
+    assert getattr(KVortexConfig(**{name: value}), name) == value
+
+
+@pytest.mark.parametrize(("name", "value"), CASES, ids=[f"{name}={value!r}" for name, value in CASES])
+def test_bad_value_is_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"^{name} = ") as caught:
+        KVortexConfig(**{name: value})
+    assert repr(value) in str(caught.value) or str(value) in str(caught.value)
+
+
+def test_rank_lies_in_its_world() -> None:
+    assert KVortexConfig(rank=7, world_size=8).rank == 7
+    with pytest.raises(ConfigError, match="rank = 8: must be below world_size = 8"):
+        KVortexConfig(rank=8, world_size=8)
+
+
+def test_config_is_frozen_and_by_keyword_only() -> None:
+    config = KVortexConfig()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.block_size = 32  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        KVortexConfig(1 << 30)  # type: ignore[misc]
+    assert dataclasses.replace(config, block_size=32).block_size == 32
+    with pytest.raises(ConfigError, match="block_size"):
+        dataclasses.replace(config, block_size=0)
+
+
+def test_config_error_is_a_value_error_and_a_kvortex_error() -> None:
+    assert issubclass(ConfigError, KVortexError)
+    assert issubclass(ConfigError, ValueError)
+
+
+def test_mapping_parses_strings() -> None:
+    config = KVortexConfig.from_mapping(
+        {
+            "cpu_pool_size_bytes": "1.5 GiB",
+            "max_block_bytes": "2MiB",
+            "num_transfer_streams": "4",
+            "enable_numa": " Off ",
+            "transfer_timeout_s": "2.5",
+            "model": "16",  # names stay names
+            "block_size": 32,
+        }
+    )
+    assert config.cpu_pool_size_bytes == 3 << 29
+    assert config.max_block_bytes == 2 << 20
+    assert config.num_transfer_streams == 4
+    assert config.enable_numa is False
+    assert config.transfer_timeout_s == 2.5
+    assert config.model == "16"
+    assert config.block_size == 32
+
+
+@pytest.mark.parametrize(("word", "value"), [(w, True) for w in ("1", "true", "YES", "On")])
+def test_words_for_true(word: str, value: bool) -> None:
+    assert KVortexConfig.from_mapping({"enable_numa": word}).enable_numa is value
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("enable_numa", "perhaps"),
+        ("num_transfer_streams", "three"),
+        ("num_transfer_streams", "3.0"),
+        ("transfer_timeout_s", "soon"),
+        ("cpu_pool_size_bytes", "lots"),
+        ("max_block_bytes", ""),
+    ],
+)
+def test_unreadable_string_is_refused_by_name(name: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=name):
+        KVortexConfig.from_mapping({name: text})
+
+
+def test_unknown_names_are_all_named_with_their_source() -> None:
+    with pytest.raises(ConfigError, match="somewhere: unknown option 'cpu_pool', 'streams'; known are .*cpu_pool_size_bytes"):
+        KVortexConfig.from_mapping({"streams": 3, "cpu_pool": 1, "block_size": 16}, source="somewhere")
+    with pytest.raises(TypeError, match="streams"):
+        KVortexConfig(streams=3)  # type: ignore[call-arg]
+
+
+def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    environ = {"KVORTEX_CPU_POOL_SIZE_BYTES": "16GiB", "KVORTEX_DEVICE": "host", "KVORTEX_CACHE_DIR": "/tmp", "HOME": "/"}
+    config = KVortexConfig.from_env(environ)
+    assert (config.cpu_pool_size_bytes, config.device) == (16 << 30, "host")
+    assert KVortexConfig.from_env(environ, device="cuda:1").device == "cuda:1"
+    assert KVortexConfig.from_env({}) == KVortexConfig()
+    monkeypatch.setenv("KVORTEX_BLOCK_SIZE", "64")
+    assert KVortexConfig.from_env().block_size == 64
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"KVORTEX_STREAMS": "3"}, r"KVORTEX_\*.*'streams'"),
+        ({"KVORTEX_BLOCK_SIZE": "big"}, r"KVORTEX_\*.*block_size"),
+        ({"KVORTEX_BLOCK_SIZE": "0"}, "block_size = 0"),
+    ],
+)
+def test_bad_environment_is_refused_by_name(environ: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        KVortexConfig.from_env(environ)
+
+
+def test_bad_keyword_beside_environment_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match="keyword: unknown option 'streams'"):
+        KVortexConfig.from_env({}, streams=3)
+
+
+@pytest.mark.parametrize("head", ["", "[kvortex]\n", "[other]\nx = 1\n[kvortex]\n"])
+def test_toml(tmp_path: Path, head: str) -> None:
+    path = tmp_path / "kvortex.toml"
+    path.write_text(head + 'cpu_pool_size_bytes = "2 GiB"\nblock_size = 32\nenable_numa = false\ntransfer_timeout_s = 5\n')
+    config = KVortexConfig.from_toml(path, block_size=64)
+    assert (config.cpu_pool_size_bytes, config.block_size, config.enable_numa) == (2 << 30, 64, False)
+    assert config.transfer_timeout_s == 5
+    assert KVortexConfig.from_toml(str(path)).block_size == 32
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("blocksize = 16", "unknown option 'blocksize'"),
+        ("[other]\nblock_size = 16", "unknown option 'other'"),
+        ("block_size = 0", "block_size = 0"),
+        ("block_size = 16.0", "block_size = 16.0"),
+        ("kvortex = 3", "'kvortex' must be a table"),
+        ("block_size = ", "kvortex.toml: "),
+    ],
+)
+def test_bad_toml_is_refused_by_name(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "kvortex.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        KVortexConfig.from_toml(path)
+
+
+def test_missing_toml_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"absent\.toml: No such file"):
+        KVortexConfig.from_toml(tmp_path / "absent.toml")
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 11), reason="only Python 3.10 lacks tomllib")
+def test_toml_without_tomli_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tomli", None)
+    with pytest.raises(ConfigError, match=r"pip install 'kvortex\[toml\]'"):
+        KVortexConfig.from_toml(tmp_path / "kvortex.toml")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("0", 0),
+        ("4096", 4096),
+        (" 7 B ", 7),
+        ("1kB", 1000),
+        ("1KiB", 1024),
+        ("512 MiB", 512 << 20),
+        ("16GB", 16 * 10**9),
+        ("16 gib", 16 << 30),
+        ("3TiB", 3 << 40),
+        ("0.5 GiB", 1 << 29),
+        ("1.5kb", 1500),
+        ("123456789012345678901", 123456789012345678901),
+    ],
+)
+def test_size(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1", "1e9", "1 GiBs", "1,5 GiB", "1.", ".5", "0x10", "1 2", "inf", "1.0001 KiB"])
+def test_no_size(text: str) -> None:
+    with pytest.raises(ConfigError, match="is no "):
+        parse_size(text)
+
+
+UNITS = {"": 0, "B": 0, "KiB": 10, "MiB": 20, "GiB": 30, "TiB": 40}
+
+
+@given(st.integers(0, 2**70), st.sampled_from(sorted(UNITS)), st.sampled_from(["", " ", "  "]), st.booleans())
+def test_every_whole_size_is_read_exactly(number: int, unit: str, gap: str, upper: bool) -> None:
+    text = f"{number}{gap}{unit.upper() if upper else unit}"
+    assert parse_size(text) == number << UNITS[unit]
+
+
+@given(st.text(max_size=12))
+def test_any_text_is_a_size_or_a_config_error(text: str) -> None:
+    try:
+        assert parse_size(text) >= 0
+    except ConfigError as error:
+        assert repr(text) in str(error)
+
+
+@given(st.decimals(0, 10**6, places=3, allow_nan=False), st.sampled_from(["KB", "MB", "GB"]))
+def test_decimal_sizes_are_read_exactly(number: Decimal, unit: str) -> None:
+    assert parse_size(f"{number:f} {unit}") == number * {"KB": 10**3, "MB": 10**6, "GB": 10**9}[unit]

@@ -1,0 +1,115 @@
+"""What is installed is what is there, and what the README says is what CI runs."""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import importlib.metadata
+import importlib.util
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+import kvortex
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def setup_cfg() -> configparser.ConfigParser:
+    parser = configparser.ConfigParser()
+    assert parser.read(ROOT / "setup.cfg")
+    return parser
+
+
+def lines(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith("#")]
+
+
+def packages_in_tree() -> list[str]:
+    found = []
+    for folder, package in ((ROOT / "kvortex", "kvortex"), (ROOT / "kernels", "kvortex.kernels")):
+        for init in folder.rglob("__init__.py"):
+            found.append(".".join((package, *init.parent.relative_to(folder).parts)))
+    return sorted(found)
+
+
+def test_every_package_is_installed(setup_cfg: configparser.ConfigParser) -> None:
+    assert lines(setup_cfg["options"]["packages"]) == packages_in_tree()
+
+
+def test_every_folder_of_modules_is_a_package() -> None:
+    for top in (ROOT / "kvortex", ROOT / "kernels"):
+        for folder in {path.parent for path in top.rglob("*.py")}:
+            assert (folder / "__init__.py").exists(), f"{folder} has no __init__.py"
+
+
+def test_kernels_are_mapped_into_the_package(setup_cfg: configparser.ConfigParser) -> None:
+    folders = lines(setup_cfg["options"]["package_dir"])
+    assert folders == ["kvortex = kvortex", "kvortex.kernels = kernels"]
+    spec = importlib.util.find_spec("kvortex.kernels")
+    assert spec is not None and spec.origin is not None
+    assert os.path.samefile(spec.origin, ROOT / "kernels" / "__init__.py")
+
+
+def test_version_is_written_once(setup_cfg: configparser.ConfigParser) -> None:
+    assert setup_cfg["metadata"]["version"] == "attr: kvortex.__version__"
+    assignments = [
+        node.value.value
+        for node in ast.parse((ROOT / "kvortex" / "__init__.py").read_text(encoding="utf-8")).body
+        if isinstance(node, ast.Assign)
+        and isinstance(node.value, ast.Constant)
+        and ast.unparse(node.targets[0]) == "__version__"
+    ]
+    assert assignments == [kvortex.__version__]
+    assert f"{kvortex.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(r"^version\s*=", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M) is None
+
+
+def test_installed_version_is_that_of_the_source() -> None:
+    try:
+        installed = importlib.metadata.version("kvortex")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("kvortex is not installed; the tests run from the checkout")
+    assert installed == kvortex.__version__
+
+
+def test_type_marker_is_installed(setup_cfg: configparser.ConfigParser) -> None:
+    assert (ROOT / "kvortex" / "py.typed").exists()
+    assert "py.typed" in setup_cfg["options.package_data"]["kvortex"]
+
+
+def test_console_script_exists(setup_cfg: configparser.ConfigParser) -> None:
+    (script,) = lines(setup_cfg["options.entry_points"]["console_scripts"])
+    name, target = re.split(r"\s*=\s*", script)
+    module, function = target.split(":")
+    assert name == "kvortex"
+    assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_readme_commands_are_what_ci_runs() -> None:
+    """Command 1 installs and runs the demo, command 2 installs the test extra and runs the tests."""
+    readme, ci = (ROOT / "README.md").read_text(encoding="utf-8"), (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    commands = re.findall(r"^```bash\n(.*?)^```", readme, re.M | re.S)
+    assert commands[0].strip() == 'python3 -m venv .venv && .venv/bin/pip install -e ".[cli]" && .venv/bin/kvortex demo'
+    assert commands[1].strip() == '.venv/bin/pip install -e ".[test]" && .venv/bin/python -m pytest'
+    for step in ("pip install", '-e ".[test]"', "python -m pytest"):
+        assert step in ci, f".ci/run does not run {step!r}"
+
+
+def test_readme_names_every_option_and_extra(setup_cfg: configparser.ConfigParser) -> None:
+    from kvortex.config import _FIELDS
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for option in _FIELDS:
+        assert f"`{option}`" in readme, f"README.md does not explain {option}"
+    for extra in setup_cfg["options.extras_require"]:
+        assert f"`{extra}`" in readme or f"[{extra}" in readme, f"README.md does not name the extra {extra}"
+
+
+def test_ci_script_can_be_run() -> None:
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    assert script.read_text(encoding="utf-8").startswith("#!/usr/bin/env bash\nset -euo pipefail\n")
