@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("kvortex: interrupted", file=sys.stderr)
         return 130
     except KVortexError as error:
-        print(f"kvortex: {error}", file=sys.stderr)
+        print("kvortex:", *str(error).splitlines(), file=sys.stderr)  # a tool chain's message may have several lines
     except MemoryError as error:
         print(f"kvortex: not enough memory: {error}", file=sys.stderr)
     except BrokenPipeError:  # the reader of a pipe has seen enough; nothing more may be written to it, at exit neither
@@ -76,15 +76,15 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     about = "A synthetic multi-turn chat on a paged KV cache: blocks are saved, evicted, found and loaded, every byte verified."
     demo = commands.add_parser("demo", help="save, evict and load blocks of a synthetic chat", description=about)
     demo.add_argument("--device", default="auto", help=_DEVICE_HELP)
-    demo.add_argument("--turns", type=_count, default=12, metavar="N", help="turns of each conversation; default 12")
-    demo.add_argument("--conversations", type=_count, default=6, metavar="N", help="taken in turn; default 6")
+    demo.add_argument("--turns", type=_count, default=16, metavar="N", help="turns of each conversation; default 16")
+    demo.add_argument("--conversations", type=_count, default=8, metavar="N", help="taken in turn; default 8")
     demo.add_argument("--system-tokens", type=_count, default=1024, metavar="N",
                       help="length of the system prompt that all conversations share; default 1024")
     demo.add_argument("--pool-blocks", type=_count, metavar="N",
-                      help="blocks that the pool in RAM holds; default: half of all that the chat makes, so that it evicts")
+                      help="blocks that the pool in RAM holds; default: three quarters of what the chat makes; then it evicts")
     demo.add_argument("--seconds", type=_seconds, default=20.0, metavar="S",
                       help="begin no turn after this time; default 20")
-    demo.add_argument("--seed", type=int, default=0, metavar="N", help="of the messages; the same seed, the same chat")
+    demo.add_argument("--seed", type=_natural, default=0, metavar="N", help="of the messages; the same seed, the same chat")
 
 
 def _add_replay(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -112,13 +112,21 @@ def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _count(text: str) -> int:
-    """An integer of at least 1, for argparse."""
+    """For argparse, whose own messages show the names of these functions."""
+    return _integer(text, at_least=1)
+
+
+def _natural(text: str) -> int:
+    return _integer(text, at_least=0)
+
+
+def _integer(text: str, at_least: int) -> int:
     try:
         value = int(text)
     except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no integer of at least 1")
+        value = at_least - 1
+    if value < at_least:
+        raise argparse.ArgumentTypeError(f"{text!r} is no integer of at least {at_least}")
     return value
 
 

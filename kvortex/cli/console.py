@@ -52,13 +52,14 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
 
-    def advance(self) -> None:
-        """One step more."""
+    def advance(self, detail: str = "") -> None:
+        """One step more, and what to say of it."""
         self._done += 1
+        text = f"{self._what}: {detail}" if detail else self._what
         if self._bar is not None:
-            self._bar.advance(self._task)
+            self._bar.update(self._task, advance=1, description=text)
         elif time.monotonic() >= self._next_line:
-            note(f"{self._what}: {self._done} of {self._total}")
+            note(f"{self._done} of {self._total} {text}")
             self._next_line = time.monotonic() + _LINE_EVERY_S
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from kvortex.devices import Device, DeviceBuffer, HostDevice
+from kvortex.devices import Device, DeviceBuffer
+from kvortex.devices.host import HostBuffer
 from kvortex.keys import KeyArray
 from kvortex.layout import KVLayout, TensorSpec
 
@@ -49,17 +49,29 @@ def _fill(image, block_ids, keys, layer):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _count(page, seed):  # type: ignore[no-untyped-def]
+    """Bytes of one fragment that are wrong."""
+    wrong = 0
+    for at in range(page.size):
+        difference = page[at] ^ _mixed(seed + np.uint64(at) * _ODD)
+        while difference != np.uint64(0):
+            wrong += int(difference & np.uint64(255) != np.uint64(0))
+            difference >>= np.uint64(8)
+    return wrong
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def _wrong(image, block_ids, keys, layer):  # type: ignore[no-untyped-def]
     """Bytes of one layer's pages that are not what :func:`_fill` writes."""
     wrong = 0
     for i in range(block_ids.size):
         for side in range(2):
             page, seed = image[side, block_ids[i]], _seed(keys[i], layer, side)
-            for at in range(page.size):
-                difference = page[at] ^ _mixed(seed + np.uint64(at) * _ODD)
-                while difference != np.uint64(0):
-                    wrong += int(difference & np.uint64(255) != np.uint64(0))
-                    difference >>= np.uint64(8)
+            seen = np.uint64(0)
+            for at in range(page.size):  # without a branch, for the pages that are right
+                seen |= page[at] ^ _mixed(seed + np.uint64(at) * _ODD)
+            if seen != np.uint64(0):
+                wrong += _count(page, seed)
     return wrong
 
 
@@ -91,23 +103,18 @@ class Pages:
             for _ in range(layers):
                 self._buffers.append(device.allocate(2 * num_blocks * self._fragment))
                 self._images.append(self._image(self._buffers[-1]))
-                self.clear(np.arange(num_blocks), layers=[len(self._images) - 1])
         except BaseException:
             self.close()
             raise
+        self.clear(np.arange(num_blocks))
         strides = tuple(np.cumprod((_ITEM_BYTES, *shape[:0:-1]))[::-1].tolist())
         specs = [TensorSpec(buffer.address, shape, strides, _ITEM_BYTES, device.name, buffer) for buffer in self._buffers]
         self.layout = KVLayout.from_pointers(specs, block_axis=1, order="NHD")
 
     def _image(self, buffer: DeviceBuffer) -> Words:
         """The layer's words on the host: the memory itself, or of a GPU's a copy that calls bring up to date."""
-        words: Any = buffer.array.view(np.uint64) if self._on_host else np.empty(buffer.nbytes // 8, np.uint64)  # type: ignore[attr-defined]
-        image: Words = words.reshape(2, self.num_blocks, -1)
-        return image
-
-    @property
-    def _on_host(self) -> bool:
-        return isinstance(self.device, HostDevice)
+        words = buffer.array.view(np.uint64) if isinstance(buffer, HostBuffer) else np.empty(buffer.nbytes // 8, np.uint64)
+        return words.reshape(2, self.num_blocks, -1)
 
     def fill(self, block_ids: BlockIds, keys: KeyArray) -> None:
         """Writes what belongs to ``keys``, (n, 32) uint8, into different pages; done when it returns."""
@@ -116,10 +123,10 @@ class Pages:
             _fill(image, np.asarray(block_ids, np.int64), words, layer)
             self._upload(layer, block_ids)
 
-    def clear(self, block_ids: BlockIds, layers: list[int] | None = None) -> None:
+    def clear(self, block_ids: BlockIds) -> None:
         """Writes poison, so that bytes which nobody brought are no right bytes left over."""
-        for layer in range(len(self._images)) if layers is None else layers:
-            self._images[layer][:, block_ids] = _POISON
+        for layer, image in enumerate(self._images):
+            image[:, block_ids] = _POISON
             self._upload(layer, block_ids)
 
     def wrong_bytes(self, block_ids: BlockIds, keys: KeyArray) -> int:
@@ -131,13 +138,13 @@ class Pages:
         return wrong
 
     def _upload(self, layer: int, block_ids: BlockIds) -> None:
-        if not self._on_host:
+        if not isinstance(self._buffers[layer], HostBuffer):
             for side, first, count in _runs(block_ids):
                 words = self._images[layer][side, first : first + count]
                 self._buffers[layer].write(words, (side * self.num_blocks + first) * self._fragment)
 
     def _download(self, layer: int, block_ids: BlockIds) -> None:
-        if not self._on_host:
+        if not isinstance(self._buffers[layer], HostBuffer):
             for side, first, count in _runs(block_ids):
                 offset = (side * self.num_blocks + first) * self._fragment
                 read = self._buffers[layer].read(offset, count * self._fragment)

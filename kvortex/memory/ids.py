@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import threading
 from collections import defaultdict
@@ -10,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvortex.devices.base import Device
+from kvortex.errors import DeviceError
 
 _READY = ((1024, 16), (4096, 8), (16384, 4))  # ids and buffers: 448 KiB
 
@@ -63,5 +65,6 @@ class IdPool:
         """Frees all. Nothing may be in flight. A second call does nothing."""
         with self._lock:
             while self._all:
-                self._device.free_pinned(self._all.pop())
+                with contextlib.suppress(DeviceError):  # a lost context frees nothing, and must not keep others from closing
+                    self._device.free_pinned(self._all.pop())
             self._free.clear()

@@ -89,5 +89,5 @@ def _available_bytes() -> int | None:
         with open("/proc/meminfo") as file:
             fields = dict(line.split(":", 1) for line in file)
         return int(fields["MemAvailable"].split()[0]) << 10
-    except (OSError, KeyError, ValueError):
+    except (OSError, LookupError, ValueError):
         return None

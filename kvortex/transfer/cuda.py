@@ -65,22 +65,21 @@ class CudaCompletion(Completion):
     def query(self) -> bool:
         with self._lock:
             if not self._finished:
-                with cu.current(self._executor.device.context) as driver:
-                    (code,) = driver.cuEventQuery(self._done)
-                    if code == driver.CUresult.CUDA_ERROR_NOT_READY:
-                        return False
-                    self._finish(driver, code)
+                try:
+                    with cu.current(self._executor.device.context) as driver:
+                        (code,) = driver.cuEventQuery(self._done)
+                        if code == driver.CUresult.CUDA_ERROR_NOT_READY:
+                            return False
+                        cu.check((code,), "the GPU failed during a transfer")
+                        if not self._failure:
+                            code, milliseconds = driver.cuEventElapsedTime(self._start, self._done)
+                            self.seconds = 0.0 if int(code) else float(milliseconds) * 1e-3
+                except DeviceError as lost:  # with the context: nothing runs any more, and nothing that ran can be trusted
+                    self._failure = self._failure or TransferError(str(lost))
+                self.error = self._failure
+                self._finished = True
+                self._executor.recycle(self._start, self._done, self._ids)
             return True
-
-    def _finish(self, driver: Any, code: Any) -> None:
-        self.error = self._failure
-        if int(code):  # the context is lost: nothing runs any more, and nothing that ran can be trusted
-            self.error = self.error or TransferError(f"the GPU failed during a transfer: {cu.describe(driver, code)}")
-        elif not self._failure:
-            milliseconds = cu.check(driver.cuEventElapsedTime(self._start, self._done), "cuEventElapsedTime")
-            self.seconds = float(milliseconds) * 1e-3
-        self._finished = True
-        self._executor.recycle(self._start, self._done, self._ids)
 
     def add_to(self, stream: Any) -> None:
         handle = cuda_stream_handle(stream)
@@ -102,15 +101,11 @@ class _Lane:
         self._device = device
         self._streams: list[int] = []
         self._events: list[int] = []
-        with cu.current(device.context) as driver:
-            _, high = cu.check(driver.cuCtxGetStreamPriorityRange(), "cuCtxGetStreamPriorityRange")
-            for _ in range(len(buffers) + 1):
-                # Non-blocking: not ordered with the legacy default stream but through events. High priority: a gather
-                # of tens of microseconds must not queue behind a model's kernels.
-                flags = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
-                self._streams.append(int(cu.check(driver.cuStreamCreateWithPriority(flags, high), "cuStreamCreate")))
-                no_timing = driver.CUevent_flags.CU_EVENT_DISABLE_TIMING
-                self._events.append(int(cu.check(driver.cuEventCreate(no_timing), "cuEventCreate")))
+        try:
+            self._open(len(buffers) + 1)
+        except DeviceError:
+            self.close()
+            raise
         self.streams = np.array(self._streams[:-1], np.int64)
         self.joins = np.array(self._events[:-1], np.int64)
         self.buffers = np.array(buffers, np.int64)
@@ -127,6 +122,17 @@ class _Lane:
         self.parameters = np.zeros(nogil.PARAMETERS, np.int64)
         self.pointers = self.parameters.ctypes.data + 8 * np.arange(nogil.PARAMETERS, dtype=np.int64)
         self.scratch = np.zeros(1, np.int64)
+
+    def _open(self, count: int) -> None:
+        with cu.current(self._device.context) as driver:
+            _, high = cu.check(driver.cuCtxGetStreamPriorityRange(), "cuCtxGetStreamPriorityRange")
+            for _ in range(count):
+                # Non-blocking: not ordered with the legacy default stream but through events. High priority: a gather
+                # of tens of microseconds must not queue behind a model's kernels.
+                flags = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
+                self._streams.append(int(cu.check(driver.cuStreamCreateWithPriority(flags, high), "cuStreamCreate")))
+                no_timing = driver.CUevent_flags.CU_EVENT_DISABLE_TIMING
+                self._events.append(int(cu.check(driver.cuEventCreate(no_timing), "cuEventCreate")))
 
     def close(self) -> None:
         with contextlib.suppress(DeviceError), cu.current(self._device.context) as driver:
@@ -213,14 +219,19 @@ class CudaExecutor(Executor):
     def _submit(self, direction: Direction, plan: Plan, stream: Any) -> Completion:
         caller = cuda_stream_handle(stream)
         lane = self._lanes[direction]
-        ids = None
+        ids, events = None, []
         try:
             with self._guard:
-                start, done = self._events.take(), self._events.take()
+                events.append(self._events.take())
+                events.append(self._events.take())
+            start, done = events
             if len(plan.ids):
                 ids = self._ids.take(len(plan.ids))
                 ids.ids[: len(plan.ids)] = plan.ids
         except DeviceError as refusal:
+            with self._guard:
+                for event in events:
+                    self._events.give(event)
             return Failed(TransferError(f"a {direction.value} of {plan.nbytes} bytes could not be prepared: {refusal}"))
         with lane.lock:
             error, last = nogil.issue(
@@ -272,7 +283,8 @@ class CudaExecutor(Executor):
         if self._staging is not None:
             self._staging.close()
         if self._table is not None:
-            self._table.free()
+            with contextlib.suppress(DeviceError):
+                self._table.free()
         with contextlib.suppress(DeviceError), cu.current(self.device.context) as driver:
             for module in self._module or []:
                 driver.cuModuleUnload(module)

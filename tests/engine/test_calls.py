@@ -30,15 +30,16 @@ def test_saving_what_is_there_moves_nothing(device: Device) -> None:
     with cache.engine() as engine:
         first = cache.randomize()
         engine.save_blocks(keys_of(1, 2), [3, 4]).wait()
-        cache.randomize()
+        second = cache.randomize()
         ticket = engine.save_blocks(keys_of(2, 5), [6, 7])
         assert ticket.wait().tolist() == [True, True]
         assert ticket.nbytes == cache.layout.record_bytes
         again = engine.save_blocks(keys_of(1, 2, 5), [8, 9, 10])
         assert again.done() and again.nbytes == 0 and again.seconds == 0.0 and again.mask.all()
         poisoned = cache.randomize()
-        assert engine.load_blocks(keys_of(2), [0]).wait().all()
-        assert_same(cache.memory(), cache.expected(poisoned, first, [(4, 0)]))
+        assert engine.load_blocks(keys_of(2, 5), [0, 1]).wait().all()
+        wanted = cache.expected(cache.expected(poisoned, first, [(4, 0)]), second, [(7, 1)])
+        assert_same(cache.memory(), wanted)
 
 
 def test_a_miss_leaves_its_page_alone(device: Device) -> None:

@@ -7,6 +7,7 @@ import os
 import re
 import threading
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from kvortex import KVortexEngine
 from kvortex.devices import Device, HostDevice
 from kvortex.errors import EngineClosedError
+from kvortex.memory.arena import PinnedArena
 from tests.pages import PagedCache, assert_same, keys_of
 
 
@@ -88,24 +90,16 @@ def test_shutdown_while_others_call(device: Device) -> None:
     assert ended == ["closed"] * 4
 
 
-def test_a_fork_does_no_harm() -> None:
-    """The child may drop, use or close its copy; the parent's engine goes on. (Host only: see the test below.)"""
-    _fork_and_go_on(HostDevice())
-
-
-@pytest.mark.gpu
-def test_a_fork_does_no_harm_to_a_gpu() -> None:
-    from kvortex.devices import open_device
-
-    _fork_and_go_on(open_device("cuda"))
-
-
-def _fork_and_go_on(device: Device) -> None:
+@pytest.mark.parametrize("drop", [True, False])
+def test_a_fork_does_no_harm(device: Device, drop: bool) -> None:
+    """The child may try to use, close or drop its copy; the parent's engine goes on."""
     cache = PagedCache.plain(device)
     engine = cache.engine()
     before = cache.randomize()
     engine.save_blocks(keys_of(1), [1]).wait()
     ticket = engine.save_blocks(keys_of(2), [2])
+    if drop:
+        ticket.wait()  # else the child's copy would wait for it before it freed anything
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of threads, which the child does not use
         child = os.fork()
@@ -119,8 +113,10 @@ def _fork_and_go_on(device: Device) -> None:
                     assert re.search("forked", str(error))
                 else:
                     raise AssertionError("a forked child used the engine")
-            engine.shutdown()
-            engine.shutdown()
+            PinnedArena.close = lambda self: os._exit(7)  # type: ignore[method-assign]
+            if not drop:
+                engine.shutdown()
+                engine.shutdown()
             del engine, ticket
             gc.collect()
             code = 0
@@ -136,19 +132,26 @@ def _fork_and_go_on(device: Device) -> None:
 
 def test_a_failed_start_gives_back_what_it_took(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = PagedCache.plain(device)
-    closed = []
+    closed: list[object] = []
 
     def fail(*_: object) -> None:
         raise MemoryError("planted")
 
-    from kvortex.memory.arena import PinnedArena
+    if isinstance(device, HostDevice):
+        from kvortex.transfer.host import HostExecutor as Executor
+    else:
+        from kvortex.transfer.cuda import CudaExecutor as Executor
 
-    close = PinnedArena.close
-    monkeypatch.setattr(PinnedArena, "close", lambda self: (closed.append(self), close(self)))
+    def watch(kind: Any) -> None:
+        close = kind.close
+        monkeypatch.setattr(kind, "close", lambda self: (closed.append(kind), close(self)))
+
+    watch(PinnedArena)
+    watch(Executor)
     monkeypatch.setattr("kvortex.engine.BlockIndex", fail)
     vram = free_vram(device)
     with pytest.raises(MemoryError, match="planted"):
         cache.engine()
-    assert len(closed) == 1
+    assert closed == [Executor, PinnedArena], "both, and the executor first: it uses the arena's memory"
     gc.collect()
     assert vram - free_vram(device) < 4 << 20

@@ -1,0 +1,149 @@
+"""``kvortex replay``: hits as the reference counts them, every byte verified, and faults found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvortex.cli import main, replay
+from kvortex.devices import Device
+from tests.cli import plant
+from tests.cli.screen import FarDevice, rows
+from tests.naive import replay_lru
+
+TRACE = Path(__file__).resolve().parents[2] / "../shared/data/mooncake_conversation_trace.jsonl"
+SMALL = ["--record-bytes", "1KiB", "--device", "host"]
+
+
+def conversations(count: int, seed: int = 0) -> list[list[int]]:
+    """Full blocks of requests: an id always has the same predecessor."""
+    rng = np.random.default_rng(seed)
+    requests: list[list[int]] = []
+    fresh = 1
+    for _ in range(count):
+        request = [0]
+        if requests and rng.random() < 0.8:
+            old = requests[-int(rng.integers(1, min(len(requests), 8) + 1))]
+            request = old[: int(rng.integers(1, len(old) + 1))]
+        grow = int(rng.integers(0, 8))
+        requests.append(request + list(range(fresh, fresh + grow)))
+        fresh += grow
+    return requests
+
+
+def write(path: Path, requests: Sequence[Sequence[int]]) -> str:
+    """As a trace: each request ends with a block of one token, which is not full."""
+    with path.open("w") as file:
+        for at, ids in enumerate(requests):
+            record = {"timestamp": at, "input_length": 512 * len(ids) + 1, "output_length": 1, "hash_ids": [*ids, 10**6 + at]}
+            file.write(json.dumps(record) + "\n")
+    return str(path)
+
+
+@pytest.mark.parametrize("blocks", [1, 7, 30, 1000])
+def test_hits_are_the_references(device: Device, tmp_path: Path, blocks: int, capsys: pytest.CaptureFixture[str]) -> None:
+    requests = conversations(120)
+    trace, out = write(tmp_path / "trace.jsonl", requests), tmp_path / "out.json"
+    command = ["replay", trace, "--blocks", str(blocks), "--json", str(out), "--record-bytes", "2KiB", "--device", device.name]
+    assert main(command) == 0
+    report = json.loads(out.read_text())
+    expected = replay_lru(requests, blocks)
+    assert report["hits"] == expected
+    assert report["prefix_hits"] == sum(expected) == report["loaded_blocks"]
+    assert report["verified_bytes"] == report["loaded_bytes"] == sum(expected) * 2048
+    assert (report["wrong_bytes"], report["failed_blocks"]) == (0, 0)
+    assert report["requests"] == 120 and report["pool_blocks"] == blocks
+    assert report["block_references"] == sum(map(len, requests))
+    assert report["blocks_beyond_pool"] == sum(max(0, len(ids) - blocks) for ids in requests)
+    assert report["evictions"] == max(0, report["saved_blocks"] - blocks)
+    assert report["command"] == ["kvortex", *command]
+    assert report["device"]["device"] == device.name
+    assert {"python", "kvortex", "numpy", "numba"} <= set(report["versions"])
+    table = rows(capsys.readouterr().out)
+    assert table["prefix hits"].startswith(f"{sum(expected)} (") and table["wrong bytes"] == "0"
+    assert ("left out" in table) == (blocks < max(map(len, requests)))
+
+
+@pytest.mark.skipif(not TRACE.exists(), reason="the Mooncake conversation trace is not beside the checkout")
+@pytest.mark.parametrize("blocks", [300, 3000])
+def test_a_recorded_trace_hits_as_the_reference_does(blocks: int, capsys: pytest.CaptureFixture[str]) -> None:
+    with TRACE.open() as lines:
+        records = [json.loads(line) for line, _ in zip(lines, range(1000), strict=False)]
+    expected = replay_lru([record["hash_ids"][: record["input_length"] // 512] for record in records], blocks)
+    assert main(["replay", str(TRACE), "--limit", "1000", "--blocks", str(blocks), "--json", "-", "--device", "host"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["hits"] == expected and sum(expected) > 0
+    assert report["wrong_bytes"] == report["failed_blocks"] == 0
+    assert report["verified_bytes"] == sum(expected) * 16384
+    assert report["evictions"] > 0
+
+
+def test_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    requests = conversations(20)
+    trace = write(tmp_path / "trace.jsonl", requests)
+    with open(trace, "a") as file:
+        file.write("what is behind the limit is not looked at\n")
+    assert main(["replay", trace, "--limit", "20", "--json", "-", *SMALL]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["hits"] == replay_lru(requests, 3000)  # nothing but JSON is on stdout
+    assert err.count("\n") <= 2
+
+
+def test_requests_without_a_full_block(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = write(tmp_path / "trace.jsonl", [[], [], []])
+    assert main(["replay", trace, "--json", "-", *SMALL]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["hits"] == [0, 0, 0] and report["block_references"] == 0 and report["prefix_hit_rate"] == 0
+
+
+def test_memory_that_is_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    requests = conversations(40)
+    monkeypatch.setattr(replay, "open_device", lambda name: FarDevice())
+    assert main(["replay", write(tmp_path / "t", requests), "--blocks", "40", "--json", "-", *SMALL]) == 0
+    assert json.loads(capsys.readouterr().out)["hits"] == replay_lru(requests, 40)
+
+
+@pytest.mark.parametrize("fault", [plant.flip_a_byte, plant.loads_do_nothing, plant.loads_fail])
+def test_faults_are_found(
+    fault: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    requests = conversations(40)
+    planted = fault(monkeypatch)
+    assert main(["replay", write(tmp_path / "t", requests), "--json", "-", *SMALL]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["hits"] == replay_lru(requests, 3000)
+    if planted is not None:
+        assert report["wrong_bytes"] == len(planted) > 0
+    elif fault is plant.loads_do_nothing:
+        assert report["wrong_bytes"] > 0.98 * report["verified_bytes"] > 0
+    else:
+        assert report["failed_blocks"] == report["prefix_hits"] > 0 == report["wrong_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--record-bytes", "1000"], "must be a multiple of 1024"),
+        (["--record-bytes", "0"], "must be a multiple of 1024"),
+        (["--json", "/no/such/folder/x.json"], "--json /no/such/folder/x.json: no file can be written there"),
+        (["--device", "tpu"], "'tpu' is no device"),
+        (["--record-bytes", "1KiB", "--blocks", "100000000000"], "bytes of host memory"),
+    ],
+)
+def test_what_cannot_be_done_is_said(
+    tmp_path: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["replay", write(tmp_path / "t", conversations(5)), "--device", "host", *options]) == 2
+    out, err = capsys.readouterr()
+    last = err.splitlines()[-1]
+    assert not out and last.startswith("kvortex: ") and message in last and "Traceback" not in err
+
+
+def test_a_report_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["replay", write(tmp_path / "t", conversations(5)), "--json", str(tmp_path), *SMALL]) == 2
+    assert "no file can be written there" in capsys.readouterr().err

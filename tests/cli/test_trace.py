@@ -1,0 +1,77 @@
+"""Reading traces: full blocks only, and errors that name line and field."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvortex.cli import main
+from kvortex.cli.trace import read_trace, tokens_of
+from kvortex.errors import ArgumentError
+
+GOOD = {"timestamp": 3, "input_length": 1025, "output_length": 7, "hash_ids": [4, 5, 9]}
+
+
+def line(**changes: Any) -> str:
+    return json.dumps({name: value for name, value in {**GOOD, **changes}.items() if value != "gone"})
+
+
+def test_full_blocks_only(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    lengths = [(1025, [4, 5, 9]), (1024, [4, 5]), (1023, [4, 5]), (511, [4]), (0, []), (1025, [4, 5])]
+    path.write_text("\n\n".join(line(input_length=length, hash_ids=ids, more="?") for length, ids in lengths) + "\n")
+    assert read_trace(path) == [[4, 5], [4, 5], [4], [], [], [4, 5]]
+    assert read_trace(path, limit=2) == [[4, 5], [4, 5]]
+
+
+BAD = [
+    ("{", "no JSON: "),
+    ("\xff", "no JSON: "),
+    ("[1]", "must be a JSON object with hash_ids and so on; seen: list"),
+    *((line(**{name: "gone"}), f"{name} is missing") for name in GOOD),
+    (line(timestamp="0"), 'timestamp must be a number of at least 0; seen: "0"'),
+    (line(timestamp=float("nan")), "timestamp must be a number of at least 0; seen: NaN"),
+    (line(timestamp=-1), "timestamp must be a number of at least 0; seen: -1"),
+    (line(input_length=1025.0), "input_length must be an integer of at least 0; seen: 1025.0"),
+    (line(input_length=True), "input_length must be an integer of at least 0; seen: true"),
+    (line(input_length=-5), "input_length must be an integer of at least 0; seen: -5"),
+    (line(output_length=None), "output_length must be an integer of at least 0; seen: null"),
+    (line(hash_ids="4"), 'hash_ids must be a list of integers; seen: "4"'),
+    (line(hash_ids=[4, 5.0, 9]), "hash_ids[1] must be an integer from 0 to 18446744073709551615; seen: 5.0"),
+    (line(hash_ids=[4, -5, 9]), "hash_ids[1] must be an integer from 0 to 18446744073709551615; seen: -5"),
+    (line(hash_ids=[4, 5, 2**64]), "hash_ids[2] must be an integer from 0 to 18446744073709551615; seen: 18446744073709551616"),
+    (line(hash_ids=[4, 5, "x" * 99]), 'seen: "' + "x" * 36 + "..."),
+    (line(hash_ids=[4]), "hash_ids has 1 ids, and input_length = 1025 needs 3, one for each 512 tokens"),
+    (line(hash_ids=[4, 5, 6, 7]), "hash_ids has 4 ids, and input_length = 1025 needs 3, one for each 512 tokens"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), BAD, ids=[str(at) for at in range(len(BAD))])
+def test_bad_lines(text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_bytes(f"{line()}\n\n{text}\n{line()}\n".encode("latin-1"))
+    with pytest.raises(ArgumentError) as caught:
+        read_trace(path)
+    assert str(caught.value).startswith(f"{path}: line 3: ") and message in str(caught.value)
+    assert main(["replay", str(path), "--device", "host"]) == 2
+    assert capsys.readouterr().err == f"kvortex: {caught.value}\n"
+
+
+def test_files_that_are_no_traces(tmp_path: Path) -> None:
+    (tmp_path / "empty").write_text("\n \n")
+    for name, message in (("empty", "no requests in it"), ("absent", "No such file"), (".", "Is a directory")):
+        with pytest.raises(ArgumentError, match=message):
+            read_trace(tmp_path / name)
+
+
+def test_tokens_tell_ids_apart() -> None:
+    ids = [0, 1, 2**32, 2**32 + 1, 2**64 - 1, 1]
+    tokens = tokens_of(ids)
+    assert tokens.shape == (6 * 512,) and tokens.dtype == np.uint32
+    rows = tokens.reshape(6, 512)
+    assert len({row.tobytes() for row in rows}) == 5 and np.array_equal(rows[1], rows[5])
+    assert tokens_of([]).shape == (0,)

@@ -1,0 +1,98 @@
+"""A GPU made of RAM: the driver of :mod:`tests.fake_driver` with memory behind it, and kernels that are loops.
+
+Work is done while it is issued, which is one of the orders that streams and events allow. So this shows that the right
+bytes are asked for, and what becomes of errors; what waits for what, only a real GPU or :mod:`tests.transfer.recorder`
+can show.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvortex.devices.host import HostBuffer
+from kvortex.transfer import cuda as executor
+from tests.fake_driver import FakeDriver, Result, installed
+from tests.transfer.recorder import Call, Recorder
+
+_SYMBOLS = ("cuCtxPushCurrent", "cuCtxPopCurrent", "cuEventRecord", "cuStreamWaitEvent", "cuLaunchKernel",
+            "cuMemcpyDtoHAsync", "cuMemcpyHtoDAsync")  # fmt: skip
+_ENTRIES = {b"gather": 0x6A, b"scatter": 0x5C}
+
+
+class FakeGpu(FakeDriver):
+    """
+    Attributes
+    ----------
+    issued : Recorder
+        What compiled code called; ``issued.fails`` maps positions to error codes.
+    event_code
+        What every event answers.
+    memory : dict
+        Address to buffer of all memory that was taken and not given back.
+    """
+
+    def __init__(self) -> None:
+        take, give = self._take, self._give
+        super().__init__(
+            cuDeviceGetCount=1,
+            cuDeviceGetAttribute=8,
+            cuCtxGetStreamPriorityRange=lambda: (Result(0), 0, -5),
+            cuMemAlloc=take,
+            cuMemAllocFromPoolAsync=take,
+            cuMemHostAlloc=take,
+            cuMemFree=give,
+            cuMemFreeAsync=give,
+            cuMemFreeHost=give,
+            cuMemcpyHtoD=self._move,
+            cuMemcpyDtoH=self._move,
+            cuMemsetD8Async=lambda address, byte, n, _: (Result(0 * ctypes.memset(address, byte, n)),),
+            cuEventQuery=lambda _: (Result(self.event_code),),
+            cuEventElapsedTime=0.5,
+            cuPointerGetAttribute=lambda *_: (Result(1), None),
+            cuModuleGetFunction=lambda _, name: (Result(0), _ENTRIES[name]),
+            cuGetProcAddress=lambda name, *_: (Result(0), int(self.issued.functions[_SYMBOLS.index(name.decode())]), 0),
+        )
+        self.issued = Recorder(also=self._execute)
+        self.event_code = 0
+        self.memory: dict[int, HostBuffer] = {}
+
+    def _take(self, nbytes: int, *_: Any) -> tuple[Result, int]:
+        buffer = HostBuffer(nbytes)
+        buffer.array[:] = 0xEE
+        self.memory[buffer.address] = buffer
+        return Result(0), buffer.address
+
+    def _give(self, address: int, *_: Any) -> tuple[Result]:
+        del self.memory[address]
+        return (Result(0),)
+
+    def _move(self, target: int, source: int, nbytes: int) -> tuple[Result]:
+        ctypes.memmove(target, source, nbytes)
+        return (Result(0),)
+
+    def _execute(self, call: Call) -> None:
+        if call.name in ("to_host", "to_device"):
+            ctypes.memmove(*call.arguments[:3])
+        elif call.name == "launch":
+            staging, table, n_pieces, ids, n_blocks, pitch = call.parameters
+            pieces = np.ctypeslib.as_array((ctypes.c_int64 * (4 * n_pieces)).from_address(table)).reshape(-1, 4)
+            blocks = (ctypes.c_int32 * n_blocks).from_address(ids)
+            for b, block in enumerate(blocks):
+                for base, stride, offset, nbytes in pieces.tolist():
+                    pair = staging + b * pitch + offset - int(pieces[0, 2]), base + block * stride
+                    ctypes.memmove(*(pair if call.arguments[0] == _ENTRIES[b"gather"] else pair[::-1]), nbytes)
+
+
+@contextlib.contextmanager
+def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
+    """Makes ``cuda:0`` a :class:`FakeGpu`."""
+    monkeypatch.setattr(executor.build, "load", lambda name, _: SimpleNamespace(code=b"", entry=name))
+    with installed(FakeGpu()) as gpu:
+        yield gpu
