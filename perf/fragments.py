@@ -117,12 +117,12 @@ def draw(axes: Any, report: Report) -> None:
     for shift, name, colour in ((-0.2, "save", "#27608f"), (0.2, "load", "#d0792a")):
         heights = [row[f"{name}_ratio"] for row in report.rows]
         bars = axes.bar(at + shift, heights, 0.38, label=name, color=colour)
-        axes.bar_label(bars, [f"{row[name]:.1f}" for row in report.rows], fontsize=8, padding=2)
+        axes.bar_label(bars, [f"{row[name]:.1f}" for row in report.rows], label_type="center", color="white", fontsize=9)
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set_xticks(at, [f"{row['fragment_kib']} KiB" for row in report.rows])
-    axes.set_ylim(0, 1.15)
+    axes.set_ylim(0, 1.2 * max(1.0, *(max(row["save_ratio"], row["load_ratio"]) for row in report.rows)))
     axes.set_xlabel("fragment")
-    axes.set_ylabel("share of one contiguous DMA (bars: GB/s)")
+    axes.set_ylabel("share of one contiguous DMA (in bars: GB/s)")
     name = report.environment["device"].get("gpu", "host device")
     axes.set_title(f"Paged blocks between device and pinned RAM, {name}", fontsize=10)
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper right", ncols=2)

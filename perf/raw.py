@@ -49,6 +49,11 @@ class RawCopy:
             return float(cu.check(driver.cuEventElapsedTime(first, last), "cuEventElapsedTime")) * 1e-3
 
     def close(self) -> None:
-        """Frees the memory."""
+        """Frees the memory, stream and events."""
+        if isinstance(self._device, CudaDevice):
+            with cu.current(self._device.context) as driver:
+                cu.check(driver.cuStreamDestroy(self._stream), "cuStreamDestroy")
+                for event in self._events:
+                    cu.check(driver.cuEventDestroy(event), "cuEventDestroy")
         self._arena.close()
         self._buffer.free()

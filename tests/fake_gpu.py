@@ -36,6 +36,10 @@ class FakeGpu(FakeDriver):
         What every event answers.
     memory : dict
         Address to buffer of all memory that was taken and not given back.
+    registered : dict
+        Address to bytes of host memory that may be reached.
+    wild : list of str
+        Accesses outside of all this; they are not made.
     """
 
     def __init__(self) -> None:
@@ -47,6 +51,8 @@ class FakeGpu(FakeDriver):
             cuMemAlloc=take,
             cuMemAllocFromPoolAsync=take,
             cuMemHostAlloc=take,
+            cuMemHostRegister=self._register,
+            cuMemHostUnregister=self._unregister,
             cuMemFree=give,
             cuMemFreeAsync=give,
             cuMemFreeHost=give,
@@ -62,6 +68,28 @@ class FakeGpu(FakeDriver):
         self.issued = Recorder(also=self._execute)
         self.event_code = 0
         self.memory: dict[int, HostBuffer] = {}
+        self.registered: dict[int, int] = {}
+        self.wild: list[str] = []
+
+    def _register(self, address: int, nbytes: int, _: int) -> tuple[Result]:
+        self.registered[address] = nbytes
+        return (Result(0),)
+
+    def _unregister(self, address: int) -> tuple[Result]:
+        del self.registered[address]
+        return (Result(0),)
+
+    def _reach(self, what: str, address: int, nbytes: int) -> bool:
+        """Whether a range lies in one piece of memory of this GPU."""
+        spans = [(at, buffer.nbytes) for at, buffer in self.memory.items()] + list(self.registered.items())
+        inside = nbytes >= 0 and any(at <= address and address + nbytes <= at + size for at, size in spans)
+        if not inside:
+            self.wild.append(f"{what} reaches [{address:#x}, {address + nbytes:#x})")
+        return inside
+
+    def _copy(self, what: str, target: int, source: int, nbytes: int) -> None:
+        if self._reach(what, target, nbytes) and self._reach(what, source, nbytes):
+            ctypes.memmove(target, source, nbytes)
 
     def _take(self, nbytes: int, *_: Any) -> tuple[Result, int]:
         buffer = HostBuffer(nbytes)
@@ -79,20 +107,23 @@ class FakeGpu(FakeDriver):
 
     def _execute(self, call: Call) -> None:
         if call.name in ("to_host", "to_device"):
-            ctypes.memmove(*call.arguments[:3])
+            self._copy("a copy", *call.arguments[:3])
         elif call.name == "launch":
             staging, table, n_pieces, ids, n_blocks, pitch = call.parameters
+            if not (self._reach("a kernel's table", table, 32 * n_pieces) and self._reach("a kernel's ids", ids, 4 * n_blocks)):
+                return
             pieces = np.ctypeslib.as_array((ctypes.c_int64 * (4 * n_pieces)).from_address(table)).reshape(-1, 4)
             blocks = (ctypes.c_int32 * n_blocks).from_address(ids)
             for b, block in enumerate(blocks):
                 for base, stride, offset, nbytes in pieces.tolist():
                     pair = staging + b * pitch + offset - int(pieces[0, 2]), base + block * stride
-                    ctypes.memmove(*(pair if call.arguments[0] == _ENTRIES[b"gather"] else pair[::-1]), nbytes)
+                    self._copy("a kernel", *(pair if call.arguments[0] == _ENTRIES[b"gather"] else pair[::-1]), nbytes)
 
 
 @contextlib.contextmanager
 def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
-    """Makes ``cuda:0`` a :class:`FakeGpu`."""
+    """Makes ``cuda:0`` a :class:`FakeGpu`, which must not have been made to reach beyond its memory."""
     monkeypatch.setattr(executor.build, "load", lambda name, _: SimpleNamespace(code=b"", entry=name))
     with installed(FakeGpu()) as gpu:
         yield gpu
+    assert not gpu.wild

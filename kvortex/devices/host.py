@@ -43,7 +43,7 @@ class HostBuffer(DeviceBuffer):
         return self.array[offset : offset + nbytes].copy()
 
     def free(self) -> None:
-        self.array = np.empty(0, np.uint8)
+        self.array, self.nbytes = np.empty(0, np.uint8), 0
 
 
 class HostEvent:

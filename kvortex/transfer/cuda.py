@@ -211,7 +211,7 @@ class CudaExecutor(Executor):
         return self._submit(direction, plan, stream)
 
     def submit_buffers(self, direction: Direction, addresses: Int64s, sizes: Int64s, slots: Int64s, stream: Any) -> Completion:
-        return self._submit(direction, plan_direct(addresses, sizes, slots, self._pool, self._count), stream)
+        return self._submit(direction, plan_direct(addresses, sizes, slots, self._pool, self._count, one_tensor=False), stream)
 
     def check_stream(self, stream: Any) -> None:
         cuda_stream_handle(stream)

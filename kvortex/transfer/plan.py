@@ -150,7 +150,9 @@ def _chunks_of_parts(slots: Int64s, pieces: Int64s, pool: Pool, buffer_bytes: in
     return chunks, copies
 
 
-def plan_direct(addresses: Int64s, sizes: Int64s, slots: Int64s, pool: Pool, streams: int) -> Plan:
+def plan_direct(
+    addresses: Int64s, sizes: Int64s, slots: Int64s, pool: Pool, streams: int, *, one_tensor: bool = True
+) -> Plan:
     """A transfer of contiguous pieces of VRAM with no kernel: one DMA for each run that is contiguous on both sides.
 
     Parameters
@@ -161,13 +163,16 @@ def plan_direct(addresses: Int64s, sizes: Int64s, slots: Int64s, pool: Pool, str
     pool
     streams
         Streams that the copies are dealt to.
+    one_tensor
+        Whether all addresses lie in one allocation. Those of a caller's buffers may only happen to be neighbours, and a
+        DMA must not cross from one allocation into the next, so they are never joined.
     """
     order = np.argsort(slots)
     addresses, sizes, slots = addresses[order], sizes[order], slots[order]
     host = pool.address + slots * pool.slot_bytes
     n = len(slots)
     breaks = np.ones(n, bool)
-    joined = (addresses[:-1] + sizes[:-1] == addresses[1:]) & (host[:-1] + sizes[:-1] == host[1:])
+    joined = one_tensor & (addresses[:-1] + sizes[:-1] == addresses[1:]) & (host[:-1] + sizes[:-1] == host[1:])
     breaks[1:] = ~joined | (np.diff(slots // pool.segment_slots) != 0)
     heads = np.flatnonzero(breaks)
     copies = np.empty((len(heads), 3), np.int64)

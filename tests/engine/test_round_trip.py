@@ -117,3 +117,25 @@ def test_opaque_buffers(device: Device, size: int) -> None:
             part = data[offsets[which] : offsets[which] + sizes[which]]
             wanted[offsets[place] : offsets[place] + len(part)] = part
         assert_same([target.read()], [wanted])
+
+
+def test_opaque_buffers_that_are_neighbours_by_chance(device: Device) -> None:
+    """Allocations of exactly one slot may touch each other; a copy must not run from one into the next."""
+    from kvortex import KVortexConfig, KVortexEngine
+
+    size = 2 << 20
+    config = KVortexConfig(cpu_pool_size_bytes=8 * size, max_block_bytes=size, device=device.name)
+    rng = np.random.default_rng(1)
+    with KVortexEngine.create(config) as engine:
+        buffers = sorted((device.allocate(size) for _ in range(8)), key=lambda buffer: buffer.address)
+        data = rng.integers(0, 256, (8, size), np.uint8)
+        for buffer, row in zip(buffers, data, strict=True):
+            buffer.write(row)
+        pointers, sizes = [buffer.address for buffer in buffers], [size] * 8
+        ticket = engine.save_blocks(keys_of(*range(8)), pointers, sizes)
+        assert ticket.wait().all(), ticket.error
+        for buffer in buffers:
+            buffer.write(np.zeros(size, np.uint8))
+        assert engine.load_blocks(keys_of(*range(8)), pointers, sizes).wait().all()
+        for buffer, row in zip(buffers, data, strict=True):
+            assert_same([buffer.read()], [row])

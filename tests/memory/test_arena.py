@@ -1,0 +1,167 @@
+"""The pinned pool: as many slots as the budget holds, every byte pinned once and unpinned once, on every path."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from kvortex.errors import ConfigError, PinnedMemoryError
+from kvortex.memory import arena as module
+from kvortex.memory.arena import SLOT_ALIGNMENT, PinnedArena
+from tests.memory.recording import RecordingDevice
+
+
+def covered(device: RecordingDevice, arena: PinnedArena) -> list[tuple[int, int]]:
+    """(first, last) slot byte of each registration, in order, after checking that they cover the pool exactly once."""
+    spans = sorted((address - arena.address, address - arena.address + nbytes) for address, nbytes in device.pinned.items())
+    assert spans[0][0] == 0 and spans[-1][1] == arena.slots * arena.slot_bytes
+    assert all(end == start for (_, end), (start, _) in zip(spans[:-1], spans[1:], strict=True))
+    return spans
+
+
+@pytest.mark.parametrize(
+    ("budget", "record", "slot", "slots"),
+    [
+        (4096, 1, 4096, 1),
+        (4096, 4096, 4096, 1),
+        (8191, 4096, 4096, 1),
+        (8192, 4096, 4096, 2),
+        (8192, 4097, 8192, 1),
+        (8193, 4097, 8192, 1),
+        (16383, 4097, 8192, 1),
+        (16384, 8192, 8192, 2),
+        (1 << 20, 5000, 8192, 128),
+        ((1 << 20) - 1, 5000, 8192, 127),
+        (3 * 4096 * 7 + 1, 12288, 12288, 7),
+    ],
+)
+def test_slots_are_exactly_what_the_budget_holds(budget: int, record: int, slot: int, slots: int) -> None:
+    device = RecordingDevice()
+    arena = PinnedArena(device, budget, record)
+    assert (arena.slot_bytes, arena.slots, arena.nbytes) == (slot, slots, slot * slots) and arena.nbytes <= budget
+    assert arena.address % SLOT_ALIGNMENT == 0 and arena.slot_bytes % SLOT_ALIGNMENT == 0
+    assert covered(device, arena) == [(0, arena.nbytes)] and arena.pinned_by == "register"
+    arena.close()
+    assert not device.pinned
+
+
+@pytest.mark.parametrize(("budget", "record"), [(1, 1), (4095, 1), (4096, 4097), (8191, 4097)])
+def test_a_budget_below_one_slot(budget: int, record: int) -> None:
+    device = RecordingDevice()
+    slot = -(-record // 4096) * 4096
+    with pytest.raises(ConfigError, match=f"cpu_pool_size_bytes = {budget}: does not hold one block, which takes {slot} bytes"):
+        PinnedArena(device, budget, record)
+    assert not device.log
+
+
+@pytest.mark.parametrize(
+    ("segment", "spans"),
+    [
+        (4096 * 2, [(0, 2), (2, 4), (4, 6), (6, 7)]),
+        (4096 * 3 + 4095, [(0, 3), (3, 6), (6, 7)]),
+        (4096 * 7, [(0, 7)]),
+        (4096 * 100, [(0, 7)]),
+        (4096, [(at, at + 1) for at in range(7)]),
+        (1, [(at, at + 1) for at in range(7)]),  # a slot larger than a segment is a segment of its own
+    ],
+)
+def test_segments_cover_everything_once(monkeypatch: pytest.MonkeyPatch, segment: int, spans: list[tuple[int, int]]) -> None:
+    monkeypatch.setattr(module, "MAX_SEGMENT", segment)
+    device = RecordingDevice()
+    arena = PinnedArena(device, 7 * 4096, 4000)
+    assert covered(device, arena) == [(first * 4096, last * 4096) for first, last in spans]
+    assert arena.segment_slots == (spans[0][1] if len(spans) > 1 else max(1, segment // 4096))
+    for slot in range(arena.slots):  # what the planner assumes: slots of one segment number are in one registration
+        holder = [n for n, (first, last) in enumerate(spans) if first <= slot < last]
+        assert holder == [slot // arena.segment_slots]
+    arena.close()
+    arena.close()
+    pins = [address for word, address in device.log if word == "pin"]
+    unpins = [address for word, address in device.log if word == "unpin"]
+    assert sorted(pins) == sorted(unpins) and len(set(unpins)) == len(unpins) == len(spans)
+
+
+@pytest.mark.parametrize("refused_at", [0, 1, 3])
+def test_a_refused_registration_is_undone_and_memory_is_allocated_instead(
+    monkeypatch: pytest.MonkeyPatch, refused_at: int
+) -> None:
+    monkeypatch.setattr(module, "MAX_SEGMENT", 2 * 4096)
+    device = RecordingDevice(pins_before_refusal=refused_at)
+    arena = PinnedArena(device, 7 * 4096, 4096)
+    words = [word for word, _ in device.log]
+    assert not device.pinned and words == ["pin"] * refused_at + ["unpin"] * refused_at + ["allocate"]
+    assert arena.pinned_by == "alloc" and arena.notes[-1] == "registration refused: registration is forbidden here"
+    assert arena._mapping is None and device.log[-1] == ("allocate", arena.address)
+    assert arena.segment_slots == arena.slots == 7, "one allocation has no inner borders"
+    assert all(not arena.view(slot).any() for slot in range(7)), "zeroed, as the mapping is"
+    arena.close()
+    arena.close()
+    assert [word for word, _ in device.log].count("free") == 1 and not device._pinned
+
+
+def test_neither_way_of_pinning() -> None:
+    device = RecordingDevice(pins_before_refusal=0, allocations_before_refusal=0)
+    with pytest.raises(PinnedMemoryError) as caught:
+        PinnedArena(device, 2 * 4096, 4096)
+    for part in ("8192 bytes", "registration is forbidden here", "no memory left", "cpu_pool_size_bytes", "ulimit -l"):
+        assert part in str(caught.value)
+    assert not device.pinned and not device._pinned
+
+
+def test_views_are_the_slots_themselves() -> None:
+    device = RecordingDevice()
+    arena = PinnedArena(device, 4 * 8192, 5000)
+    for slot in range(4):
+        arena.view(slot)[:] = slot + 1
+    for slot in range(4):
+        assert (arena.view(slot) == slot + 1).all() and len(arena.view(slot)) == 8192
+        assert len(arena.view(slot, 5000)) == 5000 and arena.view(slot).ctypes.data == arena.address + slot * 8192
+    arena.view(2, 100)[:] = 9
+    assert arena.view(2).sum() == 100 * 9 + (8192 - 100) * 3 and (arena.view(3) == 4).all()
+    arena.close()
+
+
+@pytest.mark.parametrize("pins", [None, 0])
+def test_close_goes_on_where_the_driver_refuses(monkeypatch: pytest.MonkeyPatch, pins: int | None) -> None:
+    """After a GPU fault every call fails; the host memory must be given back all the same."""
+    monkeypatch.setattr(module, "MAX_SEGMENT", 4096)
+    device = RecordingDevice(pins_before_refusal=pins)
+    arena = PinnedArena(device, 3 * 4096, 4096)
+    device.refuses_to_undo = True
+    arena.close()
+    assert not device.pinned and not device._pinned and arena._mapping is None and not arena._registered
+
+
+@pytest.mark.parametrize(
+    ("numa", "nodes", "node", "wanted"), [(True, 2, 1, 1), (True, 1, 1, None), (False, 2, 1, None), (True, 2, None, None)]
+)
+def test_the_node_of_the_device(
+    monkeypatch: pytest.MonkeyPatch, numa: bool, nodes: int, node: int | None, wanted: int | None
+) -> None:
+    asked: list[int | None] = []
+    make = module.Mapping
+    monkeypatch.setattr(module, "node_count", lambda: nodes)
+    monkeypatch.setattr(module, "Mapping", lambda nbytes, node: asked.append(node) or make(nbytes))
+    device = RecordingDevice()
+    device.node = node
+    PinnedArena(device, 4096, 4096, numa=numa).close()
+    assert asked == [wanted]
+
+
+@pytest.mark.gpu
+def test_a_gpu_reads_and_writes_every_slot() -> None:
+    from kvortex.devices import driver as cu
+    from kvortex.devices.cuda import CudaDevice
+
+    device = CudaDevice()
+    arena = PinnedArena(device, 5 * 4096, 4096)
+    assert device.owner_of(arena.address) == "host"
+    data = np.random.default_rng(0).integers(0, 256, arena.nbytes, np.uint8)
+    buffer = device.allocate(arena.nbytes)
+    buffer.write(data)
+    with cu.current(device.context) as driver:
+        cu.check(driver.cuMemcpyDtoH(arena.address, buffer.address, arena.nbytes), "cuMemcpyDtoH")
+    assert all((arena.view(slot) == data[slot * 4096 : (slot + 1) * 4096]).all() for slot in range(5))
+    address = arena.address
+    arena.close()
+    assert device.owner_of(address) is None

@@ -1,0 +1,161 @@
+"""Every measurement runs small on the host device, writes what it promises, and sees a wrong byte."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import kvortex
+from kvortex.devices import HostDevice
+from kvortex.transfer import host
+from kvortex.transfer.executor import Direction
+from perf import __main__ as program
+from perf import fragments
+from perf.raw import RawCopy
+from perf.report import Report
+
+FACTS = ("date", "device", "python", "kvortex", "packages")
+
+
+@pytest.fixture(scope="module", params=sorted(program.QUESTIONS))
+def answer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """A question, and the folder with what it wrote; run once for all tests."""
+    folder = tmp_path_factory.mktemp(request.param) / "deep" / "results"
+    assert program.main([request.param, "--quick", "--device", "host", "--out", str(folder)]) == 0
+    return request.param, folder
+
+
+def result_of(answer: tuple[str, Path]) -> dict[str, Any]:
+    name, folder = answer
+    return json.loads((folder / f"{name}-host.json").read_text())
+
+
+def test_the_result_says_where_and_how_it_was_measured(answer: tuple[str, Path]) -> None:
+    name, folder = answer
+    result = result_of(answer)
+    assert result["name"] == name
+    assert result["command"] == f"python -m perf {name} --quick --device host --out {folder}"
+    assert all(result["environment"][fact] for fact in FACTS)
+    assert result["environment"]["device"]["device"] == "host" and result["environment"]["kvortex"] == kvortex.__version__
+    assert result["environment"]["packages"]["numpy"] == np.__version__ and result["environment"]["date"].endswith("+00:00")
+
+
+def test_rows_are_whole_and_no_byte_is_wrong(answer: tuple[str, Path]) -> None:
+    name, _ = answer
+    rows = result_of(answer)["rows"]
+    assert rows and all(set(program.QUESTIONS[name].COLUMNS) <= set(row) for row in rows)
+    for row in rows:
+        assert row.get("wrong_bytes", 0) == 0
+        assert all(np.isfinite(value) and value >= 0 for value in row.values() if isinstance(value, (int, float)))
+
+
+def test_the_picture_is_written(answer: tuple[str, Path]) -> None:
+    pytest.importorskip("matplotlib")
+    name, folder = answer
+    assert (folder / f"{name}-host.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One size of fragments."""
+    monkeypatch.setattr(fragments, "FRAGMENT_BYTES", (16 << 10,))
+
+
+@pytest.mark.usefixtures("small")
+def test_no_picture_without_matplotlib(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert program.main(["fragments", "--quick", "--device", "host", "--out", str(tmp_path)]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["fragments-host.json"]
+    out = capsys.readouterr().out
+    assert "wrong_bytes" in out and out.count("wrote ") == 1 and out.rstrip().endswith("fragments-host.json")
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("to_host", [True, False])
+def test_a_wrong_byte_is_counted(monkeypatch: pytest.MonkeyPatch, to_host: bool) -> None:
+    """One byte of one block, spoiled on its way out or back."""
+    copy, spoiled = host.copy_paged, []
+
+    def spoil(memcpy: int, rows: np.ndarray, blocks: np.ndarray, records: np.ndarray, out: bool) -> None:
+        copy(memcpy, rows, blocks, records, out)
+        if out == to_host and len(spoiled) < 1:
+            address = int(records[0]) + 5 if out else int(rows[3, 0] + blocks[0] * rows[3, 1]) + 5
+            spoiled.append(address)
+            cell = np.ctypeslib.as_array((ctypes.c_uint8 * 1).from_address(address))
+            cell[0] ^= 1
+
+    monkeypatch.setattr(host, "copy_paged", spoil)
+    _, rows, _ = fragments.measure("host", quick=True)
+    assert len(spoiled) == 1 and [row["wrong_bytes"] for row in rows] == [1]
+
+
+@pytest.mark.usefixtures("small")
+def test_a_write_to_another_page_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One byte of a page that is neither loaded nor saved into."""
+    submit, spoiled = host.HostExecutor.submit_blocks, []
+
+    def spoil(self: host.HostExecutor, direction: Direction, blocks: np.ndarray, slots: np.ndarray, stream: object) -> object:
+        if direction is Direction.LOAD and not spoiled:
+            base, stride, _, _ = self._fragments[7].tolist()
+            spoiled.append(base + int(np.setdiff1d(np.arange(2 * len(blocks)), blocks)[0]) * stride)
+            ctypes.memmove(spoiled[0], bytes([ctypes.string_at(spoiled[0], 1)[0] ^ 1]), 1)
+        return submit(self, direction, blocks, slots, stream)
+
+    monkeypatch.setattr(host.HostExecutor, "submit_blocks", spoil)
+    _, rows, _ = fragments.measure("host", quick=True)
+    assert len(spoiled) == 1 and [row["wrong_bytes"] for row in rows] == [1]
+
+
+@pytest.mark.usefixtures("small")
+def test_a_miss_is_no_measurement(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(*_: object) -> None:
+        raise MemoryError("no more")
+
+    monkeypatch.setattr(host, "copy_paged", broken)
+    assert program.main(["fragments", "--quick", "--device", "host", "--out", str(tmp_path)]) == 2
+    assert "failed" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_bad_device_exits_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for device in ("abacus", "cuda:999"):
+        assert program.main(["fragments", "--quick", "--device", device, "--out", str(tmp_path / "out")]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("perf: ") and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["weather"], ["fragments", "--fast"]])
+def test_bad_arguments_exit_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        program.main(arguments)
+    assert caught.value.code == 2 and "usage: python -m perf" in capsys.readouterr().err
+
+
+def test_a_raw_copy_copies() -> None:
+    device = HostDevice()
+    raw = RawCopy(device, 100_000)
+    try:
+        data = np.random.default_rng(0).integers(0, 256, raw.nbytes, np.uint8)
+        raw._buffer.write(data)
+        assert raw.seconds(to_host=True) > 0
+        assert (raw._arena.view(0, raw.nbytes) == data).all()
+        raw._buffer.write(np.zeros(raw.nbytes, np.uint8))
+        assert raw.seconds(to_host=False) > 0
+        assert (raw._buffer.read() == data).all()
+    finally:
+        raw.close()
+
+
+def test_tables_are_aligned() -> None:
+    report = Report("x", "", {}, {}, [{"a": 1.23456, "long": 7}, {"a": 123456.0, "long": "text"}])
+    lines = report.table(["a", "long"]).splitlines()
+    assert [line.split() for line in lines] == [["a", "long"], ["1.23", "7"], ["1.23e+05", "text"]]
+    assert len({len(line) for line in lines}) == 1

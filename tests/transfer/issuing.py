@@ -1,0 +1,77 @@
+"""Lanes with telling numbers in every cell, and plans to issue on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from kvortex.transfer import issue as nogil
+from kvortex.transfer.plan import Int64s, Plan, Pool, plan_direct, plan_staged, split_pieces
+from tests.naive_plan import VRAM
+from tests.transfer.plans import HOST, fragments_of
+from tests.transfer.recorder import Recorder
+
+CONTEXT, KERNEL, THREADS, TABLE, JOIN_STREAM, CALLER_EVENT = 0xC0, 0xF0, 64, 0x7AB1E000, 0x5000, 0xE000
+CALLER, START, DONE, IDS = 0x5CA11, 0xE111, 0xE222, 0x1D5000
+SLOT_BYTES, PIECE_BYTES = 128, 16
+
+
+@dataclass
+class Lane:
+    """What ``issue`` takes besides the plan; stream k is 0x5001 + k, its buffer 0xB0000 * (k + 1), its event 0xE001 + k."""
+
+    count: int
+    to_host: bool
+    turn: int = 0
+    max_ctas: int = 3
+    cells: Int64s = field(init=False)
+
+    def __post_init__(self) -> None:
+        at = np.arange(self.count, dtype=np.int64)
+        self.streams, self.joins, self.buffers = 0x5001 + at, 0xE001 + at, 0xB0000 * (at + 1)
+        self.cells = np.zeros(nogil.LANE_CELLS, np.int64)
+        self.cells[nogil.CONTEXT] = CONTEXT
+        self.cells[nogil.KERNEL] = KERNEL
+        self.cells[nogil.THREADS] = THREADS
+        self.cells[nogil.MAX_CTAS] = self.max_ctas
+        self.cells[nogil.TABLE] = TABLE
+        self.cells[nogil.SLOT_BYTES] = SLOT_BYTES
+        self.cells[nogil.JOIN_STREAM] = JOIN_STREAM
+        self.cells[nogil.CALLER_EVENT] = CALLER_EVENT
+        self.cells[nogil.TO_HOST] = self.to_host
+
+    def issue(self, recorder: Recorder, plan: Plan) -> tuple[int, int]:
+        """The two codes."""
+        parameters = np.zeros(nogil.PARAMETERS, np.int64)
+        pointers = parameters.ctypes.data + 8 * np.arange(nogil.PARAMETERS, dtype=np.int64)
+        fixed = (self.cells, self.streams, self.buffers, self.joins, self.turn, CALLER, START, DONE)
+        scratch = np.zeros(1, np.int64)
+        return nogil.issue(recorder.functions, *fixed, plan.chunks, plan.copies, IDS, parameters, pointers, scratch)
+
+    def used(self, plan: Plan) -> list[int]:
+        """Streams that get chunks, in the order of chunks."""
+        order = [(self.turn + chunk) % self.count for chunk in range(len(plan.chunks))]
+        return [int(self.streams[at]) for at in dict.fromkeys(order)]
+
+
+def staged(n: int = 9, streams: int = 3, *, buffer_bytes: int = 2 * SLOT_BYTES) -> Plan:
+    """Records of 60 + 40 bytes, in pieces of 16, in slots with a hole and a segment border."""
+    fragments, _ = fragments_of([60, 40], 100, 0, interleaved=False)
+    slots = np.arange(n) + (np.arange(n) >= 4)
+    pieces = split_pieces(fragments, PIECE_BYTES)
+    return plan_staged(np.arange(n)[::-1].copy(), slots, pieces, Pool(HOST, SLOT_BYTES, 7), buffer_bytes, streams, 64)
+
+
+def direct(n: int = 9, streams: int = 3) -> Plan:
+    """Buffers of 100 bytes each, with no kernel."""
+    return plan_direct(VRAM + 1000 * np.arange(n), np.full(n, 100), np.arange(n), Pool(HOST, SLOT_BYTES, 7), streams)
+
+
+PLANS = {
+    "staged": staged(),
+    "one record": staged(1),
+    "parts": staged(3, buffer_bytes=SLOT_BYTES // 2),
+    "direct": direct(),
+    "one buffer": direct(1),
+}

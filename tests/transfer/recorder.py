@@ -1,0 +1,105 @@
+"""Driver functions for compiled code that do nothing but take their arguments down, and an account of what is ordered
+after what by streams and events alone."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kvortex.devices import driver as cu
+from kvortex.transfer.issue import PARAMETERS
+from kvortex.transfer.plan import Int64s
+
+_WORD = ctypes.c_longlong
+_COUNTS = {
+    cu.CTX_PUSH: 1,
+    cu.CTX_POP: 1,
+    cu.EVENT_RECORD: 2,
+    cu.STREAM_WAIT: 3,
+    cu.LAUNCH: 11,
+    cu.COPY_TO_HOST: 4,
+    cu.COPY_TO_DEVICE: 4,
+}
+_NAMES = {
+    cu.CTX_PUSH: "push",
+    cu.CTX_POP: "pop",
+    cu.EVENT_RECORD: "record",
+    cu.STREAM_WAIT: "wait",
+    cu.LAUNCH: "launch",
+    cu.COPY_TO_HOST: "to_host",
+    cu.COPY_TO_DEVICE: "to_device",
+}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call; ``parameters`` are the kernel's, of a launch."""
+
+    name: str
+    arguments: tuple[int, ...]
+    parameters: tuple[int, ...] = ()
+
+    @property
+    def stream(self) -> int:
+        """The stream that the call puts work on."""
+        return {
+            "record": lambda a: a[1],
+            "wait": lambda a: a[0],
+            "launch": lambda a: a[8],
+            "to_host": lambda a: a[3],
+            "to_device": lambda a: a[3],
+        }[self.name](self.arguments)
+
+
+class Recorder:
+    """``functions`` is what ``kvortex.devices.driver.functions`` gives; ``fails`` maps a call's position to an error code;
+    ``also`` is called with every call that does not fail."""
+
+    def __init__(self, fails: dict[int, int] | None = None, also: Callable[[Call], None] | None = None) -> None:
+        self.calls: list[Call] = []
+        self.fails, self._also = fails or {}, also
+        self._keep = [self._function(at) for at in range(len(_COUNTS))]
+        addresses = [ctypes.cast(function, ctypes.c_void_p).value or 0 for function in self._keep]
+        self.functions: Int64s = np.array(addresses, np.int64)
+
+    def _function(self, which: int) -> Any:
+        def take(*arguments: int) -> int:
+            parameters: tuple[int, ...] = ()
+            if which == cu.LAUNCH:
+                pointers = (_WORD * PARAMETERS).from_address(arguments[9])
+                parameters = tuple(_WORD.from_address(pointer).value for pointer in pointers)
+            call = Call(_NAMES[which], arguments, parameters)
+            self.calls.append(call)
+            code = self.fails.get(len(self.calls) - 1, 0)
+            if not code and self._also is not None:
+                self._also(call)
+            return code
+
+        return ctypes.CFUNCTYPE(ctypes.c_int, *[_WORD] * _COUNTS[which])(take)
+
+    @property
+    def names(self) -> list[str]:
+        return [call.name for call in self.calls]
+
+
+def predecessors(calls: list[Call], fails: dict[int, int] | None = None) -> list[set[int]]:
+    """For each call the positions of all calls that have surely ended when it runs, by streams' order and events."""
+    last: dict[int, set[int]] = {}  # of a stream: everything on it, and before it
+    events: dict[int, set[int]] = {}
+    before: list[set[int]] = []
+    for at, call in enumerate(calls):
+        if call.name in ("push", "pop") or at in (fails or {}):
+            before.append(set())
+            continue
+        known = last.setdefault(call.stream, set())
+        before.append(set(known))
+        if call.name == "wait":
+            known |= events.get(call.arguments[1], set())
+        known.add(at)
+        if call.name == "record":
+            events[call.arguments[0]] = set(known)
+    return before

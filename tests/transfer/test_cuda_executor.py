@@ -1,0 +1,205 @@
+"""The executor of a GPU, on one made of RAM: the right bytes, and nothing leaked or left hanging by a refusal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvortex.devices.cuda import CudaDevice
+from kvortex.errors import ArgumentError, DeviceError, TransferError
+from kvortex.transfer.cuda import DIRECT_BYTES
+from kvortex.transfer.executor import Completion, Direction, Failed
+from tests.fake_gpu import FakeGpu, fake_gpu
+from tests.pages import PagedCache, Tensor, assert_same, keys_of
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
+    with fake_gpu(monkeypatch) as made:
+        yield made
+
+
+def cache_of(kind: str) -> PagedCache:
+    device = CudaDevice()
+    if kind == "direct":
+        return PagedCache(device, [Tensor(device, (12, DIRECT_BYTES), 1)], 0)
+    if kind == "odd":
+        return PagedCache(device, [Tensor(device, (12, 333), 1, shift=1), Tensor(device, (2, 12, 77), 1, shift=3)], [0, 1])
+    return PagedCache(device, [Tensor(device, (2, 12, 5, 60)) for _ in range(3)], 1)
+
+
+@pytest.mark.parametrize("staging", [4096, 3 * 4096, 1 << 20])
+@pytest.mark.parametrize("streams", [1, 3])
+@pytest.mark.parametrize("kind", ["direct", "odd", "layers"])
+def test_round_trip(gpu: FakeGpu, kind: str, streams: int, staging: int) -> None:
+    cache = cache_of(kind)
+    options = {"gpu_pool_size_bytes": 2 * streams * staging, "num_transfer_streams": streams}
+    with cache.engine(slots=10, **options) as engine:
+        before = cache.randomize()
+        assert engine.save_blocks(keys_of(*range(10)), np.arange(10)[::-1]).wait().all()
+        poisoned = cache.randomize()
+        ticket = engine.load_blocks(keys_of(2, 9, 4), [11, 0, 3])
+        assert ticket.wait().all() and ticket.seconds == 0.5e-3
+        assert_same(cache.memory(), cache.expected(poisoned, before, [(7, 11), (0, 0), (5, 3)]))
+    launches = gpu.issued.names.count("launch")
+    assert (launches == 0) == (kind == "direct")
+
+
+def test_opaque_buffers(gpu: FakeGpu) -> None:
+    cache = cache_of("odd")
+    with cache.engine(max_block_bytes=5000) as engine:
+        source = cache.device.allocate(9000)
+        data = np.random.default_rng(0).integers(0, 256, 9000, np.uint8)
+        source.write(data)
+        assert engine.save_blocks(keys_of(1, 2), [source.address + 1, source.address + 5001], [5000, 7]).wait().all()
+        source.write(np.zeros(9000, np.uint8))
+        assert engine.load_blocks(keys_of(2, 1), [source.address, source.address + 7], [7, 5000]).wait().all()
+        assert_same([source.read()], [np.concatenate([data[5001:5008], data[1:5001], np.zeros(3993, np.uint8)])])
+
+
+def test_everything_is_given_back(gpu: FakeGpu) -> None:
+    cache = cache_of("layers")
+    kept = set(gpu.memory)
+    with cache.engine() as engine:
+        engine.save_blocks(keys_of(1), [1]).wait()
+        assert len(gpu.memory) > len(kept)
+    assert set(gpu.memory) == kept
+    made = len(gpu.named("cuEventCreate")), len(gpu.named("cuStreamCreateWithPriority")), len(gpu.named("cuModuleLoadData"))
+    assert made == tuple(len(gpu.named(name)) for name in ("cuEventDestroy", "cuStreamDestroy", "cuModuleUnload"))
+    assert len(gpu.named("cuCtxPushCurrent")) == len(gpu.named("cuCtxPopCurrent"))
+    assert len(gpu.named("cuMemHostRegister")) == len(gpu.named("cuMemHostUnregister"))
+
+
+def test_events_and_ids_are_used_again(gpu: FakeGpu) -> None:
+    with cache_of("layers").engine() as engine:
+        taken = []
+        for turn in range(5):
+            engine.save_blocks(keys_of(turn), [turn]).wait()
+            taken.append((len(gpu.named("cuEventCreate")), len(gpu.memory)))
+        assert len(set(taken)) == 1
+
+
+def submit(engine: Any, block: int = 1) -> Completion:
+    return engine._executor.submit_blocks(Direction.SAVE, np.array([block]), np.array([block]), None)
+
+
+def test_a_transfer_runs_until_its_event_has_passed(gpu: FakeGpu) -> None:
+    with cache_of("layers").engine() as engine:
+        gpu.event_code = 600
+        completion = submit(engine)
+        assert not completion.query() and completion.seconds == 0.0
+        completion.add_to(0x77)
+        assert gpu.named("cuStreamWaitEvent") == [(0x77, completion._done, 0)]
+        with pytest.raises(ArgumentError):
+            completion.add_to("stream")
+        gpu.event_code = 0
+        assert completion.query() and completion.seconds == 0.5e-3
+        completion.add_to(0x78)
+        assert len(gpu.named("cuStreamWaitEvent")) == 1, "nothing to wait for any more"
+
+
+def test_a_gpu_that_fails_during_a_transfer(gpu: FakeGpu) -> None:
+    with cache_of("layers").engine() as engine:
+        ticket = engine.save_blocks(keys_of(1), [1])
+        gpu.event_code = 700
+        assert not ticket.wait().any()
+        assert str(ticket.error).startswith("the GPU failed during a transfer: CUDA_ERROR_ILLEGAL_ADDRESS (700)")
+        assert engine.get_stats().reserved_blocks == 0
+
+
+def test_a_context_that_is_gone_ends_the_transfer(gpu: FakeGpu) -> None:
+    """As after ``cudaDeviceReset`` by another library: no event can be asked any more, and the slots are free."""
+    with cache_of("layers").engine() as engine:
+        gpu.event_code = 600
+        ticket = engine.save_blocks(keys_of(1), [1])
+        assert not ticket.done()
+        gpu.fails["cuCtxPushCurrent"] = (709, 0)
+        assert not ticket.wait().any() and "cuCtxPushCurrent" in str(ticket.error)
+        assert engine.get_stats().reserved_blocks == 0
+        gpu.fails.clear()
+
+
+def test_a_transfer_whose_time_cannot_be_read_has_still_been_done(gpu: FakeGpu) -> None:
+    with cache_of("layers").engine() as engine:
+        gpu.fails["cuEventElapsedTime"] = (1, 0)
+        ticket = engine.save_blocks(keys_of(1), [1])
+        assert ticket.wait().all() and ticket.error is None and ticket.seconds == 0.0
+
+
+@pytest.mark.parametrize("at", range(40))
+def test_a_refusal_while_issuing_is_a_failed_transfer_and_nothing_more(gpu: FakeGpu, at: int) -> None:
+    cache = cache_of("layers")
+    with cache.engine(num_transfer_streams=2) as engine:
+        gpu.issued.fails[at] = 700
+        ticket = engine.save_blocks(keys_of(*range(6)), np.arange(6))
+        assert at < len(gpu.issued.calls) or at > 15
+        failed = not ticket.wait().all()
+        assert failed == (ticket.error is not None) and ticket.mask.any() == (not failed)
+        assert failed == (gpu.issued.names[at : at + 1] not in ([], ["pop"])), "of no use but to put the context back"
+        if failed:
+            assert "a save of" in str(ticket.error) and "could not be issued: CUDA_ERROR_ILLEGAL_ADDRESS" in str(ticket.error)
+        gpu.issued.fails.clear()
+        before = cache.randomize()
+        if not failed:
+            return
+        assert engine.save_blocks(keys_of(*range(6)), np.arange(6)).wait().all(), "the next transfer is not affected"
+        assert engine.load_blocks(keys_of(0), [11]).wait().all()
+        assert_same(cache.memory(), cache.expected(before, before, [(0, 11)]))
+
+
+def test_when_no_event_can_be_recorded_the_work_is_waited_for(gpu: FakeGpu) -> None:
+    """Nothing else would say when the slots are free."""
+    with cache_of("layers").engine() as engine:
+        gpu.issued.fails.update({at: 700 for at in range(3, 100)})
+        completion = submit(engine)
+        assert isinstance(completion, Failed) and completion.query() and gpu.calls[-2][0] == "cuCtxSynchronize"
+
+
+@pytest.mark.parametrize(("function", "spare"), [("cuEventCreate", 0), ("cuEventCreate", 1), ("cuMemHostAlloc", 0)])
+def test_a_transfer_that_cannot_be_prepared_fails_and_leaks_nothing(gpu: FakeGpu, function: str, spare: int) -> None:
+    with cache_of("layers").engine() as engine:
+        for _ in range(20):  # more than are ready
+            engine._executor._ids.take(1)
+        gpu.fails[function] = (2, len(gpu.named(function)) + spare)
+        completion = submit(engine)
+        assert isinstance(completion.error, TransferError) and "could not be prepared" in str(completion.error)
+        gpu.fails.clear()
+        events = engine._executor._events
+        assert sorted(events._free) == sorted(events._all)
+
+
+OPENING = ["cuMemPoolCreate", "cuMemAllocFromPoolAsync", "cuMemHostAlloc", "cuMemAlloc", "cuModuleLoadData",
+           "cuModuleGetFunction", "cuStreamCreateWithPriority", "cuEventCreate", "cuCtxGetStreamPriorityRange"]  # fmt: skip
+
+
+@pytest.mark.parametrize("function", OPENING)
+@pytest.mark.parametrize("spare", [0, 1, 3])
+def test_an_engine_that_cannot_be_opened_leaves_nothing(gpu: FakeGpu, function: str, spare: int) -> None:
+    cache = cache_of("layers")
+    kept = set(gpu.memory)
+    before = {name: len(gpu.named(name)) for name in OPENING}
+    gpu.fails[function] = (2, before[function] + spare)
+    try:
+        cache.engine(num_transfer_streams=2).shutdown()
+    except DeviceError as error:
+        assert "CUDA_ERROR_OUT_OF_MEMORY" in str(error)
+    assert set(gpu.memory) == kept
+    failed = {name: 0 for name in OPENING} | {function: max(0, len(gpu.named(function)) - before[function] - spare)}
+    for create, destroy in (("cuStreamCreateWithPriority", "cuStreamDestroy"), ("cuEventCreate", "cuEventDestroy")):
+        assert len(gpu.named(create)) - failed[create] == len(gpu.named(destroy)), f"{destroy} is missing"
+    assert len(gpu.named("cuMemHostRegister")) == len(gpu.named("cuMemHostUnregister"))
+
+
+def test_shutdown_after_a_gpu_fault_gives_the_host_memory_back(gpu: FakeGpu) -> None:
+    """Every call of the driver fails then; the pinned pool must go all the same, and no error may hide the first one."""
+    cache = cache_of("layers")
+    engine = cache.engine()
+    for name in ("cuMemFree", "cuMemFreeHost", "cuMemFreeAsync", "cuMemHostUnregister", "cuEventDestroy", "cuStreamDestroy"):
+        gpu.fails[name] = (700, 0)
+    parts = engine._parts
+    engine.shutdown()
+    assert parts.arena._mapping is None and not parts.arena._registered
+    gpu.fails.clear()

@@ -1,0 +1,119 @@
+"""The calls that put a plan on a GPU: which, with what, and what they are ordered after."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from kvortex.transfer.plan import FIRST_BLOCK, FIRST_COPY, FIRST_PIECE, N_BLOCKS, N_COPIES, N_PIECES, Plan
+from tests.transfer.issuing import (
+    CALLER,
+    CALLER_EVENT,
+    CONTEXT,
+    DONE,
+    IDS,
+    JOIN_STREAM,
+    KERNEL,
+    PLANS,
+    SLOT_BYTES,
+    START,
+    TABLE,
+    THREADS,
+    Lane,
+    staged,
+)
+from tests.transfer.recorder import Call, Recorder, predecessors
+
+WORK = ("launch", "to_host", "to_device")
+EVERY = list(itertools.product(PLANS, [True, False], [(1, 0), (3, 0), (3, 2), (20, 7)]))
+
+
+def issued(name: str, to_host: bool, shape: tuple[int, int]) -> tuple[Lane, Plan, Recorder]:
+    lane, plan, recorder = Lane(shape[0], to_host, shape[1]), PLANS[name], Recorder()
+    assert lane.issue(recorder, plan) == (0, 0)
+    return lane, plan, recorder
+
+
+def work_of(lane: Lane, plan: Plan) -> list[Call]:
+    """Launches and copies that a plan stands for, chunk by chunk."""
+    calls = []
+    for at, chunk in enumerate(plan.chunks.tolist()):
+        k = (lane.turn + at) % lane.count
+        stream, base = int(lane.streams[k]), int(lane.buffers[k]) if chunk[N_PIECES] else 0
+        copies = []
+        for device, host, nbytes in plan.copies[chunk[FIRST_COPY] : chunk[FIRST_COPY] + chunk[N_COPIES]].tolist():
+            pair = (host, base + device) if lane.to_host else (base + device, host)
+            copies.append(Call("to_host" if lane.to_host else "to_device", (*pair, nbytes, stream)))
+        launches = []
+        if chunk[N_PIECES]:
+            table, ids = TABLE + 32 * chunk[FIRST_PIECE], IDS + 4 * chunk[FIRST_BLOCK]
+            values = (base, table, chunk[N_PIECES], ids, chunk[N_BLOCKS], SLOT_BYTES)
+            ctas = min(lane.max_ctas, -(-chunk[N_PIECES] * chunk[N_BLOCKS] // (THREADS // 32)))
+            launches = [Call("launch", (KERNEL, ctas, 1, 1, THREADS, 1, 1, 0, stream, 0, 0), values)]
+        calls += launches + copies if lane.to_host else copies + launches
+    return calls
+
+
+def without_pointers(call: Call) -> Call:
+    """A launch without the address of its parameters, whose values are what counts."""
+    return Call(call.name, (*call.arguments[:9], 0, *call.arguments[10:]), call.parameters) if call.name == "launch" else call
+
+
+@pytest.mark.parametrize(("name", "to_host", "shape"), EVERY)
+def test_every_chunk_is_launched_and_copied_with_the_right_numbers(name: str, to_host: bool, shape: tuple[int, int]) -> None:
+    """A save gathers before it copies, a load copies before it scatters; chunks are dealt to streams in a ring."""
+    lane, plan, recorder = issued(name, to_host, shape)
+    assert [without_pointers(call) for call in recorder.calls if call.name in WORK] == work_of(lane, plan)
+
+
+@pytest.mark.parametrize(("name", "to_host", "shape"), EVERY)
+def test_the_context_is_current_around_everything(name: str, to_host: bool, shape: tuple[int, int]) -> None:
+    _, _, recorder = issued(name, to_host, shape)
+    assert recorder.calls[0] == Call("push", (CONTEXT,)) and recorder.names[-1] == "pop" and recorder.calls[-1].arguments[0]
+    assert recorder.names.count("push") == recorder.names.count("pop") == 1
+
+
+@pytest.mark.parametrize(("name", "to_host", "shape"), EVERY)
+def test_all_work_is_ordered_after_the_caller_and_before_done(name: str, to_host: bool, shape: tuple[int, int]) -> None:
+    lane, plan, recorder = issued(name, to_host, shape)
+    calls = recorder.calls
+    before = predecessors(calls)
+    caller = calls.index(Call("record", (CALLER_EVENT, CALLER)))
+    start, done = (next(at for at, c in enumerate(calls) if c.name == "record" and c.arguments[0] == e) for e in (START, DONE))
+    work = [at for at, call in enumerate(calls) if call.name in WORK]
+    assert all(caller in before[at] for at in work), "work that does not wait for the caller's stream"
+    assert set(work) <= before[done], "done is reached before all work is"
+    assert caller in before[start] and calls[start].stream == lane.used(plan)[0] and start < min(work)
+    assert calls[done].stream == JOIN_STREAM and start in before[done]
+    assert {call.stream for call in calls if call.name in WORK} == set(lane.used(plan))
+    touched = {call.stream for call in calls if call.name not in ("push", "pop")}
+    assert touched == {CALLER, JOIN_STREAM, *lane.used(plan)}, "a stream without chunks must not be made to wait"
+    assert sum(call.stream == CALLER for call in calls if call.name in ("record", "wait", *WORK)) == 1
+
+
+@pytest.mark.parametrize("to_host", [True, False])
+def test_streams_do_not_wait_for_each_other(to_host: bool) -> None:
+    lane, plan, recorder = issued("staged", to_host, (3, 0))
+    before = predecessors(recorder.calls)
+    for at, call in enumerate(recorder.calls):
+        if call.name in WORK:
+            others = [p for p in before[at] if recorder.calls[p].name in WORK and recorder.calls[p].stream != call.stream]
+            assert not others
+    assert len(lane.used(plan)) == 3
+
+
+def test_many_ctas_for_much_and_few_for_little() -> None:
+    lane, recorder = Lane(1, True, max_ctas=1000), Recorder()
+    lane.issue(recorder, staged(4, 1, buffer_bytes=100 * SLOT_BYTES))
+    ctas = [call.arguments[1] for call in recorder.calls if call.name == "launch"]
+    assert ctas == [7, 7], "2 records of 7 pieces, 2 warps a CTA"
+
+
+def test_the_account_of_order_sees_a_missing_wait() -> None:
+    """The tests above rest on ``predecessors``: without the waits, nothing is ordered."""
+    _, _, recorder = issued("staged", True, (3, 0))
+    calls = [call for call in recorder.calls if call.name != "wait"]
+    before = predecessors(calls)
+    done = next(at for at, call in enumerate(calls) if call.name == "record" and call.arguments[0] == DONE)
+    assert not any(calls[at].name in WORK for at in before[done])

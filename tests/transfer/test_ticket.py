@@ -1,0 +1,168 @@
+"""What a caller sees of a transfer: nothing before its end, everything after, and every wait with a deadline."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import numpy as np
+import pytest
+
+from kvortex.errors import TransferError, TransferTimeoutError
+from kvortex.transfer.executor import Completion, Direction
+from kvortex.transfer.ticket import Ticket, Transfer
+
+
+class FakeCompletion(Completion):
+    """Ends after a number of questions."""
+
+    def __init__(self, questions: float = 0, error: TransferError | None = None) -> None:
+        self.left, self._error = questions, error
+        self.streams: list[object] = []
+
+    def query(self) -> bool:
+        self.left -= 1
+        if self.left < 0:
+            self.error, self.seconds = self._error, 0.125
+        return self.left < 0
+
+    def add_to(self, stream: object) -> None:
+        self.streams.append(stream)
+
+
+def ticket_of(
+    completion: FakeCompletion | None, *, direction: Direction = Direction.LOAD, timeout: float = 5.0, nbytes: int = 300
+) -> Ticket:
+    """A ticket for three blocks, of which the first is a miss; a failed transfer loses the other two."""
+    transfer = Transfer(direction, np.array([False, True, True]), completion, nbytes=nbytes)
+
+    def settle(transfer: Transfer) -> bool:
+        if transfer.completion is None:
+            return True
+        if not transfer.completion.query():
+            return False
+        if transfer.completion.error is not None:
+            transfer.mask[1:] = False
+        return True
+
+    return Ticket(transfer, settle, timeout)
+
+
+FOR_EVER = float("inf")
+
+
+def test_nothing_is_told_before_the_end() -> None:
+    completion = FakeCompletion(FOR_EVER)
+    ticket = ticket_of(completion)
+    completion.error, completion.seconds = TransferError("too early"), 1.0
+    assert not ticket.done() and ticket.mask.tolist() == [False] * 3
+    assert ticket.error is None and ticket.seconds == 0.0
+    assert ticket.nbytes == 300 and ticket.kind == "load"
+    assert repr(ticket) == "<Ticket load of 3 blocks, 300 bytes, running>"
+
+
+def test_everything_is_told_after_the_end() -> None:
+    ticket = ticket_of(FakeCompletion(), direction=Direction.SAVE)
+    assert ticket.done() and ticket.mask.tolist() == [False, True, True]
+    assert ticket.error is None and ticket.seconds == 0.125
+    assert repr(ticket) == "<Ticket save of 3 blocks, 300 bytes, done>"
+
+
+def test_a_failure_is_an_error_and_a_mask_and_no_exception() -> None:
+    error = TransferError("the GPU fell over")
+    ticket = ticket_of(FakeCompletion(3, error))
+    assert ticket.wait().tolist() == [False] * 3 and ticket.error is error
+
+
+def test_the_mask_is_a_copy() -> None:
+    ticket = ticket_of(FakeCompletion())
+    ticket.mask[:] = False
+    ticket.wait()[:] = False
+    assert ticket.mask.tolist() == [False, True, True]
+
+
+def test_done_never_blocks() -> None:
+    ticket = ticket_of(FakeCompletion(FOR_EVER))
+    began = time.perf_counter()
+    assert not any(ticket.done() for _ in range(100))
+    assert time.perf_counter() - began < 1
+
+
+def test_nothing_to_move_is_done_at_once() -> None:
+    ticket = ticket_of(None, nbytes=0)
+    assert ticket.done() and ticket.wait(0).tolist() == [False, True, True]
+    assert ticket.error is None and ticket.seconds == 0.0 and ticket.nbytes == 0
+    ticket.add_to(None)
+
+
+def test_wait_ends_when_the_transfer_does() -> None:
+    ticket = ticket_of(FakeCompletion(20))
+    assert ticket.wait().tolist() == [False, True, True]
+
+
+def test_wait_has_the_engines_deadline_or_its_own() -> None:
+    ticket = ticket_of(FakeCompletion(FOR_EVER), timeout=0.03)
+    for timeout, said in ((None, 0.03), (0.01, 0.01), (0, 0), (0.0, 0.0)):
+        began = time.monotonic()
+        with pytest.raises(TransferTimeoutError, match=f"a load of 300 bytes was not done after {said} s"):
+            ticket.wait(timeout)
+        assert said <= time.monotonic() - began < said + 1
+    assert isinstance(pytest.raises(TransferTimeoutError, ticket.wait, 0).value, TimeoutError)
+
+
+def test_a_wait_may_be_repeated_after_its_deadline() -> None:
+    completion = FakeCompletion(FOR_EVER)
+    ticket = ticket_of(completion)
+    with pytest.raises(TransferTimeoutError):
+        ticket.wait(0)
+    completion.left = 2
+    assert ticket.wait().any()
+
+
+def test_await_gives_the_mask_and_lets_others_run() -> None:
+    completion = FakeCompletion(FOR_EVER)
+    ticket = ticket_of(completion)
+
+    async def release() -> str:
+        completion.left = 1
+        return "ran"
+
+    async def both() -> tuple[np.ndarray, str]:
+        return await asyncio.gather(ticket, release())
+
+    mask, word = asyncio.run(both())
+    assert mask.tolist() == [False, True, True] and word == "ran"
+
+
+def test_await_has_a_deadline() -> None:
+    async def wait() -> None:
+        await ticket_of(FakeCompletion(FOR_EVER), timeout=0.02)
+
+    began = time.monotonic()
+    with pytest.raises(TransferTimeoutError, match="a load of 300 bytes was not done after 0.02 s"):
+        asyncio.run(wait())
+    assert 0.02 <= time.monotonic() - began < 1
+
+
+def test_await_can_be_cancelled_and_the_transfer_goes_on() -> None:
+    completion = FakeCompletion(FOR_EVER)
+    ticket = ticket_of(completion)
+
+    async def cancel() -> None:
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(ticket._poll_async(), 0.01)
+
+    asyncio.run(cancel())
+    completion.left = 0
+    assert ticket.wait().any()
+
+
+def test_add_to_reaches_the_transfer_and_those_it_depends_on() -> None:
+    mine, other = FakeCompletion(FOR_EVER), FakeCompletion(FOR_EVER)
+    ticket = ticket_of(mine, direction=Direction.SAVE)
+    ticket._transfer.after = [
+        (Transfer(Direction.SAVE, np.ones(1, bool), other), 0, 0),
+        (Transfer(Direction.SAVE, np.ones(1, bool)), 1, 0),
+    ]
+    ticket.add_to("a stream")
+    assert mine.streams == other.streams == ["a stream"]
