@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         LayoutError,
         PinnedMemoryError,
         PoolFullError,
+        ReentrantCallError,
         TransferError,
         TransferTimeoutError,
     )
@@ -50,6 +51,7 @@ __all__ = [
     "LayoutError",
     "PinnedMemoryError",
     "PoolFullError",
+    "ReentrantCallError",
     "TensorSpec",
     "Ticket",
     "TransferError",

@@ -14,7 +14,10 @@ Int64s = npt.NDArray[np.int64]
 
 def integers(values: Any, name: str, count: int) -> Int64s:
     """A 1-d sequence of ``count`` integers as int64; refuses bools, floats, other shapes and lengths."""
-    array = np.asarray(values)
+    try:
+        array = np.asarray(values)
+    except (ValueError, TypeError, OverflowError) as error:  # ragged lists, arrays of a GPU, numbers of any size
+        raise ArgumentError(f"{name} must be 1-d integers: {error}") from None
     if array.size == 0 and array.ndim == 1:
         array = array.astype(np.int64)
     if array.ndim != 1 or array.dtype.kind not in "iu":

@@ -7,7 +7,6 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
@@ -24,18 +23,20 @@ from kvortex.errors import (
     DeviceError,
     EngineClosedError,
     LayoutError,
+    ReentrantCallError,
     TransferError,
     TransferTimeoutError,
 )
 from kvortex.flight import Flight
-from kvortex.index import NEW, PENDING, BlockIndex
+from kvortex.index import PENDING, BlockIndex
 from kvortex.keys import KeyArray, KeysLike, Namespace, as_keys, block_keys
 from kvortex.layout import KVLayout
 from kvortex.memory.arena import PinnedArena
 from kvortex.stats import Counters, EngineStats
-from kvortex.transfer.executor import Completion, Direction, Executor, Failed
+from kvortex.transfer.executor import Completion, Direction, Executor, Failed, poll, seconds
 from kvortex.transfer.plan import Int64s, Pool
-from kvortex.transfer.ticket import Mask, Ticket, Transfer
+from kvortex.transfer.ticket import Ticket
+from kvortex.transfer.transfer import Mask, Transfer
 
 
 class KVortexEngine:
@@ -53,6 +54,7 @@ class KVortexEngine:
     """
 
     def __init__(self, config: KVortexConfig, layout: KVLayout | None, device: Device, parts: _Parts) -> None:
+        self._finalizer = weakref.finalize(self, _Parts.abandon, parts, config.transfer_timeout_s)
         self.config, self.layout, self.device = config, layout, device
         self.namespace = Namespace(
             model=config.model,
@@ -66,11 +68,8 @@ class KVortexEngine:
         )
         self._parts = parts
         self._index, self._executor, self._flight, self._counters = parts.index, parts.executor, parts.flight, parts.counters
-        self._save_lock = threading.Lock()
-        self._gate = threading.Condition()
-        self._inside = 0
+        self._calls: dict[int, weakref.ref[_Call]] = {}
         self._closed = False
-        self._finalizer = weakref.finalize(self, _Parts.dispose, parts, config.transfer_timeout_s)
 
     @classmethod
     def create(cls, config: KVortexConfig | None = None, layout: KVLayout | None = None) -> KVortexEngine:
@@ -97,7 +96,12 @@ class KVortexEngine:
         record_bytes = max(layout.record_bytes if layout is not None else 0, config.max_block_bytes or 0)
         if not record_bytes:
             raise ConfigError("max_block_bytes = None: an engine without a layout needs the size of its largest buffer")
-        return cls(config, layout, device, _Parts(config, layout, device, record_bytes))
+        parts = _Parts(config, layout, device, record_bytes)
+        try:
+            return cls(config, layout, device, parts)
+        except BaseException:
+            parts.dispose(0.0)
+            raise
 
     # -- keys and look-ups
 
@@ -128,7 +132,7 @@ class KVortexEngine:
 
     def check_blocks(self, keys: KeysLike) -> Mask:
         """Which blocks are in the cache now, (n,) bool. Pins nothing: a later load may still miss."""
-        with self._call():
+        with _Call(self):
             found = self._index.lookup(keys)
             self._counters.check(len(found), int(found.sum()))
             return found
@@ -159,32 +163,30 @@ class KVortexEngine:
         Returns
         -------
         Ticket
-            Its mask says which blocks are in the cache. They are visible once the ticket is done.
+            Its mask says which blocks are in the cache. They are visible once the ticket is done. See :attr:`Ticket.mask`.
 
         Raises
         ------
         ArgumentError
-            Lengths, ranges or duplicates; nothing was done.
+            Lengths, ranges or duplicates, or a key whose block has another size; nothing was done.
         PoolFullError
             Too many slots are pinned or being written; nothing was done. Wait for a ticket, or enlarge the pool.
         """
         keys = as_keys(keys)
         paged, pages, lengths = self._pages(len(keys), block_ids, data_ptrs, sizes, Direction.SAVE)
         self._executor.check_stream(stream)
-        with self._call(), self._save_lock:
-            slots, status = self._index.reserve(keys, lengths)
-            new = np.flatnonzero(status == NEW)
-            transfer = Transfer(Direction.SAVE, np.ones(len(keys), bool))
-            if len(new):
-                transfer.moved, transfer.slots, transfer.nbytes = new, slots[new], int(lengths[new].sum())
-                transfer.completion = self._submit(transfer, paged, pages[new], lengths[new], stream)
-            waiting = np.flatnonzero(status == PENDING)
-            for at, found in zip(waiting.tolist(), self._flight.saves_into(slots[waiting]), strict=True):
-                if found is None:  # it ended since reserve looked
-                    transfer.mask[at] = self._index.lookup(keys[at : at + 1])[0]
+        with _Call(self) as call:
+            transfer = self._flight.open(Direction.SAVE, len(keys), call)
+            found = self._index.reserve(keys, lengths, owner=transfer.number, taken=transfer.slots)
+            for owner in np.unique(found.owners[found.status == PENDING]).tolist():
+                at = np.flatnonzero((found.status == PENDING) & (found.owners == owner))
+                save = self._flight.find(owner)
+                if save is None:  # it ended since reserve looked
+                    transfer.mask[at] = self._index.lookup(keys[at])
                 else:
-                    transfer.after.append((found[0], at, found[1]))
-            return self._ticket(transfer)
+                    transfer.after.append((save, at))
+            self._start(transfer, paged, pages, lengths, stream)
+            return Ticket(transfer, self._settle, self.config.transfer_timeout_s)
 
     def load_blocks(
         self, keys: KeysLike, block_ids: Any = None, sizes: Any = None, *, output_ptrs: Any = None, stream: Any = None
@@ -214,22 +216,13 @@ class KVortexEngine:
         keys = as_keys(keys)
         paged, pages, lengths = self._pages(len(keys), block_ids, output_ptrs, sizes, Direction.LOAD)
         self._executor.check_stream(stream)
-        with self._call():
-            slots = self._index.acquire(keys)
-            hits = np.flatnonzero(slots >= 0)
-            stored = self._index.size_of(slots[hits])
-            wrong = np.flatnonzero(stored != lengths[hits])
-            if len(wrong):
-                self._index.release(slots)
-                at = int(hits[wrong[0]])
-                text = f"keys[{at}] was saved with {stored[wrong[0]]} bytes, and {lengths[at]} are asked for"
-                raise ArgumentError(text)
-            transfer = Transfer(Direction.LOAD, slots >= 0)
-            self._counters.miss(len(keys) - len(hits))
-            if len(hits):
-                transfer.moved, transfer.slots, transfer.nbytes = hits, slots[hits], int(stored.sum())
-                transfer.completion = self._submit(transfer, paged, pages[hits], stored, stream)
-            return self._ticket(transfer)
+        with _Call(self) as call:
+            transfer = self._flight.open(Direction.LOAD, len(keys), call)
+            self._index.acquire(keys, lengths, taken=transfer.slots)
+            transfer.mask = transfer.slots >= 0
+            self._counters.miss(len(keys) - int(transfer.mask.sum()))
+            self._start(transfer, paged, pages, lengths, stream)
+            return Ticket(transfer, self._settle, self.config.transfer_timeout_s)
 
     def _pages(
         self, count: int, block_ids: Any, pointers: Any, sizes: Any, direction: Direction
@@ -248,21 +241,23 @@ class KVortexEngine:
         most = self._parts.record_bytes
         return False, *arguments.buffers(given, sizes, count, most, written=direction is Direction.LOAD)
 
-    def _submit(self, transfer: Transfer, paged: bool, pages: Int64s, lengths: Int64s, stream: Any) -> Completion:
+    def _start(self, transfer: Transfer, paged: bool, pages: Int64s, lengths: Int64s, stream: Any) -> None:
+        """Issues what the transfer holds slots for. A failure of the device ends on the transfer, not here."""
+        moved = transfer.moved()
+        if not len(moved):
+            return
+        transfer.nbytes = int(lengths[moved].sum())
+        transfer.completion = self._prepare(transfer, paged, pages[moved], lengths[moved], stream)
+        transfer.completion.start()
+
+    def _prepare(self, transfer: Transfer, paged: bool, pages: Int64s, lengths: Int64s, stream: Any) -> Completion:
+        slots = transfer.slots[transfer.slots >= 0]
         try:
             if paged:
-                return self._executor.submit_blocks(transfer.direction, pages, transfer.slots, stream)
-            return self._executor.submit_buffers(transfer.direction, pages, lengths, transfer.slots, stream)
+                return self._executor.prepare_blocks(transfer.direction, pages, slots, stream)
+            return self._executor.prepare_buffers(transfer.direction, pages, lengths, slots, stream)
         except (DeviceError, TransferError) as error:
-            return Failed(TransferError(f"a {transfer.direction.value} could not be issued: {error}"))
-        except BaseException:
-            # A bug or an interrupt before anything was issued; the slots must not stay taken.
-            (self._index.abort if transfer.direction is Direction.SAVE else self._index.release)(transfer.slots)
-            raise
-
-    def _ticket(self, transfer: Transfer) -> Ticket:
-        self._flight.add(transfer)
-        return Ticket(transfer, self._settle, self.config.transfer_timeout_s)
+            return Failed(TransferError(f"a {transfer.direction.value} could not be prepared: {error}"))
 
     def _settle(self, transfer: Transfer) -> bool:
         """For tickets, which hold the engine by this method and so keep it alive."""
@@ -274,7 +269,7 @@ class KVortexEngine:
 
     def get_stats(self) -> EngineStats:
         """Counters since the start; see :class:`EngineStats`."""
-        with self._call():
+        with _Call(self):
             counts = self._index.counts()
             return self._counters.snapshot(
                 counts.evictions, counts.resident, counts.reserved, counts.pinned, self._index.capacity
@@ -286,21 +281,29 @@ class KVortexEngine:
         Raises
         ------
         TransferTimeoutError
-            Transfers still run after ``timeout`` seconds (None: ``transfer_timeout_s``). Their memory stays; call again.
+            Calls or transfers still run after ``timeout`` seconds (None: ``transfer_timeout_s``). Their memory stays;
+            call again.
+        ReentrantCallError
+            This thread is in the middle of a call of this engine, which would wait for itself.
         """
-        deadline = time.monotonic() + (self.config.transfer_timeout_s if timeout is None else timeout)
+        deadline = time.monotonic() + (self.config.transfer_timeout_s if timeout is None else seconds(timeout))
         if self._parts.pid != os.getpid():  # a forked child owns none of this
             self._closed = True
             self._finalizer.detach()
             return
-        with self._gate:
-            self._closed = True
-            if not self._gate.wait_for(lambda: self._inside == 0, max(0.0, deadline - time.monotonic())):
-                raise TransferTimeoutError(f"{self._inside} calls of other threads are still running")
-            left = self._flight.drain(max(0.0, deadline - time.monotonic()))
-            if left:
-                raise TransferTimeoutError(f"{left} transfers are still running; their memory cannot be freed yet")
-            self._finalizer()
+        if any(call.thread == threading.get_ident() for call in self._running()):
+            raise ReentrantCallError("shutdown was called from inside a call of this engine; call it when that has returned")
+        self._closed = True
+        if not poll(lambda: not self._running(), deadline):
+            raise TransferTimeoutError(f"{len(self._running())} calls of other threads are still running")
+        left = self._flight.drain(max(0.0, deadline - time.monotonic()))
+        if left:
+            raise TransferTimeoutError(f"{left} transfers are still running; their memory cannot be freed yet")
+        self._finalizer()
+
+    def _running(self) -> list[_Call]:
+        """Calls that have not ended. One that was lost to an interrupt disappears with its frame."""
+        return [call for ref in list(self._calls.values()) if (call := ref()) is not None and not call.over]
 
     def __enter__(self) -> KVortexEngine:
         return self
@@ -312,22 +315,40 @@ class KVortexEngine:
         state = "closed" if self._closed else f"{self._index.capacity} blocks of {self._parts.record_bytes} bytes"
         return f"<KVortexEngine on {self.device.name}: {state}>"
 
-    @contextlib.contextmanager
-    def _call(self) -> Iterator[None]:
-        """One public call: refused after shutdown, waited for by shutdown, and settles what has ended meanwhile."""
-        if self._parts.pid != os.getpid():
+
+class _Call:
+    """One public call: refused after shutdown, waited for by shutdown, and settles what has ended meanwhile.
+
+    ``over`` becomes true when the call returns or raises. Should a second interrupt prevent even that, the weak
+    reference in the engine dies with the frame.
+    """
+
+    def __init__(self, engine: KVortexEngine) -> None:
+        self._engine: KVortexEngine | None = engine  # until it is over: a transfer must not keep its engine alive
+        self.thread = threading.get_ident()
+        self.over = False
+
+    def __enter__(self) -> _Call:
+        engine = self._engine
+        assert engine is not None
+        if engine._parts.pid != os.getpid():
             raise EngineClosedError("this engine belongs to the process that this one was forked from; create one here")
-        with self._gate:
-            if self._closed:
-                raise EngineClosedError("this engine was shut down")
-            self._inside += 1
+        engine._calls[id(self)] = weakref.ref(self)  # before looking, so that shutdown either sees this call or stops it
+        if engine._closed:
+            self.__exit__()
+            raise EngineClosedError("this engine was shut down")
         try:
-            self._flight.reap()
-            yield
-        finally:
-            with self._gate:
-                self._inside -= 1
-                self._gate.notify_all()
+            engine._flight.reap()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over = True
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine._calls.pop(id(self), None)
 
 
 class _Parts:
@@ -347,11 +368,30 @@ class _Parts:
             self.flight = Flight(self.index, self.counters)
             undo.pop_all()
 
+    def abandon(self, timeout: float) -> None:
+        """When the engine is no longer reachable: frees at once, or in the background when transfers still run.
+
+        The collector may bring us here in any thread, also in one that the transfers need to end.
+        """
+        ending = not threading.main_thread().is_alive()  # the interpreter is: it starts no threads, or does not wait for them
+        if self.pid == os.getpid() and not ending and self.flight.drain(0.0):
+            threading.Thread(target=self.dispose, args=(timeout,), name="kvortex-dispose", daemon=True).start()
+        else:
+            self.dispose(timeout)
+
     def dispose(self, timeout: float) -> None:
         """Frees everything, unless a transfer does not end: then its memory is leaked rather than written after free."""
-        if self.pid == os.getpid() and self.flight.drain(timeout) == 0:
-            self.executor.close()
-            self.arena.close()
+        if self.pid != os.getpid():
+            return
+        if self.flight.drain(timeout):
+            _KEPT.append(self)
+            return
+        with contextlib.ExitStack() as both:
+            both.callback(self.arena.close)
+            both.callback(self.executor.close)
+
+
+_KEPT: list[_Parts] = []  # of engines that are gone, whose transfers would not end
 
 
 def _executor(config: KVortexConfig, layout: KVLayout | None, device: Device, arena: PinnedArena) -> Executor:
@@ -373,9 +413,9 @@ def _open_for(config: KVortexConfig, layout: KVLayout | None) -> Device:
     device = open_device(layout.device if config.device == "auto" else config.device)
     if device.name != layout.device:
         raise LayoutError(f"the layout's tensors are on {layout.device}, and the config says device = {config.device!r}")
-    base, stride, _, nbytes = (int(column) for column in layout.fragments[0])
-    for address in (base, base + stride * (layout.num_blocks - 1) + nbytes - 1):
-        owner = device.owner_of(address)
-        if owner is not None and owner != device.name:
-            raise LayoutError(f"address {address:#x} of the layout belongs to {owner}, not to {device.name}")
+    for base, stride, _, nbytes in layout.fragments.tolist():
+        for address in (base, base + stride * (layout.num_blocks - 1) + nbytes - 1):
+            owner = device.owner_of(address)
+            if owner is not None and owner != device.name:
+                raise LayoutError(f"address {address:#x} of the layout belongs to {owner}, not to {device.name}")
     return device

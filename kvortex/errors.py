@@ -31,8 +31,14 @@ class EngineClosedError(KVortexError, RuntimeError):
     """The engine was shut down, or belongs to the process that this one was forked from."""
 
 
+class ReentrantCallError(KVortexError, RuntimeError):
+    """A call that waits for all other calls was made from inside one of them: in a signal handler, or a finaliser."""
+
+
 class DeviceError(KVortexError, RuntimeError):
-    """A call of the device's driver failed."""
+    """A call of the device's driver failed; ``code`` is the driver's number for it, -1 where there is none."""
+
+    code = -1
 
 
 class DeviceUnavailableError(DeviceError):

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import threading
+import itertools
 import time
 
 import numpy as np
 
+from kvortex.errors import TransferError
 from kvortex.index import BlockIndex
 from kvortex.stats import Counters
 from kvortex.transfer.executor import Direction, poll
-from kvortex.transfer.plan import Int64s
-from kvortex.transfer.ticket import Transfer
+from kvortex.transfer.transfer import Call, Transfer
 
 
 class Flight:
@@ -19,76 +19,82 @@ class Flight:
 
     Nothing here runs by itself: a transfer is settled by the first call that finds it ended, be it its ticket's or the
     engine's next. Until then nobody could have noticed.
+
+    There is no lock, so a finaliser or signal handler that runs in the middle of anything here may call anything here.
+    Settling is a row of steps that each may be done again: the index gives slots back once however often it is asked.
     """
 
     def __init__(self, index: BlockIndex, counters: Counters) -> None:
         self._index, self._counters = index, counters
-        self._lock = threading.Lock()
-        self._transfers: dict[int, Transfer] = {}
+        self._numbers = itertools.count(1)
+        self._transfers: dict[int, Transfer] = {}  # single operations of a dict are atomic
 
-    def add(self, transfer: Transfer) -> None:
-        """Takes charge of a transfer's slots."""
-        with self._lock:
-            self._transfers[id(transfer)] = transfer
+    def open(self, direction: Direction, count: int, call: Call) -> Transfer:
+        """A transfer of ``count`` blocks that holds nothing yet; it is looked after from now on."""
+        transfer = Transfer(next(self._numbers), direction, call, np.full(count, -1, np.int64))
+        self._transfers[transfer.number] = transfer
+        return transfer
+
+    def find(self, number: int) -> Transfer | None:
+        """The transfer of that number, None once it is settled."""
+        return self._transfers.get(number)
 
     def settle(self, transfer: Transfer) -> bool:
         """Whether a transfer has ended; the first call that finds so makes its blocks visible or releases them."""
-        with transfer.lock:
-            if transfer.settled:
-                return True
-            if not all([self.settle(save) for save, _, _ in transfer.after]):
-                return False
-            completion = transfer.completion
-            if completion is not None and not completion.query():
-                return False
-            self._close(transfer)
-            transfer.settled = True
-        with self._lock:
-            self._transfers.pop(id(transfer), None)
+        if transfer.settled:
+            return True
+        if not self._end(transfer) or not all(self._end(save) for save, _ in transfer.after):
+            return False
+        for save, at in transfer.after:
+            if save.error is not None:
+                transfer.mask[at] = False
+                transfer.error = transfer.error or save.error
+        transfer.settled = True
+        transfer.after = []
+        self._transfers.pop(transfer.number, None)
         return True
 
-    def _close(self, transfer: Transfer) -> None:
-        completion, count = transfer.completion, len(transfer.moved)
-        failed = completion is not None and completion.error is not None
-        if failed:
-            transfer.mask[transfer.moved] = False
-            self._counters.fail(count)
-        elif completion is not None:
-            self._counters.transfer(transfer.direction, count, transfer.nbytes, completion.seconds)
+    def _end(self, transfer: Transfer) -> bool:
+        """Whether the transfer's own bytes have moved, or never will; gives its slots back then."""
+        if transfer.ended:
+            return True
+        completion = transfer.completion
+        if not transfer.issued():
+            return False
+        if completion is not None and not completion.started:
+            completion.cancel()
+        if completion is not None and not completion.query():
+            return False
+        held = transfer.slots[transfer.slots >= 0]
+        error = completion.error if completion is not None else None
+        if completion is None and len(held):
+            error = TransferError("the call was interrupted before anything moved")
+        if error is not None:
+            transfer.mask[transfer.slots >= 0] = False
+            transfer.error = error
         if transfer.direction is Direction.LOAD:
-            self._index.release(transfer.slots)
-        elif failed:
-            self._index.abort(transfer.slots)
+            mine = self._index.release(held, once=transfer.once)
+        elif error is not None:
+            mine = self._index.abort(held, once=transfer.once)
         else:
-            self._index.commit(transfer.slots)
-        for save, here, there in transfer.after:
-            transfer.mask[here] = save.mask[there]
-        transfer.after.clear()
+            mine = self._index.commit(held, once=transfer.once)
+        transfer.ended = True
+        if mine and error is not None:
+            self._counters.fail(len(held))
+        elif mine and completion is not None:
+            self._counters.transfer(transfer.direction, len(held), transfer.nbytes, completion.seconds)
+        return True
 
     def reap(self) -> None:
         """Settles whatever has ended."""
-        with self._lock:
-            transfers = list(self._transfers.values())
-        for transfer in transfers:
+        for transfer in list(self._transfers.values()):
             self.settle(transfer)
-
-    def saves_into(self, slots: Int64s) -> list[tuple[Transfer, int] | None]:
-        """For each slot, the running save that writes it and the position in that save's mask; None once it has ended."""
-        with self._lock:
-            saves = [t for t in self._transfers.values() if t.direction is Direction.SAVE]
-        found: list[tuple[Transfer, int] | None] = []
-        for slot in slots:
-            hits = ((save, np.flatnonzero(save.slots == slot)) for save in saves)
-            found.append(next(((save, int(save.moved[at[0]])) for save, at in hits if len(at)), None))
-        return found
 
     def drain(self, timeout: float) -> int:
         """Settles everything, waiting up to ``timeout`` seconds; the number of transfers that still run."""
         poll(self._empty, time.monotonic() + timeout)
-        with self._lock:
-            return len(self._transfers)
+        return len(self._transfers)
 
     def _empty(self) -> bool:
         self.reap()
-        with self._lock:
-            return not self._transfers
+        return not self._transfers

@@ -67,7 +67,7 @@ class Counters:
     """Running totals; thread-safe."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a finaliser that runs inside may count too
         self.checked = self.hit = self.missed = self.failed = 0
         self.blocks = dict.fromkeys(Direction, 0)
         self.bytes = dict.fromkeys(Direction, 0)

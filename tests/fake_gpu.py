@@ -23,6 +23,7 @@ from tests.transfer.recorder import Call, Recorder
 
 _SYMBOLS = ("cuCtxPushCurrent", "cuCtxPopCurrent", "cuEventRecord", "cuStreamWaitEvent", "cuLaunchKernel",
             "cuMemcpyDtoHAsync", "cuMemcpyHtoDAsync")  # fmt: skip
+_NOT_CAPTURING = "CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE"
 _ENTRIES = {b"gather": 0x6A, b"scatter": 0x5C}
 
 
@@ -34,6 +35,8 @@ class FakeGpu(FakeDriver):
         What compiled code called; ``issued.fails`` maps positions to error codes.
     event_code
         What every event answers.
+    capturing : dict
+        Stream to capture status.
     memory : dict
         Address to buffer of all memory that was taken and not given back.
     registered : dict
@@ -61,12 +64,14 @@ class FakeGpu(FakeDriver):
             cuMemsetD8Async=lambda address, byte, n, _: (Result(0 * ctypes.memset(address, byte, n)),),
             cuEventQuery=lambda _: (Result(self.event_code),),
             cuEventElapsedTime=0.5,
+            cuStreamIsCapturing=lambda stream: (Result(0), self.capturing.get(stream, _NOT_CAPTURING)),
             cuPointerGetAttribute=lambda *_: (Result(1), None),
             cuModuleGetFunction=lambda _, name: (Result(0), _ENTRIES[name]),
             cuGetProcAddress=lambda name, *_: (Result(0), int(self.issued.functions[_SYMBOLS.index(name.decode())]), 0),
         )
         self.issued = Recorder(also=self._execute)
         self.event_code = 0
+        self.capturing: dict[int, str] = {}
         self.memory: dict[int, HostBuffer] = {}
         self.registered: dict[int, int] = {}
         self.wild: list[str] = []

@@ -22,6 +22,10 @@ _SYMBOLS = {
     "cuMemcpyDtoHAsync": 3020,
     "cuMemcpyHtoDAsync": 3020,
 }
+
+# CUresult codes after which a context is unusable: its kernels crashed, its hardware failed, or it was destroyed. From the
+# descriptions in cuda.h: "the process must be terminated and relaunched", and the codes for a context that is no more.
+_FATAL = frozenset({4, 201, 214, 220, 226, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 721, 810, 911})
 CTX_PUSH, CTX_POP, EVENT_RECORD, STREAM_WAIT, LAUNCH, COPY_TO_HOST, COPY_TO_DEVICE = range(len(_SYMBOLS))
 
 
@@ -61,7 +65,9 @@ def check(result: tuple[Any, ...], what: str) -> Any:
     """The values of a driver call, without the leading code; raises :class:`DeviceError` naming ``what``."""
     code, *values = result
     if int(code):
-        raise DeviceError(f"{what}: {describe(api(), code)}")
+        error = DeviceError(f"{what}: {describe(api(), code)}")
+        error.code = int(code)
+        raise error
     return values[0] if len(values) == 1 else tuple(values)
 
 
@@ -79,12 +85,29 @@ def functions() -> npt.NDArray[np.int64]:
     return table
 
 
+def is_fatal(code: int) -> bool:
+    """Whether an error means that the context is gone, so that nothing runs any more.
+
+    Any other error of a query only means that the query failed: work may still be running.
+    """
+    return code in _FATAL
+
+
 @contextlib.contextmanager
 def current(context: Any) -> Iterator[Any]:
-    """Makes a context current for the calling thread, yields the driver module, and puts the old one back."""
+    """Makes a context current for the calling thread, yields the driver module, and puts the old one back.
+
+    Other threads may be capturing a CUDA graph meanwhile. In the default mode our queries and allocations would then be
+    refused, and would spoil their capture; none of ours can end up in it, so the mode is relaxed.
+    """
     driver = api()
     check(driver.cuCtxPushCurrent(context), "cuCtxPushCurrent")
     try:
-        yield driver
+        relaxed = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+        mode = check(driver.cuThreadExchangeStreamCaptureMode(relaxed), "cuThreadExchangeStreamCaptureMode")
+        try:
+            yield driver
+        finally:
+            driver.cuThreadExchangeStreamCaptureMode(mode)
     finally:
         driver.cuCtxPopCurrent()

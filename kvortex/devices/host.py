@@ -6,18 +6,19 @@ asynchronous, and only events order streams among each other.
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import queue
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from kvortex.devices.base import Bytes, Device, DeviceBuffer
-from kvortex.errors import ArgumentError, TransferTimeoutError
+from kvortex.errors import ArgumentError, DeviceError, TransferTimeoutError
 
 
 class HostBuffer(DeviceBuffer):
@@ -47,16 +48,24 @@ class HostBuffer(DeviceBuffer):
 
 
 class HostEvent:
-    """A point in a :class:`HostStream`'s work, or the end of a transfer."""
+    """A point in a :class:`HostStream`'s work, or the end of a transfer.
+
+    Attributes
+    ----------
+    error : BaseException or None
+        What work before this point raised, once the point is reached.
+    """
 
     def __init__(self) -> None:
+        self.error: BaseException | None = None
         self._passed = threading.Event()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._then: list[Callable[[], None]] = []
 
-    def set(self) -> None:
+    def set(self, error: BaseException | None = None) -> None:
         """Marks the point as reached."""
         with self._lock:
+            self.error = error
             self._passed.set()
             then, self._then = self._then, []
         for work in then:
@@ -79,6 +88,9 @@ class HostEvent:
         return self._passed.wait(timeout)
 
 
+_Work: TypeAlias = "Callable[[], None] | HostEvent"
+
+
 class HostStream:
     """Work done in order by one daemon thread, which ends by itself when the stream is dropped or closed.
 
@@ -87,32 +99,55 @@ class HostStream:
     """
 
     def __init__(self) -> None:
-        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=_run, args=(self._work,), name="kvortex-host-stream", daemon=True)
+        self._work: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
+        self.closed = False
+        self._thread = threading.Thread(
+            target=_run, args=(self._work,), name="kvortex-host-stream", daemon=True
+        )
         self._thread.start()
 
     def enqueue(self, work: Callable[[], None]) -> None:
-        """Adds work; it must not raise."""
+        """Adds work. Should it raise, no later work of this stream is done, and whoever waits for the stream hears of it:
+        as with a kernel that crashes, nothing behind it can be trusted."""
+        self._check_open()
         self._work.put(work)
 
     def record(self) -> HostEvent:
         """An event that is reached when all work enqueued so far is done."""
+        self._check_open()
         event = HostEvent()
-        self._work.put(event.set)
+        self._work.put(event)
         return event
 
     def wait(self, event: HostEvent) -> None:
         """Makes later work wait for an event of another stream."""
-        self._work.put(lambda: _wait_for(event))
+        self._check_open()
+        self._work.put(functools.partial(_wait_for, event))
 
     def synchronize(self, timeout: float = 60.0) -> None:
-        """Waits until all work enqueued so far is done."""
-        if not self.record().synchronize(timeout):
+        """Waits until all work enqueued so far is done.
+
+        Raises
+        ------
+        TransferTimeoutError
+            It was not after ``timeout`` seconds.
+        DeviceError
+            Work of this stream raised.
+        """
+        event = self.record()
+        if not event.synchronize(timeout):
             raise TransferTimeoutError(f"a host stream was not idle after {timeout} s")
+        if event.error is not None:
+            raise DeviceError(f"work of a host stream raised {event.error!r}") from event.error
 
     def close(self) -> None:
-        """Ends the thread after the work enqueued so far."""
+        """Ends the thread after the work enqueued so far. A closed stream takes no more."""
+        self.closed = True
         self._work.put(None)
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise ArgumentError("this host stream was closed")
 
     def __del__(self) -> None:
         self._work.put(None)
@@ -120,11 +155,20 @@ class HostStream:
 
 def _wait_for(event: HostEvent) -> None:
     event.synchronize()
+    if event.error is not None:
+        raise event.error
 
 
-def _run(work: queue.SimpleQueue[Callable[[], None] | None]) -> None:
+def _run(work: queue.SimpleQueue[_Work | None]) -> None:
+    failure: BaseException | None = None
     while (item := work.get()) is not None:
-        item()
+        if isinstance(item, HostEvent):
+            item.set(failure)
+        elif failure is None:
+            try:
+                item()
+            except BaseException as raised:  # whatever it is, the events behind it must still be reached
+                failure = raised
 
 
 class HostDevice(Device):

@@ -50,7 +50,7 @@ def _handle(value: Any, stream: Any) -> int:
         handle = -1 if convert is None else int(convert())
     except TypeError:  # an array
         handle = -1
-    if handle < 0:
+    if not 0 <= handle < 1 << 63:
         raise ArgumentError(
             f"{type(stream).__name__} {stream!r} is no CUDA stream: pass an int handle or an object with __cuda_stream__"
         )

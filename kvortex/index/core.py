@@ -28,7 +28,8 @@ _CLAIMED = 3  # only inside one call: a slot that this batch has already named
 N_FREE, N_RESERVED, N_PINNED, N_EVICTIONS = 0, 1, 2, 3
 
 # What a call found wrong.
-OK, FULL, DUPLICATE, RANGE, STATE = 0, 1, 2, 3, 4
+OK, FULL, DUPLICATE, RANGE, STATE, LENGTH, AGAIN = 0, 1, 2, 3, 4, 5, 6
+ANY_LENGTH = -1
 
 Slots = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.uint8]
@@ -43,6 +44,7 @@ class Table(NamedTuple):
     doomed: Flags  # (capacity,): 1 where the key was dropped and only pins keep the slot
     pins: npt.NDArray[np.int32]  # (capacity,)
     sizes: Slots  # (capacity,): bytes of the record; 0 in free slots
+    owners: Slots  # (capacity,): number of the reservation that a slot was last part of
     stack: npt.NDArray[np.int32]  # (capacity,): the first N_FREE entries are the free slots, the next one last
     order: policies.Order  # the policy's
     counters: Slots  # (4,)
@@ -57,6 +59,7 @@ def new_table(capacity: int, policy: type[policies.Policy]) -> Table:
         doomed=np.zeros(capacity, np.uint8),
         pins=np.zeros(capacity, np.int32),
         sizes=np.zeros(capacity, np.int64),
+        owners=np.zeros(capacity, np.int64),
         stack=np.arange(capacity - 1, -1, -1, dtype=np.int32),
         order=policy.state(capacity),
         counters=np.array([capacity, 0, 0, 0], np.int64),
@@ -110,8 +113,13 @@ def repeated(words: Words) -> tuple[int, int]:
 
 
 @njit(nogil=True, cache=True)
-def reserve(t: Table, words: Words, lengths: Slots, slots: Slots, status: Flags) -> tuple[int, int, int]:
-    """Fill ``slots`` and ``status``; (OK, 0, 0), (DUPLICATE, row, row) or (FULL, slots asked for, slots evictable)."""
+def reserve(
+    t: Table, words: Words, lengths: Slots, owner: int, slots: Slots, status: Flags, owners: Slots, taken: Slots
+) -> tuple[int, int, int]:
+    """Fill ``slots``, ``status``, ``owners`` and, where status is NEW, ``taken``.
+
+    (OK, 0, 0), (DUPLICATE, row, row), (LENGTH, row, bytes there) or (FULL, slots asked for, slots evictable).
+    """
     keys, buckets, state, pins = t.keys, t.buckets, t.state, t.pins
     sizes, stack, order, counters = t.sizes, t.stack, t.order, t.counters
     n = words.shape[0]
@@ -124,8 +132,13 @@ def reserve(t: Table, words: Words, lengths: Slots, slots: Slots, status: Flags)
         status[i] = NEW if slots[i] < 0 else state[slots[i]]
         if status[i] == NEW:
             new += 1
-        elif status[i] == RESIDENT and pins[slots[i]] == 0:
-            spared += 1  # a key of this batch: may not make room for another key of this batch
+            owners[i] = owner
+        elif sizes[slots[i]] != lengths[i]:
+            return LENGTH, i, sizes[slots[i]]
+        else:
+            owners[i] = t.owners[slots[i]]
+            if status[i] == RESIDENT and pins[slots[i]] == 0:
+                spared += 1  # a key of this batch: may not make room for another key of this batch
     evictable = state.size - counters[N_FREE] - counters[N_RESERVED] - counters[N_PINNED] - spared
     if new > counters[N_FREE] + evictable:
         return FULL, new, evictable
@@ -148,8 +161,9 @@ def reserve(t: Table, words: Words, lengths: Slots, slots: Slots, status: Flags)
             keys[slot, j] = words[i, j]
         state[slot] = RESERVED
         sizes[slot] = lengths[i]
+        t.owners[slot] = owner
         insert(buckets, keys, slot)
-        slots[i] = slot
+        slots[i] = taken[i] = slot
     counters[N_RESERVED] += new
     return OK, 0, 0
 
@@ -183,8 +197,10 @@ def _free(state: Flags, sizes: Slots, stack: npt.NDArray[np.int32], counters: Sl
 
 
 @njit(nogil=True, cache=True)
-def commit(t: Table, slots: Slots) -> tuple[int, int]:
-    """(OK, 0), or (RANGE, DUPLICATE or STATE, position)."""
+def commit(t: Table, slots: Slots, once: Flags) -> tuple[int, int]:
+    """(OK, 0); (AGAIN, 0) where ``once`` is set; or (RANGE, DUPLICATE or STATE, position)."""
+    if once[0]:
+        return AGAIN, 0
     state, order = t.state, t.order
     fault, at = _claim(state, slots)
     if fault != OK:
@@ -193,12 +209,15 @@ def commit(t: Table, slots: Slots) -> tuple[int, int]:
         state[slots[i]] = RESIDENT
         policies.admit(order, slots[i])
     t.counters[N_RESERVED] -= slots.size
+    once[0] = 1
     return OK, 0
 
 
 @njit(nogil=True, cache=True)
-def abort(t: Table, slots: Slots) -> tuple[int, int]:
-    """(OK, 0), or (RANGE, DUPLICATE or STATE, position)."""
+def abort(t: Table, slots: Slots, once: Flags) -> tuple[int, int]:
+    """(OK, 0); (AGAIN, 0) where ``once`` is set; or (RANGE, DUPLICATE or STATE, position)."""
+    if once[0]:
+        return AGAIN, 0
     keys, buckets, state, sizes, stack, counters = t.keys, t.buckets, t.state, t.sizes, t.stack, t.counters
     fault, at = _claim(state, slots)
     if fault != OK:
@@ -207,17 +226,23 @@ def abort(t: Table, slots: Slots) -> tuple[int, int]:
         remove(buckets, keys, slots[i])
         _free(state, sizes, stack, counters, slots[i])
     counters[N_RESERVED] -= slots.size
+    once[0] = 1
     return OK, 0
 
 
 @njit(nogil=True, cache=True)
-def acquire(t: Table, words: Words, slots: Slots) -> None:
-    """Fill ``slots``, and pin them."""
-    keys, buckets, state, pins, order = t.keys, t.buckets, t.state, t.pins, t.order
-    pinned = 0
+def acquire(t: Table, words: Words, lengths: Slots, slots: Slots) -> tuple[int, int, int]:
+    """Fill ``slots``, and pin them; (OK, 0, 0), or (LENGTH, row, bytes there) with every slot -1."""
+    keys, buckets, state, pins, order, sizes = t.keys, t.buckets, t.state, t.pins, t.order, t.sizes
     for i in range(words.shape[0]):
         slot = _resident(buckets, keys, state, words, i)
+        if slot >= 0 and lengths[i] != ANY_LENGTH and sizes[slot] != lengths[i]:
+            slots[:] = -1
+            return LENGTH, i, sizes[slot]
         slots[i] = slot
+    pinned = 0
+    for i in range(words.shape[0]):
+        slot = slots[i]
         if slot < 0:
             continue
         if pins[slot] == 0:
@@ -225,6 +250,7 @@ def acquire(t: Table, words: Words, slots: Slots) -> None:
             pinned += 1
         pins[slot] += 1
     t.counters[N_PINNED] += pinned
+    return OK, 0, 0
 
 
 @njit(nogil=True, cache=True)
@@ -250,8 +276,10 @@ def _overdrawn(pins: npt.NDArray[np.int32], slots: Slots) -> tuple[int, int]:
 
 
 @njit(nogil=True, cache=True)
-def release(t: Table, slots: Slots) -> tuple[int, int]:
-    """(OK, 0), or (RANGE or STATE, position)."""
+def release(t: Table, slots: Slots, once: Flags) -> tuple[int, int]:
+    """(OK, 0); (AGAIN, 0) where ``once`` is set; or (RANGE or STATE, position)."""
+    if once[0]:
+        return AGAIN, 0
     state, doomed, pins, sizes = t.state, t.doomed, t.pins, t.sizes
     stack, order, counters = t.stack, t.order, t.counters
     fault, at = _overdrawn(pins, slots)
@@ -270,6 +298,7 @@ def release(t: Table, slots: Slots) -> tuple[int, int]:
             _free(state, sizes, stack, counters, slot)
         else:
             policies.unpin(order, slot)
+    once[0] = 1
     return OK, 0
 
 

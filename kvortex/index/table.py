@@ -17,6 +17,7 @@ from kvortex.keys import KeysLike, as_keys
 
 MAX_CAPACITY = 1 << 30  # buckets hold slot + 1 as int32
 _STATES = {core.FREE: "free", core.RESERVED: "reserved", core.RESIDENT: "resident"}
+Once: TypeAlias = npt.NDArray[np.uint8]
 SlotsLike: TypeAlias = npt.NDArray[Any] | Sequence[int]
 
 
@@ -24,11 +25,13 @@ class Reservation(NamedTuple):
     """What :meth:`BlockIndex.reserve` found or made, one entry a key.
 
     ``slots`` is (n,) int64. ``status`` is (n,) uint8: ``NEW`` (the slot is yours to fill, then commit or abort),
-    ``RESIDENT`` (the bytes are there already), ``PENDING`` (another reservation is filling that slot).
+    ``RESIDENT`` (the bytes are there already), ``PENDING`` (another reservation is filling that slot). ``owners`` is
+    (n,) int64: the number that was given with the reservation which filled, or fills, the slot.
     """
 
     slots: npt.NDArray[np.int64]
     status: npt.NDArray[np.uint8]
+    owners: npt.NDArray[np.int64]
 
 
 class IndexCounts(NamedTuple):
@@ -74,8 +77,8 @@ class BlockIndex:
     not be written to by others during the call, and are not kept; arrays that are returned are new.
 
     Keys are an (n, 32) uint8 array or a sequence of 32-byte ``bytes``; slots are 1-d integers. Other things raise
-    ArgumentError. Memory: 58 bytes a slot (key 32, size 8, order 8, pins 4, free stack 4, state 2) and 8 to 16 for
-    the hash table, so 66 to 74.
+    ArgumentError. Memory: 66 bytes a slot (key 32, size 8, owner 8, order 8, pins 4, free stack 4, state 2) and 8 to
+    16 for the hash table, so 74 to 82.
     """
 
     def __init__(self, capacity: int, policy: str = "lru") -> None:
@@ -109,7 +112,9 @@ class BlockIndex:
         with self._lock:
             return int(core.match(self._table, words))
 
-    def reserve(self, keys: KeysLike, nbytes: int | npt.ArrayLike = 0) -> Reservation:
+    def reserve(
+        self, keys: KeysLike, nbytes: int | npt.ArrayLike = 0, *, owner: int = 0, taken: npt.NDArray[np.int64] | None = None
+    ) -> Reservation:
         """Slots for keys that are to be written; what is there already is found instead.
 
         A key that is nowhere gets a free slot, or that of the next evicted record, and stays invisible until
@@ -121,21 +126,28 @@ class BlockIndex:
         keys
             n keys, all different.
         nbytes
-            Length in bytes of each record, one for all or (n,); kept for the new ones, see :meth:`size_of`.
+            Length in bytes of each record, one for all or (n,); see :meth:`size_of`.
+        owner
+            A number that later finders of these keys are told.
+        taken : (n,) int64
+            Filled with -1: gets the slots of ``NEW`` keys in the step that takes them, so that a caller who is
+            interrupted before this method returns still knows what is his.
 
         Raises
         ------
         ArgumentError
-            A key stands twice in the batch, or a length is negative, no integer, or not one a key.
+            A key stands twice in the batch, or has a record of another length; or a length is negative, no integer, or
+            not one a key.
         PoolFullError
             Too few slots are free or may be evicted; the message has the numbers. Nothing was evicted or touched.
         """
         words = _words(keys)
         sizes = _sizes(nbytes, len(words))
-        slots = np.empty(len(words), np.int64)
-        status = np.empty(len(words), np.uint8)
+        n = len(words)
+        made = Reservation(np.empty(n, np.int64), np.empty(n, np.uint8), np.empty(n, np.int64))
+        mine = np.empty(n, np.int64) if taken is None else taken
         with self._lock:
-            fault, a, b = core.reserve(self._table, words, sizes, slots, status)
+            fault, a, b = core.reserve(self._table, words, sizes, owner, *made, mine)
             counts = self.counts() if fault == core.FULL else None
         if counts is not None:
             raise PoolFullError(
@@ -144,42 +156,76 @@ class BlockIndex:
             )
         if fault == core.DUPLICATE:
             raise ArgumentError(f"keys[{a}] and keys[{b}] are the same key; a batch names each key once")
-        return Reservation(slots, status)
+        if fault == core.LENGTH:
+            raise ArgumentError(f"keys[{a}] has a record of {b} bytes, not of {sizes[a]}")
+        return made
 
-    def commit(self, slots: SlotsLike) -> None:
+    def commit(self, slots: SlotsLike, *, once: Once | None = None) -> bool:
         """Make reserved slots resident: their keys are visible from now on, and may be evicted.
+
+        Parameters
+        ----------
+        slots
+        once
+            A (1,) uint8 cell. A call sets it in the same step that changes the slots, and does nothing where it is set
+            already: who was interrupted, or shares the work with other threads, may simply call again.
+
+        Returns
+        -------
+        bool
+            Whether this call did it.
 
         Raises
         ------
         IndexStateError
             A slot is not reserved, does not exist, or stands twice in the batch. Nothing was changed.
         """
-        self._settle("commit", core.commit, slots)
+        return self._settle("commit", core.commit, slots, once)
 
-    def abort(self, slots: SlotsLike) -> None:
-        """Give reserved slots back, unwritten. Errors as in :meth:`commit`."""
-        self._settle("abort", core.abort, slots)
+    def abort(self, slots: SlotsLike, *, once: Once | None = None) -> bool:
+        """Give reserved slots back, unwritten. ``once``, result and errors as in :meth:`commit`."""
+        return self._settle("abort", core.abort, slots, once)
 
-    def acquire(self, keys: KeysLike) -> npt.NDArray[np.int64]:
+    def acquire(
+        self, keys: KeysLike, nbytes: int | npt.ArrayLike | None = None, *, taken: npt.NDArray[np.int64] | None = None
+    ) -> npt.NDArray[np.int64]:
         """Pin resident keys: (n,) int64 slots, -1 where a key is not resident.
 
         Each occurrence of a key takes one pin, to be given back by :meth:`release`. The records count as used.
+
+        Parameters
+        ----------
+        keys
+        nbytes
+            Lengths that the records must have; None for any.
+        taken : (n,) int64
+            Filled with -1: to be used instead of a new array; see :meth:`reserve`.
+
+        Raises
+        ------
+        ArgumentError
+            A record has another length; nothing was pinned.
         """
         words = _words(keys)
-        slots = np.empty(len(words), np.int64)
+        sizes = np.full(len(words), core.ANY_LENGTH) if nbytes is None else _sizes(nbytes, len(words))
+        slots = np.full(len(words), -1, np.int64) if taken is None else taken
         with self._lock:
-            core.acquire(self._table, words, slots)
+            fault, at, there = core.acquire(self._table, words, sizes, slots)
+        if fault == core.LENGTH:
+            raise ArgumentError(f"keys[{at}] has a record of {there} bytes, not of {sizes[at]}")
         return slots
 
-    def release(self, slots: SlotsLike) -> None:
+    def release(self, slots: SlotsLike, *, once: Once | None = None) -> bool:
         """Drop one pin of each slot; -1 is skipped, so the result of :meth:`acquire` can be handed back as it is.
+
+        ``once`` and result as in :meth:`commit`.
 
         Raises
         ------
         IndexStateError
             A slot has fewer pins than it is named, or does not exist. Nothing was changed.
         """
-        self._settle("release", core.release, slots)
+        return self._settle("release", core.release, slots, once)
 
     def drop(self, keys: KeysLike) -> int:
         """Forget resident keys, and say how many there were.
@@ -227,12 +273,13 @@ class BlockIndex:
         if problem:
             raise IndexStateError(f"index is damaged at {place}: {PROBLEMS[problem]}")
 
-    def _settle(self, name: str, call: Any, slots: SlotsLike) -> None:
-        batch = _slots(slots)
+    def _settle(self, name: str, call: Any, slots: SlotsLike, once: Once | None) -> bool:
+        batch, cell = _slots(slots), np.zeros(1, np.uint8) if once is None else once
         with self._lock:
-            fault, place = call(self._table, batch)
-            if fault != core.OK:
+            fault, place = call(self._table, batch, cell)
+            if fault not in (core.OK, core.AGAIN):
                 self._refuse(name, fault, place, int(batch[place]))
+        return bool(fault == core.OK)
 
     def _refuse(self, name: str, fault: int, place: int, slot: int) -> NoReturn:
         state = _STATES[int(self._table.state[slot])] if fault == core.STATE else ""

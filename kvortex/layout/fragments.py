@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from kvortex.layout.checks import check_tensor, checked_axis, refusal
 from kvortex.layout.tensors import TensorSpec
 
+MAX_BLOCKS = 1 << 31  # kernels read block ids as int32
 MAX_FRAGMENTS = 1 << 20  # one row each in every plan; more of them is a wrong block axis, not a model
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from kvortex.errors import LayoutError
 from kvortex.layout.checks import refusal, seen
 from kvortex.layout.fingerprint import fingerprint
-from kvortex.layout.fragments import MAX_FRAGMENTS, TensorBlocks, cut_tensor, merge
+from kvortex.layout.fragments import MAX_BLOCKS, MAX_FRAGMENTS, TensorBlocks, cut_tensor, merge
 from kvortex.layout.overlap import find_overlap
 from kvortex.layout.tensors import TensorSpec, tensor_spec
 
@@ -194,6 +194,8 @@ def _check_together(specs: list[tuple[str, TensorSpec]], tensors: list[TensorBlo
         if spec.device != first.device:
             raise refusal(label, spec, f"it is on {spec.device}, but {first_label} is on {first.device}",
                           "Make one layout for each device.")
+    if head.num_blocks > MAX_BLOCKS:
+        raise LayoutError(f"{first_label} has {head.num_blocks} blocks, more than {MAX_BLOCKS}. Check block_axis.")
     total = sum(len(blocks.bases) for blocks in tensors)
     if total > MAX_FRAGMENTS:
         raise LayoutError(f"a block would be {total} fragments over {len(specs)} tensors, more than {MAX_FRAGMENTS}; the first "

@@ -69,17 +69,22 @@ class PinnedArena:
         self.address = self._mapping.address
         self.pinned_by = "register"
         try:
-            self._register()
-        except DeviceError as refusal:
-            self._allocate(refusal)
+            try:
+                self._register()
+            except DeviceError as refusal:
+                self._allocate(refusal)
+        except BaseException:
+            self.close()
+            raise
 
     def _register(self) -> None:
         step = self.segment_slots * self.slot_bytes
         try:
             for start in range(0, self.nbytes, step):
+                self._registered.append(self.address + start)  # first, so that an interrupt cannot lose it
                 self._device.pin(self.address + start, min(step, self.nbytes - start))
-                self._registered.append(self.address + start)
         except DeviceError:
+            self._registered.pop()
             self._unregister()
             raise
 

@@ -33,7 +33,7 @@ class IdPool:
 
     def __init__(self, device: Device) -> None:
         self._device = device
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._free: dict[int, list[IdBuffer]] = defaultdict(list)
         self._all: list[int] = []
         at = self._allocate(sum(capacity * count for capacity, count in _READY))
@@ -54,7 +54,7 @@ class IdPool:
         with self._lock:
             if self._free[capacity]:
                 return self._free[capacity].pop()
-            return IdBuffer(self._allocate(capacity), capacity)
+        return IdBuffer(self._allocate(capacity), capacity)  # can take long, and others need not wait for it
 
     def give(self, buffer: IdBuffer) -> None:
         """Takes a buffer back."""

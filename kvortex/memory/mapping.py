@@ -9,17 +9,19 @@ import contextlib
 import ctypes
 import mmap
 import os
+import pathlib
 from concurrent.futures import ThreadPoolExecutor
 
 from kvortex.errors import PinnedMemoryError
 from kvortex.memory import numa
 
 HUGE_PAGE = 2 << 20
+_MADV_WIPEONFORK = 18  # of linux/mman.h, since 4.14; Python's mmap has no name for it
 _TOUCH_BYTES = 64 << 20
 
 
 class Mapping:
-    """Anonymous private memory, zero-filled, resident when the constructor returns, absent in forked children.
+    """Anonymous private memory, zero-filled, resident when the constructor returns, zero again in forked children.
 
     Parameters
     ----------
@@ -48,9 +50,10 @@ class Mapping:
         base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self.address = base + -base % HUGE_PAGE
         self._advise(getattr(mmap, "MADV_HUGEPAGE", None), "huge pages")
-        # A child would otherwise share these pages copy-on-write, and the parent's next write would move them away
-        # from where the GPU has them.
-        self._advise(getattr(mmap, "MADV_DONTFORK", None), "MADV_DONTFORK")
+        # A child would otherwise share these pages copy-on-write, and the parent's next write would move them away from
+        # where the GPU has them. The child gets zeros in their place and not a hole (MADV_DONTFORK): it would put
+        # memory of its own there, and lose that when it drops the engine that it inherited.
+        self._advise(_MADV_WIPEONFORK, "MADV_WIPEONFORK")
         if node is not None and (reason := numa.bind(self.address, nbytes, node)):
             self.notes.append(reason)
         self._touch()
@@ -85,9 +88,23 @@ class Mapping:
 
 def _available_bytes() -> int | None:
     """Memory that can be had without swapping; asking the kernel beats being killed by it."""
+    return min((n for n in (_of_machine(), _of_container()) if n is not None), default=None)
+
+
+def _of_machine() -> int | None:
     try:
         with open("/proc/meminfo") as file:
             fields = dict(line.split(":", 1) for line in file)
         return int(fields["MemAvailable"].split()[0]) << 10
     except (OSError, LookupError, ValueError):
+        return None
+
+
+def _of_container(folder: pathlib.Path = pathlib.Path("/sys/fs/cgroup")) -> int | None:
+    """Under the limit of this control group (version 2), counting clean file pages as free; None without a limit."""
+    try:
+        limit, used = int((folder / "memory.max").read_text()), int((folder / "memory.current").read_text())
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return max(0, limit - used + int(stat["inactive_file"]) + int(stat["active_file"]))
+    except (OSError, LookupError, ValueError):  # "max" is no number: no limit
         return None

@@ -55,7 +55,7 @@ class StagingRing:
                     self.addresses.append(int(check(driver.cuMemAllocFromPoolAsync(self.buffer_bytes, self._pool, 0), what)))
                     check(driver.cuMemsetD8Async(self.addresses[-1], 0, self.buffer_bytes, 0), "cuMemsetD8Async")
                 check(driver.cuStreamSynchronize(0), "cuStreamSynchronize")
-            except DeviceError:
+            except BaseException:
                 self.close()
                 raise
 

@@ -11,12 +11,12 @@ import numpy as np
 from kvortex.devices import driver as cu
 from kvortex.devices.cuda import CudaDevice
 from kvortex.devices.streams import cuda_stream_handle
-from kvortex.errors import DeviceError, TransferError
+from kvortex.errors import ArgumentError, DeviceError, TransferError
 from kvortex.kernels import build
 from kvortex.memory.ids import IdBuffer, IdPool
 from kvortex.memory.staging import StagingRing
 from kvortex.transfer import issue as nogil
-from kvortex.transfer.executor import Completion, Direction, Executor, Failed
+from kvortex.transfer.executor import Completion, Direction, Executor
 from kvortex.transfer.plan import Int64s, Plan, Pool, plan_direct, plan_staged, split_pieces
 
 THREADS = 512
@@ -53,40 +53,61 @@ class _Events:
 class CudaCompletion(Completion):
     """A transfer on a GPU, between two timing events."""
 
-    def __init__(
-        self, executor: CudaExecutor, start: int, done: int, ids: IdBuffer | None, error: TransferError | None
-    ) -> None:
-        self._executor = executor
-        self._start, self._done, self._ids = start, done, ids
-        self._lock = threading.Lock()
+    def __init__(self, executor: CudaExecutor, direction: Direction, plan: Plan, caller: int) -> None:
+        self._executor, self._direction, self._plan, self._caller = executor, direction, plan, caller
+        self.outcome = np.zeros(3, np.int64)
+        self._lock = threading.RLock()
         self._finished = False
-        self._failure = error
+        self._held = executor.lend(plan)
+
+    def start(self) -> None:
+        start, done, ids = self._held
+        self._executor.issue(self._direction, self._plan, self._caller, start, done, ids, self.outcome)
+        self.started = True
+
+    def cancel(self) -> None:
+        if not self.outcome[nogil.ISSUED]:
+            self._finish(TransferError("the call was interrupted before anything was issued"))
+        self.started = True
 
     def query(self) -> bool:
         with self._lock:
-            if not self._finished:
-                try:
-                    with cu.current(self._executor.device.context) as driver:
-                        (code,) = driver.cuEventQuery(self._done)
-                        if code == driver.CUresult.CUDA_ERROR_NOT_READY:
-                            return False
-                        cu.check((code,), "the GPU failed during a transfer")
-                        if not self._failure:
-                            code, milliseconds = driver.cuEventElapsedTime(self._start, self._done)
-                            self.seconds = 0.0 if int(code) else float(milliseconds) * 1e-3
-                except DeviceError as lost:  # with the context: nothing runs any more, and nothing that ran can be trusted
-                    self._failure = self._failure or TransferError(str(lost))
-                self.error = self._failure
-                self._finished = True
-                self._executor.recycle(self._start, self._done, self._ids)
+            if self._finished:
+                return True
+            if not self.outcome[nogil.ISSUED]:
+                return False
+            start, done, _ = self._held
+            # Without the events behind the work, the streams themselves must tell.
+            lost = self.outcome[nogil.LAST] != 0
+            code = self._executor.query_streams(self._direction) if lost else self._executor.query_event(done)
+            if code and not cu.is_fatal(code):
+                return False
+            error: TransferError | None = None
+            if code:  # with the context: nothing runs any more, and nothing that ran can be trusted
+                error = TransferError(f"the GPU failed during a transfer: {cu.describe(cu.api(), code)}")
+            elif self.outcome[nogil.ERROR] or lost:
+                code = int(self.outcome[nogil.ERROR] or self.outcome[nogil.LAST])
+                what = f"a {self._direction.value} of {self._plan.nbytes} bytes could not be issued"
+                error = TransferError(f"{what}: {cu.describe(cu.api(), code)}")
+            else:
+                self.seconds = self._executor.elapsed(start, done)
+            self._finish(error)
             return True
 
-    def add_to(self, stream: Any) -> None:
+    def _finish(self, error: TransferError | None) -> None:
+        with self._lock:
+            if not self._finished:
+                self.error, self._finished = error, True
+                self._executor.recycle(*self._held)
+
+    def add_to(self, stream: Any, timeout: float) -> None:
         handle = cuda_stream_handle(stream)
         with self._lock:
             if not self._finished:
+                if self.outcome[nogil.LAST]:
+                    raise TransferError("this transfer has no event that a stream could wait for; wait for the ticket")
                 with cu.current(self._executor.device.context) as driver:
-                    cu.check(driver.cuStreamWaitEvent(handle, self._done, 0), "cuStreamWaitEvent")
+                    cu.check(driver.cuStreamWaitEvent(handle, self._held[1], 0), "cuStreamWaitEvent")
 
 
 class _Lane:
@@ -95,15 +116,15 @@ class _Lane:
     def __init__(
         self, executor: CudaExecutor, direction: Direction, kernel: int, buffers: list[int], table: int, slot_bytes: int
     ) -> None:
-        self.lock = threading.Lock()
-        self.turn = 0
+        self.lock = threading.RLock()
+        self.turn = np.zeros(1, np.int64)
         device = executor.device
         self._device = device
         self._streams: list[int] = []
         self._events: list[int] = []
         try:
             self._open(len(buffers) + 1)
-        except DeviceError:
+        except BaseException:
             self.close()
             raise
         self.streams = np.array(self._streams[:-1], np.int64)
@@ -133,6 +154,11 @@ class _Lane:
                 self._streams.append(int(cu.check(driver.cuStreamCreateWithPriority(flags, high), "cuStreamCreate")))
                 no_timing = driver.CUevent_flags.CU_EVENT_DISABLE_TIMING
                 self._events.append(int(cu.check(driver.cuEventCreate(no_timing), "cuEventCreate")))
+
+    def query(self) -> int:
+        """0 when no stream has work left, else the first code that says otherwise."""
+        with cu.current(self._device.context) as driver:
+            return next((code for s in self._streams if (code := int(driver.cuStreamQuery(s)[0]))), 0)
 
     def close(self) -> None:
         with contextlib.suppress(DeviceError), cu.current(self._device.context) as driver:
@@ -165,7 +191,7 @@ class CudaExecutor(Executor):
         self._functions = cu.functions()
         self._events = _Events(device)
         self._ids = IdPool(device)
-        self._guard = threading.Lock()
+        self._guard = threading.RLock()
         self._staging: StagingRing | None = None
         self._table: Any = None
         self._module: Any = None
@@ -200,7 +226,7 @@ class CudaExecutor(Executor):
             self._module = [*(self._module or []), module]
             return int(cu.check(driver.cuModuleGetFunction(module, cubin.entry.encode()), f"cuModuleGetFunction of {name}"))
 
-    def submit_blocks(self, direction: Direction, blocks: Int64s, slots: Int64s, stream: Any) -> Completion:
+    def prepare_blocks(self, direction: Direction, blocks: Int64s, slots: Int64s, stream: Any) -> CudaCompletion:
         if self._direct:
             base, stride, _, nbytes = (int(cell) for cell in self._fragments[0])
             plan = plan_direct(base + blocks * stride, np.full(len(blocks), nbytes), slots, self._pool, self._count)
@@ -208,33 +234,49 @@ class CudaExecutor(Executor):
             assert self._staging is not None
             size = self._staging.buffer_bytes
             plan = plan_staged(blocks, slots, self._pieces, self._pool, size, self._count, MAX_BLOCKS)
-        return self._submit(direction, plan, stream)
+        return CudaCompletion(self, direction, plan, cuda_stream_handle(stream))
 
-    def submit_buffers(self, direction: Direction, addresses: Int64s, sizes: Int64s, slots: Int64s, stream: Any) -> Completion:
-        return self._submit(direction, plan_direct(addresses, sizes, slots, self._pool, self._count, one_tensor=False), stream)
+    def prepare_buffers(
+        self, direction: Direction, addresses: Int64s, sizes: Int64s, slots: Int64s, stream: Any
+    ) -> CudaCompletion:
+        plan = plan_direct(addresses, sizes, slots, self._pool, self._count, one_tensor=False)
+        return CudaCompletion(self, direction, plan, cuda_stream_handle(stream))
 
     def check_stream(self, stream: Any) -> None:
-        cuda_stream_handle(stream)
+        handle = cuda_stream_handle(stream)
+        with cu.current(self.device.context) as driver:
+            code, status = driver.cuStreamIsCapturing(handle)
+        if code == driver.CUresult.CUDA_ERROR_STREAM_CAPTURE_IMPLICIT:
+            raise ArgumentError("the default stream cannot be waited for while another stream is being captured; pass stream=")
+        cu.check((code,), "the stream of the caller")
+        if status != driver.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE:
+            raise ArgumentError("the stream is being captured into a CUDA graph; a transfer cannot be part of one")
 
-    def _submit(self, direction: Direction, plan: Plan, stream: Any) -> Completion:
-        caller = cuda_stream_handle(stream)
-        lane = self._lanes[direction]
-        ids, events = None, []
+    def lend(self, plan: Plan) -> tuple[int, int, IdBuffer | None]:
+        """Two events and the ids of a plan where kernels can read them, until :meth:`recycle`."""
+        events: list[int] = []
         try:
             with self._guard:
                 events.append(self._events.take())
                 events.append(self._events.take())
-            start, done = events
-            if len(plan.ids):
-                ids = self._ids.take(len(plan.ids))
-                ids.ids[: len(plan.ids)] = plan.ids
-        except DeviceError as refusal:
+            if not len(plan.ids):
+                return events[0], events[1], None
+            ids = self._ids.take(len(plan.ids))
+        except BaseException:
             with self._guard:
                 for event in events:
                     self._events.give(event)
-            return Failed(TransferError(f"a {direction.value} of {plan.nbytes} bytes could not be prepared: {refusal}"))
+            raise
+        ids.ids[: len(plan.ids)] = plan.ids
+        return events[0], events[1], ids
+
+    def issue(
+        self, direction: Direction, plan: Plan, caller: int, start: int, done: int, ids: IdBuffer | None, outcome: Int64s
+    ) -> None:
+        """Puts a plan on the streams of its direction; ``outcome`` tells how that went. See :func:`issue.issue`."""
+        lane = self._lanes[direction]
         with lane.lock:
-            error, last = nogil.issue(
+            nogil.issue(
                 self._functions,
                 lane.cells,
                 lane.streams,
@@ -250,21 +292,29 @@ class CudaExecutor(Executor):
                 lane.parameters,
                 lane.pointers,
                 lane.scratch,
+                outcome,
             )
-            lane.turn = (lane.turn + len(plan.chunks)) % self._count
-        failure = None
-        if error or last:
-            text = cu.describe(cu.api(), error or last)
-            failure = TransferError(f"a {direction.value} of {plan.nbytes} bytes could not be issued: {text}")
-        if last:  # not even an event can be recorded, so nothing says when the work ends: wait for all of it
-            self._drain()
-            self.recycle(start, done, ids)
-            return Failed(failure or TransferError("no event could be recorded"))
-        return CudaCompletion(self, start, done, ids, failure)
 
-    def _drain(self) -> None:
-        with contextlib.suppress(DeviceError), cu.current(self.device.context) as driver:
-            driver.cuCtxSynchronize()
+    def query_event(self, event: int) -> int:
+        """0 when an event has passed, else the code that says otherwise."""
+        try:
+            with cu.current(self.device.context) as driver:
+                return int(driver.cuEventQuery(event)[0])
+        except DeviceError as refusal:
+            return refusal.code
+
+    def query_streams(self, direction: Direction) -> int:
+        """0 when nothing of a direction runs any more, else the code that says otherwise."""
+        try:
+            return self._lanes[direction].query()
+        except DeviceError as refusal:
+            return refusal.code
+
+    def elapsed(self, start: int, done: int) -> float:
+        """Seconds between two events that have passed; 0.0 where the driver cannot say."""
+        with cu.current(self.device.context) as driver:
+            code, milliseconds = driver.cuEventElapsedTime(start, done)
+        return 0.0 if int(code) else float(milliseconds) * 1e-3
 
     def recycle(self, start: int, done: int, ids: IdBuffer | None) -> None:
         """Takes back what a finished transfer used."""

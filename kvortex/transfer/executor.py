@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import enum
+import numbers
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
-from kvortex.errors import TransferError
+from kvortex.errors import ArgumentError, TransferError
 from kvortex.transfer.plan import Int64s
 
 _SPIN_S, _LONGEST_NAP_S = 100e-6, 1e-3
@@ -22,58 +23,83 @@ class Direction(enum.Enum):
 
 
 class Completion(ABC):
-    """One issued transfer.
+    """One transfer: prepared, then started, then ended.
 
     Attributes
     ----------
+    started : bool
+        Whether :meth:`start` went through, or :meth:`cancel` did.
     error : TransferError or None
         Set, once :meth:`query` is true, if the device failed.
     seconds : float
         Device-timed duration, once :meth:`query` is true.
     """
 
+    started: bool = False
     error: TransferError | None = None
     seconds: float = 0.0
+
+    @abstractmethod
+    def start(self) -> None:
+        """Issues the transfer. Called once. A failure of the device is told by :attr:`error`, later.
+
+        An exception that gets out of here (an interrupt) may leave all, some or nothing issued; :meth:`cancel` and
+        :meth:`query` cope with each.
+        """
+
+    @abstractmethod
+    def cancel(self) -> None:
+        """For a transfer whose :meth:`start` never came back: what was not issued by now never will be."""
 
     @abstractmethod
     def query(self) -> bool:
         """Whether all bytes are where they belong, or never will be. Never blocks; once true, stays true."""
 
     @abstractmethod
-    def add_to(self, stream: Any) -> None:
-        """Makes later work of a stream wait for this transfer; never blocks the caller."""
+    def add_to(self, stream: Any, timeout: float) -> None:
+        """Makes later work of a stream wait for this transfer. Blocks only where the caller itself is the stream."""
 
 
 class Failed(Completion):
-    """A transfer that could not be issued: ended, with an error."""
+    """A transfer that could not be prepared: ended, with an error."""
+
+    started = True
 
     def __init__(self, error: TransferError) -> None:
         self.error = error
 
+    def start(self) -> None:
+        """Nothing to issue."""
+
+    def cancel(self) -> None:
+        """Nothing to take back."""
+
     def query(self) -> bool:
         return True
 
-    def add_to(self, stream: Any) -> None:
+    def add_to(self, stream: Any, timeout: float) -> None:
         """Nothing to wait for."""
 
 
 class Executor(ABC):
-    """Issues transfers of one engine. Thread-safe. Transfers may overlap and finish in any order."""
+    """Carries out the transfers of one engine. Thread-safe. Transfers may overlap and finish in any order."""
 
     @abstractmethod
-    def submit_blocks(self, direction: Direction, blocks: Int64s, slots: Int64s, stream: Any) -> Completion:
-        """Moves pages ``blocks`` (n,) of the layout to or from ``slots`` (n,), n > 0, after the work on ``stream`` so far.
+    def prepare_blocks(self, direction: Direction, blocks: Int64s, slots: Int64s, stream: Any) -> Completion:
+        """A transfer of pages ``blocks`` (n,) of the layout to or from ``slots`` (n,), n > 0.
 
-        A failure of the device is told by the completion.
+        Nothing moves before :meth:`Completion.start`, and then after the work that is on ``stream`` at that moment.
+        Preparing and starting are two steps so that the owner of the slots has the completion in hand before the first
+        byte moves, whatever interrupts it.
         """
 
     @abstractmethod
-    def submit_buffers(self, direction: Direction, addresses: Int64s, sizes: Int64s, slots: Int64s, stream: Any) -> Completion:
-        """Moves contiguous buffers to or from ``slots``; all arrays (n,), n > 0. See :meth:`submit_blocks`."""
+    def prepare_buffers(self, direction: Direction, addresses: Int64s, sizes: Int64s, slots: Int64s, stream: Any) -> Completion:
+        """Contiguous buffers to or from ``slots``; all arrays (n,), n > 0. See :meth:`prepare_blocks`."""
 
     @abstractmethod
     def check_stream(self, stream: Any) -> None:
-        """Raises ArgumentError for what is no stream of this device."""
+        """Raises ArgumentError for what is no stream of this device, or cannot be waited for."""
 
     @abstractmethod
     def close(self) -> None:
@@ -91,3 +117,11 @@ def poll(ready: Callable[[], bool], deadline: float) -> bool:
             time.sleep(min(nap, deadline - now))
             nap = min(nap * 1.5, _LONGEST_NAP_S)
     return True
+
+
+def seconds(timeout: Any) -> float:
+    """A caller's timeout as a number of seconds; raises ArgumentError for what is none."""
+    number = -1.0 if isinstance(timeout, bool) or not isinstance(timeout, numbers.Real) else float(timeout)
+    if not number >= 0:
+        raise ArgumentError(f"timeout = {timeout!r}: must be a number of seconds, 0 or more")
+    return number

@@ -35,6 +35,8 @@ from kvortex.transfer.plan import (
 # Cells of ``lane``: numbers that stay the same for a direction.
 CONTEXT, KERNEL, THREADS, MAX_CTAS, TABLE, SLOT_BYTES, JOIN_STREAM, CALLER_EVENT, TO_HOST = range(9)
 LANE_CELLS = 9
+# Cells of ``outcome``: whether everything was attempted, the first error of the work, the first of the events behind it.
+ISSUED, ERROR, LAST = range(3)
 PARAMETERS = 6
 PIECE_ROW_BYTES = 8 * (BYTES + 1)
 
@@ -71,7 +73,8 @@ def _launch(functions, lane, chunk, ids, buffer, stream, parameters, pointers): 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def issue(  # type: ignore[no-untyped-def]
-    functions, lane, streams, buffers, joins, turn, caller, start, done, chunks, copies, ids, parameters, pointers, scratch
+    functions, lane, streams, buffers, joins, turn, caller, start, done, chunks, copies, ids, parameters, pointers, scratch,
+    outcome,
 ):
     """Puts a plan on its streams, after the caller's stream and before ``done``.
 
@@ -84,8 +87,8 @@ def issue(  # type: ignore[no-untyped-def]
     streams, buffers, joins : (s,) int64
         Each stream with its staging buffer and the event that joins it. A buffer is only used on its stream, so the
         stream's order alone keeps one chunk's bytes from the next one's.
-    turn : int
-        Stream of the first chunk; the rest follow in a ring.
+    turn : (1,) int64
+        Stream of the first chunk, the rest follow in a ring; moved on to the one behind the last.
     caller, start, done : int
         Stream to wait for; timing events recorded before and after.
     chunks, copies : (c, 6), (m, 3) int64
@@ -96,29 +99,30 @@ def issue(  # type: ignore[no-untyped-def]
         Values of the kernel's parameters, and their addresses. The driver copies them at each launch.
     scratch : (1,) int64
         Where the popped context goes.
-
-    Returns
-    -------
-    (first, last) : int
-        First error code of the work, and of the events behind it; 0 for none. When ``last`` is 0, ``done`` follows
-        everything that was issued, also after an error.
+    outcome : (3,) int64
+        Gets ``ISSUED`` = 1, the first error code of the work, and that of the events behind it; 0 for none. When the last
+        is 0, ``done`` follows everything that was issued, also after an error. Told through an array, because an
+        interrupt that comes during the call takes the place of its return value.
     """
     n = len(streams)
+    first = turn[0]
     used = min(n, len(chunks))
     to_host = lane[TO_HOST] != 0
     error = call(functions[CTX_PUSH], (lane[CONTEXT],))
-    if error:
-        return error, error
+    if error:  # nothing was issued, and ``done`` says so: an event that was never recorded counts as passed
+        outcome[ERROR] = error
+        outcome[ISSUED] = 1
+        return
     error = call(functions[EVENT_RECORD], (lane[CALLER_EVENT], caller))
     for at in range(used):
         if not error:
-            error = call(functions[STREAM_WAIT], (streams[(turn + at) % n], lane[CALLER_EVENT], 0))
+            error = call(functions[STREAM_WAIT], (streams[(first + at) % n], lane[CALLER_EVENT], 0))
     if not error:
-        error = call(functions[EVENT_RECORD], (start, streams[turn % n]))
+        error = call(functions[EVENT_RECORD], (start, streams[first % n]))
     for c in range(len(chunks)):
         if error:
             break
-        at = (turn + c) % n
+        at = (first + c) % n
         chunk = chunks[c]
         with_kernel = chunk[N_PIECES] > 0
         base = buffers[at] if with_kernel else 0
@@ -130,7 +134,7 @@ def issue(  # type: ignore[no-untyped-def]
             error = _launch(functions, lane, chunk, ids, base, streams[at], parameters, pointers)
     last = np.int32(0)
     for at in range(used):
-        k = (turn + at) % n
+        k = (first + at) % n
         code = call(functions[EVENT_RECORD], (joins[k], streams[k]))
         if not code:
             code = call(functions[STREAM_WAIT], (lane[JOIN_STREAM], joins[k], 0))
@@ -140,4 +144,7 @@ def issue(  # type: ignore[no-untyped-def]
     if not last:
         last = code
     call(functions[CTX_POP], (scratch.ctypes.data,))
-    return error, last
+    turn[0] = (first + len(chunks)) % n
+    outcome[ERROR] = error
+    outcome[LAST] = last
+    outcome[ISSUED] = 1

@@ -3,52 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from kvortex.errors import TransferError, TransferTimeoutError
-from kvortex.transfer.executor import Completion, Direction, poll
-from kvortex.transfer.plan import Int64s
-
-Mask = npt.NDArray[np.bool_]
-
-
-@dataclass(eq=False)
-class Transfer:
-    """One transfer as its engine sees it.
-
-    Attributes
-    ----------
-    direction
-    mask : (n,) bool
-        Which blocks of the call succeed, as far as known; blocks of ``moved`` turn False when the transfer fails.
-    completion
-        None where nothing had to move.
-    moved : (m,) int64
-        Positions in ``mask`` of the blocks that move.
-    slots : (m,) int64
-        Their slots: reserved for a save, pinned for a load.
-    nbytes
-        Payload.
-    after
-        Saves of others that this call's blocks depend on, with the positions in ``mask``.
-    """
-
-    direction: Direction
-    mask: Mask
-    completion: Completion | None = None
-    moved: Int64s = field(default_factory=lambda: np.empty(0, np.int64))
-    slots: Int64s = field(default_factory=lambda: np.empty(0, np.int64))
-    nbytes: int = 0
-    after: list[tuple[Transfer, int, int]] = field(default_factory=list)  # (save, position here, position there)
-    settled: bool = False
-    lock: threading.Lock = field(default_factory=threading.Lock)
+from kvortex.transfer.executor import poll, seconds
+from kvortex.transfer.transfer import Mask, Transfer
 
 
 class Ticket:
@@ -81,22 +44,28 @@ class Ticket:
 
         Raises
         ------
+        ArgumentError
+            The timeout is no number of seconds.
         TransferTimeoutError
             The deadline passed. The transfer goes on; wait again.
         """
-        seconds = self._timeout if timeout is None else timeout
-        if not poll(self.done, time.monotonic() + seconds):
-            raise TransferTimeoutError(f"a {self.kind} of {self.nbytes} bytes was not done after {seconds} s")
+        allowed = self._timeout if timeout is None else seconds(timeout)
+        if not poll(self.done, time.monotonic() + allowed):
+            raise TransferTimeoutError(f"a {self.kind} of {self.nbytes} bytes was not done after {allowed} s")
         return self.mask
 
     def add_to(self, stream: Any) -> None:
         """Makes all later work of ``stream`` wait for the transfer, without blocking the caller.
 
-        On the host device ``None`` stands for the calling thread itself, which then waits.
+        On the host device ``None`` stands for the calling thread itself, which then waits, at most ``transfer_timeout_s``.
         """
-        for transfer in (self._transfer, *(entry[0] for entry in self._transfer.after)):
+        self.done()  # refuses in a forked child
+        deadline = time.monotonic() + self._timeout
+        for transfer in (self._transfer, *(save for save, _ in self._transfer.after)):
+            if not poll(transfer.issued, deadline):  # a save that another thread is still preparing
+                raise TransferTimeoutError(f"a {transfer.direction.value} was not issued after {self._timeout} s")
             if transfer.completion is not None:
-                transfer.completion.add_to(stream)
+                transfer.completion.add_to(stream, self._timeout)
 
     def __await__(self) -> Generator[Any, None, Mask]:
         return self._poll_async().__await__()
@@ -117,8 +86,9 @@ class Ticket:
 
     @property
     def mask(self) -> Mask:
-        """(n,) bool, one for each key of the call: of a load, whether the page holds the block; of a save, whether the
-        block is in the cache. Final once :meth:`done`; before, all False."""
+        """(n,) bool, one for each key of the call. Of a load: whether the page holds the block. Of a save: whether the
+        block was in the cache already when the call was made, or was brought there by a transfer that has ended; another
+        save may have evicted it since. Final once :meth:`done`; before, all False."""
         if not self.done():
             return np.zeros(len(self._transfer.mask), bool)
         return self._transfer.mask.copy()
@@ -126,8 +96,7 @@ class Ticket:
     @property
     def error(self) -> TransferError | None:
         """Why blocks failed, once :meth:`done`; a block that was simply not there is no error."""
-        completion = self._transfer.completion
-        return completion.error if completion is not None and self.done() else None
+        return self._transfer.error if self.done() else None
 
     @property
     def nbytes(self) -> int:
@@ -141,5 +110,5 @@ class Ticket:
         return completion.seconds if completion is not None and self.done() else 0.0
 
     def __repr__(self) -> str:
-        state = "done" if self.done() else "running"
+        state = "done" if self._transfer.settled else "running"  # looks only: printing must not move anything
         return f"<Ticket {self.kind} of {len(self._transfer.mask)} blocks, {self.nbytes} bytes, {state}>"

@@ -42,11 +42,11 @@ def loads_do_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def loads_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loads of the host device cannot be issued."""
-    submit = HostExecutor.submit_blocks
+    submit = HostExecutor.prepare_blocks
 
     def refuse(self: HostExecutor, direction: Direction, *others: Any) -> Any:
         if direction is Direction.LOAD:
             raise TransferError("planted")
         return submit(self, direction, *others)
 
-    monkeypatch.setattr(HostExecutor, "submit_blocks", refuse)
+    monkeypatch.setattr(HostExecutor, "prepare_blocks", refuse)

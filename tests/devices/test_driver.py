@@ -80,11 +80,17 @@ def test_check_gives_the_values_without_the_code() -> None:
 def test_a_context_is_current_inside_and_put_back_on_every_path() -> None:
     with installed(FakeDriver()) as driver:
         with cu.current(77) as given:
-            assert given is driver and driver.calls[-1] == ("cuCtxPushCurrent", (77,))
+            assert given is driver and driver.named("cuCtxPushCurrent") == [(77,)]
+            relaxed = "CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED"
+            assert driver.calls[-1] == ("cuThreadExchangeStreamCaptureMode", (relaxed,))
+        assert driver.calls[-2] == ("cuThreadExchangeStreamCaptureMode", (0x1000,)), "the mode that was there before"
         assert driver.calls[-1][0] == "cuCtxPopCurrent"
         with pytest.raises(ZeroDivisionError), cu.current(78):
             raise ZeroDivisionError
-        assert [name for name, _ in driver.calls] == ["cuInit", *["cuCtxPushCurrent", "cuCtxPopCurrent"] * 2]
+        assert [name for name, _ in driver.calls] == [
+            "cuInit",
+            *["cuCtxPushCurrent", *["cuThreadExchangeStreamCaptureMode"] * 2, "cuCtxPopCurrent"] * 2,
+        ]
 
 
 def test_a_context_that_cannot_be_made_current_is_not_popped() -> None:

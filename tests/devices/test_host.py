@@ -10,7 +10,7 @@ import pytest
 
 from kvortex.devices import HostStream
 from kvortex.devices.host import HostEvent
-from kvortex.errors import TransferTimeoutError
+from kvortex.errors import ArgumentError, DeviceError, TransferTimeoutError
 
 
 def pause() -> None:
@@ -166,19 +166,28 @@ def test_streams_do_not_keep_the_process_alive() -> None:
     stream.close()
 
 
-def test_an_error_in_work_is_told_and_no_later_work_passes_for_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Work must not raise; when it does, the interpreter is told, and events behind it are never reached."""
-    told: list[object] = []
-    monkeypatch.setattr(threading, "excepthook", lambda hook: told.append(hook.exc_type))
-    stream = HostStream()
+def test_an_error_in_work_is_told_and_no_later_work_is_done() -> None:
+    stream, other, done = HostStream(), HostStream(), []
 
     def bad() -> None:
         raise ZeroDivisionError
 
     before = stream.record()
     stream.enqueue(bad)
+    stream.enqueue(lambda: done.append(1))
     after = stream.record()
-    stream._thread.join(10)
-    assert told == [ZeroDivisionError] and before.query() and not after.query()
-    with pytest.raises(TransferTimeoutError):
-        stream.synchronize(0.01)
+    other.wait(after)
+    other.enqueue(lambda: done.append(2))
+    for broken in (stream, other):
+        with pytest.raises(DeviceError, match="raised ZeroDivisionError"):
+            broken.synchronize(10)
+        broken.close()
+    assert before.error is None and isinstance(after.error, ZeroDivisionError) and not done
+
+
+def test_a_closed_stream_takes_no_more_work() -> None:
+    stream = HostStream()
+    stream.close()
+    for call in (stream.record, stream.synchronize, lambda: stream.enqueue(print), lambda: stream.wait(HostEvent())):
+        with pytest.raises(ArgumentError, match="was closed"):
+            call()

@@ -74,7 +74,7 @@ def test_a_transfer_that_cannot_be_issued(device: Device, monkeypatch: pytest.Mo
     cache = PagedCache.plain(device)
     with cache.engine() as engine:
         engine.save_blocks(keys_of(1), [1]).wait()
-        monkeypatch.setattr(engine._executor, "submit_blocks", refuse)
+        monkeypatch.setattr(engine._executor, "prepare_blocks", refuse)
         for ticket in (engine.save_blocks(keys_of(2), [2]), engine.load_blocks(keys_of(1), [3])):
             assert ticket.done() and not ticket.mask.any() and "planted" in str(ticket.error)
         monkeypatch.undo()
@@ -90,7 +90,7 @@ def test_an_interrupt_while_issuing_gives_the_slots_back(device: Device, monkeyp
 
     with cache.engine() as engine:
         engine.save_blocks(keys_of(1), [1]).wait()
-        monkeypatch.setattr(engine._executor, "submit_blocks", interrupt)
+        monkeypatch.setattr(engine._executor, "prepare_blocks", interrupt)
         for call in (lambda: engine.save_blocks(keys_of(2), [2]), lambda: engine.load_blocks(keys_of(1), [3])):
             with pytest.raises(KeyboardInterrupt):
                 call()

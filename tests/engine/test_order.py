@@ -13,6 +13,7 @@ import pytest
 from kvortex.devices import Device, HostDevice, HostStream
 from kvortex.devices import driver as cu
 from kvortex.errors import PoolFullError, TransferTimeoutError
+from kvortex.transfer.executor import poll
 from tests.pages import PagedCache, assert_same, host_array, keys_of
 
 
@@ -248,5 +249,6 @@ def test_a_dropped_engine_waits_for_its_transfers(device: Device, gate: Gate) ->
     parts = engine._parts
     threading.Timer(0.1, gate.open).start()
     del engine
+    assert poll(lambda: parts.arena._mapping is None, time.monotonic() + 20)
     assert parts.index.counts().resident == 1 and not parts.arena._registered and parts.arena._mapping is None
     assert_same(cache.memory(), before)

@@ -103,9 +103,9 @@ def test_wrong_bytes_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     from kvortex.devices import HostDevice
     from kvortex.transfer.host import HostExecutor
 
-    submit = HostExecutor.submit_blocks
+    submit = HostExecutor.prepare_blocks
     monkeypatch.setattr(
-        HostExecutor, "submit_blocks", lambda self, d, b, slots, stream: submit(self, d, b, slots % 39, stream)
+        HostExecutor, "prepare_blocks", lambda self, d, b, slots, stream: submit(self, d, b, slots % 39, stream)
     )
     cache = make(HostDevice())
     with pytest.raises(AssertionError, match="wrong"):

@@ -44,7 +44,7 @@ def test_keys_of_one_bucket_are_told_apart(word: int) -> None:
     for _ in range(400):
         chosen = rng.permutation(40)[: rng.integers(1, 5)]
         if rng.random() < 0.5 and len(present | set(chosen.tolist())) <= 16:
-            slots, status = index.reserve(same[chosen])
+            slots, status, _ = index.reserve(same[chosen])
             index.commit(slots[status == NEW])
             present |= set(chosen.tolist())
         else:

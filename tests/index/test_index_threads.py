@@ -22,7 +22,7 @@ def worker(index: BlockIndex, keys: np.ndarray, pool: np.ndarray, seed: int, ful
         kind = rng.integers(0, 8)
         if kind < 3:
             try:
-                slots, status = index.reserve(keys[chosen])
+                slots, status, _ = index.reserve(keys[chosen])
             except PoolFullError:
                 full.append(seed)
                 continue
@@ -75,7 +75,7 @@ def test_threads_leak_nothing_and_never_read_another_record() -> None:
     counts = index.counts()
     assert counts.pinned == counts.reserved == 0 and counts.evictions > 0
     assert len(full) < THREADS * TURNS // 4  # most of the work was done, not refused
-    slots, status = index.reserve(keys[index.lookup(keys)])
+    slots, status, _ = index.reserve(keys[index.lookup(keys)])
     assert (status == RESIDENT).all() and len(set(slots.tolist())) == counts.resident
     assert np.array_equal(pool[slots], np.flatnonzero(index.lookup(keys)))
 
@@ -90,7 +90,7 @@ def test_one_key_is_given_to_one_writer() -> None:
     def ask() -> None:
         start.wait()
         for row in range(256):
-            slots, status = index.reserve(keys[row : row + 1])
+            slots, status, _ = index.reserve(keys[row : row + 1])
             news.append(slots[status == NEW])
 
     threads = [threading.Thread(target=ask) for _ in range(THREADS)]

@@ -27,7 +27,7 @@ def replay(requests: Sequence[Sequence[int]], capacity: int) -> tuple[list[int],
         keys = numbered(request[:capacity])
         hits.append(index.match(keys))
         index.release(index.acquire(keys[: hits[-1]]))
-        slots, status = index.reserve(keys[hits[-1] :])
+        slots, status, _ = index.reserve(keys[hits[-1] :])
         index.commit(slots[status == NEW])
     index.check()
     return hits, index

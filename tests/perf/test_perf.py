@@ -100,7 +100,7 @@ def test_a_wrong_byte_is_counted(monkeypatch: pytest.MonkeyPatch, to_host: bool)
 @pytest.mark.usefixtures("small")
 def test_a_write_to_another_page_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """One byte of a page that is neither loaded nor saved into."""
-    submit, spoiled = host.HostExecutor.submit_blocks, []
+    submit, spoiled = host.HostExecutor.prepare_blocks, []
 
     def spoil(self: host.HostExecutor, direction: Direction, blocks: np.ndarray, slots: np.ndarray, stream: object) -> object:
         if direction is Direction.LOAD and not spoiled:
@@ -109,7 +109,7 @@ def test_a_write_to_another_page_is_counted(monkeypatch: pytest.MonkeyPatch) -> 
             ctypes.memmove(spoiled[0], bytes([ctypes.string_at(spoiled[0], 1)[0] ^ 1]), 1)
         return submit(self, direction, blocks, slots, stream)
 
-    monkeypatch.setattr(host.HostExecutor, "submit_blocks", spoil)
+    monkeypatch.setattr(host.HostExecutor, "prepare_blocks", spoil)
     _, rows, _ = fragments.measure("host", quick=True)
     assert len(spoiled) == 1 and [row["wrong_bytes"] for row in rows] == [1]
 

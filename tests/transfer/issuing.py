@@ -45,9 +45,13 @@ class Lane:
         """The two codes."""
         parameters = np.zeros(nogil.PARAMETERS, np.int64)
         pointers = parameters.ctypes.data + 8 * np.arange(nogil.PARAMETERS, dtype=np.int64)
-        fixed = (self.cells, self.streams, self.buffers, self.joins, self.turn, CALLER, START, DONE)
-        scratch = np.zeros(1, np.int64)
-        return nogil.issue(recorder.functions, *fixed, plan.chunks, plan.copies, IDS, parameters, pointers, scratch)
+        turn, scratch, outcome = np.array([self.turn]), np.zeros(1, np.int64), np.zeros(3, np.int64)
+        fixed = (self.cells, self.streams, self.buffers, self.joins, turn, CALLER, START, DONE)
+        nogil.issue(recorder.functions, *fixed, plan.chunks, plan.copies, IDS, parameters, pointers, scratch, outcome)
+        assert outcome[nogil.ISSUED] == 1
+        pushed = len(recorder.calls) > 1
+        assert turn[0] == ((self.turn + len(plan.chunks)) % self.count if pushed else self.turn)
+        return int(outcome[nogil.ERROR]), int(outcome[nogil.LAST])
 
     def used(self, plan: Plan) -> list[int]:
         """Streams that get chunks, in the order of chunks."""

@@ -11,9 +11,11 @@ import pytest
 from kvortex.devices.cuda import CudaDevice
 from kvortex.errors import ArgumentError, DeviceError, TransferError
 from kvortex.transfer.cuda import DIRECT_BYTES
-from kvortex.transfer.executor import Completion, Direction, Failed
+from kvortex.transfer.executor import Completion, Direction
+from tests.fake_driver import Result
 from tests.fake_gpu import FakeGpu, fake_gpu
 from tests.pages import PagedCache, Tensor, assert_same, keys_of
+from tests.transfer.submitting import submit_blocks
 
 
 @pytest.fixture
@@ -83,7 +85,7 @@ def test_events_and_ids_are_used_again(gpu: FakeGpu) -> None:
 
 
 def submit(engine: Any, block: int = 1) -> Completion:
-    return engine._executor.submit_blocks(Direction.SAVE, np.array([block]), np.array([block]), None)
+    return submit_blocks(engine._executor, Direction.SAVE, np.array([block]), np.array([block]), None)
 
 
 def test_a_transfer_runs_until_its_event_has_passed(gpu: FakeGpu) -> None:
@@ -91,13 +93,13 @@ def test_a_transfer_runs_until_its_event_has_passed(gpu: FakeGpu) -> None:
         gpu.event_code = 600
         completion = submit(engine)
         assert not completion.query() and completion.seconds == 0.0
-        completion.add_to(0x77)
-        assert gpu.named("cuStreamWaitEvent") == [(0x77, completion._done, 0)]
+        completion.add_to(0x77, 20)
+        assert gpu.named("cuStreamWaitEvent") == [(0x77, completion._held[1], 0)]
         with pytest.raises(ArgumentError):
-            completion.add_to("stream")
+            completion.add_to("stream", 20)
         gpu.event_code = 0
         assert completion.query() and completion.seconds == 0.5e-3
-        completion.add_to(0x78)
+        completion.add_to(0x78, 20)
         assert len(gpu.named("cuStreamWaitEvent")) == 1, "nothing to wait for any more"
 
 
@@ -117,7 +119,7 @@ def test_a_context_that_is_gone_ends_the_transfer(gpu: FakeGpu) -> None:
         ticket = engine.save_blocks(keys_of(1), [1])
         assert not ticket.done()
         gpu.fails["cuCtxPushCurrent"] = (709, 0)
-        assert not ticket.wait().any() and "cuCtxPushCurrent" in str(ticket.error)
+        assert not ticket.wait().any() and "CONTEXT_IS_DESTROYED" in str(ticket.error)
         assert engine.get_stats().reserved_blocks == 0
         gpu.fails.clear()
 
@@ -154,8 +156,14 @@ def test_when_no_event_can_be_recorded_the_work_is_waited_for(gpu: FakeGpu) -> N
     """Nothing else would say when the slots are free."""
     with cache_of("layers").engine() as engine:
         gpu.issued.fails.update({at: 700 for at in range(3, 100)})
+        gpu.answers["cuStreamQuery"] = lambda _: (Result(600),)
         completion = submit(engine)
-        assert isinstance(completion, Failed) and completion.query() and gpu.calls[-2][0] == "cuCtxSynchronize"
+        assert not completion.query(), "the streams are still busy"
+        with pytest.raises(TransferError, match="no event"):
+            completion.add_to(0x77, 1)
+        del gpu.answers["cuStreamQuery"]
+        assert completion.query() and "ILLEGAL_ADDRESS" in str(completion.error)
+        assert len(gpu.named("cuStreamQuery")) == 1 + len(engine._executor._lanes[Direction.SAVE]._streams)
 
 
 @pytest.mark.parametrize(("function", "spare"), [("cuEventCreate", 0), ("cuEventCreate", 1), ("cuMemHostAlloc", 0)])
@@ -164,8 +172,11 @@ def test_a_transfer_that_cannot_be_prepared_fails_and_leaks_nothing(gpu: FakeGpu
         for _ in range(20):  # more than are ready
             engine._executor._ids.take(1)
         gpu.fails[function] = (2, len(gpu.named(function)) + spare)
-        completion = submit(engine)
-        assert isinstance(completion.error, TransferError) and "could not be prepared" in str(completion.error)
+        with pytest.raises(DeviceError, match="OUT_OF_MEMORY"):
+            submit(engine)
+        ticket = engine.save_blocks(keys_of(1), [1])
+        assert not ticket.wait().any() and "could not be prepared" in str(ticket.error)
+        assert engine.get_stats().reserved_blocks == 0
         gpu.fails.clear()
         events = engine._executor._events
         assert sorted(events._free) == sorted(events._all)
@@ -203,3 +214,55 @@ def test_shutdown_after_a_gpu_fault_gives_the_host_memory_back(gpu: FakeGpu) -> 
     engine.shutdown()
     assert parts.arena._mapping is None and not parts.arena._registered
     gpu.fails.clear()
+
+
+@pytest.mark.parametrize("code", [1, 2, 600, 900, 906])
+def test_a_question_that_fails_is_no_end(gpu: FakeGpu, code: int) -> None:
+    """While another thread captures a graph a query may be refused; the work behind the event still runs."""
+    with cache_of("layers").engine() as engine:
+        gpu.event_code = code
+        ticket = engine.save_blocks(keys_of(1), [1])
+        assert not ticket.done() and engine.get_stats().reserved_blocks == 1
+        gpu.event_code = 0
+        gpu.fails["cuCtxPushCurrent"] = (900, 0)
+        assert not ticket.done()
+        gpu.fails.clear()
+        assert ticket.wait().all()
+
+
+def test_streams_under_capture_are_refused(gpu: FakeGpu) -> None:
+    """Their events would pull our streams into the graph, and the transfer would run at every replay, or never."""
+    with cache_of("layers").engine() as engine:
+        gpu.capturing[7] = "CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_ACTIVE"
+        with pytest.raises(ArgumentError, match="captured into a CUDA graph"):
+            engine.save_blocks(keys_of(1), [1], stream=7)
+        gpu.answers["cuStreamIsCapturing"] = lambda _: (Result(906), 0)
+        with pytest.raises(ArgumentError, match="pass stream="):
+            engine.load_blocks(keys_of(1), [1])
+        assert engine.get_stats().reserved_blocks == 0
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_interrupt_around_the_issue(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    """A signal that comes inside the compiled call is told when that returns, with everything on its way."""
+    from kvortex.transfer import issue as nogil
+
+    real = nogil.issue
+
+    def interrupted(*arguments: Any) -> None:
+        if when == "after":
+            real(*arguments)
+        raise KeyboardInterrupt
+
+    with cache_of("layers").engine() as engine:
+        monkeypatch.setattr(nogil, "issue", interrupted)
+        gpu.event_code = 600
+        with pytest.raises(KeyboardInterrupt):
+            engine.save_blocks(keys_of(1), [1])
+        monkeypatch.undo()
+        held = 1 if when == "after" else 0
+        assert engine.get_stats().reserved_blocks == held, "a slot that is being written must not be given to others"
+        gpu.event_code = 0
+        assert engine.check_blocks(keys_of(1)).tolist() == [bool(held)]
+        assert engine.get_stats().reserved_blocks == 0
+        assert sorted(engine._executor._events._free) == sorted(engine._executor._events._all)

@@ -78,7 +78,9 @@ def test_a_transfer_that_could_not_be_issued_has_ended() -> None:
     error = TransferError("no")
     failed = Failed(error)
     assert isinstance(failed, Completion) and failed.query() and failed.error is error and failed.seconds == 0.0
-    failed.add_to(object())
+    failed.start()
+    failed.cancel()
+    failed.add_to(object(), 1)
 
 
 def test_directions_have_the_names_of_the_public_calls() -> None:

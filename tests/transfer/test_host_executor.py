@@ -18,6 +18,7 @@ from kvortex.transfer.host import HostExecutor
 from kvortex.transfer.plan import Pool
 from tests.naive_plan import VRAM
 from tests.transfer.plans import fragments_of
+from tests.transfer.submitting import submit_blocks, submit_buffers
 
 SIZES, BLOCKS, SLOT, SLOTS = [100, 7, 33], 20, 160, 30
 
@@ -71,14 +72,14 @@ def test_pages_to_slots_and_back(bench: Callable[[int], Bench], threads: int, co
     pages, wanted = b.pages.read(), b.slots.read()
     for block, slot in zip(blocks.tolist(), slots.tolist(), strict=True):
         wanted[b.record(slot)] = pages[b.page(block)]
-    save = finish(b.executor.submit_blocks(Direction.SAVE, blocks, slots, None))
+    save = finish(submit_blocks(b.executor, Direction.SAVE, blocks, slots, None))
     assert save.error is None and save.seconds > 0
     assert (b.slots.read() == wanted).all() and (b.pages.read() == pages).all()
     targets = rng.permutation(BLOCKS)[:count]
     loaded = pages.copy()
     for block, slot in zip(targets.tolist(), slots.tolist(), strict=True):
         loaded[b.page(block)] = wanted[b.record(slot)]
-    finish(b.executor.submit_blocks(Direction.LOAD, targets, slots, None))
+    finish(submit_blocks(b.executor, Direction.LOAD, targets, slots, None))
     assert (b.pages.read() == loaded).all() and (b.slots.read() == wanted).all()
 
 
@@ -90,10 +91,10 @@ def test_buffers_to_slots_and_back(bench: Callable[[int], Bench], threads: int) 
     pages, wanted = b.pages.read(), b.slots.read()
     for offset, size, slot in zip(offsets.tolist(), sizes.tolist(), slots.tolist(), strict=True):
         wanted[slot * SLOT : slot * SLOT + size] = pages[offset : offset + size]
-    finish(b.executor.submit_buffers(Direction.SAVE, b.pages.address + offsets, sizes, slots, None))
+    finish(submit_buffers(b.executor, Direction.SAVE, b.pages.address + offsets, sizes, slots, None))
     assert (b.slots.read() == wanted).all()
     b.pages.write(np.zeros(b.pages.nbytes, np.uint8))
-    finish(b.executor.submit_buffers(Direction.LOAD, b.pages.address + offsets, sizes, slots, None))
+    finish(submit_buffers(b.executor, Direction.LOAD, b.pages.address + offsets, sizes, slots, None))
     kept = np.zeros(len(pages), bool)
     for offset, size in zip(offsets.tolist(), sizes.tolist(), strict=True):
         kept[offset : offset + size] = True
@@ -108,7 +109,7 @@ def test_work_is_shared_where_there_is_enough(
 ) -> None:
     seen: list[list[int]] = []
     monkeypatch.setattr(module, "copy_paged", lambda _m, _f, blocks, _r, _d: seen.append(blocks.tolist()))
-    finish(bench(threads).executor.submit_blocks(Direction.SAVE, np.arange(count), np.arange(count), None))
+    finish(submit_blocks(bench(threads).executor, Direction.SAVE, np.arange(count), np.arange(count), None))
     assert sorted(sum(seen, [])) == list(range(count)) and len(seen) == parts
     assert parts == 1 or all(len(part) >= 4 for part in seen)
 
@@ -124,7 +125,7 @@ def test_an_error_in_one_thread_is_told_after_all_have_ended(
         gate.wait(20)
 
     monkeypatch.setattr(module, "copy_paged", copy)
-    completion = bench(2).executor.submit_blocks(Direction.SAVE, np.arange(8), np.arange(8), None)
+    completion = submit_blocks(bench(2).executor, Direction.SAVE, np.arange(8), np.arange(8), None)
     time.sleep(0.02)
     assert not completion.query(), "another thread is still copying"
     gate.set()
@@ -137,8 +138,8 @@ def test_a_transfer_waits_for_its_stream_and_blocks_no_other(bench: Callable[[in
     gate, stream = threading.Event(), HostStream()
     stream.enqueue(gate.wait)
     stream.enqueue(lambda: b.pages.write(np.zeros(b.pages.nbytes, np.uint8)))
-    waiting = b.executor.submit_blocks(Direction.SAVE, np.array([3]), np.array([5]), stream)
-    free = finish(b.executor.submit_blocks(Direction.SAVE, np.array([4]), np.array([6]), None))
+    waiting = submit_blocks(b.executor, Direction.SAVE, np.array([3]), np.array([5]), stream)
+    free = finish(submit_blocks(b.executor, Direction.SAVE, np.array([4]), np.array([6]), None))
     assert free.error is None and not waiting.query(), "one thread only, and it is not held by the one that waits"
     gate.set()
     finish(waiting)
@@ -149,7 +150,7 @@ def test_a_transfer_waits_for_its_stream_and_blocks_no_other(bench: Callable[[in
 def test_what_is_enqueued_later_is_not_waited_for(bench: Callable[[int], Bench]) -> None:
     b = bench(1)
     gate, stream = threading.Event(), HostStream()
-    completion = b.executor.submit_blocks(Direction.SAVE, np.array([3]), np.array([5]), stream)
+    completion = submit_blocks(b.executor, Direction.SAVE, np.array([3]), np.array([5]), stream)
     stream.enqueue(gate.wait)
     finish(completion)
     gate.set()
@@ -162,7 +163,7 @@ def test_slots_are_resolved_at_the_call(bench: Callable[[int], Bench]) -> None:
     gate, stream = threading.Event(), HostStream()
     stream.enqueue(gate.wait)
     slots = np.array([5])
-    completion = b.executor.submit_blocks(Direction.SAVE, np.array([3]), slots, stream)
+    completion = submit_blocks(b.executor, Direction.SAVE, np.array([3]), slots, stream)
     before = b.slots.read()
     slots[0] = 6
     gate.set()
@@ -176,7 +177,7 @@ def held(b: Bench) -> tuple[Completion, threading.Event]:
     """A transfer that runs until the event is set."""
     gate, stream = threading.Event(), HostStream()
     stream.enqueue(gate.wait)
-    completion = b.executor.submit_blocks(Direction.SAVE, np.array([3]), np.array([5]), stream)
+    completion = submit_blocks(b.executor, Direction.SAVE, np.array([3]), np.array([5]), stream)
     stream.close()
     return completion, gate
 
@@ -185,7 +186,7 @@ def test_add_to_a_stream_holds_its_later_work(bench: Callable[[int], Bench]) -> 
     completion, gate = held(bench(1))
     stream, seen = HostStream(), []
     stream.enqueue(lambda: seen.append("before"))
-    completion.add_to(stream)
+    completion.add_to(stream, 20)
     stream.enqueue(lambda: seen.append(completion.query()))
     time.sleep(0.02)
     assert seen == ["before"]
@@ -198,21 +199,19 @@ def test_add_to_a_stream_holds_its_later_work(bench: Callable[[int], Bench]) -> 
 def test_add_to_none_holds_the_caller(bench: Callable[[int], Bench]) -> None:
     completion, gate = held(bench(1))
     threading.Timer(0.03, gate.set).start()
-    completion.add_to(None)
+    completion.add_to(None, 20)
     assert completion.query()
 
 
 @pytest.mark.parametrize("stream", [0, 5, "stream", object()])
 def test_other_streams_are_refused_everywhere(bench: Callable[[int], Bench], stream: object) -> None:
     b = bench(1)
-    completion = finish(b.executor.submit_blocks(Direction.SAVE, np.array([3]), np.array([5]), None))
+    completion = finish(submit_blocks(b.executor, Direction.SAVE, np.array([3]), np.array([5]), None))
     before = b.slots.read()
     with pytest.raises(ArgumentError, match="is no stream of the host device: pass a HostStream or None"):
         b.executor.check_stream(stream)
     with pytest.raises(ArgumentError):
-        b.executor.submit_blocks(Direction.SAVE, np.array([4]), np.array([6]), stream)
-    with pytest.raises(ArgumentError):
-        completion.add_to(stream)
+        completion.add_to(stream, 20)
     assert (b.slots.read() == before).all()
     b.executor.check_stream(None)
 
@@ -222,7 +221,7 @@ def test_close_waits_for_the_copies_and_may_be_called_twice(
 ) -> None:
     b = bench(1)
     monkeypatch.setattr(module, "copy_paged", lambda *_: time.sleep(0.02))
-    completion = b.executor.submit_blocks(Direction.SAVE, np.array([3]), np.array([5]), None)
+    completion = submit_blocks(b.executor, Direction.SAVE, np.array([3]), np.array([5]), None)
     b.executor.close()
     assert completion.query()
     b.executor.close()

@@ -35,7 +35,7 @@ def test_a_refusal_at_any_call(name: str, to_host: bool, at: int) -> None:
     (first, last), lane, recorder = issued(name, to_host, {at: CODE})
     calls, names = recorder.calls, recorder.names
     if at == 0:
-        assert (first, last) == (CODE, CODE) and names == ["push"], "no context, so nothing to pop and nothing to record"
+        assert (first, last) == (CODE, 0) and names == ["push"], "no context, so nothing to pop and nothing to record"
         return
     assert names[0] == "push" and names[-1] == "pop" and names.count("pop") == 1
     joins = set(lane.joins.tolist())

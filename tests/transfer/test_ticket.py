@@ -8,9 +8,10 @@ import time
 import numpy as np
 import pytest
 
-from kvortex.errors import TransferError, TransferTimeoutError
+from kvortex.errors import ArgumentError, TransferError, TransferTimeoutError
 from kvortex.transfer.executor import Completion, Direction
-from kvortex.transfer.ticket import Ticket, Transfer
+from kvortex.transfer.ticket import Ticket
+from kvortex.transfer.transfer import Transfer
 
 
 class FakeCompletion(Completion):
@@ -19,6 +20,13 @@ class FakeCompletion(Completion):
     def __init__(self, questions: float = 0, error: TransferError | None = None) -> None:
         self.left, self._error = questions, error
         self.streams: list[object] = []
+        self.started = True
+
+    def start(self) -> None:
+        raise AssertionError("started already")
+
+    def cancel(self) -> None:
+        raise AssertionError("started already")
 
     def query(self) -> bool:
         self.left -= 1
@@ -26,23 +34,35 @@ class FakeCompletion(Completion):
             self.error, self.seconds = self._error, 0.125
         return self.left < 0
 
-    def add_to(self, stream: object) -> None:
+    def add_to(self, stream: object, timeout: float) -> None:
         self.streams.append(stream)
+
+
+class Over:
+    over = True
+
+
+def transfer_of(completion: Completion | None, direction: Direction, slots: list[int]) -> Transfer:
+    transfer = Transfer(1, direction, Over(), np.array(slots))
+    transfer.completion, transfer.mask = completion, transfer.slots >= 0
+    return transfer
 
 
 def ticket_of(
     completion: FakeCompletion | None, *, direction: Direction = Direction.LOAD, timeout: float = 5.0, nbytes: int = 300
 ) -> Ticket:
     """A ticket for three blocks, of which the first is a miss; a failed transfer loses the other two."""
-    transfer = Transfer(direction, np.array([False, True, True]), completion, nbytes=nbytes)
+    transfer = transfer_of(completion, direction, [-1, 0, 1])
+    transfer.nbytes = nbytes
 
     def settle(transfer: Transfer) -> bool:
-        if transfer.completion is None:
-            return True
-        if not transfer.completion.query():
-            return False
-        if transfer.completion.error is not None:
-            transfer.mask[1:] = False
+        if transfer.completion is not None:
+            if not transfer.completion.query():
+                return False
+            transfer.error = transfer.completion.error
+            if transfer.error is not None:
+                transfer.mask[1:] = False
+        transfer.settled = True
         return True
 
     return Ticket(transfer, settle, timeout)
@@ -102,12 +122,18 @@ def test_wait_ends_when_the_transfer_does() -> None:
 
 def test_wait_has_the_engines_deadline_or_its_own() -> None:
     ticket = ticket_of(FakeCompletion(FOR_EVER), timeout=0.03)
-    for timeout, said in ((None, 0.03), (0.01, 0.01), (0, 0), (0.0, 0.0)):
+    for timeout, said in ((None, 0.03), (0.01, 0.01), (0, 0.0), (0.0, 0.0)):
         began = time.monotonic()
         with pytest.raises(TransferTimeoutError, match=f"a load of 300 bytes was not done after {said} s"):
             ticket.wait(timeout)
         assert said <= time.monotonic() - began < said + 1
     assert isinstance(pytest.raises(TransferTimeoutError, ticket.wait, 0).value, TimeoutError)
+
+
+@pytest.mark.parametrize("timeout", [float("nan"), -1, -0.001, "1", True, [1], 1j])
+def test_what_is_no_timeout_is_refused(timeout: object) -> None:
+    with pytest.raises(ArgumentError, match="must be a number of seconds"):
+        ticket_of(FakeCompletion()).wait(timeout)
 
 
 def test_a_wait_may_be_repeated_after_its_deadline() -> None:
@@ -161,8 +187,8 @@ def test_add_to_reaches_the_transfer_and_those_it_depends_on() -> None:
     mine, other = FakeCompletion(FOR_EVER), FakeCompletion(FOR_EVER)
     ticket = ticket_of(mine, direction=Direction.SAVE)
     ticket._transfer.after = [
-        (Transfer(Direction.SAVE, np.ones(1, bool), other), 0, 0),
-        (Transfer(Direction.SAVE, np.ones(1, bool)), 1, 0),
+        (transfer_of(other, Direction.SAVE, [0]), np.array([0])),
+        (transfer_of(None, Direction.SAVE, [-1]), np.array([1])),
     ]
     ticket.add_to("a stream")
     assert mine.streams == other.streams == ["a stream"]

@@ -1,0 +1,73 @@
+"""One transfer as its engine sees it: what it holds, and what became of it."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from kvortex.errors import TransferError
+from kvortex.transfer.executor import Completion, Direction
+from kvortex.transfer.plan import Int64s
+
+Mask = npt.NDArray[np.bool_]
+
+
+class Call(Protocol):
+    """The engine's call that a transfer is made in; ``over`` when it has returned or raised."""
+
+    over: bool
+
+
+class Transfer:
+    """A transfer, registered before it takes anything, so that no interrupt can lose what it holds.
+
+    Attributes
+    ----------
+    number : int
+        Different for each transfer of an engine.
+    direction
+    slots : (n,) int64
+        Of a load, what it pins, filled by the index in the step that pins; -1 for a miss. Of a save, see
+        ``reservation``.
+    once : (1,) uint8
+        Set by the index in the step that gives the slots back.
+    completion
+        None where nothing had to move.
+    nbytes
+        Payload.
+    after
+        Saves of other calls that bring blocks of this one, each with their positions in ``mask``.
+    mask : (n,) bool
+        Which blocks succeed, as far as known.
+    error
+        Why blocks failed; once ``settled``.
+    ended
+        The slots were given back: saved blocks are visible, or aborted; loaded ones released.
+    settled
+        ``ended``, and so are the transfers of ``after``: ``mask`` and ``error`` are final.
+    """
+
+    def __init__(self, number: int, direction: Direction, call: Call, slots: Int64s) -> None:
+        self.number, self.direction, self.slots = number, direction, slots
+        self._call = weakref.ref(call)  # one that an interrupt kept from ever being over dies with its frame
+        self.once = np.zeros(1, np.uint8)
+        self.completion: Completion | None = None
+        self.nbytes = 0
+        self.after: list[tuple[Transfer, Int64s]] = []
+        self.mask: Mask = np.ones(len(slots), bool)
+        self.error: TransferError | None = None
+        self.ended = self.settled = False
+
+    def moved(self) -> Int64s:
+        """Positions in ``mask`` of the blocks that this transfer moves itself."""
+        return np.flatnonzero(self.slots >= 0)
+
+    def issued(self) -> bool:
+        """Whether everything that will move is on its way, or nothing ever will be."""
+        if self.completion is not None and self.completion.started:
+            return True
+        call = self._call()
+        return call is None or call.over

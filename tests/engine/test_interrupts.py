@@ -1,0 +1,167 @@
+"""An interrupt at any line of the library: nothing stays taken, nothing is done twice, and no wrong byte is handed out."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import pytest
+
+import kvortex
+from kvortex.devices import HostDevice, HostStream
+from kvortex.errors import PoolFullError
+from tests.pages import PagedCache, keys_of
+
+LIBRARY = os.path.dirname(kvortex.__file__) + os.sep
+CALLS: dict[str, Callable[[Any, PagedCache], Any]] = {
+    "save": lambda engine, _: engine.save_blocks(keys_of(5, 6), [5, 6]),
+    "save of what is there": lambda engine, _: engine.save_blocks(keys_of(1, 2), [1, 2]),
+    "load": lambda engine, _: engine.load_blocks(keys_of(1, 2, 9), [3, 4, 7]),
+    "check": lambda engine, _: engine.check_blocks(keys_of(1)),
+    "save and wait": lambda engine, _: engine.save_blocks(keys_of(5, 6), [5, 6]).wait(),
+    "load and wait": lambda engine, _: engine.load_blocks(keys_of(1, 2), [3, 4]).wait(),
+}
+
+
+class Trap:
+    """Raises KeyboardInterrupt at the n-th line that this thread executes in the library."""
+
+    def __init__(self, line: int) -> None:
+        self.left, self.sprung = line, ""
+
+    def enter(self, frame: FrameType, event: str, _: Any) -> Any:
+        return self.step if frame.f_code.co_filename.startswith(LIBRARY) else None
+
+    def step(self, frame: FrameType, event: str, _: Any) -> Any:
+        if event == "line" and not self.sprung:
+            self.left -= 1
+            if self.left == 0:
+                self.sprung = f"{os.path.relpath(frame.f_code.co_filename, LIBRARY)}:{frame.f_lineno}"
+                raise KeyboardInterrupt
+        return self.step
+
+    def run(self, call: Callable[[], Any]) -> None:
+        old = sys.gettrace()
+        sys.settrace(self.enter)
+        try:
+            call()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(old)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_an_interrupt_at_any_line(name: str) -> None:
+    line = 0
+    while True:
+        line += 1
+        cache = PagedCache.plain(HostDevice())
+        with cache.engine() as engine:
+            before = cache.randomize()
+            assert engine.save_blocks(keys_of(1, 2), [1, 2]).wait().all()
+            trap = Trap(line)
+            trap.run(lambda engine=engine, cache=cache: CALLS[name](engine, cache))
+            if not trap.sprung:
+                break
+            deadline = time.monotonic() + 5
+            while (stats := engine.get_stats()).reserved_blocks or stats.pinned_blocks:
+                assert time.monotonic() < deadline, f"{trap.sprung}: {stats}"
+            engine._index.check()
+            found = engine.check_blocks(keys_of(5, 6))
+            assert engine.save_blocks(keys_of(5, 6), [5, 6]).wait().all(), trap.sprung
+            assert found.all() or not found.any()
+            pages = np.array([1, 2, 5, 6])
+            for tensor, old in zip(cache.tensors, before, strict=True):
+                new = tensor.view(cache.memory()[cache.tensors.index(tensor)])
+                np.testing.assert_array_equal(new[:, pages], tensor.view(old)[:, pages])
+            assert engine.load_blocks(keys_of(1, 2, 5, 6), [10, 11, 12, 13]).wait().all(), trap.sprung
+            for tensor, old in zip(cache.tensors, before, strict=True):
+                new = tensor.view(cache.memory()[cache.tensors.index(tensor)])
+                np.testing.assert_array_equal(new[:, [10, 11, 12, 13]], tensor.view(old)[:, pages], err_msg=trap.sprung)
+    assert line > 10
+
+
+@pytest.mark.slow
+def test_a_thousand_real_interrupts() -> None:
+    """Signals at any moment, also inside compiled calls, where Python only hears of them when they return."""
+    cache = PagedCache.plain(HostDevice())
+    pid, stop, rng = os.getpid(), threading.Event(), np.random.default_rng(3)
+    armed = threading.Event()
+
+    def shoot() -> None:
+        gaps = np.random.default_rng(4)
+        while not stop.is_set():
+            time.sleep(float(gaps.uniform(0, 4e-4)))
+            if armed.is_set():
+                os.kill(pid, signal.SIGINT)
+
+    shooter = threading.Thread(target=shoot)
+    shots = 0
+    with cache.engine() as engine:
+        cache.randomize()
+        shooter.start()
+        try:
+            while shots < 1000:
+                try:
+                    armed.set()
+                    keys = keys_of(*rng.integers(0, 60, 4).tolist())
+                    with_pages = rng.permutation(24)[: len(keys)]
+                    try:
+                        if len(np.unique(keys, axis=0)) == len(keys):
+                            engine.save_blocks(keys, with_pages)
+                        engine.load_blocks(keys, with_pages).wait()
+                    except PoolFullError:
+                        pass
+                    armed.clear()
+                except KeyboardInterrupt:
+                    shots += 1
+        finally:
+            while True:
+                try:
+                    stop.set()
+                    shooter.join()
+                    break
+                except KeyboardInterrupt:
+                    continue
+        gc.collect()
+        deadline = time.monotonic() + 10
+        while (stats := engine.get_stats()).reserved_blocks or stats.pinned_blocks:
+            assert time.monotonic() < deadline, stats
+        engine._index.check()
+
+
+def test_a_finaliser_may_ask_its_ticket_in_the_middle_of_anything() -> None:
+    """The collector runs finalisers wherever something is allocated, also inside the engine."""
+    cache = PagedCache.plain(HostDevice())
+
+    class Request:
+        def __init__(self, ticket: Any) -> None:
+            self.ticket, self.itself = ticket, self
+
+        def __del__(self) -> None:
+            self.ticket.done()
+            self.ticket.mask  # noqa: B018
+
+    threshold = gc.get_threshold()
+    gc.set_threshold(1)
+    try:
+        with cache.engine() as engine:
+            stream = HostStream()
+            for turn in range(300):
+                Request(engine.save_blocks(keys_of(turn % 40), [turn % 24], stream=stream))
+                Request(engine.load_blocks(keys_of(turn % 7), [turn % 24], stream=stream))
+                if turn % 8 == 0:
+                    stream.synchronize()
+    except PoolFullError:
+        pass
+    finally:
+        gc.set_threshold(*threshold)
