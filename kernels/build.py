@@ -28,7 +28,13 @@ import numpy as np
 
 from kvortex.errors import BuildError
 
-KERNELS = {"gather": "kvortex.kernels.paged", "scatter": "kvortex.kernels.paged"}
+KERNELS = {
+    "gather": "kvortex.kernels.paged",
+    "scatter": "kvortex.kernels.paged",
+    "gather_resident": "kvortex.kernels.resident",
+    "scatter_resident": "kvortex.kernels.resident",
+}
+_REGISTERS = {"kvortex.kernels.resident": 128}  # most that a CTA of 512 threads can have
 _MAGIC, _VERSION = b"KVXCUBIN", 1
 _HEADER = struct.Struct("<8sIIQ32s")
 _COMPILERS = (
@@ -99,7 +105,8 @@ def compile_kernel(name: str, compute_capability: tuple[int, int]) -> Cubin:
         entry = _ENTRY.search(ptx)
         if entry is None:
             raise BuildError(f"{name}: the compiler wrote no kernel")
-        options = LinkerOptions(arch="sm_{}{}".format(*compute_capability))
+        most = _REGISTERS.get(KERNELS[name])
+        options = LinkerOptions(arch="sm_{}{}".format(*compute_capability), max_register_count=most)
         linked: Any = Linker(ObjectCode.from_ptx(ptx.encode()), options=options).link("cubin")
         return Cubin(bytes(linked.code), entry[1])
     except BuildError:

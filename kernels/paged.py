@@ -16,56 +16,12 @@ from typing import Any
 from numba import cuda
 from numba.cuda import types
 
-from kvortex.kernels.lane import load1, load2, load4, load8, load16, store1, store2, store4, store8, store16
+from kvortex.kernels.move import move
 
 MAX_BLOCKS = 2048  # block ids of one launch: 8 KiB of shared memory
 
 _U64 = types.uint64
 SIGNATURE: Any = types.void(_U64, types.CPointer(_U64), types.int32, types.CPointer(types.int32), types.int32, _U64)
-
-
-@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _move(dst, src, nbytes, lane):  # type: ignore[no-untyped-def]
-    """One warp copies ``nbytes`` through the widest lanes that both addresses allow; what is left goes by bytes."""
-    align = dst | src
-    at = _U64(lane)
-    if align & _U64(15) == _U64(0):
-        at = at * _U64(16)
-        while at + _U64(4 * 512) <= nbytes + _U64(lane * 16):  # four loads in flight: 2 KiB a warp and turn
-            a = load16(src + at)
-            b = load16(src + at + _U64(512))
-            c = load16(src + at + _U64(1024))
-            d = load16(src + at + _U64(1536))
-            store16(dst + at, a)
-            store16(dst + at + _U64(512), b)
-            store16(dst + at + _U64(1024), c)
-            store16(dst + at + _U64(1536), d)
-            at += _U64(2048)
-        while at + _U64(16) <= nbytes:
-            store16(dst + at, load16(src + at))
-            at += _U64(512)
-        at = (nbytes & ~_U64(15)) + _U64(lane)
-    elif align & _U64(7) == _U64(0):
-        at = at * _U64(8)
-        while at + _U64(8) <= nbytes:
-            store8(dst + at, load8(src + at))
-            at += _U64(256)
-        at = (nbytes & ~_U64(7)) + _U64(lane)
-    elif align & _U64(3) == _U64(0):
-        at = at * _U64(4)
-        while at + _U64(4) <= nbytes:
-            store4(dst + at, load4(src + at))
-            at += _U64(128)
-        at = (nbytes & ~_U64(3)) + _U64(lane)
-    elif align & _U64(1) == _U64(0):
-        at = at * _U64(2)
-        while at + _U64(2) <= nbytes:
-            store2(dst + at, load2(src + at))
-            at += _U64(64)
-        at = (nbytes & ~_U64(1)) + _U64(lane)
-    while at < nbytes:
-        store1(dst + at, load1(src + at))
-        at += _U64(32)
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
@@ -88,9 +44,9 @@ def _walk(staging, pieces, n_pieces, blocks, n_blocks, pitch, to_staging):  # ty
         page = pieces[4 * p] + _U64(ids[b]) * pieces[4 * p + 1]
         part = staging + _U64(b) * pitch + (pieces[4 * p + 2] - pieces[2])
         if to_staging:
-            _move(part, page, pieces[4 * p + 3], lane)
+            move(part, page, pieces[4 * p + 3], lane)
         else:
-            _move(page, part, pieces[4 * p + 3], lane)
+            move(page, part, pieces[4 * p + 3], lane)
         b += skip_b
         p += skip_p
         if p >= n_pieces:

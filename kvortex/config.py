@@ -16,6 +16,7 @@ from kvortex.errors import ConfigError
 
 ENV_PREFIX = "KVORTEX_"
 ENV_NOT_OPTIONS = frozenset({"KVORTEX_CACHE_DIR"})  # read by kvortex.kernels.build, not an option of the engine
+_ROUTES = ("auto", "staged", "resident", "strided", "mapped")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
@@ -32,7 +33,10 @@ class KVortexConfig:
     gpu_pool_size_bytes
         Budget of the staging buffers in VRAM, in bytes, shared by both directions. The host device has none.
     num_transfer_streams
-        Streams, and staging buffers, of each direction (threads on the host device).
+        Streams of each direction (threads on the host device).
+    transfer_route
+        How blocks cross the link: ``"staged"``, ``"resident"``, ``"strided"`` or ``"mapped"`` (see
+        :class:`kvortex.transfer.routes.Route`), or ``"auto"`` to choose for each transfer. The host device has one way.
     enable_numa
         Bind the host pool to the GPU's NUMA node where the machine has several.
     device
@@ -49,8 +53,9 @@ class KVortexConfig:
     """
 
     cpu_pool_size_bytes: int = 1 << 30
-    gpu_pool_size_bytes: int = 96 << 20
+    gpu_pool_size_bytes: int = 128 << 20
     num_transfer_streams: int = 3
+    transfer_route: str = "auto"
     enable_numa: bool = True
     device: str = "auto"
     block_size: int = 16
@@ -74,11 +79,13 @@ class KVortexConfig:
             self._integer("max_block_bytes", at_least=1)
         if not isinstance(self.enable_numa, bool):
             raise ConfigError(f"enable_numa = {self.enable_numa!r}: must be true or false")
-        for name in ("model", "dtype", "lora", "salt", "device"):
+        for name in ("model", "dtype", "lora", "salt", "device", "transfer_route"):
             if not isinstance(getattr(self, name), str):
                 raise ConfigError(f"{name} = {getattr(self, name)!r}: must be a string")
         if not re.fullmatch(r"auto|host|cuda(:\d+)?", self.device):
             raise ConfigError(f"device = {self.device!r}: must be 'auto', 'host', 'cuda' or 'cuda:N'")
+        if self.transfer_route not in _ROUTES:
+            raise ConfigError(f"transfer_route = {self.transfer_route!r}: must be one of {', '.join(_ROUTES)}")
         seconds = self.transfer_timeout_s
         if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < float("inf"):
             raise ConfigError(f"transfer_timeout_s = {seconds!r}: must be a number of seconds above 0")

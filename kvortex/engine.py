@@ -35,6 +35,7 @@ from kvortex.memory.arena import PinnedArena
 from kvortex.stats import Counters, EngineStats
 from kvortex.transfer.executor import Completion, Direction, Executor, Failed, poll, seconds
 from kvortex.transfer.plan import Int64s, Pool
+from kvortex.transfer.routes import Route
 from kvortex.transfer.ticket import Ticket
 from kvortex.transfer.transfer import Mask, Transfer
 
@@ -400,7 +401,9 @@ def _executor(config: KVortexConfig, layout: KVLayout | None, device: Device, ar
     if isinstance(device, CudaDevice):
         from kvortex.transfer.cuda import CudaExecutor
 
-        return CudaExecutor(device, fragments, pool, config.gpu_pool_size_bytes, config.num_transfer_streams)
+        route = None if config.transfer_route == "auto" else Route(config.transfer_route)
+        blocks = 0 if layout is None else layout.num_blocks
+        return CudaExecutor(device, fragments, blocks, pool, config.gpu_pool_size_bytes, config.num_transfer_streams, route)
     from kvortex.transfer.host import HostExecutor
 
     return HostExecutor(fragments, pool, config.num_transfer_streams)

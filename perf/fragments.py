@@ -50,7 +50,7 @@ def _one_size(device: Device, raw: RawCopy, fragment_bytes: int, payload: int, r
     specs = [kvortex.TensorSpec(memory.address + at * layer_bytes, shape, strides, 1, device.name) for at in range(LAYERS)]
     layout = kvortex.KVLayout.from_pointers(specs, block_axis=1, device=device.name)
     slot_bytes = -(-layout.record_bytes // 4096) * 4096
-    config = kvortex.KVortexConfig(cpu_pool_size_bytes=count * slot_bytes, device=device.name)
+    config = kvortex.KVortexConfig.from_env(cpu_pool_size_bytes=count * slot_bytes, device=device.name)
     rng = np.random.default_rng(fragment_bytes)
     times: dict[str, list[float]] = {name: [] for name in ("raw_save", "save", "raw_load", "load", "submit")}
     wrong = 0

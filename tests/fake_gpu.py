@@ -22,9 +22,10 @@ from tests.fake_driver import FakeDriver, Result, installed
 from tests.transfer.recorder import Call, Recorder
 
 _SYMBOLS = ("cuCtxPushCurrent", "cuCtxPopCurrent", "cuEventRecord", "cuStreamWaitEvent", "cuLaunchKernel",
-            "cuMemcpyDtoHAsync", "cuMemcpyHtoDAsync")  # fmt: skip
+            "cuMemcpyDtoHAsync", "cuMemcpyHtoDAsync", "cuMemcpy2DAsync", "cuStreamWaitValue32",
+            "cuStreamWriteValue32")  # fmt: skip
 _NOT_CAPTURING = "CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE"
-_ENTRIES = {b"gather": 0x6A, b"scatter": 0x5C}
+_ENTRIES = {b"gather": 0x6A, b"scatter": 0x5C, b"gather_resident": 0x6B, b"scatter_resident": 0x5D}
 
 
 class FakeGpu(FakeDriver):
@@ -49,13 +50,14 @@ class FakeGpu(FakeDriver):
         take, give = self._take, self._give
         super().__init__(
             cuDeviceGetCount=1,
-            cuDeviceGetAttribute=8,
+            cuDeviceGetAttribute=lambda name, _: (Result(0), 2**31 - 1 if "PITCH" in str(name) else 8),
             cuCtxGetStreamPriorityRange=lambda: (Result(0), 0, -5),
             cuMemAlloc=take,
             cuMemAllocFromPoolAsync=take,
             cuMemHostAlloc=take,
             cuMemHostRegister=self._register,
             cuMemHostUnregister=self._unregister,
+            cuMemGetAddressRange=self._range,
             cuMemFree=give,
             cuMemFreeAsync=give,
             cuMemFreeHost=give,
@@ -72,6 +74,7 @@ class FakeGpu(FakeDriver):
         self.issued = Recorder(also=self._execute)
         self.event_code = 0
         self.capturing: dict[int, str] = {}
+        self.resident: list[Iterator[str]] = []
         self.memory: dict[int, HostBuffer] = {}
         self.registered: dict[int, int] = {}
         self.wild: list[str] = []
@@ -102,6 +105,12 @@ class FakeGpu(FakeDriver):
         self.memory[buffer.address] = buffer
         return Result(0), buffer.address
 
+    def _range(self, address: int) -> tuple[Result, int, int]:
+        for base, buffer in self.memory.items():
+            if base <= address < base + buffer.nbytes:
+                return Result(0), base, buffer.nbytes
+        return Result(1), 0, 0
+
     def _give(self, address: int, *_: Any) -> tuple[Result]:
         del self.memory[address]
         return (Result(0),)
@@ -110,9 +119,59 @@ class FakeGpu(FakeDriver):
         ctypes.memmove(target, source, nbytes)
         return (Result(0),)
 
+    def _flag(self, name: str, address: int, value: int) -> None:
+        if not self._reach("a flag", address, 4):
+            return
+        cell = ctypes.c_uint32.from_address(address)
+        if name == "write_value":
+            cell.value = value
+            self._pump()
+        elif (cell.value - value) & 0x80000000:
+            self.wild.append(f"a stream waits for ever: flag {cell.value}, wanted {value}")
+
+    def _pump(self) -> None:
+        """Lets resident kernels go on as far as flags allow, in the order of their launches."""
+        while self.resident and next(self.resident[0], "end") == "end":
+            self.resident.pop(0)
+
+    def _serve(self, call: Call) -> Iterator[str]:
+        """A resident kernel, which stops wherever a flag keeps it waiting."""
+        table, n_chunks, pieces, ids, pitch = call.parameters[:5]
+        threads, gather = call.arguments[1] * call.arguments[4], call.arguments[0] == _ENTRIES[b"gather_resident"]
+        if not self._reach("a kernel's rows", table, 64 * n_chunks):
+            return
+        for row in np.ctypeslib.as_array((ctypes.c_int64 * (8 * n_chunks)).from_address(table)).reshape(-1, 8).copy().tolist():
+            staging, first, n_blocks, piece, n_pieces, ready, value, done = row
+            self._reach("a kernel's flag", ready, 4)
+            while (ctypes.c_uint32.from_address(ready).value - value) & 0x80000000:
+                yield "waiting"
+            self._reach("a kernel's table", pieces + 32 * piece, 32 * n_pieces)
+            self._reach("a kernel's ids", ids + 4 * first, 4 * n_blocks)
+            lines = np.ctypeslib.as_array((ctypes.c_int64 * (4 * n_pieces)).from_address(pieces + 32 * piece)).reshape(-1, 4)
+            for b, block in enumerate((ctypes.c_int32 * n_blocks).from_address(ids + 4 * first)):
+                for base, stride, offset, nbytes in lines.tolist():
+                    pair = staging + b * pitch + offset, base + block * stride
+                    self._copy("a resident kernel", *(pair if gather else pair[::-1]), nbytes)
+            if self._reach("a kernel's flag", done, 4):
+                cell = ctypes.c_uint32.from_address(done)
+                cell.value += threads
+
     def _execute(self, call: Call) -> None:
         if call.name in ("to_host", "to_device"):
             self._copy("a copy", *call.arguments[:3])
+        elif call.name == "lines":
+            cell = call.parameters
+            (there, from_pitch), (here, to_pitch) = ((cell[at + 3] + cell[at + 4], cell[at + 6]) for at in (0, 7))
+            assert sorted((cell[2], cell[9])) == [1, 2], "one side is the host, the other the device"
+            device, pitch = (there, from_pitch) if cell[2] == 2 else (here, to_pitch)
+            self._reach("a rectangle", device, (cell[15] - 1) * pitch + cell[14])
+            for line in range(cell[15]):
+                self._copy("a strided copy", here + line * to_pitch, there + line * from_pitch, cell[14])
+        elif call.name in ("wait_value", "write_value"):
+            self._flag(call.name, *call.arguments[1:3])
+        elif call.name == "launch" and call.arguments[0] in (_ENTRIES[b"gather_resident"], _ENTRIES[b"scatter_resident"]):
+            self.resident.append(self._serve(call))
+            self._pump()
         elif call.name == "launch":
             staging, table, n_pieces, ids, n_blocks, pitch = call.parameters
             if not (self._reach("a kernel's table", table, 32 * n_pieces) and self._reach("a kernel's ids", ids, 4 * n_blocks)):
@@ -131,4 +190,4 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
     monkeypatch.setattr(executor.build, "load", lambda name, _: SimpleNamespace(code=b"", entry=name))
     with installed(FakeGpu()) as gpu:
         yield gpu
-    assert not gpu.wild
+    assert not gpu.wild and not gpu.resident, "a kernel that never ends"

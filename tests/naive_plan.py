@@ -16,10 +16,13 @@ from kvortex.transfer.plan import (
     FIRST_COPY,
     FIRST_PIECE,
     HOST_SIDE,
+    INSTEAD,
+    LINES,
     N_BLOCKS,
     N_COPIES,
     N_PIECES,
     OFFSET,
+    PITCH,
     STRIDE,
     Int64s,
     Plan,
@@ -59,16 +62,23 @@ class Machine:
             stream = self.turn % self.streams
             self.turn += 1
             copies = plan.copies[chunk[FIRST_COPY] : chunk[FIRST_COPY] + chunk[N_COPIES]].tolist()
-            assert len(copies) == chunk[N_COPIES] > 0
+            assert len(copies) == chunk[N_COPIES] and (copies or chunk[INSTEAD])
             if not chunk[N_PIECES]:
                 for copy in copies:
-                    self._dma(self.vram, copy[DEVICE_SIDE] - VRAM, copy, self.device_writes, to_host)
+                    for line in range(copy[LINES]):
+                        at, host = copy[DEVICE_SIDE] - VRAM + line * copy[PITCH], copy[HOST_SIDE] + line * copy[COPY_BYTES]
+                        self._dma(self.vram, at, host, copy[COPY_BYTES], self.device_writes, to_host)
                 continue
+            if chunk[INSTEAD]:
+                assert not copies
+                self._mapped(plan, chunk, to_host)
+                continue
+            assert (np.array(copies)[:, LINES] == 1).all()
             buffer = self.staging[stream]
             if to_host:
                 self._kernel(plan, chunk, buffer, to_host)
             for copy in copies:
-                self._dma(buffer, copy[DEVICE_SIDE], copy, None, to_host)
+                self._dma(buffer, copy[DEVICE_SIDE], copy[HOST_SIDE], copy[COPY_BYTES], None, to_host)
             if not to_host:
                 self._kernel(plan, chunk, buffer, to_host)
 
@@ -90,8 +100,27 @@ class Machine:
                     self.vram[page : page + n] = buffer[part : part + n]
                     self.device_writes[page : page + n] += 1
 
-    def _dma(self, memory: Bytes, at: int, copy: list[int], writes: npt.NDArray[np.int64] | None, to_host: bool) -> None:
-        n, host = copy[COPY_BYTES], copy[HOST_SIDE] - self.pool.address
+    def _mapped(self, plan: Plan, chunk: list[int], to_host: bool) -> None:
+        """A kernel with slots for a staging buffer."""
+        first = chunk[INSTEAD] - self.pool.address
+        end = first + (chunk[N_BLOCKS] - 1) * self.pool.slot_bytes + int(self.pieces[-1, OFFSET] + self.pieces[-1, BYTES])
+        assert 0 <= first < end <= len(self.host), "a kernel leaves the host pool"
+        segment = self.pool.segment_slots * self.pool.slot_bytes
+        assert first // segment == (end - 1) // segment, "a kernel crosses from one registration into the next"
+        before = self.host.copy()
+        self._kernel(plan, chunk, self.host[first:end], to_host)
+        if to_host:
+            for b in range(chunk[N_BLOCKS]):
+                for piece in self.pieces.tolist():
+                    at = first + b * self.pool.slot_bytes + piece[OFFSET]
+                    self.host_writes[at : at + piece[BYTES]] += 1
+        else:
+            assert (self.host == before).all()
+
+    def _dma(
+        self, memory: Bytes, at: int, host: int, n: int, writes: npt.NDArray[np.int64] | None, to_host: bool
+    ) -> None:
+        host -= self.pool.address
         assert n > 0
         assert 0 <= at and at + n <= len(memory), "a copy leaves the device's memory"
         assert 0 <= host and host + n <= len(self.host), "a copy leaves the host pool"

@@ -98,6 +98,8 @@ class CudaDevice(Device):
             self.attribute(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR),
             self.attribute(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR),
         )
+        self.max_pitch = self.attribute(attribute.CU_DEVICE_ATTRIBUTE_MAX_PITCH)
+        self.has_stream_flags = bool(self.attribute(attribute.CU_DEVICE_ATTRIBUTE_CAN_USE_64_BIT_STREAM_MEM_OPS))
         self.multiprocessors = self.attribute(attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
 
     def attribute(self, name: Any) -> int:
@@ -135,6 +137,12 @@ class CudaDevice(Device):
             return "host"
         code, ordinal = driver.cuPointerGetAttribute(kinds.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, address)
         return None if int(code) else f"cuda:{int(ordinal)}"
+
+    def allocation(self, address: int) -> tuple[int, int] | None:
+        """First address and bytes of the piece of VRAM that an address lies in; None where the driver does not say."""
+        with current(self.context) as driver:
+            code, base, nbytes = driver.cuMemGetAddressRange(address)
+        return None if int(code) else (int(base), int(nbytes))
 
     def numa_node(self) -> int | None:
         try:

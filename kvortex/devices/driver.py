@@ -21,12 +21,26 @@ _SYMBOLS = {
     "cuLaunchKernel": 4000,
     "cuMemcpyDtoHAsync": 3020,
     "cuMemcpyHtoDAsync": 3020,
+    "cuMemcpy2DAsync": 3020,
+    "cuStreamWaitValue32": 11070,
+    "cuStreamWriteValue32": 11070,
 }
 
 # CUresult codes after which a context is unusable: its kernels crashed, its hardware failed, or it was destroyed. From the
 # descriptions in cuda.h: "the process must be terminated and relaunched", and the codes for a context that is no more.
 _FATAL = frozenset({4, 201, 214, 220, 226, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 721, 810, 911})
-CTX_PUSH, CTX_POP, EVENT_RECORD, STREAM_WAIT, LAUNCH, COPY_TO_HOST, COPY_TO_DEVICE = range(len(_SYMBOLS))
+(
+    CTX_PUSH,
+    CTX_POP,
+    EVENT_RECORD,
+    STREAM_WAIT,
+    LAUNCH,
+    COPY_TO_HOST,
+    COPY_TO_DEVICE,
+    COPY_LINES,
+    STREAM_WAIT_VALUE,
+    STREAM_WRITE_VALUE,
+) = range(len(_SYMBOLS))
 
 
 @functools.cache

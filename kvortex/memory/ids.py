@@ -1,4 +1,4 @@
-"""Pinned, mapped host arrays for the block ids of running transfers, reused by size."""
+"""Pinned, mapped host arrays for the block ids of running transfers, each with as much VRAM beside it, reused by size."""
 
 from __future__ import annotations
 
@@ -10,18 +10,26 @@ from collections import defaultdict
 import numpy as np
 import numpy.typing as npt
 
-from kvortex.devices.base import Device
+from kvortex.devices.base import Device, DeviceBuffer
 from kvortex.errors import DeviceError
 
 _READY = ((1024, 16), (4096, 8), (16384, 4))  # ids and buffers: 448 KiB
 
 
 class IdBuffer:
-    """Room for ``capacity`` int32 block ids that kernels read over the link."""
+    """Room for ``capacity`` int32 block ids.
 
-    def __init__(self, address: int, capacity: int) -> None:
-        self.address = address
-        self.capacity = capacity
+    Attributes
+    ----------
+    ids : (capacity,) int32
+        Pinned host memory.
+    address, mirror : int
+        Of ``ids``, which kernels may read over the link, and of as much VRAM.
+    capacity : int
+    """
+
+    def __init__(self, address: int, capacity: int, mirror: int) -> None:
+        self.address, self.mirror, self.capacity = address, mirror, capacity
         self.ids: npt.NDArray[np.int32] = np.ctypeslib.as_array((ctypes.c_int32 * capacity).from_address(address))
 
 
@@ -36,15 +44,23 @@ class IdPool:
         self._lock = threading.RLock()
         self._free: dict[int, list[IdBuffer]] = defaultdict(list)
         self._all: list[int] = []
-        at = self._allocate(sum(capacity * count for capacity, count in _READY))
+        self._mirrors: list[DeviceBuffer] = []
+        try:
+            at, mirror = self._allocate(sum(capacity * count for capacity, count in _READY))
+        except BaseException:
+            self.close()
+            raise
         for capacity, count in _READY:
             for _ in range(count):
-                self._free[capacity].append(IdBuffer(at, capacity))
-                at += 4 * capacity
+                self._free[capacity].append(IdBuffer(at, capacity, mirror))
+                at, mirror = at + 4 * capacity, mirror + 4 * capacity
 
-    def _allocate(self, capacity: int) -> int:
+    def _allocate(self, capacity: int) -> tuple[int, int]:
+        """Addresses of pinned memory and of VRAM; what was had before one of them failed is kept until the end."""
         self._all.append(self._device.allocate_pinned(capacity * 4))
-        return self._all[-1]
+        address = self._all[-1]
+        self._mirrors.append(self._device.allocate(capacity * 4))
+        return address, self._mirrors[-1].address
 
     def take(self, count: int) -> IdBuffer:
         """A buffer for at least ``count`` ids; sizes are powers of four, so that few sizes serve all transfers."""
@@ -54,7 +70,8 @@ class IdPool:
         with self._lock:
             if self._free[capacity]:
                 return self._free[capacity].pop()
-        return IdBuffer(self._allocate(capacity), capacity)  # can take long, and others need not wait for it
+        address, mirror = self._allocate(capacity)  # can take long, and others need not wait for it
+        return IdBuffer(address, capacity, mirror)
 
     def give(self, buffer: IdBuffer) -> None:
         """Takes a buffer back."""
@@ -67,4 +84,7 @@ class IdPool:
             while self._all:
                 with contextlib.suppress(DeviceError):  # a lost context frees nothing, and must not keep others from closing
                     self._device.free_pinned(self._all.pop())
+            while self._mirrors:
+                with contextlib.suppress(DeviceError):
+                    self._mirrors.pop().free()
             self._free.clear()

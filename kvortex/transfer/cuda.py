@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from typing import Any
 
@@ -17,12 +18,43 @@ from kvortex.memory.ids import IdBuffer, IdPool
 from kvortex.memory.staging import StagingRing
 from kvortex.transfer import issue as nogil
 from kvortex.transfer.executor import Completion, Direction, Executor
-from kvortex.transfer.plan import Int64s, Plan, Pool, plan_direct, plan_staged, split_pieces
+from kvortex.transfer.lane import ROW_WORDS, Lane
+from kvortex.transfer.plan import (
+    OFFSET,
+    Int64s,
+    Plan,
+    Pool,
+    plan_direct,
+    plan_mapped,
+    plan_staged,
+    plan_strided,
+    split_pieces,
+    strides,
+)
+from kvortex.transfer.resident import FLAG_BYTES
+from kvortex.transfer.routes import Route, choose, resident_ctas
 
-THREADS = 512
-CTAS_PER_MULTIPROCESSOR = 0.25  # enough to feed the link from HBM many times over; the rest stays with the model
 MAX_BLOCKS = 2048  # of kvortex.kernels.paged, which needs numba.cuda to import
+LEAST_BUFFERS = 4  # of each direction: one is filled and one leaves, and two are between the kernel and the link
 DIRECT_BYTES = 256 << 10  # contiguous records from this size on go by DMA alone; smaller ones are gathered first
+
+
+def resident_kernels_can_run(device: CudaDevice) -> bool:
+    """Whether launches return before their kernels end, which a resident kernel needs: its copies are issued after it."""
+    return os.environ.get("CUDA_LAUNCH_BLOCKING", "0") in ("", "0") and device.has_stream_flags
+
+
+def _allocations(device: CudaDevice, fragments: Int64s, num_blocks: int) -> Int64s:
+    """(F,) int64: for each fragment the allocation that holds it in all blocks, by its first address; -1 for none."""
+    found = np.full(len(fragments), -1, np.int64)
+    known: tuple[int, int] | None = None
+    for at, (base, stride, _, nbytes) in enumerate(fragments.tolist()):
+        end = base + stride * (num_blocks - 1) + nbytes
+        if known is None or not (known[0] <= base and end <= known[0] + known[1]):
+            known = device.allocation(base)
+        if known is not None and end <= known[0] + known[1]:
+            found[at] = known[0]
+    return found
 
 
 class _Events:
@@ -61,8 +93,7 @@ class CudaCompletion(Completion):
         self._held = executor.lend(plan)
 
     def start(self) -> None:
-        start, done, ids = self._held
-        self._executor.issue(self._direction, self._plan, self._caller, start, done, ids, self.outcome)
+        self._executor.issue(self._direction, self._plan, self._caller, *self._held, self.outcome)
         self.started = True
 
     def cancel(self) -> None:
@@ -110,64 +141,6 @@ class CudaCompletion(Completion):
                     cu.check(driver.cuStreamWaitEvent(handle, self._held[1], 0), "cuStreamWaitEvent")
 
 
-class _Lane:
-    """Streams, staging buffers and a kernel of one direction. The lock keeps the plans of two threads apart."""
-
-    def __init__(
-        self, executor: CudaExecutor, direction: Direction, kernel: int, buffers: list[int], table: int, slot_bytes: int
-    ) -> None:
-        self.lock = threading.RLock()
-        self.turn = np.zeros(1, np.int64)
-        device = executor.device
-        self._device = device
-        self._streams: list[int] = []
-        self._events: list[int] = []
-        try:
-            self._open(len(buffers) + 1)
-        except BaseException:
-            self.close()
-            raise
-        self.streams = np.array(self._streams[:-1], np.int64)
-        self.joins = np.array(self._events[:-1], np.int64)
-        self.buffers = np.array(buffers, np.int64)
-        self.cells = np.zeros(nogil.LANE_CELLS, np.int64)
-        self.cells[nogil.CONTEXT] = int(device.context)
-        self.cells[nogil.KERNEL] = kernel
-        self.cells[nogil.THREADS] = THREADS
-        self.cells[nogil.MAX_CTAS] = max(1, round(device.multiprocessors * CTAS_PER_MULTIPROCESSOR))
-        self.cells[nogil.TABLE] = table
-        self.cells[nogil.SLOT_BYTES] = slot_bytes
-        self.cells[nogil.JOIN_STREAM] = self._streams[-1]
-        self.cells[nogil.CALLER_EVENT] = self._events[-1]
-        self.cells[nogil.TO_HOST] = direction is Direction.SAVE
-        self.parameters = np.zeros(nogil.PARAMETERS, np.int64)
-        self.pointers = self.parameters.ctypes.data + 8 * np.arange(nogil.PARAMETERS, dtype=np.int64)
-        self.scratch = np.zeros(1, np.int64)
-
-    def _open(self, count: int) -> None:
-        with cu.current(self._device.context) as driver:
-            _, high = cu.check(driver.cuCtxGetStreamPriorityRange(), "cuCtxGetStreamPriorityRange")
-            for _ in range(count):
-                # Non-blocking: not ordered with the legacy default stream but through events. High priority: a gather
-                # of tens of microseconds must not queue behind a model's kernels.
-                flags = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
-                self._streams.append(int(cu.check(driver.cuStreamCreateWithPriority(flags, high), "cuStreamCreate")))
-                no_timing = driver.CUevent_flags.CU_EVENT_DISABLE_TIMING
-                self._events.append(int(cu.check(driver.cuEventCreate(no_timing), "cuEventCreate")))
-
-    def query(self) -> int:
-        """0 when no stream has work left, else the first code that says otherwise."""
-        with cu.current(self._device.context) as driver:
-            return next((code for s in self._streams if (code := int(driver.cuStreamQuery(s)[0]))), 0)
-
-    def close(self) -> None:
-        with contextlib.suppress(DeviceError), cu.current(self._device.context) as driver:
-            while self._events:
-                driver.cuEventDestroy(self._events.pop())
-            while self._streams:
-                driver.cuStreamDestroy(self._streams.pop())
-
-
 class CudaExecutor(Executor):
     """Moves blocks through staging buffers, or by DMA alone where a record is one long contiguous piece.
 
@@ -176,27 +149,45 @@ class CudaExecutor(Executor):
     device
     fragments : (F, 4) int64
         Of the layout; (0, 4) where there is none.
+    num_blocks
+        Of the layout.
     pool
         The pinned slots.
     gpu_budget
         Bytes of VRAM for staging buffers.
     streams
         Streams, and staging buffers, of each direction.
+    route
+        For all transfers of blocks; None to choose for each.
     """
 
-    def __init__(self, device: CudaDevice, fragments: Int64s, pool: Pool, gpu_budget: int, streams: int) -> None:
+    def __init__(
+        self,
+        device: CudaDevice,
+        fragments: Int64s,
+        num_blocks: int,
+        pool: Pool,
+        gpu_budget: int,
+        streams: int,
+        route: Route | None = None,
+    ) -> None:
         self.device = device
         self._pool, self._count = pool, streams
         self._fragments = fragments
         self._functions = cu.functions()
         self._events = _Events(device)
-        self._ids = IdPool(device)
         self._guard = threading.RLock()
+        self._ids: IdPool | None = None
         self._staging: StagingRing | None = None
         self._table: Any = None
+        self._flags: Any = None
         self._module: Any = None
-        self._lanes: dict[Direction, _Lane] = {}
-        self._direct = len(fragments) == 1 and int(fragments[0, 3]) >= DIRECT_BYTES
+        self._lanes: dict[Direction, Lane] = {}
+        self._runs = strides(fragments, device.max_pitch, _allocations(device, fragments, num_blocks))
+        # A record that is one long piece needs no kernel, whatever else is asked for.
+        one_piece = len(fragments) == 1 and int(fragments[0, 3]) >= DIRECT_BYTES
+        self._route = Route.DIRECT if one_piece else route
+        self._resident = resident_kernels_can_run(device)
         try:
             self._open(gpu_budget)
         except BaseException:
@@ -204,20 +195,39 @@ class CudaExecutor(Executor):
             raise
 
     def _open(self, gpu_budget: int) -> None:
-        staged = len(self._fragments) > 0 and not self._direct
-        kernels = {Direction.SAVE: 0, Direction.LOAD: 0}
-        buffers, table = [0] * (2 * self._count), 0
+        staged = len(self._fragments) > 0 and self._route is not Route.DIRECT
+        depth = max(self._count, LEAST_BUFFERS)
+        buffers, table, flags = [0] * (2 * depth), 0, 0
+        kernels = {direction: (0, 0) for direction in Direction}
+        self._pieces = split_pieces(self._fragments)
+        self._ids = IdPool(self.device)
         if staged:
-            self._pieces = split_pieces(self._fragments)
-            self._staging = StagingRing(self.device, gpu_budget, 2 * self._count)
+            self._staging = StagingRing(self.device, gpu_budget, 2 * depth)
             buffers = self._staging.addresses
             self._table = self.device.allocate(self._pieces.nbytes)
             self._table.write(self._pieces)
             table = self._table.address
-            kernels = {Direction.SAVE: self._kernel("gather"), Direction.LOAD: self._kernel("scatter")}
+            self._flags = self.device.allocate(2 * FLAG_BYTES * len(buffers))
+            self._flags.write(np.zeros(self._flags.nbytes, np.uint8))
+            flags = self._flags.address
+            kernels = {
+                Direction.SAVE: (self._kernel("gather"), self._kernel("gather_resident")),
+                Direction.LOAD: (self._kernel("scatter"), self._kernel("scatter_resident")),
+            }
         for at, direction in enumerate(Direction):
-            mine = buffers[at * self._count : (at + 1) * self._count]
-            self._lanes[direction] = _Lane(self, direction, kernels[direction], mine, table, self._pool.slot_bytes)
+            mine = buffers[at * depth : (at + 1) * depth]
+            my_flags = flags + 2 * FLAG_BYTES * depth * at
+            self._lanes[direction] = Lane(
+                self.device,
+                direction,
+                *kernels[direction],
+                self._count,
+                mine,
+                my_flags,
+                table,
+                self._pieces[:, OFFSET],
+                self._pool.slot_bytes,
+            )
 
     def _kernel(self, name: str) -> int:
         cubin = build.load(name, self.device.compute_capability)
@@ -227,14 +237,28 @@ class CudaExecutor(Executor):
             return int(cu.check(driver.cuModuleGetFunction(module, cubin.entry.encode()), f"cuModuleGetFunction of {name}"))
 
     def prepare_blocks(self, direction: Direction, blocks: Int64s, slots: Int64s, stream: Any) -> CudaCompletion:
-        if self._direct:
-            base, stride, _, nbytes = (int(cell) for cell in self._fragments[0])
-            plan = plan_direct(base + blocks * stride, np.full(len(blocks), nbytes), slots, self._pool, self._count)
-        else:
-            assert self._staging is not None
-            size = self._staging.buffer_bytes
-            plan = plan_staged(blocks, slots, self._pieces, self._pool, size, self._count, MAX_BLOCKS)
-        return CudaCompletion(self, direction, plan, cuda_stream_handle(stream))
+        caller = cuda_stream_handle(stream)
+        return CudaCompletion(self, direction, self._plan(blocks, slots, caller), caller)
+
+    def _plan(self, blocks: Int64s, slots: Int64s, caller: int) -> Plan:
+        nbytes = len(blocks) * int(self._fragments[:, 3].sum())
+        busy = self._is_busy(caller)
+        route = self._route or choose(self._runs, nbytes, beside_compute=busy, resident=self._resident)
+        if route is Route.DIRECT:
+            base, stride, _, size = (int(cell) for cell in self._fragments[0])
+            return plan_direct(base + blocks * stride, np.full(len(blocks), size), slots, self._pool, self._count)
+        if route is Route.STRIDED:
+            return plan_strided(blocks, slots, self._runs, self._pool, self._count)
+        if route is Route.MAPPED:
+            return plan_mapped(blocks, slots, self._pieces, self._pool, MAX_BLOCKS)
+        assert self._staging is not None
+        size, ctas = self._staging.buffer_bytes, resident_ctas(beside_compute=busy) if route is Route.RESIDENT else 0
+        return plan_staged(blocks, slots, self._pieces, self._pool, size, self._count, MAX_BLOCKS, ctas=ctas)
+
+    def _is_busy(self, caller: int) -> bool:
+        """Whether the caller's stream has work on it, which mostly means that a model is computing."""
+        with cu.current(self.device.context) as driver:
+            return bool(driver.cuStreamQuery(caller)[0] == driver.CUresult.CUDA_ERROR_NOT_READY)
 
     def prepare_buffers(
         self, direction: Direction, addresses: Int64s, sizes: Int64s, slots: Int64s, stream: Any
@@ -259,41 +283,22 @@ class CudaExecutor(Executor):
             with self._guard:
                 events.append(self._events.take())
                 events.append(self._events.take())
-            if not len(plan.ids):
-                return events[0], events[1], None
-            ids = self._ids.take(len(plan.ids))
+            ids = None
+            if len(plan.ids):
+                assert self._ids is not None
+                ids = self._ids.take(len(plan.ids) + (ROW_WORDS * len(plan.chunks) if plan.ctas else 0))
         except BaseException:
             with self._guard:
                 for event in events:
                     self._events.give(event)
             raise
-        ids.ids[: len(plan.ids)] = plan.ids
         return events[0], events[1], ids
 
     def issue(
         self, direction: Direction, plan: Plan, caller: int, start: int, done: int, ids: IdBuffer | None, outcome: Int64s
     ) -> None:
-        """Puts a plan on the streams of its direction; ``outcome`` tells how that went. See :func:`issue.issue`."""
-        lane = self._lanes[direction]
-        with lane.lock:
-            nogil.issue(
-                self._functions,
-                lane.cells,
-                lane.streams,
-                lane.buffers,
-                lane.joins,
-                lane.turn,
-                caller,
-                start,
-                done,
-                plan.chunks,
-                plan.copies,
-                ids.address if ids is not None else 0,
-                lane.parameters,
-                lane.pointers,
-                lane.scratch,
-                outcome,
-            )
+        """Puts a plan on the streams of its direction. See :meth:`Lane.issue`."""
+        self._lanes[direction].issue(self._functions, plan, caller, start, done, ids, outcome)
 
     def query_event(self, event: int) -> int:
         """0 when an event has passed, else the code that says otherwise."""
@@ -321,7 +326,7 @@ class CudaExecutor(Executor):
         with self._guard:
             self._events.give(start)
             self._events.give(done)
-        if ids is not None:
+        if ids is not None and self._ids is not None:
             self._ids.give(ids)
 
     def close(self) -> None:
@@ -329,12 +334,14 @@ class CudaExecutor(Executor):
             lane.close()
         self._lanes.clear()
         self._events.close()
-        self._ids.close()
+        if self._ids is not None:
+            self._ids.close()
         if self._staging is not None:
             self._staging.close()
-        if self._table is not None:
-            with contextlib.suppress(DeviceError):
-                self._table.free()
+        for buffer in (self._table, self._flags):
+            if buffer is not None:
+                with contextlib.suppress(DeviceError):
+                    buffer.free()
         with contextlib.suppress(DeviceError), cu.current(self.device.context) as driver:
             for module in self._module or []:
                 driver.cuModuleUnload(module)

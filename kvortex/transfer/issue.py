@@ -10,6 +10,7 @@ import numpy as np
 from numba import njit
 
 from kvortex.devices.driver import (
+    COPY_LINES,
     COPY_TO_DEVICE,
     COPY_TO_HOST,
     CTX_POP,
@@ -27,9 +28,12 @@ from kvortex.transfer.plan import (
     FIRST_COPY,
     FIRST_PIECE,
     HOST_SIDE,
+    INSTEAD,
+    LINES,
     N_BLOCKS,
     N_COPIES,
     N_PIECES,
+    PITCH,
 )
 
 # Cells of ``lane``: numbers that stay the same for a direction.
@@ -41,11 +45,38 @@ PARAMETERS = 6
 PIECE_ROW_BYTES = 8 * (BYTES + 1)
 
 
+# Cells of ``scratch``: where the popped context goes, then a CUDA_MEMCPY2D (cuda.h): of each side x, y, kind of memory, host
+# address, device address, array, pitch; then bytes of a line, and lines.
+POPPED, RECTANGLE = 0, 1
+SCRATCH_CELLS = RECTANGLE + 16
+_SIDE_CELLS, _KIND, _HOST, _DEVICE, _PITCH = 7, 2, 3, 4, 6
+_KIND_HOST, _KIND_DEVICE = 1, 2
+
+
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _copies(to_host, functions, copies, first, count, base, stream):  # type: ignore[no-untyped-def]
-    for at in range(first, first + count):
+def _lines(to_host, functions, copy, stream, scratch):  # type: ignore[no-untyped-def]
+    rectangle = scratch[RECTANGLE:]
+    rectangle[:] = 0
+    there, here = (0, _SIDE_CELLS) if to_host else (_SIDE_CELLS, 0)
+    rectangle[there + _KIND] = _KIND_DEVICE
+    rectangle[there + _DEVICE] = copy[DEVICE_SIDE]
+    rectangle[there + _PITCH] = copy[PITCH]
+    rectangle[here + _KIND] = _KIND_HOST
+    rectangle[here + _HOST] = copy[HOST_SIDE]
+    rectangle[here + _PITCH] = copy[COPY_BYTES]
+    rectangle[2 * _SIDE_CELLS] = copy[COPY_BYTES]
+    rectangle[2 * _SIDE_CELLS + 1] = copy[LINES]
+    return call(functions[COPY_LINES], (rectangle.ctypes.data, stream))
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def copy_chunk(to_host, functions, copies, chunk, base, stream, scratch):  # type: ignore[no-untyped-def]
+    """The copies of a chunk, with the staging buffer ``base`` on the device side; the first error code."""
+    for at in range(chunk[FIRST_COPY], chunk[FIRST_COPY] + chunk[N_COPIES]):
         device, host, nbytes = copies[at, DEVICE_SIDE] + base, copies[at, HOST_SIDE], copies[at, COPY_BYTES]
-        if to_host:
+        if copies[at, LINES] > 1:
+            code = _lines(to_host, functions, copies[at], stream, scratch)
+        elif to_host:
             code = call(functions[COPY_TO_HOST], (host, device, nbytes, stream))
         else:
             code = call(functions[COPY_TO_DEVICE], (device, host, nbytes, stream))
@@ -80,7 +111,7 @@ def issue(  # type: ignore[no-untyped-def]
 
     Parameters
     ----------
-    functions : (7,) int64
+    functions : (8,) int64
         Of :func:`kvortex.devices.driver.functions`.
     lane : (LANE_CELLS,) int64
         Context, kernel, launch shape, piece table, slot bytes, join stream, event for the caller's stream, direction.
@@ -91,14 +122,14 @@ def issue(  # type: ignore[no-untyped-def]
         Stream of the first chunk, the rest follow in a ring; moved on to the one behind the last.
     caller, start, done : int
         Stream to wait for; timing events recorded before and after.
-    chunks, copies : (c, 6), (m, 3) int64
+    chunks, copies : (c, 7), (m, 5) int64
         Of :class:`kvortex.transfer.plan.Plan`.
     ids : int
         Address of the plan's block ids, readable by the GPU.
     parameters, pointers : (6,) int64
         Values of the kernel's parameters, and their addresses. The driver copies them at each launch.
-    scratch : (1,) int64
-        Where the popped context goes.
+    scratch : (SCRATCH_CELLS,) int64
+        Nothing that outlives the call.
     outcome : (3,) int64
         Gets ``ISSUED`` = 1, the first error code of the work, and that of the events behind it; 0 for none. When the last
         is 0, ``done`` follows everything that was issued, also after an error. Told through an array, because an
@@ -125,11 +156,13 @@ def issue(  # type: ignore[no-untyped-def]
         at = (first + c) % n
         chunk = chunks[c]
         with_kernel = chunk[N_PIECES] > 0
-        base = buffers[at] if with_kernel else 0
+        base = chunk[INSTEAD]
+        if with_kernel and not base:
+            base = buffers[at]
         if to_host and with_kernel:
             error = _launch(functions, lane, chunk, ids, base, streams[at], parameters, pointers)
         if not error:
-            error = _copies(to_host, functions, copies, chunk[FIRST_COPY], chunk[N_COPIES], base, streams[at])
+            error = copy_chunk(to_host, functions, copies, chunk, base, streams[at], scratch)
         if not error and not to_host and with_kernel:
             error = _launch(functions, lane, chunk, ids, base, streams[at], parameters, pointers)
     last = np.int32(0)

@@ -17,11 +17,14 @@ Int32s = npt.NDArray[np.int32]
 
 # Columns of a fragment or piece: address in block 0, block stride, offset in the record, bytes.
 BASE, STRIDE, OFFSET, BYTES = range(4)
-# Columns of a chunk: range of ids, range of pieces, range of copies. n_pieces is 0 where no kernel runs.
-FIRST_BLOCK, N_BLOCKS, FIRST_PIECE, N_PIECES, FIRST_COPY, N_COPIES = range(6)
-# Columns of a copy: offset in the staging buffer (or address in VRAM where no kernel runs), host address, bytes.
-DEVICE_SIDE, HOST_SIDE, COPY_BYTES = range(3)
+# Columns of a chunk: range of ids, range of pieces, range of copies, and the address that the kernel uses instead of a
+# staging buffer, or 0. n_pieces is 0 where no kernel runs.
+FIRST_BLOCK, N_BLOCKS, FIRST_PIECE, N_PIECES, FIRST_COPY, N_COPIES, INSTEAD = range(CHUNK_COLUMNS := 7)
+# Columns of a copy: offset in the staging buffer (or address in VRAM where no kernel runs), host address, bytes of a line,
+# lines, and bytes from line to line in VRAM. On the host side lines touch.
+DEVICE_SIDE, HOST_SIDE, COPY_BYTES, LINES, PITCH = range(COPY_COLUMNS := 5)
 
+_DOUBLINGS = 5
 PIECE_BYTES = 4096  # two turns of a warp with four 16-byte loads in flight in each lane
 
 
@@ -36,12 +39,13 @@ class Pool:
 
 @dataclass(frozen=True)
 class Plan:
-    """One transfer: ``ids`` (n,) in the order of chunks, ``chunks`` (c, 6), ``copies`` (m, 3), bytes of payload."""
+    """One transfer: ``ids`` (n,) in the order of chunks, ``chunks`` (c, 7), ``copies`` (m, 5), bytes of payload."""
 
     ids: Int32s
     chunks: Int64s
     copies: Int64s
     nbytes: int
+    ctas: int = 0  # of one kernel that serves all chunks; 0 where each chunk has a launch of its own, or none
 
 
 def split_pieces(fragments: Int64s, piece_bytes: int = PIECE_BYTES) -> Int64s:
@@ -79,7 +83,15 @@ def cut_parts(pieces: Int64s, buffer_bytes: int) -> Int64s:
 
 
 def plan_staged(
-    blocks: Int64s, slots: Int64s, pieces: Int64s, pool: Pool, buffer_bytes: int, streams: int, max_blocks: int
+    blocks: Int64s,
+    slots: Int64s,
+    pieces: Int64s,
+    pool: Pool,
+    buffer_bytes: int,
+    streams: int,
+    max_blocks: int,
+    *,
+    ctas: int = 0,
 ) -> Plan:
     """A transfer through staging buffers.
 
@@ -95,6 +107,10 @@ def plan_staged(
         Streams that chunks are dealt to; a small transfer is cut so that each gets some.
     max_blocks
         Most ids that one launch takes.
+    ctas
+        CTAs of one kernel for the whole plan, or 0 for a launch a chunk. With one kernel a chunk costs no launch, so the
+        first ones are small, for the link to start at once, and the last ones too, for the end not to wait for a long gather
+        or scatter.
     """
     order = np.argsort(slots)
     ids, slots = blocks[order].astype(np.int32), slots[order]
@@ -102,28 +118,43 @@ def plan_staged(
     if pool.slot_bytes > buffer_bytes:
         chunks, copies = _chunks_of_parts(slots, pieces, pool, buffer_bytes)
     else:
-        even = -(-len(slots) // (2 * streams))
-        per_chunk = max(1, min(buffer_bytes // pool.slot_bytes, max_blocks, even))
-        chunks, copies = _chunks_of_records(slots, len(pieces), record_bytes, pool, per_chunk)
-    return Plan(ids, chunks, copies, record_bytes * len(slots))
+        per_chunk = buffer_bytes // pool.slot_bytes
+        if ctas:
+            starts = _ramp(len(slots), per_chunk)
+        else:
+            even = -(-len(slots) // (2 * streams))
+            starts = np.arange(0, len(slots), max(1, min(per_chunk, max_blocks, even)))
+        chunks, copies = _chunks_of_records(slots, len(pieces), record_bytes, pool, starts)
+    return Plan(ids, chunks, copies, record_bytes * len(slots), ctas)
+
+
+def _ramp(count: int, per_chunk: int) -> Int64s:
+    """First records of chunks of at most ``per_chunk``, which double from a 32nd of that, and halve again at the end."""
+    slope = np.maximum(1, per_chunk >> np.arange(_DOUBLINGS, 0, -1))
+    while len(slope) and 2 * slope.sum() > count:
+        slope = slope[:-1]
+    middle = count - 2 * int(slope.sum())
+    body = [per_chunk] * (middle // per_chunk) + [middle % per_chunk] * (middle % per_chunk > 0)
+    sizes = np.array([*slope, *body, *slope[::-1]], np.int64)
+    starts: Int64s = np.cumsum(sizes) - sizes
+    return starts
 
 
 def _chunks_of_records(
-    slots: Int64s, n_pieces: int, record_bytes: int, pool: Pool, per_chunk: int
+    slots: Int64s, n_pieces: int, record_bytes: int, pool: Pool, starts: Int64s
 ) -> tuple[Int64s, Int64s]:
     n = len(slots)
-    starts = np.arange(0, n, per_chunk)
-    chunk_of = np.arange(n) // per_chunk
+    chunk_of = np.searchsorted(starts, np.arange(n), side="right") - 1
     segment = slots // pool.segment_slots
     breaks = np.ones(n, bool)
     breaks[1:] = (np.diff(slots) != 1) | (np.diff(chunk_of) != 0) | (np.diff(segment) != 0)
     heads = np.flatnonzero(breaks)
     lengths = np.diff(np.append(heads, n))
-    copies = np.empty((len(heads), 3), np.int64)
+    copies = _copies(len(heads))
     copies[:, DEVICE_SIDE] = (heads - starts[chunk_of[heads]]) * pool.slot_bytes
     copies[:, HOST_SIDE] = pool.address + slots[heads] * pool.slot_bytes
     copies[:, COPY_BYTES] = (lengths - 1) * pool.slot_bytes + record_bytes
-    chunks = np.zeros((len(starts), 6), np.int64)
+    chunks = np.zeros((len(starts), CHUNK_COLUMNS), np.int64)
     chunks[:, FIRST_BLOCK] = starts
     chunks[:, N_BLOCKS] = np.diff(np.append(starts, n))
     chunks[:, N_PIECES] = n_pieces
@@ -137,14 +168,14 @@ def _chunks_of_parts(slots: Int64s, pieces: Int64s, pool: Pool, buffer_bytes: in
     parts = len(cuts) - 1
     begin = pieces[cuts[:-1], OFFSET]
     end = pieces[cuts[1:] - 1, OFFSET] + pieces[cuts[1:] - 1, BYTES]
-    chunks = np.zeros((len(slots) * parts, 6), np.int64)
+    chunks = np.zeros((len(slots) * parts, CHUNK_COLUMNS), np.int64)
     chunks[:, FIRST_BLOCK] = np.repeat(np.arange(len(slots)), parts)
     chunks[:, N_BLOCKS] = 1
     chunks[:, FIRST_PIECE] = np.tile(cuts[:-1], len(slots))
     chunks[:, N_PIECES] = np.tile(np.diff(cuts), len(slots))
     chunks[:, FIRST_COPY] = np.arange(len(chunks))
     chunks[:, N_COPIES] = 1
-    copies = np.zeros((len(chunks), 3), np.int64)
+    copies = _copies(len(chunks))
     copies[:, HOST_SIDE] = np.repeat(pool.address + slots * pool.slot_bytes, parts) + np.tile(begin, len(slots))
     copies[:, COPY_BYTES] = np.tile(end - begin, len(slots))
     return chunks, copies
@@ -175,12 +206,100 @@ def plan_direct(
     joined = one_tensor & (addresses[:-1] + sizes[:-1] == addresses[1:]) & (host[:-1] + sizes[:-1] == host[1:])
     breaks[1:] = ~joined | (np.diff(slots // pool.segment_slots) != 0)
     heads = np.flatnonzero(breaks)
-    copies = np.empty((len(heads), 3), np.int64)
+    copies = _copies(len(heads))
     copies[:, DEVICE_SIDE] = addresses[heads]
     copies[:, HOST_SIDE] = host[heads]
     copies[:, COPY_BYTES] = np.add.reduceat(sizes, heads) if n else sizes
-    starts = np.arange(0, len(heads), max(1, len(heads) // (4 * streams)))
-    chunks = np.zeros((len(starts), 6), np.int64)
+    return Plan(np.empty(0, np.int32), _dealt(len(copies), streams), copies, int(sizes.sum()))
+
+
+def strides(fragments: Int64s, max_pitch: int, allocations: Int64s) -> Int64s:
+    """Runs of fragments that one strided DMA moves: equally long, and equally far from each other.
+
+    Parameters
+    ----------
+    fragments : (F, 4) int64
+    max_pitch
+        Longest distance that the device takes.
+    allocations : (F,) int64
+        Which allocation each fragment lies in with all its blocks, -1 for none: a DMA must not leave one.
+
+    Returns
+    -------
+    (R, 6) int64
+        The first fragment's columns, then the number of fragments and their distance in block 0.
+    """
+    count = len(fragments)
+    bases, nbytes = fragments[:, BASE], fragments[:, BYTES]
+    runs, at = [], 0
+    while at < count:
+        end, pitch = at + 1, int(nbytes[at])
+        if end < count:
+            step = int(bases[end] - bases[at])
+            fits = nbytes[at] <= step <= max_pitch and allocations[at] >= 0
+            same = (np.diff(bases[at:]) == step) & (nbytes[at + 1 :] == nbytes[at]) & (np.diff(fragments[at:, STRIDE]) == 0)
+            same &= allocations[at + 1 :] == allocations[at]
+            if fits and same[0]:
+                end, pitch = at + 1 + (len(same) if same.all() else int(np.argmin(same))), step
+        runs.append([*fragments[at].tolist(), end - at, pitch])
+        at = end
+    return np.array(runs, np.int64).reshape(-1, 6)
+
+
+def plan_strided(blocks: Int64s, slots: Int64s, runs: Int64s, pool: Pool, streams: int) -> Plan:
+    """A transfer by strided DMAs: no kernel and no staging, one copy for each block and run of :func:`strides`.
+
+    Parameters
+    ----------
+    blocks, slots : (n,) int64
+    runs : (R, 6) int64
+    pool
+    streams
+        Streams that the copies are dealt to.
+    """
+    base, stride, offset, nbytes, lines, pitch = runs.T
+    copies = np.empty((len(blocks) * len(runs), COPY_COLUMNS), np.int64)
+    copies[:, DEVICE_SIDE] = (base + blocks[:, None] * stride).ravel()
+    copies[:, HOST_SIDE] = (pool.address + slots[:, None] * pool.slot_bytes + offset).ravel()
+    for column, values in ((COPY_BYTES, nbytes), (LINES, lines), (PITCH, pitch)):
+        copies[:, column] = np.tile(values, len(blocks))
+    total = len(blocks) * int((nbytes * lines).sum())
+    return Plan(np.empty(0, np.int32), _dealt(len(copies), streams), copies, total)
+
+
+def plan_mapped(blocks: Int64s, slots: Int64s, pieces: Int64s, pool: Pool, max_blocks: int) -> Plan:
+    """A transfer by kernels that reach into the slots over the link: no staging, no DMA, and so the least latency.
+
+    Parameters are those of :func:`plan_staged`. A launch takes records that are neighbours in the pool.
+    """
+    order = np.argsort(slots)
+    ids, slots = blocks[order].astype(np.int32), slots[order]
+    n, record_bytes = len(slots), int(pieces[-1, OFFSET] + pieces[-1, BYTES])
+    breaks = np.ones(n, bool)
+    breaks[1:] = (np.diff(slots) != 1) | (np.diff(slots // pool.segment_slots) != 0)
+    heads = np.flatnonzero(breaks)
+    lengths = np.diff(np.append(heads, n))
+    launches = -(-lengths // max_blocks)
+    within = (np.arange(launches.sum()) - np.repeat(np.cumsum(launches) - launches, launches)) * max_blocks
+    chunks = np.zeros((len(within), CHUNK_COLUMNS), np.int64)
+    chunks[:, FIRST_BLOCK] = np.repeat(heads, launches) + within
+    chunks[:, N_BLOCKS] = np.minimum(np.repeat(lengths, launches) - within, max_blocks)
+    chunks[:, N_PIECES] = len(pieces)
+    chunks[:, INSTEAD] = pool.address + slots[chunks[:, FIRST_BLOCK]] * pool.slot_bytes
+    return Plan(ids, chunks, _copies(0), record_bytes * n)
+
+
+def _copies(count: int) -> Int64s:
+    """Copies of one line each, to be filled in."""
+    copies = np.zeros((count, COPY_COLUMNS), np.int64)
+    copies[:, LINES] = 1
+    return copies
+
+
+def _dealt(count: int, streams: int) -> Int64s:
+    """Chunks without a kernel that share ``count`` copies out, so that each stream gets several."""
+    starts = np.arange(0, count, max(1, count // (4 * streams)))
+    chunks = np.zeros((len(starts), CHUNK_COLUMNS), np.int64)
     chunks[:, FIRST_COPY] = starts
-    chunks[:, N_COPIES] = np.diff(np.append(starts, len(heads)))
-    return Plan(np.empty(0, np.int32), chunks, copies, int(sizes.sum()))
+    chunks[:, N_COPIES] = np.diff(np.append(starts, count))
+    return chunks

@@ -51,8 +51,22 @@ def test_lanes_are_128_bits_wide_on_hopper(name: str, tmp_path: Path) -> None:
     assert len(re.findall(r"\bLDG\.E\.\S*128", text)) >= 5  # four in flight, and one for what is left
     assert len(re.findall(r"\bSTG\.E\.\S*128", text)) >= 5
     assert not re.findall(r"\b(LDL|STL)\b", text), "registers were spilled to local memory"
-    for width in ("64", "U16", "U8"):
-        assert re.search(rf"\bLDG\.E\.\S*{width}\S*CONSTANT", text), f"no lane of {width}"
+    # What a DMA writes while the kernel runs must not come from a stale line of L1, nor through the constant path.
+    way = r"STRONG\.GPU" if name == "scatter_resident" else "CONSTANT"
+    for width in ("128", "64", "U16", "U8"):
+        assert re.search(rf"\bLDG\.E\.\S*{width}\S*{way}", text), f"no lane of {width}"
+    assert name != "scatter_resident" or "CONSTANT" not in text
+
+
+@pytest.mark.parametrize("name", ["gather_resident", "scatter_resident"])
+def test_resident_kernels_keep_eight_loads_in_flight(name: str, tmp_path: Path) -> None:
+    """Eight 128-bit loads in a row, each into registers of its own, before the first is stored."""
+    text = sass(build.compile_kernel(name, (9, 0)).code, tmp_path)
+    rows = [row for row in re.findall(r"\b(LDG|STG)\.E\.\S*128\S*\s+(R\d+|desc)", text)]
+    kinds = "".join("L" if kind == "LDG" else "S" for kind, _ in rows)
+    assert "L" * 8 + "S" in kinds, kinds
+    at = kinds.index("L" * 8)
+    assert len({register for _, register in rows[at : at + 8]}) == 8
 
 
 def test_a_warm_start_reads_the_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,7 @@ class Lane:
         """The two codes."""
         parameters = np.zeros(nogil.PARAMETERS, np.int64)
         pointers = parameters.ctypes.data + 8 * np.arange(nogil.PARAMETERS, dtype=np.int64)
-        turn, scratch, outcome = np.array([self.turn]), np.zeros(1, np.int64), np.zeros(3, np.int64)
+        turn, scratch, outcome = np.array([self.turn]), np.zeros(nogil.SCRATCH_CELLS, np.int64), np.zeros(3, np.int64)
         fixed = (self.cells, self.streams, self.buffers, self.joins, turn, CALLER, START, DONE)
         nogil.issue(recorder.functions, *fixed, plan.chunks, plan.copies, IDS, parameters, pointers, scratch, outcome)
         assert outcome[nogil.ISSUED] == 1

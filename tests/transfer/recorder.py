@@ -23,6 +23,9 @@ _COUNTS = {
     cu.LAUNCH: 11,
     cu.COPY_TO_HOST: 4,
     cu.COPY_TO_DEVICE: 4,
+    cu.COPY_LINES: 2,
+    cu.STREAM_WAIT_VALUE: 4,
+    cu.STREAM_WRITE_VALUE: 4,
 }
 _NAMES = {
     cu.CTX_PUSH: "push",
@@ -32,12 +35,15 @@ _NAMES = {
     cu.LAUNCH: "launch",
     cu.COPY_TO_HOST: "to_host",
     cu.COPY_TO_DEVICE: "to_device",
+    cu.COPY_LINES: "lines",
+    cu.STREAM_WAIT_VALUE: "wait_value",
+    cu.STREAM_WRITE_VALUE: "write_value",
 }
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call; ``parameters`` are the kernel's, of a launch."""
+    """One call; ``parameters`` are the kernel's, of a launch, or the rectangle's, of a copy of lines."""
 
     name: str
     arguments: tuple[int, ...]
@@ -52,6 +58,9 @@ class Call:
             "launch": lambda a: a[8],
             "to_host": lambda a: a[3],
             "to_device": lambda a: a[3],
+            "lines": lambda a: a[1],
+            "wait_value": lambda a: a[0],
+            "write_value": lambda a: a[0],
         }[self.name](self.arguments)
 
 
@@ -72,6 +81,8 @@ class Recorder:
             if which == cu.LAUNCH:
                 pointers = (_WORD * PARAMETERS).from_address(arguments[9])
                 parameters = tuple(_WORD.from_address(pointer).value for pointer in pointers)
+            if which == cu.COPY_LINES:
+                parameters = tuple((_WORD * 16).from_address(arguments[0]))
             call = Call(_NAMES[which], arguments, parameters)
             self.calls.append(call)
             code = self.fails.get(len(self.calls) - 1, 0)

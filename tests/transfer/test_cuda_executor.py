@@ -10,7 +10,7 @@ import pytest
 
 from kvortex.devices.cuda import CudaDevice
 from kvortex.errors import ArgumentError, DeviceError, TransferError
-from kvortex.transfer.cuda import DIRECT_BYTES
+from kvortex.transfer.cuda import DIRECT_BYTES, LEAST_BUFFERS
 from kvortex.transfer.executor import Completion, Direction
 from tests.fake_driver import Result
 from tests.fake_gpu import FakeGpu, fake_gpu
@@ -33,12 +33,13 @@ def cache_of(kind: str) -> PagedCache:
     return PagedCache(device, [Tensor(device, (2, 12, 5, 60)) for _ in range(3)], 1)
 
 
+@pytest.mark.parametrize("route", ["staged", "resident", "strided", "mapped", "auto"])
 @pytest.mark.parametrize("staging", [4096, 3 * 4096, 1 << 20])
 @pytest.mark.parametrize("streams", [1, 3])
 @pytest.mark.parametrize("kind", ["direct", "odd", "layers"])
-def test_round_trip(gpu: FakeGpu, kind: str, streams: int, staging: int) -> None:
+def test_round_trip(gpu: FakeGpu, kind: str, streams: int, staging: int, route: str) -> None:
     cache = cache_of(kind)
-    options = {"gpu_pool_size_bytes": 2 * streams * staging, "num_transfer_streams": streams}
+    options = {"gpu_pool_size_bytes": 2 * LEAST_BUFFERS * staging, "num_transfer_streams": streams, "transfer_route": route}
     with cache.engine(slots=10, **options) as engine:
         before = cache.randomize()
         assert engine.save_blocks(keys_of(*range(10)), np.arange(10)[::-1]).wait().all()
@@ -46,8 +47,14 @@ def test_round_trip(gpu: FakeGpu, kind: str, streams: int, staging: int) -> None
         ticket = engine.load_blocks(keys_of(2, 9, 4), [11, 0, 3])
         assert ticket.wait().all() and ticket.seconds == 0.5e-3
         assert_same(cache.memory(), cache.expected(poisoned, before, [(7, 11), (0, 0), (5, 3)]))
-    launches = gpu.issued.names.count("launch")
-    assert (launches == 0) == (kind == "direct")
+    used = {"launch", "to_host", "to_device", "lines", "wait_value", "write_value"} & set(gpu.issued.names)
+    copies = {"to_host", "to_device"}
+    strided = {"odd": copies | {"lines"}, "layers": {"lines"}}  # of "odd" one tensor is a line by itself
+    mapped = {"launch"}
+    resident = copies | {"launch", "wait_value", "write_value"}
+    wanted = {"staged": copies | {"launch"}, "resident": resident, "mapped": mapped, "auto": mapped}
+    wanted["strided"] = strided.get(kind, set())
+    assert used == (copies if kind == "direct" else wanted[route])
 
 
 def test_opaque_buffers(gpu: FakeGpu) -> None:
@@ -132,12 +139,16 @@ def test_a_transfer_whose_time_cannot_be_read_has_still_been_done(gpu: FakeGpu) 
 
 
 @pytest.mark.parametrize("at", range(40))
-def test_a_refusal_while_issuing_is_a_failed_transfer_and_nothing_more(gpu: FakeGpu, at: int) -> None:
+@pytest.mark.parametrize("route", ["staged", "resident"])
+def test_a_refusal_while_issuing_is_a_failed_transfer_and_nothing_more(gpu: FakeGpu, at: int, route: str) -> None:
+    """A resident kernel that was launched gets all its flags, whatever else is refused: it would wait for ever."""
     cache = cache_of("layers")
-    with cache.engine(num_transfer_streams=2) as engine:
+    with cache.engine(num_transfer_streams=2, transfer_route=route) as engine:
         gpu.issued.fails[at] = 700
         ticket = engine.save_blocks(keys_of(*range(6)), np.arange(6))
         assert at < len(gpu.issued.calls) or at > 15
+        if at < len(gpu.issued.calls) and gpu.issued.names[at] == "write_value":
+            gpu.resident.clear()  # the context is gone when even that fails, and the kernel with it
         failed = not ticket.wait().all()
         assert failed == (ticket.error is not None) and ticket.mask.any() == (not failed)
         assert failed == (gpu.issued.names[at : at + 1] not in ([], ["pop"])), "of no use but to put the context back"
@@ -154,7 +165,7 @@ def test_a_refusal_while_issuing_is_a_failed_transfer_and_nothing_more(gpu: Fake
 
 def test_when_no_event_can_be_recorded_the_work_is_waited_for(gpu: FakeGpu) -> None:
     """Nothing else would say when the slots are free."""
-    with cache_of("layers").engine() as engine:
+    with cache_of("layers").engine(transfer_route="staged") as engine:
         gpu.issued.fails.update({at: 700 for at in range(3, 100)})
         gpu.answers["cuStreamQuery"] = lambda _: (Result(600),)
         completion = submit(engine)
@@ -163,7 +174,8 @@ def test_when_no_event_can_be_recorded_the_work_is_waited_for(gpu: FakeGpu) -> N
             completion.add_to(0x77, 1)
         del gpu.answers["cuStreamQuery"]
         assert completion.query() and "ILLEGAL_ADDRESS" in str(completion.error)
-        assert len(gpu.named("cuStreamQuery")) == 1 + len(engine._executor._lanes[Direction.SAVE]._streams)
+        asked = {stream for (stream,) in gpu.named("cuStreamQuery")}
+        assert asked >= set(engine._executor._lanes[Direction.SAVE]._streams)
 
 
 @pytest.mark.parametrize(("function", "spare"), [("cuEventCreate", 0), ("cuEventCreate", 1), ("cuMemHostAlloc", 0)])
@@ -266,3 +278,16 @@ def test_an_interrupt_around_the_issue(gpu: FakeGpu, monkeypatch: pytest.MonkeyP
         assert engine.check_blocks(keys_of(1)).tolist() == [bool(held)]
         assert engine.get_stats().reserved_blocks == 0
         assert sorted(engine._executor._events._free) == sorted(engine._executor._events._all)
+
+
+def test_a_busy_stream_is_given_the_route_that_needs_no_multiprocessor(gpu: FakeGpu) -> None:
+    cache = PagedCache(CudaDevice(), [Tensor(CudaDevice(), (8, 12, 4, 4096)) for _ in range(2)], 1)
+    for code, wanted in ((600, "lines"), (0, "launch")):
+        gpu.issued.calls.clear()
+        gpu.answers["cuStreamQuery"] = lambda _, code=code: (Result(code),)
+        with cache.engine() as engine:
+            before = cache.randomize()
+            assert engine.save_blocks(keys_of(1, 2, 3), [4, 11, 0]).wait().all()
+            assert engine.load_blocks(keys_of(2), [7]).wait().all()
+            assert_same(cache.memory(), cache.expected(before, before, [(11, 7)]))
+        assert wanted in gpu.issued.names and {"lines", "launch"} & set(gpu.issued.names) == {wanted}

@@ -42,7 +42,7 @@ def work_of(lane: Lane, plan: Plan) -> list[Call]:
         k = (lane.turn + at) % lane.count
         stream, base = int(lane.streams[k]), int(lane.buffers[k]) if chunk[N_PIECES] else 0
         copies = []
-        for device, host, nbytes in plan.copies[chunk[FIRST_COPY] : chunk[FIRST_COPY] + chunk[N_COPIES]].tolist():
+        for device, host, nbytes, _, _ in plan.copies[chunk[FIRST_COPY] : chunk[FIRST_COPY] + chunk[N_COPIES]].tolist():
             pair = (host, base + device) if lane.to_host else (base + device, host)
             copies.append(Call("to_host" if lane.to_host else "to_device", (*pair, nbytes, stream)))
         launches = []

@@ -1,0 +1,31 @@
+"""Counters in VRAM through which a running kernel and DMAs on other streams wait for each other.
+
+A flag is a 32-bit number that only grows, and wraps. ``cuStreamWaitValue32`` and :func:`behind` compare cyclically, so a
+flag is never reset, and no operation is spent on it between transfers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+
+from kvortex.kernels.ptx import statement
+
+
+@statement("{ .reg .u32 t; ld.acquire.sys.global.u32 t, [$1]; sub.u32 t, t, $2; shr.u32 $0, t, 31; }", "lr", "r")
+def behind(address, value):  # type: ignore[no-untyped-def]
+    """1 while the flag at ``address`` has not reached ``value``, else 0. What was written before it did is visible then."""
+    return (ctypes.c_uint32.from_address(int(address)).value - int(value) & 0xFFFFFFFF) >> 31
+
+
+@statement("fence.acq_rel.sys; red.relaxed.sys.global.add.u32 [$0], 1;", "l")
+def raise_flag(address):  # type: ignore[no-untyped-def]
+    """Adds 1 to the flag; what this thread wrote before is visible to who sees that, a DMA included."""
+    cell = ctypes.c_uint32.from_address(int(address))
+    cell.value = cell.value + 1
+
+
+@statement("nanosleep.u32 $0;", "r")
+def nap(nanoseconds):  # type: ignore[no-untyped-def]
+    """Leaves the multiprocessor to others for about that long."""
+    time.sleep(int(nanoseconds) * 1e-9)

@@ -1,0 +1,84 @@
+"""A PTX statement as a function that is its own reference: the Python body runs in the simulator, the PTX in a kernel.
+
+Every line of Numba's CUDA extension API is in this file.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from llvmlite import ir
+from numba.cuda import types
+from numba.cuda.core import config
+from numba.cuda.extending import lower_builtin, type_callable
+
+F = TypeVar("F", bound=Callable[..., Any])
+WORDS = types.UniTuple(types.uint32, 4)
+_KINDS: dict[str, tuple[Any, Any]] = {
+    "l": (types.uint64, ir.IntType(64)),
+    "r": (types.uint32, ir.IntType(32)),
+    "h": (types.uint16, ir.IntType(16)),
+}
+
+
+def statement(text: str, arguments: str, result: str = "") -> Callable[[F], F]:
+    """Gives a function a PTX statement for kernels.
+
+    Parameters
+    ----------
+    text
+        With ``$0``, ``$1``, ... for the result and then the arguments.
+    arguments
+        A letter for each: ``l``, ``r``, ``h`` for an integer in a register of 64, 32, 16 bits; ``v`` for a tuple of four
+        32-bit words, which takes four places.
+    result
+        A letter, or empty. ``h`` also receives bytes, for which PTX has no register.
+
+    Notes
+    -----
+    The statement counts as one that touches memory and has effects, so its order among others is kept.
+    """
+    returned = WORDS if result == "v" else _KINDS[result][0] if result else types.void
+
+    def decorate(function: F) -> F:
+        if config.ENABLE_CUDASIM:
+            return function
+
+        @type_callable(function)
+        def typing(context: Any) -> Callable[..., Any]:
+            def typer(*given: Any) -> Any:
+                pairs = zip(given, arguments, strict=True)
+                fits = all(kind == WORDS if letter == "v" else isinstance(kind, types.Integer) for kind, letter in pairs)
+                return returned if fits else None
+
+            typer.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
+            return typer
+
+        @lower_builtin(function, *[types.Any] * len(arguments))
+        def lower(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            operands, letters = [], []
+            for value, kind, letter in zip(values, signature.args, arguments, strict=True):
+                if letter == "v":
+                    operands += [builder.extract_value(value, at) for at in range(4)]
+                    letters += ["r"] * 4
+                else:
+                    operands.append(context.cast(builder, value, kind, _KINDS[letter][0]))
+                    letters.append(letter)
+            outputs = ["r"] * 4 if result == "v" else list(result)
+            form = ir.VoidType()
+            if outputs:
+                form = ir.LiteralStructType([ir.IntType(32)] * 4) if result == "v" else _KINDS[result][1]
+            constraints = ",".join([*("=" + o for o in outputs), *letters, "~{memory}"])
+            line = ir.InlineAsm(
+                ir.FunctionType(form, [_KINDS[letter][1] for letter in letters]), text, constraints, side_effect=True
+            )
+            made = builder.call(line, operands)
+            if result == "v":
+                return context.make_tuple(builder, signature.return_type, [builder.extract_value(made, at) for at in range(4)])
+            return made if outputs else context.get_dummy_value()
+
+        return function
+
+    return decorate

@@ -1,0 +1,168 @@
+"""Issuing a plan around one resident kernel, in one call that holds no GIL.
+
+The kernel (:mod:`kvortex.kernels.resident`) is launched first; the copies follow on other streams. Each staging buffer has
+two flags in VRAM, which only grow: ``ready`` counts its DMAs, ``done`` counts threads of kernels that are through with it.
+A save's DMA waits for ``done`` and raises ``ready``, which lets the kernel fill the buffer again; a load's DMA waits until
+the kernel has emptied the buffer, fills it, and raises ``ready``.
+
+Nothing can wait for what is issued behind it: everything is issued in the order in which it can run. So a stream that
+shares a hardware queue with another one is slower, and never stuck.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from kvortex.devices.driver import (
+    COPY_TO_DEVICE,
+    CTX_POP,
+    CTX_PUSH,
+    EVENT_RECORD,
+    LAUNCH,
+    STREAM_WAIT,
+    STREAM_WAIT_VALUE,
+    STREAM_WRITE_VALUE,
+)
+from kvortex.devices.native import call
+from kvortex.transfer.issue import (
+    CALLER_EVENT,
+    CONTEXT,
+    ERROR,
+    ISSUED,
+    JOIN_STREAM,
+    LAST,
+    SLOT_BYTES,
+    TABLE,
+    TO_HOST,
+    copy_chunk,
+)
+from kvortex.transfer.plan import FIRST_BLOCK, FIRST_PIECE, N_BLOCKS, N_PIECES
+
+# Cells of ``ring``: what a lane has for resident kernels beside its other cells.
+STREAM, EVENT, KERNEL, THREADS, FLAGS = range(RING_CELLS := 5)
+FLAG_BYTES = 64  # a sector and more to each, so that who polls one does not slow who raises another
+PARAMETERS = 5
+ROW_CELLS = 8  # of kvortex.kernels.resident, which needs numba.cuda to import
+_STAGING, _FIRST_BLOCK, _N_BLOCKS, _FIRST_PIECE, _N_PIECES, _READY, _READY_VALUE, _DONE = range(ROW_CELLS)
+_WORD = 0xFFFFFFFF
+_GREATER_OR_EQUAL = 0  # CU_STREAM_WAIT_VALUE_GEQ: cyclic
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _write_rows(to_host, ring, buffers, first, filled, offsets, chunks, rows, ready, done):  # type: ignore[no-untyped-def]
+    """Fills ``rows``, and ``ready`` and ``done`` (c,) with the flags' values that each chunk's DMA writes and waits for."""
+    depth = len(buffers)
+    uses = filled[0].copy()
+    threads = filled[1].copy()
+    for c in range(len(chunks)):
+        at = (first + c) % depth
+        flag = ring[FLAGS] + 2 * FLAG_BYTES * at
+        chunk = chunks[c]
+        rows[c, _STAGING] = buffers[at] - offsets[chunk[FIRST_PIECE]]
+        rows[c, _FIRST_BLOCK] = chunk[FIRST_BLOCK]
+        rows[c, _N_BLOCKS] = chunk[N_BLOCKS]
+        rows[c, _FIRST_PIECE] = chunk[FIRST_PIECE]
+        rows[c, _N_PIECES] = chunk[N_PIECES]
+        rows[c, _READY] = flag
+        rows[c, _READY_VALUE] = uses[at] if to_host else uses[at] + 1
+        rows[c, _DONE] = flag + FLAG_BYTES
+        uses[at] += 1
+        ready[c] = uses[at] & _WORD
+        if to_host:
+            threads[at] += ring[THREADS]
+        done[c] = threads[at] & _WORD
+        if not to_host:
+            threads[at] += ring[THREADS]
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def issue_resident(  # type: ignore[no-untyped-def]
+    functions, lane, ring, ctas, streams, buffers, joins, turn, filled, offsets, caller, start, done_event, chunks, copies,
+    rows, upload, parameters, pointers, scratch, outcome,
+):
+    """Puts a plan on its streams, after the caller's stream and before ``done_event``.
+
+    Parameters
+    ----------
+    functions, lane, caller, start, chunks, copies, scratch, outcome
+        As of :func:`kvortex.transfer.issue.issue`.
+    ring : (RING_CELLS,) int64
+        Stream and event of the kernel, the kernel, its threads in a CTA times ``ctas``, and the flags in VRAM.
+    ctas : int
+    streams, joins : (s,) int64
+        For copies, and the event that joins each.
+    buffers : (b,) int64
+        Staging buffers.
+    turn : (1,) int64
+        Buffer of the first chunk, the rest follow in a ring; moved on.
+    filled : (2, b) int64
+        Of each buffer the values of its flags; moved on where something was issued.
+    offsets : (P,) int64
+        Record offsets of the pieces.
+    rows : (c, ROW_CELLS) int64
+        Pinned memory for what the kernel reads, followed by the block ids.
+    upload : (3,) int64
+        Address of ``rows``, of as much VRAM, and bytes of rows and ids together.
+    parameters, pointers : (PARAMETERS,) int64
+        Values of the kernel's parameters, and their addresses.
+    """
+    n, depth, first = len(streams), len(buffers), turn[0]
+    to_host = lane[TO_HOST] != 0
+    ready, done = np.empty(len(chunks), np.int64), np.empty(len(chunks), np.int64)
+    _write_rows(to_host, ring, buffers, first, filled, offsets, chunks, rows, ready, done)
+    error = call(functions[CTX_PUSH], (lane[CONTEXT],))
+    if error:
+        outcome[ERROR] = error
+        outcome[ISSUED] = 1
+        return
+    kernel_stream = ring[STREAM]
+    # The rows do not depend on the caller's work, so they are there when that is done.
+    error = call(functions[COPY_TO_DEVICE], (upload[1], upload[0], upload[2], kernel_stream))
+    if not error:
+        error = call(functions[EVENT_RECORD], (lane[CALLER_EVENT], caller))
+    if not error:
+        error = call(functions[STREAM_WAIT], (kernel_stream, lane[CALLER_EVENT], 0))
+    if not error:
+        error = call(functions[EVENT_RECORD], (start, kernel_stream))
+    if not error:
+        parameters[0] = upload[1]
+        parameters[1] = len(chunks)
+        parameters[2] = lane[TABLE]
+        parameters[3] = upload[1] + len(chunks) * ROW_CELLS * 8
+        parameters[4] = lane[SLOT_BYTES]
+        shape = (ring[KERNEL], ctas, 1, 1, ring[THREADS] // ctas, 1, 1, 0, kernel_stream, pointers.ctypes.data, 0)
+        error = call(functions[LAUNCH], shape)
+    launched = not error
+    for c in range(len(chunks)):
+        if not launched:
+            break
+        at, stream = (first + c) % depth, streams[c % n]
+        flag = ring[FLAGS] + 2 * FLAG_BYTES * at
+        if not error:
+            error = call(functions[STREAM_WAIT_VALUE], (stream, flag + FLAG_BYTES, done[c], _GREATER_OR_EQUAL))
+        if not error:
+            error = copy_chunk(to_host, functions, copies, chunks[c], buffers[at], stream, scratch)
+        # Also after an error: the kernel waits for each of these, and would wait for ever.
+        code = call(functions[STREAM_WRITE_VALUE], (stream, flag, ready[c], 0))
+        if not error:
+            error = code
+        filled[0, at] = ready[c]
+        filled[1, at] = done[c] if to_host else (done[c] + ring[THREADS]) & _WORD
+    last = np.int32(0)
+    for k in range(n + 1):
+        event, stream = (ring[EVENT], kernel_stream) if k == n else (joins[k], streams[k])
+        code = call(functions[EVENT_RECORD], (event, stream))
+        if not code:
+            code = call(functions[STREAM_WAIT], (lane[JOIN_STREAM], event, 0))
+        if not last:
+            last = code
+    code = call(functions[EVENT_RECORD], (done_event, lane[JOIN_STREAM]))
+    if not last:
+        last = code
+    call(functions[CTX_POP], (scratch.ctypes.data,))
+    if launched:
+        turn[0] = (first + len(chunks)) % depth
+    outcome[ERROR] = error
+    outcome[LAST] = last
+    outcome[ISSUED] = 1

@@ -1,0 +1,65 @@
+"""Routes: how the bytes of scattered blocks cross the link, and which one serves a transfer best."""
+
+from __future__ import annotations
+
+import enum
+
+from kvortex.transfer.plan import BYTES, Int64s
+
+# On an H100, PCIe 5 x16 (perf/results): a strided DMA loses about 40 ns a line, so lines of 16 KiB reach 0.89 of a
+# contiguous DMA and shorter ones much less; up to a few MiB a kernel that writes over the link is done before a gather, a
+# DMA and the gap between them are.
+STRIDED_LINE_BYTES = 16 << 10
+STRIDED_LEAST_LINES = 8
+MAPPED_BYTES = 4 << 20
+_LINES = 4  # column of kvortex.transfer.plan.strides
+
+
+class Route(enum.Enum):
+    """What a transfer goes by. One engine never uses both STAGED and RESIDENT, which share buffers.
+
+    ``DIRECT``
+        One contiguous DMA a record, for records that are one long fragment.
+    ``STAGED``
+        A gather kernel fills staging buffers in VRAM, and each leaves in one DMA. A launch for each buffer, which waits for
+        multiprocessors while a model computes.
+    ``RESIDENT``
+        The same with one launch for all buffers: it waits once, and then keeps few multiprocessors busy. The fastest.
+    ``STRIDED``
+        One DMA for all fragments of a block that lie equally far apart. Needs no multiprocessor and starts at once.
+    ``MAPPED``
+        A kernel reads or writes the pinned pool over the link. The least latency for little.
+    """
+
+    DIRECT = "direct"
+    STAGED = "staged"
+    RESIDENT = "resident"
+    STRIDED = "strided"
+    MAPPED = "mapped"
+
+
+def choose(runs: Int64s, nbytes: int, *, beside_compute: bool, resident: bool = True) -> Route:
+    """The route of one transfer.
+
+    Parameters
+    ----------
+    runs : (R, 6) int64
+        Of :func:`kvortex.transfer.plan.strides`.
+    nbytes
+        Payload of the transfer.
+    beside_compute
+        Whether the GPU is busy with something else.
+    resident
+        Whether resident kernels can run here.
+    """
+    long_lines = runs[:, BYTES].min() >= STRIDED_LINE_BYTES and runs[:, _LINES].sum() >= STRIDED_LEAST_LINES * len(runs)
+    if beside_compute and long_lines:
+        return Route.STRIDED
+    if nbytes <= MAPPED_BYTES:
+        return Route.MAPPED
+    return Route.RESIDENT if resident else Route.STAGED
+
+
+def resident_ctas(*, beside_compute: bool) -> int:
+    """CTAs of a resident kernel, each of which keeps a multiprocessor. Two feed the link; four fill it sooner."""
+    return 2 if beside_compute else 4
