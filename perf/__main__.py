@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 from kvortex.errors import KVortexError
-from perf import fragments
+from perf import compute, fragments, latency
 from perf.report import Report, environment
 
-QUESTIONS = {"fragments": fragments}
+QUESTIONS = {"compute": compute, "fragments": fragments, "latency": latency}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,10 +16,10 @@ import numpy as np
 
 import kvortex
 from kvortex.devices import Device
+from perf.pages import LAYERS, Pages, moved
 from perf.raw import RawCopy
 from perf.report import Report
 
-LAYERS = 32
 FRAGMENT_BYTES = (4 << 10, 16 << 10, 18 << 10, 32 << 10, 128 << 10)
 _RATES = ("raw_save", "save", "save_ratio", "raw_load", "load", "load_ratio")
 COLUMNS = ("fragment_kib", "blocks", *_RATES, "submit_us", "wrong_bytes")
@@ -42,43 +42,32 @@ def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]]
 
 
 def _one_size(device: Device, raw: RawCopy, fragment_bytes: int, payload: int, rounds: int) -> dict[str, Any]:
-    count = max(1, payload // (2 * LAYERS * fragment_bytes))
-    pages = 2 * count
-    memory = device.allocate(LAYERS * 2 * pages * fragment_bytes)
-    layer_bytes = 2 * pages * fragment_bytes
-    shape, strides = (2, pages, fragment_bytes), (pages * fragment_bytes, fragment_bytes, 1)
-    specs = [kvortex.TensorSpec(memory.address + at * layer_bytes, shape, strides, 1, device.name) for at in range(LAYERS)]
-    layout = kvortex.KVLayout.from_pointers(specs, block_axis=1, device=device.name)
-    slot_bytes = -(-layout.record_bytes // 4096) * 4096
-    config = kvortex.KVortexConfig.from_env(cpu_pool_size_bytes=count * slot_bytes, device=device.name)
-    rng = np.random.default_rng(fragment_bytes)
+    pages = Pages(device, fragment_bytes, payload)
     times: dict[str, list[float]] = {name: [] for name in ("raw_save", "save", "raw_load", "load", "submit")}
     wrong = 0
-    with kvortex.KVortexEngine.create(config, layout) as engine:
-        moved = count * layout.record_bytes
+    try:
         for turn in range(rounds):
             verify = turn in (0, rounds - 1)
-            source, target = (part for part in rng.permutation(pages).reshape(2, count))
+            source, target = pages.halves()
             if verify:
-                before = rng.integers(0, 1 << 63, memory.nbytes // 8, np.int64).view(np.uint8)
-                memory.write(before)
-            keys = rng.integers(0, 256, (count, 32), np.uint8)
+                before = pages.fill()
+            keys = pages.keys()
             raw_save = raw.seconds(to_host=True)
             began = time.perf_counter()
-            save = engine.save_blocks(keys, source)
+            save = pages.engine.save_blocks(keys, source)
             submitted = time.perf_counter() - began
-            save.wait()
+            moved(save)
             raw_load = raw.seconds(to_host=False)
-            load = engine.load_blocks(keys, target)
-            if not load.wait().all() or save.nbytes != moved or load.nbytes != moved:
-                raise kvortex.TransferError(f"a transfer of {moved} bytes failed: {save.error or load.error}")
+            load = moved(pages.engine.load_blocks(keys, target))
             if verify:
-                wrong += _wrong_bytes(before, memory.read(), source, target, fragment_bytes)
+                wrong += pages.wrong_bytes(before, pages.memory.read(), source, target)
             if turn:  # the first round pays for page tables and clocks
                 for name, value in zip(times, (raw_save, save.seconds, raw_load, load.seconds, submitted), strict=True):
                     times[name].append(value)
-    memory.free()
-    return _row(fragment_bytes, count, raw.nbytes, moved, {name: statistics.median(t) for name, t in times.items()}, wrong)
+    finally:
+        pages.close()
+    median = {name: statistics.median(t) for name, t in times.items()}
+    return _row(fragment_bytes, pages.count, raw.nbytes, pages.moved, median, wrong)
 
 
 def _row(fragment_bytes: int, count: int, raw_bytes: int, moved: int, median: dict[str, float], wrong: int) -> dict[str, Any]:
@@ -97,18 +86,6 @@ def _row(fragment_bytes: int, count: int, raw_bytes: int, moved: int, median: di
         "submit_us": median["submit"] * 1e6,
         "wrong_bytes": wrong,
     }
-
-
-def _wrong_bytes(before: Any, after: Any, source: Any, target: Any, fragment_bytes: int) -> int:
-    """Bytes that are not the ones saved, in the loaded pages; and bytes that changed, in all others."""
-    old = before.reshape(LAYERS, 2, -1, fragment_bytes)
-    new = after.reshape(LAYERS, 2, -1, fragment_bytes)
-    others = np.setdiff1d(np.arange(old.shape[2]), target)
-    wrong = 0
-    for layer in range(LAYERS):
-        wrong += int((new[layer][:, target] != old[layer][:, source]).sum())
-        wrong += int((new[layer][:, others] != old[layer][:, others]).sum())
-    return wrong
 
 
 def draw(axes: Any, report: Report) -> None:

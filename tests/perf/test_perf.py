@@ -16,14 +16,15 @@ from kvortex.devices import HostDevice
 from kvortex.transfer import host
 from kvortex.transfer.executor import Direction
 from perf import __main__ as program
-from perf import fragments
+from perf import compute, fragments
 from perf.raw import RawCopy
 from perf.report import Report
 
+NEED_A_GPU = {"compute"}
 FACTS = ("date", "device", "python", "kvortex", "packages")
 
 
-@pytest.fixture(scope="module", params=sorted(program.QUESTIONS))
+@pytest.fixture(scope="module", params=sorted(set(program.QUESTIONS) - NEED_A_GPU))
 def answer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """A question, and the folder with what it wrote; run once for all tests."""
     folder = tmp_path_factory.mktemp(request.param) / "deep" / "results"
@@ -159,3 +160,18 @@ def test_tables_are_aligned() -> None:
     lines = report.table(["a", "long"]).splitlines()
     assert [line.split() for line in lines] == [["a", "long"], ["1.23", "7"], ["1.23e+05", "text"]]
     assert len({len(line) for line in lines}) == 1
+
+
+@pytest.mark.parametrize("name", sorted(NEED_A_GPU))
+def test_what_needs_a_gpu_says_so(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert program.main([name, "--quick", "--device", "host", "--out", str(tmp_path)]) == 2
+    assert "needs a GPU" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.gpu
+def test_moving_beside_computation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    monkeypatch.setattr(compute, "LOADS", ("sdpa",))
+    monkeypatch.setattr(compute, "FRAGMENT_BYTES", (32 << 10,))
+    _, rows, _ = compute.measure("cuda", quick=True)
+    assert len(rows) == 6 and all(row["wrong_bytes"] == 0 and row["raw_rate"] > 0 for row in rows)

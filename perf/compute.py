@@ -1,0 +1,122 @@
+"""How fast do blocks move while the GPU computes, and what does that cost the computation?
+
+A loop of passes runs on a stream of default priority. Beside it blocks are saved, or loaded, without a pause, two transfers
+at a time; the rate is that of what ended while the loop ran. Loops alone and beside transfers alternate, and the slowdown is
+the ratio of their medians. One contiguous DMA at a time, beside the same loop, is what the ratio is of.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import kvortex
+from kvortex.devices.cuda import CudaDevice
+from kvortex.errors import DeviceUnavailableError
+from perf.loads import LOADS, Loop
+from perf.pages import Pages, moved
+from perf.raw import RawCopy
+from perf.report import Report
+
+FRAGMENT_BYTES = (4 << 10, 18 << 10, 32 << 10)
+ROUTES = ("resident", "strided", "staged")
+COLUMNS = ("load", "fragment_kib", "route", "direction", "rate", "ratio", "slowdown", "raw_rate", "raw_slowdown", "wrong_bytes")
+
+
+def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]], dict[str, Any]]:
+    """The device's name, one row a load, fragment size, route and direction, and what the rows have in common."""
+    device = kvortex.open_device(device_name)
+    if not isinstance(device, CudaDevice):
+        raise DeviceUnavailableError("this measurement needs a GPU")
+    payload, seconds, rounds = (32 << 20, 0.05, 1) if quick else (256 << 20, 0.15, 3)
+    rows = []
+    raw = RawCopy(device, payload)
+    for name in LOADS:
+        loop = Loop(name, seconds)
+        floor = {to_host: _beside(loop, rounds, partial(_copy, raw, to_host)) for to_host in (True, False)}
+        for fragment_bytes in FRAGMENT_BYTES:
+            for route in ROUTES:
+                print(f"{name}, fragments of {fragment_bytes >> 10} KiB, {route} …", file=sys.stderr, flush=True)
+                rows += _rows(device, loop, rounds, name, fragment_bytes, route, payload, floor)
+    raw.close()
+    notes = {"payload_bytes": payload, "loop_seconds": seconds, "rounds": rounds, "unit": "GB/s of payload"}
+    return device.name, rows, notes
+
+
+def _copy(raw: RawCopy, to_host: bool) -> int:
+    raw.seconds(to_host=to_host)
+    return raw.nbytes
+
+
+def _rows(
+    device: CudaDevice, loop: Loop, rounds: int, load: str, fragment_bytes: int, route: str, payload: int, floor: Any
+) -> list[dict[str, Any]]:
+    pages = Pages(device, fragment_bytes, payload, sets=3, transfer_route=route)
+    wrong = pages.round_trip()
+    source, target = pages.halves()
+    known = pages.keys()
+    moved(pages.engine.save_blocks(known, source))
+    running: list[kvortex.Ticket] = []
+
+    def keep_two(start: Callable[[], kvortex.Ticket]) -> int:
+        running.append(start())
+        return moved(running.pop(0)).nbytes if len(running) > 1 else 0
+
+    rows = []
+    for direction in ("save", "load"):
+        start = {
+            "save": lambda: pages.engine.save_blocks(pages.keys(), source),
+            "load": lambda: pages.engine.load_blocks(known, target),
+        }[direction]
+        rate, slowdown = _beside(loop, rounds, lambda start=start: keep_two(start))  # type: ignore[misc]
+        while running:
+            moved(running.pop())
+        raw_rate, raw_slowdown = floor[direction == "save"]
+        row = {"load": load, "fragment_kib": fragment_bytes >> 10, "route": route, "direction": direction}
+        row |= {"rate": rate, "ratio": rate / raw_rate, "slowdown": slowdown, "raw_rate": raw_rate}
+        rows.append(row | {"raw_slowdown": raw_slowdown, "wrong_bytes": wrong})
+        if direction == "save":  # the saves have evicted them
+            moved(pages.engine.save_blocks(known := pages.keys(), source))
+    pages.close()
+    return rows
+
+
+def _beside(loop: Loop, rounds: int, move: Callable[[], int]) -> tuple[float, float]:
+    """GB/s of ``move``, which gives the bytes that it has seen arrive, while the loop runs; and what that costs the loop."""
+    alone, beside, rates = [], [], []
+    for _ in range(rounds):
+        loop.start()
+        alone.append(loop.seconds())
+        loop.start()
+        move()  # the first of a row waits for a multiprocessor; what counts is how it goes on
+        move()
+        nbytes, began = 0, time.perf_counter()
+        ended = began
+        while loop.running():
+            nbytes += move()
+            ended = time.perf_counter()
+        beside.append(loop.seconds())
+        rates.append(nbytes / (ended - began) / 1e9 if nbytes else 0.0)
+    return statistics.median(rates), statistics.median(beside) / statistics.median(alone)
+
+
+def draw(axes: Any, report: Report) -> None:
+    """Share of a contiguous DMA against the loop's slowdown, a mark a row."""
+    colours = dict(zip(ROUTES, ("#27608f", "#d0792a", "#5c8a3a"), strict=True))
+    marks = dict(zip(LOADS, ("s", "^", "v", "o"), strict=True))
+    for row in report.rows:
+        axes.plot(row["slowdown"], row["ratio"], marks[row["load"]], color=colours[row["route"]], alpha=0.8)
+    for route, colour in colours.items():
+        axes.plot([], [], "o", color=colour, label=route)
+    for load, mark in marks.items():
+        axes.plot([], [], mark, color="black", label=load)
+    axes.axhline(0.9, color="black", linewidth=0.6, linestyle=":")
+    axes.axvline(1.03, color="black", linewidth=0.6, linestyle=":")
+    axes.set_xlabel("time of the computation, against its time alone")
+    axes.set_ylabel("rate, against one contiguous DMA")
+    axes.set_title(f"Blocks moving while the GPU computes, {report.environment['device'].get('gpu', '')}", fontsize=10)
+    axes.legend(fontsize=8, ncols=2)

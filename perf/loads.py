@@ -1,0 +1,86 @@
+"""What a GPU may be busy with while blocks move: products, attention, and layers of a model. Needs torch, to measure only."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from kvortex.errors import DeviceUnavailableError
+
+LOADS = ("gemm", "sdpa", "sdpa_causal", "prefill")
+_HIDDEN, _QKV, _KV, _FEED_FORWARD, _TOKENS = 4096, 6144, 1024, 14336, 8192  # of Llama-3-8B, and a prompt
+
+
+def torch_module() -> Any:
+    """torch, or an error that says what is missing."""
+    try:
+        torch = importlib.import_module("torch")
+    except ImportError:
+        raise DeviceUnavailableError("this measurement needs torch, for something to keep the GPU busy with") from None
+    if not torch.cuda.is_available():
+        raise DeviceUnavailableError("this measurement needs a GPU that torch can use")
+    return torch
+
+
+def make(name: str) -> Callable[[], Any]:
+    """One pass of a load, in bf16, on random data.
+
+    ``gemm``: 8192 x 8192 x 8192. ``sdpa``: attention of 4 x 32 heads over 8192 tokens of 128, and ``sdpa_causal``.
+    ``prefill``: a layer of Llama-3-8B over 8192 tokens.
+    """
+    torch = torch_module()
+    options = {"device": "cuda", "dtype": torch.bfloat16}
+    attention = torch.nn.functional.scaled_dot_product_attention
+    if name == "gemm":
+        a, b = (torch.randn(8192, 8192, **options) for _ in range(2))
+        out = torch.empty_like(a)
+        return lambda: torch.mm(a, b, out=out)
+    if name in ("sdpa", "sdpa_causal"):
+        q, k, v = (torch.randn(4, 32, 8192, 128, **options) for _ in range(3))
+        return lambda: attention(q, k, v, is_causal=name == "sdpa_causal")
+    x = torch.randn(_TOKENS, _HIDDEN, **options)
+    qkv, out = torch.randn(_HIDDEN, _QKV, **options), torch.randn(_HIDDEN, _HIDDEN, **options)
+    up, down = torch.randn(_HIDDEN, 2 * _FEED_FORWARD, **options), torch.randn(_FEED_FORWARD, _HIDDEN, **options)
+
+    def heads(part: Any, repeat: int) -> Any:
+        return part.view(1, _TOKENS, -1, 128).transpose(1, 2).repeat_interleave(repeat, 1)
+
+    def layer() -> Any:
+        q, k, v = (x @ qkv).split([_HIDDEN, _KV, _KV], dim=1)
+        mixed = attention(heads(q, 1), heads(k, 4), heads(v, 4), is_causal=True).transpose(1, 2).reshape(_TOKENS, _HIDDEN)
+        gate, value = ((x + mixed @ out) @ up).split(_FEED_FORWARD, dim=1)
+        return (torch.nn.functional.silu(gate) * value) @ down
+
+    return layer
+
+
+class Loop:
+    """Passes of a load on a stream of default priority, timed by events."""
+
+    def __init__(self, name: str, seconds: float) -> None:
+        self._torch = torch_module()
+        self._run, self._stream = make(name), self._torch.cuda.Stream()
+        self._events = [self._torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        self.passes = 4
+        self.start()
+        self.seconds()
+        self.start()
+        self.passes = max(4, round(self.passes * seconds / self.seconds()))
+
+    def start(self) -> None:
+        """Puts all passes on the stream."""
+        with self._torch.no_grad(), self._torch.cuda.stream(self._stream):
+            self._events[0].record()
+            for _ in range(self.passes):
+                self._run()
+            self._events[1].record()
+
+    def running(self) -> bool:
+        """Whether passes are left."""
+        return not self._events[1].query()
+
+    def seconds(self) -> float:
+        """Waits for the end; the time of all passes."""
+        self._events[1].synchronize()
+        return float(self._events[0].elapsed_time(self._events[1])) * 1e-3
