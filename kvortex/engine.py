@@ -384,7 +384,12 @@ class _Parts:
         """Frees everything, unless a transfer does not end: then its memory is leaked rather than written after free."""
         if self.pid != os.getpid():
             return
-        if self.flight.drain(timeout):
+        try:
+            left = self.flight.drain(timeout)
+        except BaseException:  # an interrupt: what runs is not known
+            _KEPT.append(self)
+            raise
+        if left:
             _KEPT.append(self)
             return
         with contextlib.ExitStack() as both:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import numbers
+import reprlib
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -121,7 +122,12 @@ def poll(ready: Callable[[], bool], deadline: float) -> bool:
 
 def seconds(timeout: Any) -> float:
     """A caller's timeout as a number of seconds; raises ArgumentError for what is none."""
-    number = -1.0 if isinstance(timeout, bool) or not isinstance(timeout, numbers.Real) else float(timeout)
+    number, is_real = -1.0, isinstance(timeout, numbers.Real) and not isinstance(timeout, bool)
+    if is_real:
+        try:
+            number = float(timeout)
+        except OverflowError:  # an integer beyond all floats
+            number = float("inf") if timeout > 0 else -1.0
     if not number >= 0:
-        raise ArgumentError(f"timeout = {timeout!r}: must be a number of seconds, 0 or more")
+        raise ArgumentError(f"timeout = {reprlib.repr(timeout)}: must be a number of seconds, 0 or more")
     return number

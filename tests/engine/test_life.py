@@ -108,7 +108,10 @@ def test_a_fork_does_no_harm(device: Device, drop: bool) -> None:
     if child == 0:
         code = 1
         try:
-            for call in (lambda: engine.check_blocks(keys_of(1)), lambda: engine.save_blocks(keys_of(5), [5])):
+            calls = [lambda: engine.check_blocks(keys_of(1)), lambda: engine.save_blocks(keys_of(5), [5])]
+            if not drop:  # a ticket that the parent had not settled
+                calls += [ticket.done, ticket.wait, lambda: ticket.mask, lambda: ticket.add_to(None)]
+            for call in calls:
                 try:
                     call()
                 except EngineClosedError as error:
@@ -157,3 +160,20 @@ def test_a_failed_start_gives_back_what_it_took(device: Device, monkeypatch: pyt
     assert closed == [Executor, PinnedArena], "both, and the executor first: it uses the arena's memory"
     gc.collect()
     assert vram - free_vram(device) < 4 << 20
+
+
+def test_an_engine_that_fails_at_its_last_step_gives_everything_back(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = PagedCache.plain(device)
+    closed: list[PinnedArena] = []
+    close = PinnedArena.close
+
+    def fail(**_: object) -> None:
+        raise MemoryError("planted")
+
+    monkeypatch.setattr(PinnedArena, "close", lambda arena: (closed.append(arena), close(arena)))
+    monkeypatch.setattr("kvortex.engine.Namespace", fail)
+    with pytest.raises(MemoryError, match="planted") as caught:  # keeps the frames, and the half-made engine in one
+        cache.engine()
+    assert closed and caught.tb, "by now, and not whenever the collector comes"

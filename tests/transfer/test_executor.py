@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from fractions import Fraction
+from typing import Any
 
 import pytest
 
-from kvortex.errors import TransferError
+from kvortex.errors import ArgumentError, TransferError
 from kvortex.transfer import executor
-from kvortex.transfer.executor import Completion, Direction, Failed, poll
+from kvortex.transfer.executor import Completion, Direction, Failed, poll, seconds
 
 
 class Clock:
@@ -85,3 +87,15 @@ def test_a_transfer_that_could_not_be_issued_has_ended() -> None:
 
 def test_directions_have_the_names_of_the_public_calls() -> None:
     assert [direction.value for direction in Direction] == ["save", "load"]
+
+
+@pytest.mark.parametrize("timeout", [10**400, float("inf"), Fraction(10**400)])
+def test_a_timeout_beyond_all_floats_is_none_at_all(timeout: Any) -> None:
+    assert seconds(timeout) == float("inf")
+
+
+@pytest.mark.parametrize("timeout", [-(10**400), float("nan"), -0.1, True, "1", None, 1j])
+def test_what_is_no_timeout(timeout: Any) -> None:
+    with pytest.raises(ArgumentError, match="must be a number of seconds") as refusal:
+        seconds(timeout)
+    assert len(str(refusal.value)) < 200
