@@ -82,7 +82,7 @@ class Flight:
         if mine and error is not None:
             self._counters.fail(len(held))
         elif mine and completion is not None:
-            self._counters.transfer(transfer.direction, len(held), transfer.nbytes, completion.seconds)
+            self._counters.transfer(transfer.direction, completion.route, len(held), transfer.nbytes, completion.seconds)
         return True
 
     def reap(self) -> None:

@@ -9,6 +9,30 @@ from kvortex.transfer.executor import Direction
 
 
 @dataclass(frozen=True)
+class RouteStats:
+    """What moved one way by one route, in transfers that went well.
+
+    Attributes
+    ----------
+    direction
+        ``"save"`` or ``"load"``.
+    route
+        ``"resident"``, ``"staged"``, ``"strided"``, ``"mapped"``, ``"direct"``, or ``"host"``; see ``transfer_route``.
+    transfers, blocks, nbytes
+        Operations, blocks, and bytes of payload.
+    seconds
+        Device-timed, summed over transfers; those that overlap count their time each.
+    """
+
+    direction: str
+    route: str
+    transfers: int = 0
+    blocks: int = 0
+    nbytes: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
 class EngineStats:
     """A snapshot of an engine's counters.
 
@@ -29,6 +53,8 @@ class EngineStats:
         Blocks that made room for others.
     resident_blocks, reserved_blocks, pinned_blocks, capacity_blocks
         Slots by state: holding a block, being written, being read, and all.
+    routes
+        The same blocks, bytes and seconds by direction and route; only those that were used.
     """
 
     checked_blocks: int
@@ -46,6 +72,7 @@ class EngineStats:
     reserved_blocks: int
     pinned_blocks: int
     capacity_blocks: int
+    routes: tuple[RouteStats, ...] = ()
 
     @property
     def cache_hit_rate(self) -> float:
@@ -69,9 +96,7 @@ class Counters:
     def __init__(self) -> None:
         self._lock = threading.RLock()  # a finaliser that runs inside may count too
         self.checked = self.hit = self.missed = self.failed = 0
-        self.blocks = dict.fromkeys(Direction, 0)
-        self.bytes = dict.fromkeys(Direction, 0)
-        self.seconds = dict.fromkeys(Direction, 0.0)
+        self._routes: dict[tuple[Direction, str], RouteStats] = {}
 
     def check(self, asked: int, found: int) -> None:
         """One ``check_blocks``."""
@@ -84,12 +109,13 @@ class Counters:
         with self._lock:
             self.missed += blocks
 
-    def transfer(self, direction: Direction, blocks: int, nbytes: int, seconds: float) -> None:
+    def transfer(self, direction: Direction, route: str, blocks: int, nbytes: int, seconds: float) -> None:
         """One transfer that went well."""
         with self._lock:
-            self.blocks[direction] += blocks
-            self.bytes[direction] += nbytes
-            self.seconds[direction] += seconds
+            old = self._routes.get((direction, route), RouteStats(direction.value, route))
+            self._routes[direction, route] = RouteStats(
+                old.direction, route, old.transfers + 1, old.blocks + blocks, old.nbytes + nbytes, old.seconds + seconds
+            )
 
     def fail(self, blocks: int) -> None:
         """One transfer that did not."""
@@ -98,22 +124,26 @@ class Counters:
 
     def snapshot(self, evictions: int, resident: int, reserved: int, pinned: int, capacity: int) -> EngineStats:
         """The totals, with the index's numbers."""
-        save, load = Direction.SAVE, Direction.LOAD
         with self._lock:
-            return EngineStats(
-                checked_blocks=self.checked,
-                hit_blocks=self.hit,
-                saved_blocks=self.blocks[save],
-                saved_bytes=self.bytes[save],
-                save_seconds=self.seconds[save],
-                loaded_blocks=self.blocks[load],
-                loaded_bytes=self.bytes[load],
-                load_seconds=self.seconds[load],
-                missed_blocks=self.missed,
-                failed_blocks=self.failed,
-                evictions=evictions,
-                resident_blocks=resident,
-                reserved_blocks=reserved,
-                pinned_blocks=pinned,
-                capacity_blocks=capacity,
-            )
+            routes = tuple(self._routes.values())
+            checked, hit, missed, failed = self.checked, self.hit, self.missed, self.failed
+        saved = [entry for entry in routes if entry.direction == Direction.SAVE.value]
+        loaded = [entry for entry in routes if entry.direction == Direction.LOAD.value]
+        return EngineStats(
+            checked_blocks=checked,
+            hit_blocks=hit,
+            saved_blocks=sum(entry.blocks for entry in saved),
+            saved_bytes=sum(entry.nbytes for entry in saved),
+            save_seconds=sum(entry.seconds for entry in saved),
+            loaded_blocks=sum(entry.blocks for entry in loaded),
+            loaded_bytes=sum(entry.nbytes for entry in loaded),
+            load_seconds=sum(entry.seconds for entry in loaded),
+            missed_blocks=missed,
+            failed_blocks=failed,
+            evictions=evictions,
+            resident_blocks=resident,
+            reserved_blocks=reserved,
+            pinned_blocks=pinned,
+            capacity_blocks=capacity,
+            routes=routes,
+        )

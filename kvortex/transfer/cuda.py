@@ -85,7 +85,8 @@ class _Events:
 class CudaCompletion(Completion):
     """A transfer on a GPU, between two timing events."""
 
-    def __init__(self, executor: CudaExecutor, direction: Direction, plan: Plan, caller: int) -> None:
+    def __init__(self, executor: CudaExecutor, direction: Direction, plan: Plan, caller: int, route: Route) -> None:
+        self.route = route.value
         self._executor, self._direction, self._plan, self._caller = executor, direction, plan, caller
         self.outcome = np.zeros(3, np.int64)
         self._lock = threading.RLock()
@@ -238,12 +239,12 @@ class CudaExecutor(Executor):
 
     def prepare_blocks(self, direction: Direction, blocks: Int64s, slots: Int64s, stream: Any) -> CudaCompletion:
         caller = cuda_stream_handle(stream)
-        return CudaCompletion(self, direction, self._plan(blocks, slots, caller), caller)
-
-    def _plan(self, blocks: Int64s, slots: Int64s, caller: int) -> Plan:
         nbytes = len(blocks) * int(self._fragments[:, 3].sum())
         busy = self._is_busy(caller)
         route = self._route or choose(self._runs, nbytes, beside_compute=busy, resident=self._resident)
+        return CudaCompletion(self, direction, self._plan(route, blocks, slots, busy), caller, route)
+
+    def _plan(self, route: Route, blocks: Int64s, slots: Int64s, busy: bool) -> Plan:
         if route is Route.DIRECT:
             base, stride, _, size = (int(cell) for cell in self._fragments[0])
             return plan_direct(base + blocks * stride, np.full(len(blocks), size), slots, self._pool, self._count)
@@ -264,7 +265,7 @@ class CudaExecutor(Executor):
         self, direction: Direction, addresses: Int64s, sizes: Int64s, slots: Int64s, stream: Any
     ) -> CudaCompletion:
         plan = plan_direct(addresses, sizes, slots, self._pool, self._count, one_tensor=False)
-        return CudaCompletion(self, direction, plan, cuda_stream_handle(stream))
+        return CudaCompletion(self, direction, plan, cuda_stream_handle(stream), Route.DIRECT)
 
     def check_stream(self, stream: Any) -> None:
         handle = cuda_stream_handle(stream)

@@ -34,8 +34,11 @@ class Completion(ABC):
         Set, once :meth:`query` is true, if the device failed.
     seconds : float
         Device-timed duration, once :meth:`query` is true.
+    route : str
+        How the bytes travel, for the counters; the name of a :class:`kvortex.transfer.routes.Route`, or ``"host"``.
     """
 
+    route: str = "none"
     started: bool = False
     error: TransferError | None = None
     seconds: float = 0.0

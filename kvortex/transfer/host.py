@@ -35,6 +35,8 @@ class HostCompletion(Completion):
         To be started behind, or None.
     """
 
+    route = "host"
+
     def __init__(self, work: queue.SimpleQueue[_Part | None], parts: list[_Part], stream: HostStream | None) -> None:
         self._work, self._parts, self._stream = work, parts, stream
         self._left = len(parts)

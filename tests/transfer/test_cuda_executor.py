@@ -47,6 +47,9 @@ def test_round_trip(gpu: FakeGpu, kind: str, streams: int, staging: int, route: 
         ticket = engine.load_blocks(keys_of(2, 9, 4), [11, 0, 3])
         assert ticket.wait().all() and ticket.seconds == 0.5e-3
         assert_same(cache.memory(), cache.expected(poisoned, before, [(7, 11), (0, 0), (5, 3)]))
+        counted = [(entry.direction, entry.route) for entry in engine.get_stats().routes]
+    name = "direct" if kind == "direct" else "mapped" if route == "auto" else route
+    assert counted == [("save", name), ("load", name)]
     used = {"launch", "to_host", "to_device", "lines", "wait_value", "write_value"} & set(gpu.issued.names)
     copies = {"to_host", "to_device"}
     strided = {"odd": copies | {"lines"}, "layers": {"lines"}}  # of "odd" one tensor is a line by itself

@@ -1,0 +1,1 @@
+"""Connections to other software, each in a file of its own that imports it."""
