@@ -15,6 +15,7 @@ from kvortex.transfer.plan import (
     FIRST_BLOCK,
     FIRST_COPY,
     FIRST_PIECE,
+    HOST_PITCH,
     HOST_SIDE,
     INSTEAD,
     LINES,
@@ -66,19 +67,20 @@ class Machine:
             if not chunk[N_PIECES]:
                 for copy in copies:
                     for line in range(copy[LINES]):
-                        at, host = copy[DEVICE_SIDE] - VRAM + line * copy[PITCH], copy[HOST_SIDE] + line * copy[COPY_BYTES]
+                        at, host = copy[DEVICE_SIDE] - VRAM + line * copy[PITCH], copy[HOST_SIDE] + line * copy[HOST_PITCH]
                         self._dma(self.vram, at, host, copy[COPY_BYTES], self.device_writes, to_host)
                 continue
             if chunk[INSTEAD]:
                 assert not copies
                 self._mapped(plan, chunk, to_host)
                 continue
-            assert (np.array(copies)[:, LINES] == 1).all()
             buffer = self.staging[stream]
             if to_host:
                 self._kernel(plan, chunk, buffer, to_host)
             for copy in copies:
-                self._dma(buffer, copy[DEVICE_SIDE], copy[HOST_SIDE], copy[COPY_BYTES], None, to_host)
+                for line in range(copy[LINES]):
+                    at, host = copy[DEVICE_SIDE] + line * copy[PITCH], copy[HOST_SIDE] + line * copy[HOST_PITCH]
+                    self._dma(buffer, at, host, copy[COPY_BYTES], None, to_host)
             if not to_host:
                 self._kernel(plan, chunk, buffer, to_host)
 
@@ -90,7 +92,7 @@ class Machine:
         for b, block in enumerate(blocks):
             for piece in pieces:
                 page = piece[BASE] + block * piece[STRIDE] - VRAM
-                part = b * self.pool.slot_bytes + piece[OFFSET] - pieces[0][OFFSET]
+                part = b * plan.pitch + piece[OFFSET] - pieces[0][OFFSET]
                 n = piece[BYTES]
                 assert 0 <= page and page + n <= len(self.vram), "a kernel leaves the pages"
                 assert 0 <= part and part + n <= len(buffer), "a kernel leaves the staging buffer"

@@ -19,6 +19,7 @@ from kvortex.memory.staging import StagingRing
 from kvortex.transfer import issue as nogil
 from kvortex.transfer.executor import Completion, Direction, Executor
 from kvortex.transfer.lane import ROW_WORDS, Lane
+from kvortex.transfer.layers import Sections, cut_layers, cut_sections, group_count, plan_direct_layers, plan_layers
 from kvortex.transfer.plan import (
     OFFSET,
     Int64s,
@@ -85,16 +86,24 @@ class _Events:
 class CudaCompletion(Completion):
     """A transfer on a GPU, between two timing events."""
 
-    def __init__(self, executor: CudaExecutor, direction: Direction, plan: Plan, caller: int, route: Route) -> None:
-        self.route = route.value
+    def __init__(
+        self,
+        executor: CudaExecutor,
+        direction: Direction,
+        plan: Plan,
+        caller: int,
+        route: Route,
+        group_of: Int64s | None = None,
+    ) -> None:
+        self.route, self._group_of = route.value, group_of
         self._executor, self._direction, self._plan, self._caller = executor, direction, plan, caller
         self.outcome = np.zeros(3, np.int64)
         self._lock = threading.RLock()
         self._finished = False
-        self._held = executor.lend(plan)
+        self._events, self._ids = executor.lend(plan)
 
     def start(self) -> None:
-        self._executor.issue(self._direction, self._plan, self._caller, *self._held, self.outcome)
+        self._executor.issue(self._direction, self._plan, self._caller, self._events, self._ids, self.outcome)
         self.started = True
 
     def cancel(self) -> None:
@@ -108,7 +117,7 @@ class CudaCompletion(Completion):
                 return True
             if not self.outcome[nogil.ISSUED]:
                 return False
-            start, done, _ = self._held
+            start, done = self._events[:2].tolist()
             # Without the events behind the work, the streams themselves must tell.
             lost = self.outcome[nogil.LAST] != 0
             code = self._executor.query_streams(self._direction) if lost else self._executor.query_event(done)
@@ -130,16 +139,20 @@ class CudaCompletion(Completion):
         with self._lock:
             if not self._finished:
                 self.error, self._finished = error, True
-                self._executor.recycle(*self._held)
+                self._executor.recycle(self._events, self._ids)
 
-    def add_to(self, stream: Any, timeout: float) -> None:
+    def add_to(self, stream: Any, timeout: float, layer: int | None = None) -> None:
         handle = cuda_stream_handle(stream)
+        # After an error layers may have no event of their own; the last one stands for all then.
+        at = 1
+        if layer is not None and self._group_of is not None and not self.outcome[nogil.ERROR]:
+            at = 2 + int(self._group_of[layer])
         with self._lock:
             if not self._finished:
                 if self.outcome[nogil.LAST]:
                     raise TransferError("this transfer has no event that a stream could wait for; wait for the ticket")
                 with cu.current(self._executor.device.context) as driver:
-                    cu.check(driver.cuStreamWaitEvent(handle, self._held[1], 0), "cuStreamWaitEvent")
+                    cu.check(driver.cuStreamWaitEvent(handle, int(self._events[at]), 0), "cuStreamWaitEvent")
 
 
 class CudaExecutor(Executor):
@@ -150,6 +163,8 @@ class CudaExecutor(Executor):
     device
     fragments : (F, 4) int64
         Of the layout; (0, 4) where there is none.
+    layer_offsets : (L + 1,) int64
+        Of the layout; (1,) where there is none.
     num_blocks
         Of the layout.
     pool
@@ -166,6 +181,7 @@ class CudaExecutor(Executor):
         self,
         device: CudaDevice,
         fragments: Int64s,
+        layer_offsets: Int64s,
         num_blocks: int,
         pool: Pool,
         gpu_budget: int,
@@ -174,7 +190,7 @@ class CudaExecutor(Executor):
     ) -> None:
         self.device = device
         self._pool, self._count = pool, streams
-        self._fragments = fragments
+        self._fragments, self._layer_offsets = fragments, layer_offsets
         self._functions = cu.functions()
         self._events = _Events(device)
         self._guard = threading.RLock()
@@ -184,6 +200,7 @@ class CudaExecutor(Executor):
         self._flags: Any = None
         self._module: Any = None
         self._lanes: dict[Direction, Lane] = {}
+        self._cuts: dict[int, Sections] = {}  # by number of groups
         self._runs = strides(fragments, device.max_pitch, _allocations(device, fragments, num_blocks))
         # A record that is one long piece needs no kernel, whatever else is asked for.
         one_piece = len(fragments) == 1 and int(fragments[0, 3]) >= DIRECT_BYTES
@@ -200,7 +217,7 @@ class CudaExecutor(Executor):
         depth = max(self._count, LEAST_BUFFERS)
         buffers, table, flags = [0] * (2 * depth), 0, 0
         kernels = {direction: (0, 0) for direction in Direction}
-        self._pieces = split_pieces(self._fragments)
+        self._pieces = split_pieces(cut_layers(self._fragments, self._layer_offsets))
         self._ids = IdPool(self.device)
         if staged:
             self._staging = StagingRing(self.device, gpu_budget, 2 * depth)
@@ -227,7 +244,6 @@ class CudaExecutor(Executor):
                 my_flags,
                 table,
                 self._pieces[:, OFFSET],
-                self._pool.slot_bytes,
             )
 
     def _kernel(self, name: str) -> int:
@@ -237,12 +253,33 @@ class CudaExecutor(Executor):
             self._module = [*(self._module or []), module]
             return int(cu.check(driver.cuModuleGetFunction(module, cubin.entry.encode()), f"cuModuleGetFunction of {name}"))
 
-    def prepare_blocks(self, direction: Direction, blocks: Int64s, slots: Int64s, stream: Any) -> CudaCompletion:
+    def prepare_blocks(
+        self, direction: Direction, blocks: Int64s, slots: Int64s, stream: Any, layerwise: bool = False
+    ) -> CudaCompletion:
         caller = cuda_stream_handle(stream)
-        nbytes = len(blocks) * int(self._fragments[:, 3].sum())
+        nbytes = len(blocks) * int(self._layer_offsets[-1])
         busy = self._is_busy(caller)
-        route = self._route or choose(self._runs, nbytes, beside_compute=busy, resident=self._resident)
+        route = self._route or choose(
+            self._runs, nbytes, beside_compute=busy, resident=self._resident, layerwise=layerwise
+        )
+        if layerwise and route in (Route.RESIDENT, Route.STAGED, Route.DIRECT):
+            sections = self._sections(group_count(len(self._layer_offsets) - 1, int(self._layer_offsets[-1]), len(blocks)))
+            plan = self._layered_plan(route, blocks, slots, busy, sections)
+            return CudaCompletion(self, direction, plan, caller, route, sections.group_of)
         return CudaCompletion(self, direction, self._plan(route, blocks, slots, busy), caller, route)
+
+    def _sections(self, count: int) -> Sections:
+        if count not in self._cuts:  # two threads may both do it, to the same end
+            limit = self._staging.buffer_bytes if self._staging is not None else None
+            self._cuts[count] = cut_sections(self._pieces, self._layer_offsets, count, limit)
+        return self._cuts[count]
+
+    def _layered_plan(self, route: Route, blocks: Int64s, slots: Int64s, busy: bool, sections: Sections) -> Plan:
+        if route is Route.DIRECT:
+            return plan_direct_layers(blocks, slots, self._fragments[0], sections, self._pool, self._count)
+        assert self._staging is not None
+        ctas = resident_ctas(beside_compute=busy) if route is Route.RESIDENT else 0
+        return plan_layers(blocks, slots, sections, self._pool, self._staging.buffer_bytes, MAX_BLOCKS, ctas=ctas)
 
     def _plan(self, route: Route, blocks: Int64s, slots: Int64s, busy: bool) -> Plan:
         if route is Route.DIRECT:
@@ -277,13 +314,13 @@ class CudaExecutor(Executor):
         if status != driver.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE:
             raise ArgumentError("the stream is being captured into a CUDA graph; a transfer cannot be part of one")
 
-    def lend(self, plan: Plan) -> tuple[int, int, IdBuffer | None]:
-        """Two events and the ids of a plan where kernels can read them, until :meth:`recycle`."""
+    def lend(self, plan: Plan) -> tuple[Int64s, IdBuffer | None]:
+        """Events of a plan (start, end, one a mark) and its ids where kernels can read them, until :meth:`recycle`."""
         events: list[int] = []
         try:
             with self._guard:
-                events.append(self._events.take())
-                events.append(self._events.take())
+                for _ in range(2 + len(plan.marks)):
+                    events.append(self._events.take())
             ids = None
             if len(plan.ids):
                 assert self._ids is not None
@@ -293,13 +330,13 @@ class CudaExecutor(Executor):
                 for event in events:
                     self._events.give(event)
             raise
-        return events[0], events[1], ids
+        return np.array(events, np.int64), ids
 
     def issue(
-        self, direction: Direction, plan: Plan, caller: int, start: int, done: int, ids: IdBuffer | None, outcome: Int64s
+        self, direction: Direction, plan: Plan, caller: int, events: Int64s, ids: IdBuffer | None, outcome: Int64s
     ) -> None:
         """Puts a plan on the streams of its direction. See :meth:`Lane.issue`."""
-        self._lanes[direction].issue(self._functions, plan, caller, start, done, ids, outcome)
+        self._lanes[direction].issue(self._functions, plan, caller, events, ids, outcome)
 
     def query_event(self, event: int) -> int:
         """0 when an event has passed, else the code that says otherwise."""
@@ -322,11 +359,11 @@ class CudaExecutor(Executor):
             code, milliseconds = driver.cuEventElapsedTime(start, done)
         return 0.0 if int(code) else float(milliseconds) * 1e-3
 
-    def recycle(self, start: int, done: int, ids: IdBuffer | None) -> None:
+    def recycle(self, events: Int64s, ids: IdBuffer | None) -> None:
         """Takes back what a finished transfer used."""
         with self._guard:
-            self._events.give(start)
-            self._events.give(done)
+            for event in events.tolist():
+                self._events.give(event)
         if ids is not None and self._ids is not None:
             self._ids.give(ids)
 

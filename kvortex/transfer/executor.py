@@ -60,8 +60,11 @@ class Completion(ABC):
         """Whether all bytes are where they belong, or never will be. Never blocks; once true, stays true."""
 
     @abstractmethod
-    def add_to(self, stream: Any, timeout: float) -> None:
-        """Makes later work of a stream wait for this transfer. Blocks only where the caller itself is the stream."""
+    def add_to(self, stream: Any, timeout: float, layer: int | None = None) -> None:
+        """Makes later work of a stream wait for this transfer, or for what it moves of one layer at least.
+
+        Blocks only where the caller itself is the stream.
+        """
 
 
 class Failed(Completion):
@@ -81,7 +84,7 @@ class Failed(Completion):
     def query(self) -> bool:
         return True
 
-    def add_to(self, stream: Any, timeout: float) -> None:
+    def add_to(self, stream: Any, timeout: float, layer: int | None = None) -> None:
         """Nothing to wait for."""
 
 
@@ -89,8 +92,12 @@ class Executor(ABC):
     """Carries out the transfers of one engine. Thread-safe. Transfers may overlap and finish in any order."""
 
     @abstractmethod
-    def prepare_blocks(self, direction: Direction, blocks: Int64s, slots: Int64s, stream: Any) -> Completion:
+    def prepare_blocks(
+        self, direction: Direction, blocks: Int64s, slots: Int64s, stream: Any, layerwise: bool = False
+    ) -> Completion:
         """A transfer of pages ``blocks`` (n,) of the layout to or from ``slots`` (n,), n > 0.
+
+        With ``layerwise`` the first layers of all blocks move before the last ones.
 
         Nothing moves before :meth:`Completion.start`, and then after the work that is on ``stream`` at that moment.
         Preparing and starting are two steps so that the owner of the slots has the completion in hand before the first

@@ -6,7 +6,7 @@ import functools
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -16,6 +16,7 @@ from kvortex.devices.native import memcpy_address
 from kvortex.errors import ArgumentError, TransferError, TransferTimeoutError
 from kvortex.transfer.copies import copy_buffers, copy_paged
 from kvortex.transfer.executor import Completion, Direction, Executor
+from kvortex.transfer.layers import cut_layers, cut_sections, group_count
 from kvortex.transfer.plan import Int64s, Pool
 
 _LEAST_RECORDS_A_THREAD = 4
@@ -29,18 +30,28 @@ class HostCompletion(Completion):
     ----------
     work
         Queue of the threads.
-    parts
-        What is to be done.
+    groups
+        What is to be done: the parts of each group of layers, the first ones first.
+    group_of
+        Group of each layer.
     stream
         To be started behind, or None.
     """
 
     route = "host"
 
-    def __init__(self, work: queue.SimpleQueue[_Part | None], parts: list[_Part], stream: HostStream | None) -> None:
-        self._work, self._parts, self._stream = work, parts, stream
-        self._left = len(parts)
+    def __init__(
+        self,
+        work: queue.SimpleQueue[_Part | None],
+        groups: Sequence[Sequence[_Part]],
+        group_of: Sequence[int],
+        stream: HostStream | None,
+    ) -> None:
+        self._work, self._group_of, self._stream = work, group_of, stream
+        self._parts = [(at, part) for at, parts in enumerate(groups) for part in parts][::-1]
+        self._left = [len(parts) for parts in groups]
         self._lock = threading.RLock()
+        self._groups_done = [HostEvent() for _ in groups]
         self._done = HostEvent()
         self._began: float | None = None
 
@@ -69,7 +80,7 @@ class HostCompletion(Completion):
     def _run(self, error: TransferError | None = None) -> None:
         """One thread does one part, or hears that it will not be done."""
         try:
-            part = self._parts.pop()  # atomic: each part goes to one thread
+            group, part = self._parts.pop()  # atomic: each part goes to one thread
         except IndexError:  # cancelled
             return
         with self._lock:
@@ -80,21 +91,24 @@ class HostCompletion(Completion):
             except Exception as failure:  # the waiter must hear of whatever went wrong in this thread
                 error = TransferError(f"a host copy failed: {failure}")
         with self._lock:
-            self._left -= 1
+            self._left[group] -= 1
             self.error = self.error or error
-            last = self._left == 0
+            group_is_done, last = self._left[group] == 0, not any(self._left)
             self.seconds = time.perf_counter() - self._began
+        if group_is_done:
+            self._groups_done[group].set()
         if last:
             self._done.set()
 
     def query(self) -> bool:
         return self._done.query()
 
-    def add_to(self, stream: Any, timeout: float) -> None:
+    def add_to(self, stream: Any, timeout: float, layer: int | None = None) -> None:
         check_stream(stream)
+        event = self._done if layer is None or not self._group_of else self._groups_done[self._group_of[layer]]
         if stream is not None:
-            stream.wait(self._done)
-        elif not self._done.synchronize(min(timeout, threading.TIMEOUT_MAX)):  # the calling thread is the stream
+            stream.wait(event)
+        elif not event.synchronize(min(timeout, threading.TIMEOUT_MAX)):  # the calling thread is the stream
             raise TransferTimeoutError(f"a transfer was not done after {timeout} s")
 
 
@@ -105,12 +119,14 @@ class HostExecutor(Executor):
     ----------
     fragments : (F, 4) int64
         Of the layout; (0, 4) where there is none.
+    layer_offsets : (L + 1,) int64
+        Of the layout; (1,) where there is none.
     pool
     threads
     """
 
-    def __init__(self, fragments: Int64s, pool: Pool, threads: int) -> None:
-        self._fragments, self._pool = np.ascontiguousarray(fragments), pool
+    def __init__(self, fragments: Int64s, layer_offsets: Int64s, pool: Pool, threads: int) -> None:
+        self._fragments, self._layer_offsets, self._pool = np.ascontiguousarray(fragments), layer_offsets, pool
         self._memcpy = memcpy_address()
         self._work: queue.SimpleQueue[_Part | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
@@ -124,29 +140,41 @@ class HostExecutor(Executor):
             self.close()
             raise
 
-    def prepare_blocks(self, direction: Direction, blocks: Int64s, slots: Int64s, stream: Any) -> HostCompletion:
-        return self._prepare(copy_paged, (self._fragments,), (blocks,), slots, direction, stream)
+    def prepare_blocks(
+        self, direction: Direction, blocks: Int64s, slots: Int64s, stream: Any, layerwise: bool = False
+    ) -> HostCompletion:
+        if not layerwise:
+            parts = self._parts(copy_paged, (self._fragments,), (blocks,), slots, direction)
+            return HostCompletion(self._work, [parts], (), stream)
+        fragments = cut_layers(self._fragments, self._layer_offsets)
+        count = group_count(len(self._layer_offsets) - 1, int(self._layer_offsets[-1]), len(blocks))
+        sections = cut_sections(fragments, self._layer_offsets, count, None)
+        edges = sections.first_pieces.tolist()
+        groups = [
+            self._parts(copy_paged, (fragments[first:last],), (blocks,), slots, direction)
+            for first, last in zip(edges[:-1], edges[1:], strict=True)
+        ]
+        return HostCompletion(self._work, groups, sections.group_of.tolist(), stream)
 
     def prepare_buffers(
         self, direction: Direction, addresses: Int64s, sizes: Int64s, slots: Int64s, stream: Any
     ) -> HostCompletion:
-        return self._prepare(copy_buffers, (), (addresses, sizes), slots, direction, stream)
+        return HostCompletion(self._work, [self._parts(copy_buffers, (), (addresses, sizes), slots, direction)], (), stream)
 
     def check_stream(self, stream: Any) -> None:
         check_stream(stream)
 
-    def _prepare(
-        self, copy: Any, fixed: tuple[Any, ...], rows: tuple[Int64s, ...], slots: Int64s, direction: Direction, stream: Any
-    ) -> HostCompletion:
+    def _parts(
+        self, copy: Any, fixed: tuple[Any, ...], rows: tuple[Int64s, ...], slots: Int64s, direction: Direction
+    ) -> list[_Part]:
         records = self._pool.address + slots * self._pool.slot_bytes
         count = max(1, min(len(self._threads), len(slots) // _LEAST_RECORDS_A_THREAD))
         edges = np.linspace(0, len(slots), count + 1).astype(np.int64)
         to_host = direction is Direction.SAVE
-        parts: list[_Part] = [
+        return [
             functools.partial(copy, self._memcpy, *fixed, *(row[first:last] for row in (*rows, records)), to_host)
             for first, last in zip(edges[:-1], edges[1:], strict=True)
         ]
-        return HostCompletion(self._work, parts, stream)
 
     def close(self) -> None:
         threads, self._threads = self._threads, []

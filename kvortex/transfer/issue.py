@@ -27,6 +27,7 @@ from kvortex.transfer.plan import (
     FIRST_BLOCK,
     FIRST_COPY,
     FIRST_PIECE,
+    HOST_PITCH,
     HOST_SIDE,
     INSTEAD,
     LINES,
@@ -37,8 +38,7 @@ from kvortex.transfer.plan import (
 )
 
 # Cells of ``lane``: numbers that stay the same for a direction.
-CONTEXT, KERNEL, THREADS, MAX_CTAS, TABLE, SLOT_BYTES, JOIN_STREAM, CALLER_EVENT, TO_HOST = range(9)
-LANE_CELLS = 9
+CONTEXT, KERNEL, THREADS, MAX_CTAS, TABLE, JOIN_STREAM, CALLER_EVENT, TO_HOST = range(LANE_CELLS := 8)
 # Cells of ``outcome``: whether everything was attempted, the first error of the work, the first of the events behind it.
 ISSUED, ERROR, LAST = range(3)
 PARAMETERS = 6
@@ -54,16 +54,16 @@ _KIND_HOST, _KIND_DEVICE = 1, 2
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _lines(to_host, functions, copy, stream, scratch):  # type: ignore[no-untyped-def]
+def _lines(to_host, functions, copy, device, stream, scratch):  # type: ignore[no-untyped-def]
     rectangle = scratch[RECTANGLE:]
     rectangle[:] = 0
     there, here = (0, _SIDE_CELLS) if to_host else (_SIDE_CELLS, 0)
     rectangle[there + _KIND] = _KIND_DEVICE
-    rectangle[there + _DEVICE] = copy[DEVICE_SIDE]
+    rectangle[there + _DEVICE] = device
     rectangle[there + _PITCH] = copy[PITCH]
     rectangle[here + _KIND] = _KIND_HOST
     rectangle[here + _HOST] = copy[HOST_SIDE]
-    rectangle[here + _PITCH] = copy[COPY_BYTES]
+    rectangle[here + _PITCH] = copy[HOST_PITCH]
     rectangle[2 * _SIDE_CELLS] = copy[COPY_BYTES]
     rectangle[2 * _SIDE_CELLS + 1] = copy[LINES]
     return call(functions[COPY_LINES], (rectangle.ctypes.data, stream))
@@ -75,7 +75,7 @@ def copy_chunk(to_host, functions, copies, chunk, base, stream, scratch):  # typ
     for at in range(chunk[FIRST_COPY], chunk[FIRST_COPY] + chunk[N_COPIES]):
         device, host, nbytes = copies[at, DEVICE_SIDE] + base, copies[at, HOST_SIDE], copies[at, COPY_BYTES]
         if copies[at, LINES] > 1:
-            code = _lines(to_host, functions, copies[at], stream, scratch)
+            code = _lines(to_host, functions, copies[at], device, stream, scratch)
         elif to_host:
             code = call(functions[COPY_TO_HOST], (host, device, nbytes, stream))
         else:
@@ -86,14 +86,14 @@ def copy_chunk(to_host, functions, copies, chunk, base, stream, scratch):  # typ
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _launch(functions, lane, chunk, ids, buffer, stream, parameters, pointers):  # type: ignore[no-untyped-def]
+def _launch(functions, lane, chunk, ids, buffer, pitch, stream, parameters, pointers):  # type: ignore[no-untyped-def]
     n_pieces, n_blocks = chunk[N_PIECES], chunk[N_BLOCKS]
     parameters[0] = buffer
     parameters[1] = lane[TABLE] + chunk[FIRST_PIECE] * PIECE_ROW_BYTES
     parameters[2] = n_pieces
     parameters[3] = ids + chunk[FIRST_BLOCK] * 4
     parameters[4] = n_blocks
-    parameters[5] = lane[SLOT_BYTES]
+    parameters[5] = pitch
     warps = lane[THREADS] // 32
     ctas = min(lane[MAX_CTAS], (n_pieces * n_blocks + warps - 1) // warps)
     return call(
@@ -103,9 +103,23 @@ def _launch(functions, lane, chunk, ids, buffer, stream, parameters, pointers): 
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def join(functions, lane, streams, joins, first, used):  # type: ignore[no-untyped-def]
+    """Makes the join stream wait for ``used`` streams from ``first`` on, all of them whatever fails; the first error code."""
+    error = np.int32(0)
+    for at in range(used):
+        k = (first + at) % len(streams)
+        code = call(functions[EVENT_RECORD], (joins[k], streams[k]))
+        if not code:
+            code = call(functions[STREAM_WAIT], (lane[JOIN_STREAM], joins[k], 0))
+        if not error:
+            error = code
+    return error
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def issue(  # type: ignore[no-untyped-def]
-    functions, lane, streams, buffers, joins, turn, caller, start, done, chunks, copies, ids, parameters, pointers, scratch,
-    outcome,
+    functions, lane, streams, buffers, joins, turn, caller, start, done, chunks, copies, pitch, marks, events, ids, parameters,
+    pointers, scratch, outcome,
 ):
     """Puts a plan on its streams, after the caller's stream and before ``done``.
 
@@ -114,7 +128,7 @@ def issue(  # type: ignore[no-untyped-def]
     functions : (8,) int64
         Of :func:`kvortex.devices.driver.functions`.
     lane : (LANE_CELLS,) int64
-        Context, kernel, launch shape, piece table, slot bytes, join stream, event for the caller's stream, direction.
+        Context, kernel, launch shape, piece table, join stream, event for the caller's stream, direction.
     streams, buffers, joins : (s,) int64
         Each stream with its staging buffer and the event that joins it. A buffer is only used on its stream, so the
         stream's order alone keeps one chunk's bytes from the next one's.
@@ -122,8 +136,12 @@ def issue(  # type: ignore[no-untyped-def]
         Stream of the first chunk, the rest follow in a ring; moved on to the one behind the last.
     caller, start, done : int
         Stream to wait for; timing events recorded before and after.
-    chunks, copies : (c, 7), (m, 5) int64
+    chunks, copies : (c, 7), (m, 6) int64
         Of :class:`kvortex.transfer.plan.Plan`.
+    pitch, marks : int, (g,) int64
+        Of the plan.
+    events : (g,) int64
+        Each is recorded when everything up to its mark has been issued.
     ids : int
         Address of the plan's block ids, readable by the GPU.
     parameters, pointers : (6,) int64
@@ -139,6 +157,7 @@ def issue(  # type: ignore[no-untyped-def]
     first = turn[0]
     used = min(n, len(chunks))
     to_host = lane[TO_HOST] != 0
+    mark = 0
     error = call(functions[CTX_PUSH], (lane[CONTEXT],))
     if error:  # nothing was issued, and ``done`` says so: an event that was never recorded counts as passed
         outcome[ERROR] = error
@@ -160,19 +179,17 @@ def issue(  # type: ignore[no-untyped-def]
         if with_kernel and not base:
             base = buffers[at]
         if to_host and with_kernel:
-            error = _launch(functions, lane, chunk, ids, base, streams[at], parameters, pointers)
+            error = _launch(functions, lane, chunk, ids, base, pitch, streams[at], parameters, pointers)
         if not error:
             error = copy_chunk(to_host, functions, copies, chunk, base, streams[at], scratch)
         if not error and not to_host and with_kernel:
-            error = _launch(functions, lane, chunk, ids, base, streams[at], parameters, pointers)
-    last = np.int32(0)
-    for at in range(used):
-        k = (first + at) % n
-        code = call(functions[EVENT_RECORD], (joins[k], streams[k]))
-        if not code:
-            code = call(functions[STREAM_WAIT], (lane[JOIN_STREAM], joins[k], 0))
-        if not last:
-            last = code
+            error = _launch(functions, lane, chunk, ids, base, pitch, streams[at], parameters, pointers)
+        while not error and mark < len(marks) and marks[mark] == c + 1:
+            error = join(functions, lane, streams, joins, first, min(n, c + 1))
+            if not error:
+                error = call(functions[EVENT_RECORD], (events[mark], lane[JOIN_STREAM]))
+            mark += 1
+    last = join(functions, lane, streams, joins, first, used)
     code = call(functions[EVENT_RECORD], (done, lane[JOIN_STREAM]))
     if not last:
         last = code

@@ -39,7 +39,6 @@ class Lane:
         Address of ``2 * resident.FLAG_BYTES`` bytes of VRAM for each buffer, zeroed.
     table, offsets
         Address of the pieces in VRAM, and their record offsets.
-    slot_bytes
     """
 
     def __init__(
@@ -53,7 +52,6 @@ class Lane:
         flags: int,
         table: int,
         offsets: Int64s,
-        slot_bytes: int,
     ) -> None:
         self.lock = threading.RLock()
         self._device = device
@@ -74,7 +72,6 @@ class Lane:
         self.cells[nogil.THREADS] = THREADS
         self.cells[nogil.MAX_CTAS] = max(1, round(device.multiprocessors * CTAS_PER_MULTIPROCESSOR))
         self.cells[nogil.TABLE] = table
-        self.cells[nogil.SLOT_BYTES] = slot_bytes
         self.cells[nogil.JOIN_STREAM] = join_stream
         self.cells[nogil.CALLER_EVENT] = caller_event
         self.cells[nogil.TO_HOST] = direction is Direction.SAVE
@@ -86,12 +83,15 @@ class Lane:
         self._scratch = np.zeros(nogil.SCRATCH_CELLS, np.int64)
 
     def issue(
-        self, functions: Int64s, plan: Plan, caller: int, start: int, done: int, ids: IdBuffer | None, outcome: Int64s
+        self, functions: Int64s, plan: Plan, caller: int, events: Int64s, ids: IdBuffer | None, outcome: Int64s
     ) -> None:
-        """Puts a plan on the GPU; ``outcome`` tells how that went. See :func:`kvortex.transfer.issue.issue`."""
+        """Puts a plan on the GPU; ``outcome`` tells how that went.
+
+        ``events`` are recorded before, after, and at each mark. See :func:`kvortex.transfer.issue.issue`.
+        """
         with self.lock:
             if plan.ctas:
-                self._issue_resident(functions, plan, caller, start, done, ids, outcome)
+                self._issue_resident(functions, plan, caller, events, ids, outcome)
                 return
             address = ids.address if ids is not None else 0
             if ids is not None:
@@ -104,10 +104,13 @@ class Lane:
                 self.joins,
                 self._turn,
                 caller,
-                start,
-                done,
+                events[0],
+                events[1],
                 plan.chunks,
                 plan.copies,
+                plan.pitch,
+                plan.marks,
+                events[2:],
                 address,
                 self._parameters,
                 self._pointers,
@@ -116,7 +119,7 @@ class Lane:
             )
 
     def _issue_resident(
-        self, functions: Int64s, plan: Plan, caller: int, start: int, done: int, ids: IdBuffer | None, outcome: Int64s
+        self, functions: Int64s, plan: Plan, caller: int, events: Int64s, ids: IdBuffer | None, outcome: Int64s
     ) -> None:
         assert ids is not None
         words = ROW_WORDS * len(plan.chunks)
@@ -135,10 +138,13 @@ class Lane:
             self._filled,
             self.offsets,
             caller,
-            start,
-            done,
+            events[0],
+            events[1],
             plan.chunks,
             plan.copies,
+            plan.pitch,
+            plan.marks,
+            events[2:],
             rows,
             np.array([ids.address, ids.mirror, 4 * (words + len(plan.ids))], np.int64),
             self._parameters,

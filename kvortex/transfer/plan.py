@@ -7,7 +7,7 @@ host pool leave in one copy. A record larger than a staging buffer is cut into p
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +21,8 @@ BASE, STRIDE, OFFSET, BYTES = range(4)
 # staging buffer, or 0. n_pieces is 0 where no kernel runs.
 FIRST_BLOCK, N_BLOCKS, FIRST_PIECE, N_PIECES, FIRST_COPY, N_COPIES, INSTEAD = range(CHUNK_COLUMNS := 7)
 # Columns of a copy: offset in the staging buffer (or address in VRAM where no kernel runs), host address, bytes of a line,
-# lines, and bytes from line to line in VRAM. On the host side lines touch.
-DEVICE_SIDE, HOST_SIDE, COPY_BYTES, LINES, PITCH = range(COPY_COLUMNS := 5)
+# lines, and bytes from line to line in VRAM and in the host's memory.
+DEVICE_SIDE, HOST_SIDE, COPY_BYTES, LINES, PITCH, HOST_PITCH = range(COPY_COLUMNS := 6)
 
 _DOUBLINGS = 5
 PIECE_BYTES = 4096  # two turns of a warp with four 16-byte loads in flight in each lane
@@ -39,13 +39,31 @@ class Pool:
 
 @dataclass(frozen=True)
 class Plan:
-    """One transfer: ``ids`` (n,) in the order of chunks, ``chunks`` (c, 7), ``copies`` (m, 5), bytes of payload."""
+    """One transfer.
+
+    Attributes
+    ----------
+    ids : (n,) int32
+        Blocks, in the order of chunks.
+    chunks : (c, 7) int64
+    copies : (m, 6) int64
+    nbytes
+        Payload.
+    pitch
+        Bytes from one record to the next in a staging buffer, or in what a kernel uses instead.
+    ctas
+        Of one kernel that serves all chunks; 0 where each chunk has a launch of its own, or none.
+    marks : (g,) int64
+        How many chunks it takes until each group of layers is there; (0,) where nobody asked.
+    """
 
     ids: Int32s
     chunks: Int64s
     copies: Int64s
     nbytes: int
-    ctas: int = 0  # of one kernel that serves all chunks; 0 where each chunk has a launch of its own, or none
+    pitch: int = 0
+    ctas: int = 0
+    marks: Int64s = field(default_factory=lambda: np.empty(0, np.int64))
 
 
 def split_pieces(fragments: Int64s, piece_bytes: int = PIECE_BYTES) -> Int64s:
@@ -125,7 +143,7 @@ def plan_staged(
             even = -(-len(slots) // (2 * streams))
             starts = np.arange(0, len(slots), max(1, min(per_chunk, max_blocks, even)))
         chunks, copies = _chunks_of_records(slots, len(pieces), record_bytes, pool, starts)
-    return Plan(ids, chunks, copies, record_bytes * len(slots), ctas)
+    return Plan(ids, chunks, copies, record_bytes * len(slots), pool.slot_bytes, ctas)
 
 
 def _ramp(count: int, per_chunk: int) -> Int64s:
@@ -144,14 +162,9 @@ def _chunks_of_records(
     slots: Int64s, n_pieces: int, record_bytes: int, pool: Pool, starts: Int64s
 ) -> tuple[Int64s, Int64s]:
     n = len(slots)
-    chunk_of = np.searchsorted(starts, np.arange(n), side="right") - 1
-    segment = slots // pool.segment_slots
-    breaks = np.ones(n, bool)
-    breaks[1:] = (np.diff(slots) != 1) | (np.diff(chunk_of) != 0) | (np.diff(segment) != 0)
-    heads = np.flatnonzero(breaks)
-    lengths = np.diff(np.append(heads, n))
-    copies = _copies(len(heads))
-    copies[:, DEVICE_SIDE] = (heads - starts[chunk_of[heads]]) * pool.slot_bytes
+    heads, lengths, chunk_of = neighbours(slots, starts, pool)
+    copies = empty_copies(len(heads))
+    copies[:, DEVICE_SIDE] = (heads - starts[chunk_of]) * pool.slot_bytes
     copies[:, HOST_SIDE] = pool.address + slots[heads] * pool.slot_bytes
     copies[:, COPY_BYTES] = (lengths - 1) * pool.slot_bytes + record_bytes
     chunks = np.zeros((len(starts), CHUNK_COLUMNS), np.int64)
@@ -161,6 +174,30 @@ def _chunks_of_records(
     chunks[:, FIRST_COPY] = np.searchsorted(heads, starts)
     chunks[:, N_COPIES] = np.diff(np.append(chunks[:, FIRST_COPY], len(heads)))
     return chunks, copies
+
+
+def neighbours(slots: Int64s, starts: Int64s, pool: Pool) -> tuple[Int64s, Int64s, Int64s]:
+    """Runs of slots that one DMA reaches: neighbours in the pool, in one chunk and one registration.
+
+    Parameters
+    ----------
+    slots : (n,) int64
+        Ascending.
+    starts : (c,) int64
+        First records of chunks.
+    pool
+
+    Returns
+    -------
+    heads, lengths, chunk : (r,) int64
+        First record of each run, records in it, and its chunk.
+    """
+    n = len(slots)
+    chunk_of = np.searchsorted(starts, np.arange(n), side="right") - 1
+    breaks = np.ones(n, bool)
+    breaks[1:] = (np.diff(slots) != 1) | (np.diff(chunk_of) != 0) | (np.diff(slots // pool.segment_slots) != 0)
+    heads = np.flatnonzero(breaks)
+    return heads, np.diff(np.append(heads, n)), chunk_of[heads]
 
 
 def _chunks_of_parts(slots: Int64s, pieces: Int64s, pool: Pool, buffer_bytes: int) -> tuple[Int64s, Int64s]:
@@ -175,7 +212,7 @@ def _chunks_of_parts(slots: Int64s, pieces: Int64s, pool: Pool, buffer_bytes: in
     chunks[:, N_PIECES] = np.tile(np.diff(cuts), len(slots))
     chunks[:, FIRST_COPY] = np.arange(len(chunks))
     chunks[:, N_COPIES] = 1
-    copies = _copies(len(chunks))
+    copies = empty_copies(len(chunks))
     copies[:, HOST_SIDE] = np.repeat(pool.address + slots * pool.slot_bytes, parts) + np.tile(begin, len(slots))
     copies[:, COPY_BYTES] = np.tile(end - begin, len(slots))
     return chunks, copies
@@ -206,11 +243,11 @@ def plan_direct(
     joined = one_tensor & (addresses[:-1] + sizes[:-1] == addresses[1:]) & (host[:-1] + sizes[:-1] == host[1:])
     breaks[1:] = ~joined | (np.diff(slots // pool.segment_slots) != 0)
     heads = np.flatnonzero(breaks)
-    copies = _copies(len(heads))
+    copies = empty_copies(len(heads))
     copies[:, DEVICE_SIDE] = addresses[heads]
     copies[:, HOST_SIDE] = host[heads]
     copies[:, COPY_BYTES] = np.add.reduceat(sizes, heads) if n else sizes
-    return Plan(np.empty(0, np.int32), _dealt(len(copies), streams), copies, int(sizes.sum()))
+    return Plan(np.empty(0, np.int32), dealt(len(copies), streams), copies, int(sizes.sum()))
 
 
 def strides(fragments: Int64s, max_pitch: int, allocations: Int64s) -> Int64s:
@@ -261,10 +298,10 @@ def plan_strided(blocks: Int64s, slots: Int64s, runs: Int64s, pool: Pool, stream
     copies = np.empty((len(blocks) * len(runs), COPY_COLUMNS), np.int64)
     copies[:, DEVICE_SIDE] = (base + blocks[:, None] * stride).ravel()
     copies[:, HOST_SIDE] = (pool.address + slots[:, None] * pool.slot_bytes + offset).ravel()
-    for column, values in ((COPY_BYTES, nbytes), (LINES, lines), (PITCH, pitch)):
+    for column, values in ((COPY_BYTES, nbytes), (LINES, lines), (PITCH, pitch), (HOST_PITCH, nbytes)):
         copies[:, column] = np.tile(values, len(blocks))
     total = len(blocks) * int((nbytes * lines).sum())
-    return Plan(np.empty(0, np.int32), _dealt(len(copies), streams), copies, total)
+    return Plan(np.empty(0, np.int32), dealt(len(copies), streams), copies, total)
 
 
 def plan_mapped(blocks: Int64s, slots: Int64s, pieces: Int64s, pool: Pool, max_blocks: int) -> Plan:
@@ -286,17 +323,17 @@ def plan_mapped(blocks: Int64s, slots: Int64s, pieces: Int64s, pool: Pool, max_b
     chunks[:, N_BLOCKS] = np.minimum(np.repeat(lengths, launches) - within, max_blocks)
     chunks[:, N_PIECES] = len(pieces)
     chunks[:, INSTEAD] = pool.address + slots[chunks[:, FIRST_BLOCK]] * pool.slot_bytes
-    return Plan(ids, chunks, _copies(0), record_bytes * n)
+    return Plan(ids, chunks, empty_copies(0), record_bytes * n, pool.slot_bytes)
 
 
-def _copies(count: int) -> Int64s:
+def empty_copies(count: int) -> Int64s:
     """Copies of one line each, to be filled in."""
     copies = np.zeros((count, COPY_COLUMNS), np.int64)
     copies[:, LINES] = 1
     return copies
 
 
-def _dealt(count: int, streams: int) -> Int64s:
+def dealt(count: int, streams: int) -> Int64s:
     """Chunks without a kernel that share ``count`` copies out, so that each stream gets several."""
     starts = np.arange(0, count, max(1, count // (4 * streams)))
     chunks = np.zeros((len(starts), CHUNK_COLUMNS), np.int64)

@@ -32,10 +32,10 @@ from kvortex.transfer.issue import (
     ISSUED,
     JOIN_STREAM,
     LAST,
-    SLOT_BYTES,
     TABLE,
     TO_HOST,
     copy_chunk,
+    join,
 )
 from kvortex.transfer.plan import FIRST_BLOCK, FIRST_PIECE, N_BLOCKS, N_PIECES
 
@@ -79,13 +79,13 @@ def _write_rows(to_host, ring, buffers, first, filled, offsets, chunks, rows, re
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def issue_resident(  # type: ignore[no-untyped-def]
     functions, lane, ring, ctas, streams, buffers, joins, turn, filled, offsets, caller, start, done_event, chunks, copies,
-    rows, upload, parameters, pointers, scratch, outcome,
+    pitch, marks, events, rows, upload, parameters, pointers, scratch, outcome,
 ):
     """Puts a plan on its streams, after the caller's stream and before ``done_event``.
 
     Parameters
     ----------
-    functions, lane, caller, start, chunks, copies, scratch, outcome
+    functions, lane, caller, start, chunks, copies, pitch, marks, events, scratch, outcome
         As of :func:`kvortex.transfer.issue.issue`.
     ring : (RING_CELLS,) int64
         Stream and event of the kernel, the kernel, its threads in a CTA times ``ctas``, and the flags in VRAM.
@@ -130,10 +130,10 @@ def issue_resident(  # type: ignore[no-untyped-def]
         parameters[1] = len(chunks)
         parameters[2] = lane[TABLE]
         parameters[3] = upload[1] + len(chunks) * ROW_CELLS * 8
-        parameters[4] = lane[SLOT_BYTES]
+        parameters[4] = pitch
         shape = (ring[KERNEL], ctas, 1, 1, ring[THREADS] // ctas, 1, 1, 0, kernel_stream, pointers.ctypes.data, 0)
         error = call(functions[LAUNCH], shape)
-    launched = not error
+    launched, mark = not error, 0
     for c in range(len(chunks)):
         if not launched:
             break
@@ -149,14 +149,25 @@ def issue_resident(  # type: ignore[no-untyped-def]
             error = code
         filled[0, at] = ready[c]
         filled[1, at] = done[c] if to_host else (done[c] + ring[THREADS]) & _WORD
-    last = np.int32(0)
-    for k in range(n + 1):
-        event, stream = (ring[EVENT], kernel_stream) if k == n else (joins[k], streams[k])
-        code = call(functions[EVENT_RECORD], (event, stream))
-        if not code:
-            code = call(functions[STREAM_WAIT], (lane[JOIN_STREAM], event, 0))
-        if not last:
-            last = code
+        while not error and mark < len(marks) and marks[mark] == c + 1:
+            # Of a save the copies must have ended, of a load the kernel: each of its threads raises the flag, in the order
+            # of chunks.
+            if to_host:
+                error = join(functions, lane, streams, joins, 0, min(n, c + 1))
+            else:
+                value = (done[c] + ring[THREADS]) & _WORD
+                error = call(
+                    functions[STREAM_WAIT_VALUE], (lane[JOIN_STREAM], flag + FLAG_BYTES, value, _GREATER_OR_EQUAL)
+                )
+            if not error:
+                error = call(functions[EVENT_RECORD], (events[mark], lane[JOIN_STREAM]))
+            mark += 1
+    last = join(functions, lane, streams, joins, 0, n)
+    code = call(functions[EVENT_RECORD], (ring[EVENT], kernel_stream))
+    if not code:
+        code = call(functions[STREAM_WAIT], (lane[JOIN_STREAM], ring[EVENT], 0))
+    if not last:
+        last = code
     code = call(functions[EVENT_RECORD], (done_event, lane[JOIN_STREAM]))
     if not last:
         last = code

@@ -38,7 +38,9 @@ class Route(enum.Enum):
     MAPPED = "mapped"
 
 
-def choose(runs: Int64s, nbytes: int, *, beside_compute: bool, resident: bool = True) -> Route:
+def choose(
+    runs: Int64s, nbytes: int, *, beside_compute: bool, resident: bool = True, layerwise: bool = False
+) -> Route:
     """The route of one transfer.
 
     Parameters
@@ -51,9 +53,11 @@ def choose(runs: Int64s, nbytes: int, *, beside_compute: bool, resident: bool = 
         Whether the GPU is busy with something else.
     resident
         Whether resident kernels can run here.
+    layerwise
+        Whether the first layers are wanted before the last ones; a strided DMA takes all layers of a block at once.
     """
     long_lines = runs[:, BYTES].min() >= STRIDED_LINE_BYTES and runs[:, _LINES].sum() >= STRIDED_LEAST_LINES * len(runs)
-    if beside_compute and long_lines:
+    if beside_compute and long_lines and not layerwise:
         return Route.STRIDED
     if nbytes <= MAPPED_BYTES:
         return Route.MAPPED

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import numbers
+import reprlib
 import time
 from collections.abc import Callable, Generator
 from typing import Any
 
 import numpy as np
 
-from kvortex.errors import TransferError, TransferTimeoutError
+from kvortex.errors import ArgumentError, TransferError, TransferTimeoutError
 from kvortex.transfer.executor import poll, seconds
 from kvortex.transfer.transfer import Mask, Transfer
 
@@ -59,13 +61,43 @@ class Ticket:
 
         On the host device ``None`` stands for the calling thread itself, which then waits, at most ``transfer_timeout_s``.
         """
+        self._add_to(stream, None)
+
+    def wait_layer(self, layer: int, stream: Any = None) -> None:
+        """Makes all later work of ``stream`` wait until the pages hold one layer of what is loaded, at least.
+
+        For a load that was asked for with ``layerwise=True``; of any other it waits for the whole. Does not block the
+        caller, but where the caller itself is the stream: see :meth:`add_to`. Whether a page holds its block is only known
+        once the ticket is done; so compute on blocks that :meth:`KVortexEngine.check_blocks` found, and look at
+        :attr:`mask` before the result counts.
+
+        Parameters
+        ----------
+        layer
+            0 to the layout's ``num_layers`` - 1, in the order of the layout's tensors.
+        stream
+            As in :meth:`add_to`.
+
+        Raises
+        ------
+        ArgumentError
+            Of a save, of opaque buffers, and beyond the layers.
+        """
+        layers = self._transfer.layers
+        if not layers:
+            raise ArgumentError("wait_layer is for loads into pages of a layout; use add_to")
+        if not _is_integer(layer) or not 0 <= layer < layers:
+            raise ArgumentError(f"layer = {reprlib.repr(layer)}: must be an integer from 0 to {layers - 1}")
+        self._add_to(stream, int(layer))
+
+    def _add_to(self, stream: Any, layer: int | None) -> None:
         self.done()  # refuses in a forked child
         deadline = time.monotonic() + self._timeout
         for transfer in (self._transfer, *(save for save, _ in self._transfer.after)):
             if not poll(transfer.issued, deadline):  # a save that another thread is still preparing
                 raise TransferTimeoutError(f"a {transfer.direction.value} was not issued after {self._timeout} s")
             if transfer.completion is not None:
-                transfer.completion.add_to(stream, self._timeout)
+                transfer.completion.add_to(stream, self._timeout, layer)
 
     def __await__(self) -> Generator[Any, None, Mask]:
         return self._poll_async().__await__()
@@ -112,3 +144,7 @@ class Ticket:
     def __repr__(self) -> str:
         state = "done" if self._transfer.settled else "running"  # looks only: printing must not move anything
         return f"<Ticket {self.kind} of {len(self._transfer.mask)} blocks, {self.nbytes} bytes, {state}>"
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)

@@ -38,6 +38,8 @@ class Transfer:
         None where nothing had to move.
     nbytes
         Payload.
+    layers
+        Of a load into pages: layers of its layout. Else 0.
     after
         Saves of other calls that bring blocks of this one, each with their positions in ``mask``.
     mask : (n,) bool
@@ -55,7 +57,7 @@ class Transfer:
         self._call = weakref.ref(call)  # one that an interrupt kept from ever being over dies with its frame
         self.once = np.zeros(1, np.uint8)
         self.completion: Completion | None = None
-        self.nbytes = 0
+        self.nbytes = self.layers = 0
         self.after: list[tuple[Transfer, Int64s]] = []
         self.mask: Mask = np.ones(len(slots), bool)
         self.error: TransferError | None = None

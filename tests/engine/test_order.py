@@ -79,6 +79,14 @@ class Gate:
         else:
             self._value.value = self._turn
 
+    def synchronize(self) -> None:
+        """Waits for all that is on the stream."""
+        if isinstance(self.device, HostDevice):
+            self.stream.synchronize()
+            return
+        with cu.current(self.device.context) as driver:  # type: ignore[attr-defined]
+            cu.check(driver.cuStreamSynchronize(self.stream), "cuStreamSynchronize")
+
     def finish(self) -> None:
         self.open()
         if isinstance(self.device, HostDevice):

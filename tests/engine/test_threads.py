@@ -105,7 +105,7 @@ def test_wrong_bytes_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
     submit = HostExecutor.prepare_blocks
     monkeypatch.setattr(
-        HostExecutor, "prepare_blocks", lambda self, d, b, slots, stream: submit(self, d, b, slots % 39, stream)
+        HostExecutor, "prepare_blocks", lambda self, d, b, slots, *others: submit(self, d, b, slots % 39, *others)
     )
     cache = make(HostDevice())
     with pytest.raises(AssertionError, match="wrong"):

@@ -104,12 +104,12 @@ def test_a_write_to_another_page_is_counted(monkeypatch: pytest.MonkeyPatch) -> 
     """One byte of a page that is neither loaded nor saved into."""
     submit, spoiled = host.HostExecutor.prepare_blocks, []
 
-    def spoil(self: host.HostExecutor, direction: Direction, blocks: np.ndarray, slots: np.ndarray, stream: object) -> object:
+    def spoil(self: host.HostExecutor, direction: Direction, blocks: np.ndarray, *others: Any) -> object:
         if direction is Direction.LOAD and not spoiled:
             base, stride, _, _ = self._fragments[7].tolist()
             spoiled.append(base + int(np.setdiff1d(np.arange(2 * len(blocks)), blocks)[0]) * stride)
             ctypes.memmove(spoiled[0], bytes([ctypes.string_at(spoiled[0], 1)[0] ^ 1]), 1)
-        return submit(self, direction, blocks, slots, stream)
+        return submit(self, direction, blocks, *others)
 
     monkeypatch.setattr(host.HostExecutor, "prepare_blocks", spoil)
     _, rows, _ = fragments.measure("host", quick=True)

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kvortex.transfer import issue as nogil
+from kvortex.transfer.layers import cut_layers, cut_sections, plan_layers
 from kvortex.transfer.plan import Int64s, Plan, Pool, plan_direct, plan_staged, split_pieces
 from tests.naive_plan import VRAM
 from tests.transfer.plans import HOST, fragments_of
 from tests.transfer.recorder import Recorder
 
 CONTEXT, KERNEL, THREADS, TABLE, JOIN_STREAM, CALLER_EVENT = 0xC0, 0xF0, 64, 0x7AB1E000, 0x5000, 0xE000
-CALLER, START, DONE, IDS = 0x5CA11, 0xE111, 0xE222, 0x1D5000
+CALLER, START, DONE, IDS, MARK = 0x5CA11, 0xE111, 0xE222, 0x1D5000, 0xE30000
 SLOT_BYTES, PIECE_BYTES = 128, 16
 
 
@@ -36,7 +37,6 @@ class Lane:
         self.cells[nogil.THREADS] = THREADS
         self.cells[nogil.MAX_CTAS] = self.max_ctas
         self.cells[nogil.TABLE] = TABLE
-        self.cells[nogil.SLOT_BYTES] = SLOT_BYTES
         self.cells[nogil.JOIN_STREAM] = JOIN_STREAM
         self.cells[nogil.CALLER_EVENT] = CALLER_EVENT
         self.cells[nogil.TO_HOST] = self.to_host
@@ -47,7 +47,8 @@ class Lane:
         pointers = parameters.ctypes.data + 8 * np.arange(nogil.PARAMETERS, dtype=np.int64)
         turn, scratch, outcome = np.array([self.turn]), np.zeros(nogil.SCRATCH_CELLS, np.int64), np.zeros(3, np.int64)
         fixed = (self.cells, self.streams, self.buffers, self.joins, turn, CALLER, START, DONE)
-        nogil.issue(recorder.functions, *fixed, plan.chunks, plan.copies, IDS, parameters, pointers, scratch, outcome)
+        table = (plan.chunks, plan.copies, plan.pitch, plan.marks, MARK + np.arange(len(plan.marks), dtype=np.int64))
+        nogil.issue(recorder.functions, *fixed, *table, IDS, parameters, pointers, scratch, outcome)
         assert outcome[nogil.ISSUED] == 1
         pushed = len(recorder.calls) > 1
         assert turn[0] == ((self.turn + len(plan.chunks)) % self.count if pushed else self.turn)
@@ -72,7 +73,17 @@ def direct(n: int = 9, streams: int = 3) -> Plan:
     return plan_direct(VRAM + 1000 * np.arange(n), np.full(n, 100), np.arange(n), Pool(HOST, SLOT_BYTES, 7), streams)
 
 
+def layers(n: int = 9) -> Plan:
+    """The same records in three groups of layers, some of which are cut once more."""
+    fragments, _ = fragments_of([60, 40], 100, 0, interleaved=False)
+    edges = np.array([0, 30, 64, 100])
+    pieces = split_pieces(cut_layers(fragments, edges), PIECE_BYTES)
+    sections, pool = cut_sections(pieces, edges, 3, 32), Pool(HOST, SLOT_BYTES, 7)
+    return plan_layers(np.arange(n)[::-1].copy(), np.arange(n), sections, pool, 96, 64)
+
+
 PLANS = {
+    "layers": layers(),
     "staged": staged(),
     "one record": staged(1),
     "parts": staged(3, buffer_bytes=SLOT_BYTES // 2),

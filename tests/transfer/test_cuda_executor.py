@@ -104,7 +104,7 @@ def test_a_transfer_runs_until_its_event_has_passed(gpu: FakeGpu) -> None:
         completion = submit(engine)
         assert not completion.query() and completion.seconds == 0.0
         completion.add_to(0x77, 20)
-        assert gpu.named("cuStreamWaitEvent") == [(0x77, completion._held[1], 0)]
+        assert gpu.named("cuStreamWaitEvent") == [(0x77, completion._events[1], 0)]
         with pytest.raises(ArgumentError):
             completion.add_to("stream", 20)
         gpu.event_code = 0

@@ -34,7 +34,7 @@ class Bench:
         self.slots.write(rng.integers(0, 256, SLOTS * SLOT, np.uint8))
         fragments[:, 0] += self.pages.address - VRAM
         self.fragments = fragments
-        self.executor = HostExecutor(fragments, Pool(self.slots.address, SLOT, SLOTS), threads)
+        self.executor = HostExecutor(fragments, np.cumsum([0, *SIZES]), Pool(self.slots.address, SLOT, SLOTS), threads)
 
     def page(self, block: int) -> np.ndarray:
         """Positions of a block's bytes, in record order."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 
 from kvortex.transfer.plan import FIRST_BLOCK, FIRST_COPY, FIRST_PIECE, N_BLOCKS, N_COPIES, N_PIECES, Plan
@@ -15,6 +16,7 @@ from tests.transfer.issuing import (
     IDS,
     JOIN_STREAM,
     KERNEL,
+    MARK,
     PLANS,
     SLOT_BYTES,
     START,
@@ -25,7 +27,7 @@ from tests.transfer.issuing import (
 )
 from tests.transfer.recorder import Call, Recorder, predecessors
 
-WORK = ("launch", "to_host", "to_device")
+WORK = ("launch", "to_host", "to_device", "lines")
 EVERY = list(itertools.product(PLANS, [True, False], [(1, 0), (3, 0), (3, 2), (20, 7)]))
 
 
@@ -42,21 +44,31 @@ def work_of(lane: Lane, plan: Plan) -> list[Call]:
         k = (lane.turn + at) % lane.count
         stream, base = int(lane.streams[k]), int(lane.buffers[k]) if chunk[N_PIECES] else 0
         copies = []
-        for device, host, nbytes, _, _ in plan.copies[chunk[FIRST_COPY] : chunk[FIRST_COPY] + chunk[N_COPIES]].tolist():
-            pair = (host, base + device) if lane.to_host else (base + device, host)
-            copies.append(Call("to_host" if lane.to_host else "to_device", (*pair, nbytes, stream)))
+        for device, host, *rest in plan.copies[chunk[FIRST_COPY] : chunk[FIRST_COPY] + chunk[N_COPIES]].tolist():
+            copies.append(copy_of(lane.to_host, base + device, host, rest, stream))
         launches = []
         if chunk[N_PIECES]:
             table, ids = TABLE + 32 * chunk[FIRST_PIECE], IDS + 4 * chunk[FIRST_BLOCK]
-            values = (base, table, chunk[N_PIECES], ids, chunk[N_BLOCKS], SLOT_BYTES)
+            values = (base, table, chunk[N_PIECES], ids, chunk[N_BLOCKS], plan.pitch)
             ctas = min(lane.max_ctas, -(-chunk[N_PIECES] * chunk[N_BLOCKS] // (THREADS // 32)))
             launches = [Call("launch", (KERNEL, ctas, 1, 1, THREADS, 1, 1, 0, stream, 0, 0), values)]
         calls += launches + copies if lane.to_host else copies + launches
     return calls
 
 
+def copy_of(to_host: bool, device: int, host: int, rest: list[int], stream: int) -> Call:
+    nbytes, lines, pitch, host_pitch = rest
+    if lines == 1:
+        pair = (host, device) if to_host else (device, host)
+        return Call("to_host" if to_host else "to_device", (*pair, nbytes, stream))
+    there, here = (0, 0, 2, 0, device, 0, pitch), (0, 0, 1, host, 0, 0, host_pitch)
+    return Call("lines", (0, stream), (*there, *here, nbytes, lines) if to_host else (*here, *there, nbytes, lines))
+
+
 def without_pointers(call: Call) -> Call:
-    """A launch without the address of its parameters, whose values are what counts."""
+    """A call without the address of its parameters, whose values are what counts."""
+    if call.name == "lines":
+        return Call(call.name, (0, call.arguments[1]), call.parameters)
     return Call(call.name, (*call.arguments[:9], 0, *call.arguments[10:]), call.parameters) if call.name == "launch" else call
 
 
@@ -90,6 +102,21 @@ def test_all_work_is_ordered_after_the_caller_and_before_done(name: str, to_host
     touched = {call.stream for call in calls if call.name not in ("push", "pop")}
     assert touched == {CALLER, JOIN_STREAM, *lane.used(plan)}, "a stream without chunks must not be made to wait"
     assert sum(call.stream == CALLER for call in calls if call.name in ("record", "wait", *WORK)) == 1
+
+
+@pytest.mark.parametrize("shape", [(1, 0), (3, 0), (3, 2), (20, 7)])
+@pytest.mark.parametrize("to_host", [True, False])
+def test_a_mark_is_behind_its_chunks_and_holds_up_no_others(to_host: bool, shape: tuple[int, int]) -> None:
+    lane, plan, recorder = issued("layers", to_host, shape)
+    before, calls = predecessors(recorder.calls), recorder.calls
+    work = [at for at, call in enumerate(calls) if call.name in WORK]
+    of_chunk = np.repeat(np.arange(len(plan.chunks)), 1 + plan.chunks[:, N_COPIES])
+    assert len(plan.marks) == 3 and len(work) == len(of_chunk)
+    for at, mark in enumerate(plan.marks.tolist()):
+        recorded = calls.index(Call("record", (MARK + at, JOIN_STREAM)))
+        needed = {position for position, chunk in zip(work, of_chunk, strict=True) if chunk < mark}
+        assert needed == before[recorded] & set(work)
+    assert not any(calls[p].stream == JOIN_STREAM for at in work for p in before[at])
 
 
 @pytest.mark.parametrize("to_host", [True, False])

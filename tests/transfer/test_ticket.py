@@ -20,6 +20,7 @@ class FakeCompletion(Completion):
     def __init__(self, questions: float = 0, error: TransferError | None = None) -> None:
         self.left, self._error = questions, error
         self.streams: list[object] = []
+        self.layers: list[int | None] = []
         self.started = True
 
     def start(self) -> None:
@@ -34,8 +35,9 @@ class FakeCompletion(Completion):
             self.error, self.seconds = self._error, 0.125
         return self.left < 0
 
-    def add_to(self, stream: object, timeout: float) -> None:
+    def add_to(self, stream: object, timeout: float, layer: int | None = None) -> None:
         self.streams.append(stream)
+        self.layers.append(layer)
 
 
 class Over:

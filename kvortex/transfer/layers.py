@@ -1,0 +1,176 @@
+"""Layer-wise plans: the first layers of all blocks cross the link before the last ones, so a model can start on them.
+
+Layers travel in *groups*, since a copy of a few KiB costs as much as one of many. A group is one *section* of each record,
+or several where it is larger than a staging buffer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvortex.transfer.plan import (
+    BASE,
+    BYTES,
+    CHUNK_COLUMNS,
+    COPY_BYTES,
+    DEVICE_SIDE,
+    FIRST_BLOCK,
+    FIRST_COPY,
+    FIRST_PIECE,
+    HOST_PITCH,
+    HOST_SIDE,
+    LINES,
+    N_BLOCKS,
+    N_COPIES,
+    N_PIECES,
+    OFFSET,
+    PITCH,
+    STRIDE,
+    Int32s,
+    Int64s,
+    Plan,
+    Pool,
+    cut_parts,
+    empty_copies,
+    neighbours,
+)
+
+LEAST_COPY_BYTES = 256 << 10  # of a group in one record: below, the driver's few microseconds a copy outweigh its bytes
+LEAST_GROUP_BYTES = 2 << 20  # of a group in all records: below, a group costs more than it saves
+_LANE = 16
+
+
+def cut_layers(fragments: Int64s, layer_offsets: Int64s) -> Int64s:
+    """(F', 4) int64: fragments, cut where a layer begins inside one."""
+    if not len(fragments):
+        return fragments
+    begin, end = fragments[:, OFFSET], fragments[:, OFFSET] + fragments[:, BYTES]
+    edges = np.unique(np.concatenate((begin, end, layer_offsets[(layer_offsets > begin[0]) & (layer_offsets < end[-1])])))
+    of = np.searchsorted(begin, edges[:-1], side="right") - 1
+    cut = fragments[of]
+    within = edges[:-1] - cut[:, OFFSET]
+    cut[:, BASE] += within
+    cut[:, OFFSET] = edges[:-1]
+    cut[:, BYTES] = np.diff(edges)
+    return cut
+
+
+def group_count(num_layers: int, record_bytes: int, records: int) -> int:
+    """Groups that a transfer of so many records is worth."""
+    return max(1, min(num_layers, record_bytes // LEAST_COPY_BYTES, records * record_bytes // LEAST_GROUP_BYTES))
+
+
+def group_layers(layer_offsets: Int64s, count: int) -> Int64s:
+    """First layers of at most ``count`` groups of about as many bytes each, and the number of layers, (g + 1,) int64."""
+    wanted = layer_offsets[-1] * np.arange(count + 1) // count
+    nearest: Int64s = np.unique(np.searchsorted(layer_offsets[1:] + layer_offsets[:-1], 2 * wanted))
+    return nearest
+
+
+@dataclass(frozen=True)
+class Sections:
+    """How a record is cut.
+
+    Attributes
+    ----------
+    first_pieces : (s + 1,) int64
+        First piece of each section, and the number of pieces.
+    offsets, nbytes : (s,) int64
+        Of each section in the record.
+    ends : (g,) int64
+        Sections up to the end of each group.
+    group_of : (L,) int64
+        Group of each layer.
+    """
+
+    first_pieces: Int64s
+    offsets: Int64s
+    nbytes: Int64s
+    ends: Int64s
+    group_of: Int64s
+
+    @property
+    def pitch(self) -> int:
+        """Bytes that any section of one record takes in a staging buffer."""
+        return -(-int(self.nbytes.max()) // _LANE) * _LANE
+
+
+def cut_sections(pieces: Int64s, layer_offsets: Int64s, count: int, buffer_bytes: int | None) -> Sections:
+    """Cuts a record into groups of layers, and those where they do not fit into a staging buffer.
+
+    Parameters
+    ----------
+    pieces : (P, 4) int64
+        None of which spans two layers.
+    layer_offsets : (L + 1,) int64
+        Of :class:`kvortex.layout.KVLayout`.
+    count
+        Groups; fewer where layers are too unequal.
+    buffer_bytes
+        A multiple of 16; None for no limit.
+    """
+    edges = group_layers(layer_offsets, count)
+    at = np.append(np.searchsorted(pieces[:, OFFSET], layer_offsets[edges[:-1]]), len(pieces))
+    firsts, ends = [0], []
+    for first, last in zip(at[:-1].tolist(), at[1:].tolist(), strict=True):
+        inner = [0, last - first] if buffer_bytes is None else cut_parts(pieces[first:last], buffer_bytes).tolist()
+        firsts += [first + cut for cut in inner[1:]]
+        ends.append(len(firsts) - 1)
+    cuts = np.array(firsts, np.int64)
+    offsets = pieces[cuts[:-1], OFFSET]
+    nbytes = pieces[cuts[1:] - 1, OFFSET] + pieces[cuts[1:] - 1, BYTES] - offsets
+    return Sections(cuts, offsets, nbytes, np.array(ends, np.int64), np.repeat(np.arange(len(edges) - 1), np.diff(edges)))
+
+
+def plan_layers(
+    blocks: Int64s, slots: Int64s, sections: Sections, pool: Pool, buffer_bytes: int, max_blocks: int, *, ctas: int = 0
+) -> Plan:
+    """A transfer through staging buffers, section after section. Parameters as of :func:`kvortex.transfer.plan.plan_staged`."""
+    order = np.argsort(slots)
+    ids, slots = blocks[order].astype(np.int32), slots[order]
+    n, pitch, count = len(slots), sections.pitch, len(sections.offsets)
+    starts = np.arange(0, n, max(1, min(buffer_bytes // pitch, max_blocks)))
+    heads, lengths, chunk = neighbours(slots, starts, pool)
+    copies = empty_copies(count * len(heads)).reshape(count, len(heads), -1)
+    copies[..., DEVICE_SIDE] = (heads - starts[chunk]) * pitch
+    copies[..., HOST_SIDE] = pool.address + slots[heads] * pool.slot_bytes + sections.offsets[:, None]
+    copies[..., COPY_BYTES] = sections.nbytes[:, None]
+    copies[..., LINES] = lengths
+    copies[..., PITCH], copies[..., HOST_PITCH] = pitch, pool.slot_bytes
+    chunks = _chunks(count, starts, n, np.searchsorted(heads, starts), len(heads))
+    chunks[..., FIRST_PIECE] = sections.first_pieces[:-1, None]
+    chunks[..., N_PIECES] = np.diff(sections.first_pieces)[:, None]
+    return _plan(ids, chunks, copies, sections, pitch, ctas)
+
+
+def plan_direct_layers(
+    blocks: Int64s, slots: Int64s, fragment: Int64s, sections: Sections, pool: Pool, streams: int
+) -> Plan:
+    """The same for records that are one contiguous fragment, ``BASE, STRIDE, OFFSET, BYTES``: by DMA alone."""
+    order = np.argsort(slots)
+    blocks, slots = blocks[order], slots[order]
+    n, count = len(slots), len(sections.offsets)
+    starts = np.arange(0, n, max(1, n // (2 * streams)))
+    copies = empty_copies(count * n).reshape(count, n, -1)
+    copies[..., DEVICE_SIDE] = fragment[BASE] + blocks * fragment[STRIDE] + sections.offsets[:, None]
+    copies[..., HOST_SIDE] = pool.address + slots * pool.slot_bytes + sections.offsets[:, None]
+    copies[..., COPY_BYTES] = sections.nbytes[:, None]
+    return _plan(np.empty(0, np.int32), _chunks(count, starts, n, starts, n), copies, sections, 0, 0)
+
+
+def _chunks(count: int, starts: Int64s, records: int, first_copies: Int64s, copies: int) -> Int64s:
+    """(sections, chunks, columns): the same records and copies again for each section."""
+    chunks = np.zeros((count, len(starts), CHUNK_COLUMNS), np.int64)
+    chunks[..., FIRST_BLOCK] = starts
+    chunks[..., N_BLOCKS] = np.diff(np.append(starts, records))
+    chunks[..., FIRST_COPY] = first_copies + copies * np.arange(count)[:, None]
+    chunks[..., N_COPIES] = np.diff(np.append(first_copies, copies))
+    return chunks
+
+
+def _plan(ids: Int32s, chunks: Int64s, copies: Int64s, sections: Sections, pitch: int, ctas: int) -> Plan:
+    marks = sections.ends * chunks.shape[1]
+    nbytes = int(sections.nbytes.sum()) * int(chunks[0, :, N_BLOCKS].sum())
+    return Plan(ids, chunks.reshape(-1, CHUNK_COLUMNS), copies.reshape(-1, copies.shape[2]), nbytes, pitch, ctas, marks)
