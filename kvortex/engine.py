@@ -175,8 +175,8 @@ class KVortexEngine:
         """
         keys = as_keys(keys)
         paged, pages, lengths = self._pages(len(keys), block_ids, data_ptrs, sizes, Direction.SAVE)
-        self._executor.check_stream(stream)
         with _Call(self) as call:
+            self._executor.check_stream(stream)
             transfer = self._flight.open(Direction.SAVE, len(keys), call)
             found = self._index.reserve(keys, lengths, owner=transfer.number, taken=transfer.slots)
             for owner in np.unique(found.owners[found.status == PENDING]).tolist():
@@ -228,8 +228,8 @@ class KVortexEngine:
         paged, pages, lengths = self._pages(len(keys), block_ids, output_ptrs, sizes, Direction.LOAD)
         if layerwise and not paged:
             raise ArgumentError("layerwise: opaque buffers have no layers that kvortex knows of")
-        self._executor.check_stream(stream)
         with _Call(self) as call:
+            self._executor.check_stream(stream)
             transfer = self._flight.open(Direction.LOAD, len(keys), call)
             transfer.layers = self.layout.num_layers if paged and self.layout is not None else 0
             self._index.acquire(keys, lengths, taken=transfer.slots)

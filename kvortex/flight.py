@@ -49,9 +49,9 @@ class Flight:
             if save.error is not None:
                 transfer.mask[at] = False
                 transfer.error = transfer.error or save.error
+        self._transfers.pop(transfer.number, None)  # first: once settled, nobody looks here again
         transfer.settled = True
         transfer.after = []
-        self._transfers.pop(transfer.number, None)
         return True
 
     def _end(self, transfer: Transfer) -> bool:

@@ -100,14 +100,15 @@ def test_an_interrupt_while_issuing_gives_the_slots_back(device: Device, monkeyp
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("route", ["staged", "resident"])
 @pytest.mark.parametrize("broken", ["cuLaunchKernel", "cuMemcpyHtoDAsync", "cuEventRecord"])
-def test_driver_calls_that_fail_while_issuing(broken: str) -> None:
+def test_driver_calls_that_fail_while_issuing(broken: str, route: str) -> None:
     """The compiled code calls functions by address: put the address of one that fails."""
     from kvortex.devices import open_device
     from kvortex.devices.driver import _SYMBOLS
 
     cache = PagedCache.plain(open_device("cuda"))
-    with cache.engine() as engine:
+    with cache.engine(transfer_route=route) as engine:
         before = cache.randomize()
         engine.save_blocks(keys_of(1), [1]).wait()
         executor = engine._executor

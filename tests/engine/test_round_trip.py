@@ -52,7 +52,7 @@ def test_every_byte_of_every_layout(device: Device, name: str) -> None:
         assert_same(cache.memory(), cache.expected(poisoned, before, moves))
 
 
-@pytest.mark.parametrize("gpu_pool_size_bytes", [2 * 3 * 4096, 2 * 3 * 20480, 8 << 20])
+@pytest.mark.parametrize("gpu_pool_size_bytes", [2 * 4 * 4096, 2 * 4 * 20480, 8 << 20])
 @pytest.mark.parametrize("streams", [1, 3, 5])
 def test_records_larger_and_smaller_than_a_staging_buffer(device: Device, gpu_pool_size_bytes: int, streams: int) -> None:
     cache = PagedCache.plain(device, blocks=40)

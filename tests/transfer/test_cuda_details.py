@@ -11,7 +11,7 @@ import pytest
 
 from kvortex.devices import driver as cu
 from kvortex.devices.cuda import CudaDevice
-from kvortex.errors import LayoutError
+from kvortex.errors import EngineClosedError, LayoutError
 from kvortex.memory.ids import IdPool
 from kvortex.transfer import issue as nogil
 from kvortex.transfer.executor import Direction
@@ -128,3 +128,25 @@ def test_a_layout_of_another_gpu_is_refused_by_its_first_and_last_bytes(gpu: Fak
         cache.engine()
     foreign = 0
     cache.engine().shutdown()
+
+
+def test_a_forked_child_is_refused_before_the_driver_is_asked(
+    gpu: FakeGpu, cache: PagedCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There the driver can answer nothing, and its error would hide the reason."""
+    with cache.engine() as engine:
+        ticket = engine.save_blocks(keys_of(1), [1])
+        gpu.calls.clear()
+        monkeypatch.setattr("kvortex.engine.os.getpid", lambda: -1)
+        for call in (
+            lambda: engine.save_blocks(keys_of(2), [2]),
+            lambda: engine.load_blocks(keys_of(1), [2]),
+            lambda: engine.check_blocks(keys_of(1)),
+            lambda: ticket.add_to(7),
+            ticket.wait,
+        ):
+            with pytest.raises(EngineClosedError, match="forked"):
+                call()
+        assert not gpu.calls
+        monkeypatch.undo()
+        assert ticket.wait().all()
