@@ -78,7 +78,8 @@ def shown(value: Any) -> str:
     try:
         if isinstance(value, int) and value.bit_length() > 300:  # Python refuses to print the largest ones
             return f"<{type(value).__name__} of {value.bit_length()} bits>"
-        return cut(_REPR.repr(value[:_LONGEST] if isinstance(value, (bytes, bytearray)) else value))
+        text = _REPR.repr(value[:_LONGEST] if isinstance(value, (bytes, bytearray)) else value)
+        return cut(" ".join(text.split()) if "\n" in text else text)  # arrays take several lines
     except Exception:
         return cut(f"<{type(value).__name__}>")
 

@@ -44,6 +44,10 @@ def test_what_cannot_be_shown_is_named() -> None:
     assert shown(1 << 999) == "<int of 1000 bits>"
 
 
+def test_arrays_take_one_line() -> None:
+    assert shown(np.eye(2)) == "array([[1., 0.], [0., 1.]])"
+
+
 def test_both_ends_stay() -> None:
     text = cut("a" * 500 + "b" * 500)
     assert text.startswith("aaa") and text.endswith("bbb") and len(text) == 100 and "..." in text
