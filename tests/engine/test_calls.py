@@ -211,6 +211,28 @@ def test_an_engine_without_a_layout_has_no_pages(device: Device) -> None:
         engine.save_blocks(keys_of(1), [1])
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("x", "config must be a KVortexConfig; seen: str 'x'. Pass KVortexConfig"),
+        (KVortexConfig, "config must be a KVortexConfig; seen: type <class"),
+        ({"device": "host"}, "config must be a KVortexConfig; seen: dict {'device'"),
+        ([np.zeros((4, 8))] * 1000, "seen: list"),
+    ],
+)
+def test_what_is_no_config(config: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        KVortexEngine.create(config)  # type: ignore[arg-type]
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("layout", [[np.zeros((4, 8))], np.zeros((1000, 8)), KVLayout, KVortexConfig(), "x" * 10**6, 0, False])
+def test_what_is_no_layout(layout: object) -> None:
+    with pytest.raises(LayoutError, match="layout must be a KVLayout; seen: .*Pass KVLayout.from_arrays") as caught:
+        KVortexEngine.create(KVortexConfig(device="host"), layout)  # type: ignore[arg-type]
+    assert len(str(caught.value)) < 300
+
+
 def test_budgets_are_exact(device: Device) -> None:
     cache = PagedCache.plain(device)
     slot = -(-cache.layout.record_bytes // 4096) * 4096
