@@ -189,7 +189,7 @@ class KVortexEngine:
                 else:
                     transfer.after.append((save, at))
             self._start(transfer, paged, pages, lengths, stream)
-            return Ticket(transfer, self._settle, self.config.transfer_timeout_s)
+            return Ticket(transfer, self._settle, self.config.transfer_timeout_s, self._executor.check_stream)
 
     def load_blocks(
         self,
@@ -238,7 +238,7 @@ class KVortexEngine:
             transfer.mask = transfer.slots >= 0
             self._counters.miss(len(keys) - int(transfer.mask.sum()))
             self._start(transfer, paged, pages, lengths, stream, bool(layerwise))
-            return Ticket(transfer, self._settle, self.config.transfer_timeout_s)
+            return Ticket(transfer, self._settle, self.config.transfer_timeout_s, self._executor.check_stream)
 
     def _pages(
         self, count: int, block_ids: Any, pointers: Any, sizes: Any, direction: Direction

@@ -136,6 +136,20 @@ def test_a_key_twice_in_one_save(device: Device) -> None:
 
 
 @pytest.mark.parametrize("stream", [object(), "stream", 1.5, True, -1])
+def test_add_to_what_is_no_stream(device: Device, stream: object) -> None:
+    """Also of a ticket that has nothing to wait for."""
+    cache = PagedCache.plain(device)
+    with cache.engine() as engine:
+        tickets = [engine.save_blocks(keys_of(5), [5]), engine.save_blocks([], []), engine.load_blocks(keys_of(6), [6])]
+        for ticket in (*tickets, engine.save_blocks(keys_of(5), [5])):
+            for _ in range(2):
+                with pytest.raises(ArgumentError, match="stream"):
+                    ticket.add_to(stream)
+                ticket.add_to(None)
+                ticket.wait()
+
+
+@pytest.mark.parametrize("stream", [object(), "stream", 1.5, True, -1])
 def test_what_is_no_stream(device: Device, stream: object) -> None:
     cache = PagedCache.plain(device)
     with cache.engine() as engine:

@@ -86,7 +86,7 @@ def test_no_tensors(empty):
         KVLayout.from_arrays(empty)
 
 
-@pytest.mark.parametrize("order", [3, None, b"NHD", "\udc80", "N" * 10**6 + "\udc80", ["NHD"]], ids=lambda order: repr(order)[:9])
+@pytest.mark.parametrize("order", [3, None, b"NHD", "\udc80", "N" * 10**6 + "\udc80", ["N"]], ids=lambda order: repr(order)[:9])
 def test_order_that_is_no_text(order):
     refused((P, (4, 8), (8, 1), 1), "order=", "is no text", order=order)
 
@@ -135,7 +135,7 @@ def test_pointers_that_are_none(specs):
     refused(specs)
 
 
-@pytest.mark.parametrize("device", ["cuda:00", "cuda:01", "cuda:²", "cuda:" + "9" * 5000, "x" * 10**6, "cuda:0\n", np.array("host")],
+@pytest.mark.parametrize("device", ["cuda:00", "cuda:01", "cuda:²", "cuda:" + "9" * 5000, "x" * 10**6, "cuda:0\n", ["host"]],
                          ids=lambda device: repr(device)[:9])
 def test_devices_by_other_spellings(device):
     """The same GPU by two names would be two devices."""
