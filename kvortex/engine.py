@@ -287,6 +287,12 @@ class KVortexEngine:
 
     # -- numbers, and the end
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was wished for and this platform could not give: huge pages, the NUMA node, registering memory with the
+        driver. Each costs speed and nothing else. Empty where all went well."""
+        return tuple(self._parts.arena.notes)
+
     def get_stats(self) -> EngineStats:
         """Counters since the start; see :class:`EngineStats`."""
         with _Call(self):
@@ -411,9 +417,14 @@ class _Parts:
         if left:
             _KEPT.append(self)
             return
-        with contextlib.ExitStack() as both:
-            both.callback(self.arena.close)
-            both.callback(self.executor.close)
+        with contextlib.ExitStack() as then:
+            then.callback(self.arena.close)
+            try:
+                self.executor.close()
+            except TransferTimeoutError:  # a thread of its own still writes
+                then.pop_all()
+                _KEPT.append(self)
+                raise
 
 
 _KEPT: list[_Parts] = []  # of engines that are gone, whose transfers would not end
