@@ -164,6 +164,12 @@ def test_different_numbers_of_blocks():
     refused([(P, (4, 8), (8, 1), 1), (2 * P, (5, 8), (8, 1), 1)], "5 blocks", "tensor 0 has 4", "(4, 8)", "(5, 8)", "(8, 1)")
 
 
+def test_more_blocks_than_kernels_can_count():
+    most = 1 << 31
+    assert KVLayout.from_pointers((P, (most, 8), (8, 1), 1)).num_blocks == most
+    refused((P, (most + 1, 8), (8, 1), 1), f"{most + 1} blocks, more than {most}", "Check block_axis")
+
+
 def test_several_devices():
     specs = [TensorSpec(P, (4, 8), (8, 1), 1, "cuda:0"), TensorSpec(2 * P, (4, 8), (8, 1), 1, "cuda:1")]
     refused(specs, "cuda:0", "cuda:1", "one layout for each device")
