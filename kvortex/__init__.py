@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kvortex.config import KVortexConfig
-    from kvortex.devices import open_device
+    from kvortex.devices import Device, HostStream, open_device
     from kvortex.engine import KVortexEngine
     from kvortex.errors import (
         ArgumentError,
@@ -39,10 +39,12 @@ __all__ = [
     "ArgumentError",
     "BuildError",
     "ConfigError",
+    "Device",
     "DeviceError",
     "DeviceUnavailableError",
     "EngineClosedError",
     "EngineStats",
+    "HostStream",
     "IndexStateError",
     "KVLayout",
     "KVortexConfig",
@@ -62,7 +64,9 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Device": "kvortex.devices",
     "EngineStats": "kvortex.stats",
+    "HostStream": "kvortex.devices",
     "KVLayout": "kvortex.layout",
     "KVortexConfig": "kvortex.config",
     "KVortexEngine": "kvortex.engine",

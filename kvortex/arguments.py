@@ -2,31 +2,112 @@
 
 from __future__ import annotations
 
+import numbers
+import operator
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from kvortex.errors import ArgumentError
+from kvortex.errors import ArgumentError, cut, shown, told
 
 Int64s = npt.NDArray[np.int64]
+LARGEST = (1 << 63) - 1
 
 
 def integers(values: Any, name: str, count: int) -> Int64s:
-    """A 1-d sequence of ``count`` integers as int64; refuses bools, floats, other shapes and lengths."""
-    try:
-        array = np.asarray(values)
-    except (ValueError, TypeError, OverflowError) as error:  # ragged lists, arrays of a GPU, numbers of any size
-        raise ArgumentError(f"{name} must be 1-d integers: {error}") from None
-    if array.size == 0 and array.ndim == 1:
-        array = array.astype(np.int64)
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise ArgumentError(f"{name} must be 1-d integers; seen: shape {array.shape}, dtype {array.dtype}")
+    """A 1-d sequence of ``count`` integers as int64; refuses what :func:`integer_array` does, and other lengths."""
+    array = integer_array(values, name)
     if len(array) != count:
         raise ArgumentError(f"{name} has {len(array)} entries for {count} keys")
-    if array.dtype.kind == "u" and array.size and int(array.max()) > np.iinfo(np.int64).max:
+    if array.size and int(array.max()) > LARGEST:
         raise ArgumentError(f"{name} holds {int(array.max())}, which is no address or index of 63 bits")
     return np.array(array, np.int64)  # a copy: the caller may change its array while a transfer runs
+
+
+def integer_array(values: Any, name: str) -> npt.NDArray[Any]:
+    """A 1-d array of any integer type, copied only where NumPy must.
+
+    Bools and floats are no integers, not even among integers; bytes are no array of small ones (a memoryview of wider
+    items is an array like any other); and masked entries have no meaning.
+
+    Raises
+    ------
+    ArgumentError
+        With whatever the object itself raised as its cause.
+    """
+    try:
+        return _read_sequence(values, name) if _is_sequence(values, name) else _read_array(values, name)
+    except ArgumentError:
+        raise
+    except Exception as error:  # ragged lists, arrays of a GPU, and objects that raise whatever they like
+        raise ArgumentError(f"{name} must be 1-d integers: {told(error)}") from error
+
+
+def _is_sequence(values: Any, name: str) -> bool:
+    """Whether to look at each item's type, since NumPy would turn ``[True, 2]`` into integers without a word."""
+    if isinstance(values, (str, bytes, bytearray)) or (isinstance(values, memoryview) and values.itemsize == 1):
+        raise ArgumentError(f"{name} must be 1-d integers; seen: {type(values).__name__}")
+    return isinstance(values, Sequence) and not isinstance(values, memoryview)
+
+
+def _read_sequence(values: Sequence[Any], name: str) -> npt.NDArray[Any]:
+    for kind in sorted(set(map(type, values)), key=str):
+        if issubclass(kind, bool) or not issubclass(kind, (int, np.integer)):
+            raise ArgumentError(f"{name} must be 1-d integers; seen among them: {cut(kind.__name__)}")
+    try:
+        return np.array(values, np.int64)
+    except OverflowError as error:
+        raise ArgumentError(f"{name} holds an integer beyond 64 bits: {told(error)}") from error
+
+
+def _read_array(values: Any, name: str) -> npt.NDArray[Any]:
+    array = np.asanyarray(values)
+    refuse_masked(array, name)
+    if array.ndim == 1 and array.size == 0:
+        return np.empty(0, np.int64)  # as empty arrays come, with NumPy's own float64
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        seen = f"shape {array.shape}, dtype {cut(str(array.dtype))}"
+        raise ArgumentError(f"{name} must be 1-d integers; seen: {seen}")
+    return np.asarray(array)
+
+
+def refuse_masked(array: Any, name: str) -> None:
+    """Raises ArgumentError for a masked array of NumPy, whose masked entries hold anything."""
+    if is_masked(array):
+        raise ArgumentError(f"{name} is a masked array, whose masked entries mean nothing; pass its compressed() or its data")
+
+
+def is_masked(array: Any) -> bool:
+    """Whether it is a masked array of NumPy."""
+    masked = sys.modules.get("numpy.ma")  # NumPy loads it when somebody first asks; without it there can be none
+    return masked is not None and isinstance(array, masked.MaskedArray)
+
+
+def integer(value: Any, name: str, least: int, most: int = LARGEST) -> int:
+    """One integer from ``least`` to ``most``; bools are none."""
+    try:
+        number = least - 1 if isinstance(value, (bool, np.bool_)) else operator.index(value)
+    except Exception as error:
+        raise ArgumentError(f"{name} = {shown(value)}: must be an integer from {least} to {most}") from error
+    if not least <= number <= most:
+        raise ArgumentError(f"{name} = {shown(value)}: must be an integer from {least} to {most}")
+    return number
+
+
+def seconds(timeout: Any) -> float:
+    """A caller's timeout as a number of seconds."""
+    number, is_real = -1.0, isinstance(timeout, numbers.Real) and not isinstance(timeout, bool)
+    if is_real:
+        try:
+            number = float(timeout)
+        except OverflowError:  # an integer beyond all floats
+            number = float("inf") if timeout > 0 else -1.0
+    if not number >= 0:
+        raise ArgumentError(f"timeout = {shown(timeout)}: must be a number of seconds, 0 or more")
+    return number
 
 
 def block_ids(values: Any, count: int, num_blocks: int) -> Int64s:
@@ -54,6 +135,9 @@ def buffers(pointers: Any, sizes: Any, count: int, most: int, *, written: bool) 
     if lengths.min() < 1 or lengths.max() > most:
         bad = int(np.flatnonzero((lengths < 1) | (lengths > most))[0])
         raise ArgumentError(f"sizes[{bad}] = {lengths[bad]}: a slot holds 1 to {most} bytes (see max_block_bytes)")
+    if (addresses > LARGEST - lengths).any():
+        bad = int(np.flatnonzero(addresses > LARGEST - lengths)[0])
+        raise ArgumentError(f"buffer {bad} of {lengths[bad]} bytes at {addresses[bad]:#x} ends past the last address")
     if written:
         order = np.argsort(addresses, kind="stable")
         overlaps = np.flatnonzero(addresses[order][:-1] + lengths[order][:-1] > addresses[order][1:])

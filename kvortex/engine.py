@@ -26,6 +26,7 @@ from kvortex.errors import (
     ReentrantCallError,
     TransferError,
     TransferTimeoutError,
+    shown,
 )
 from kvortex.flight import Flight
 from kvortex.index import PENDING, BlockIndex
@@ -86,13 +87,14 @@ class KVortexEngine:
         Raises
         ------
         ConfigError
-            A budget is too small, or there is neither a layout nor ``max_block_bytes``.
+            A budget is too small, there is neither a layout nor ``max_block_bytes``, or ``config`` is none.
         LayoutError
-            The layout's tensors are on another device.
+            The layout's tensors are on another device, or ``layout`` is none.
         DeviceUnavailableError, DeviceError, BuildError, PinnedMemoryError
             The device, its kernels or the memory cannot be had. Nothing stays taken.
         """
         config = KVortexConfig.from_env() if config is None else config
+        _check_given(config, layout)
         device = _open_for(config, layout)
         record_bytes = max(layout.record_bytes if layout is not None else 0, config.max_block_bytes or 0)
         if not record_bytes:
@@ -187,7 +189,7 @@ class KVortexEngine:
                 else:
                     transfer.after.append((save, at))
             self._start(transfer, paged, pages, lengths, stream)
-            return Ticket(transfer, self._settle, self.config.transfer_timeout_s)
+            return Ticket(transfer, self._settle, self.config.transfer_timeout_s, self._executor.check_stream)
 
     def load_blocks(
         self,
@@ -236,7 +238,7 @@ class KVortexEngine:
             transfer.mask = transfer.slots >= 0
             self._counters.miss(len(keys) - int(transfer.mask.sum()))
             self._start(transfer, paged, pages, lengths, stream, bool(layerwise))
-            return Ticket(transfer, self._settle, self.config.transfer_timeout_s)
+            return Ticket(transfer, self._settle, self.config.transfer_timeout_s, self._executor.check_stream)
 
     def _pages(
         self, count: int, block_ids: Any, pointers: Any, sizes: Any, direction: Direction
@@ -284,6 +286,12 @@ class KVortexEngine:
         return self._flight.settle(transfer)
 
     # -- numbers, and the end
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was wished for and this platform could not give: huge pages, the NUMA node, registering memory with the
+        driver. Each costs speed and nothing else. Empty where all went well."""
+        return tuple(self._parts.arena.notes)
 
     def get_stats(self) -> EngineStats:
         """Counters since the start; see :class:`EngineStats`."""
@@ -409,9 +417,14 @@ class _Parts:
         if left:
             _KEPT.append(self)
             return
-        with contextlib.ExitStack() as both:
-            both.callback(self.arena.close)
-            both.callback(self.executor.close)
+        with contextlib.ExitStack() as then:
+            then.callback(self.arena.close)
+            try:
+                self.executor.close()
+            except TransferTimeoutError:  # a thread of its own still writes
+                then.pop_all()
+                _KEPT.append(self)
+                raise
 
 
 _KEPT: list[_Parts] = []  # of engines that are gone, whose transfers would not end
@@ -433,13 +446,23 @@ def _executor(config: KVortexConfig, layout: KVLayout | None, device: Device, ar
     return HostExecutor(fragments, layer_offsets, pool, config.num_transfer_streams)
 
 
+def _check_given(config: object, layout: object) -> None:
+    """Refuses other things in the places of a config and a layout, by name: tensors, a class, the two exchanged."""
+    if not isinstance(config, KVortexConfig):
+        how = "KVortexConfig(...), or None for KVortexConfig.from_env()"
+        raise ConfigError(f"config must be a KVortexConfig; seen: {type(config).__name__} {shown(config)}. Pass {how}.")
+    if layout is not None and not isinstance(layout, KVLayout):
+        how = "KVLayout.from_arrays(tensors, block_axis), or None for opaque buffers only"
+        raise LayoutError(f"layout must be a KVLayout; seen: {type(layout).__name__} {shown(layout)}. Pass {how}.")
+
+
 def _open_for(config: KVortexConfig, layout: KVLayout | None) -> Device:
     """The device that the config names, or where the layout is; and only if they agree."""
     if layout is None:
         return open_device(config.device)
     device = open_device(layout.device if config.device == "auto" else config.device)
     if device.name != layout.device:
-        raise LayoutError(f"the layout's tensors are on {layout.device}, and the config says device = {config.device!r}")
+        raise LayoutError(f"the layout's tensors are on {layout.device}, and the config says device = {shown(config.device)}")
     for base, stride, _, nbytes in layout.fragments.tolist():
         for address in (base, base + stride * (layout.num_blocks - 1) + nbytes - 1):
             owner = device.owner_of(address)

@@ -6,6 +6,14 @@ raises has moved no byte, holds no pin and has reserved no slot.
 
 from __future__ import annotations
 
+import reprlib
+from typing import Any
+
+_LONGEST = 100  # characters of a value in a message: an array or a prompt must not fill a log
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = _LONGEST + 1
+_REPR.maxtuple = _REPR.maxlist = 20
+
 
 class KVortexError(Exception):
     """Base of every error raised by kvortex."""
@@ -63,3 +71,29 @@ class TransferTimeoutError(TransferError, TimeoutError):
 
 class IndexStateError(KVortexError, RuntimeError):
     """A slot of the index is not in the state that the call needs, or the index is damaged. Nothing was changed."""
+
+
+def shown(value: Any) -> str:
+    """The ``repr`` of a value, cut at about 100 characters, for messages. Never raises, whatever the value's own does."""
+    try:
+        if isinstance(value, int) and value.bit_length() > 300:  # Python refuses to print the largest ones
+            return f"<{type(value).__name__} of {value.bit_length()} bits>"
+        text = _REPR.repr(value[:_LONGEST] if isinstance(value, (bytes, bytearray)) else value)
+        return cut(" ".join(text.split()) if "\n" in text else text)  # arrays take several lines
+    except Exception:
+        return cut(f"<{type(value).__name__}>")
+
+
+def told(error: BaseException) -> str:
+    """What an error says, with its type, cut likewise."""
+    try:
+        return cut(f"{type(error).__name__}: {error}", 2 * _LONGEST)
+    except Exception:
+        return cut(type(error).__name__)
+
+
+def cut(text: str, longest: int = _LONGEST) -> str:
+    """A text of about ``longest`` characters at most, the middle left out, that can be printed."""
+    if len(text) > longest:
+        text = f"{text[: longest - 23]}...{text[-20:]}"
+    return text.encode("utf-8", "backslashreplace").decode()

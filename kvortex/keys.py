@@ -15,7 +15,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from kvortex.errors import ArgumentError, ConfigError
+from kvortex.arguments import LARGEST, integer_array, refuse_masked
+from kvortex.errors import ArgumentError, ConfigError, cut, shown, told
 
 KEY_BYTES = 32
 KeyArray: TypeAlias = npt.NDArray[np.uint8]
@@ -58,11 +59,11 @@ class Namespace:
     def __post_init__(self) -> None:
         for name, kind in (("model", str), ("dtype", str), ("layout", bytes), ("lora", str), ("salt", str)):
             if not isinstance(getattr(self, name), kind):
-                raise ConfigError(f"{name} = {getattr(self, name)!r}: must be {kind.__name__}")
+                raise ConfigError(f"{name} = {shown(getattr(self, name))}: must be {kind.__name__}")
         for name, least in (("block_size", 1), ("rank", 0), ("world_size", 1)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f"{name} = {value!r}: must be an integer of at least {least}")
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= LARGEST:
+                raise ConfigError(f"{name} = {shown(value)}: must be an integer of at least {least} and of 63 bits at most")
         if self.rank >= self.world_size:
             raise ConfigError(f"rank = {self.rank}: must be below world_size = {self.world_size}")
 
@@ -97,11 +98,22 @@ def as_keys(keys: KeysLike) -> KeyArray:
     Raises
     ------
     ArgumentError
-        Anything else; the message says what was seen.
+        Anything else, masked arrays too; the message says what was seen.
     """
+    try:
+        return _as_keys(keys)
+    except ArgumentError:
+        raise
+    except Exception as error:  # sequences that raise whatever they like
+        raise ArgumentError(f"keys cannot be read: {told(error)}") from error
+
+
+def _as_keys(keys: KeysLike) -> KeyArray:
+    refuse_masked(keys, "keys")
     if isinstance(keys, np.ndarray):
         if keys.dtype != np.uint8 or keys.ndim != 2 or keys.shape[1] != KEY_BYTES:
-            raise ArgumentError(f"keys must be an (n, {KEY_BYTES}) uint8 array; seen: shape {keys.shape}, dtype {keys.dtype}")
+            seen = f"shape {keys.shape}, dtype {cut(str(keys.dtype))}"
+            raise ArgumentError(f"keys must be an (n, {KEY_BYTES}) uint8 array; seen: {seen}")
         return np.ascontiguousarray(keys)
     if isinstance(keys, (bytes, bytearray, memoryview, str)) or not isinstance(keys, Sequence):
         seen = f"one {type(keys).__name__}"
@@ -127,8 +139,8 @@ def block_keys(
     namespace
         Where the chain starts, and how many tokens a block has.
     token_ids
-        n token ids from 0 to 2**32 - 1: a 1-d integer array, or a sequence of integers. Tokens behind the last full
-        block are checked and otherwise ignored.
+        n token ids from 0 to 2**32 - 1: a 1-d integer array (a memoryview of items wider than a byte is one), or a
+        sequence of integers. Tokens behind the last full block are checked and otherwise ignored.
     parent
         Key of the block before ``token_ids[0]``: 32 ``bytes``, or a row of an earlier result. A sequence that grew is
         continued by hashing the new blocks only.
@@ -141,7 +153,8 @@ def block_keys(
     Raises
     ------
     ArgumentError
-        Token ids that are no integers (bools and floats are none), are out of range or not 1-d; a bad ``parent``.
+        Token ids that are no integers (bools, floats and bytes are none), are masked, out of range or not 1-d; a bad
+        ``parent``.
     """
     tokens = _little_endian(token_ids).tobytes()
     digest = namespace.seed if parent is None else _parent(parent)
@@ -160,32 +173,24 @@ def _encoded(value: str | bytes | int) -> bytes:
     return str(value).encode("utf-8", "surrogatepass")
 
 
-def _parent(parent: bytes | KeyArray) -> bytes:
-    if isinstance(parent, np.ndarray) and parent.dtype == np.uint8 and parent.shape == (KEY_BYTES,):
-        return parent.tobytes()
-    if isinstance(parent, bytes) and len(parent) == KEY_BYTES:
-        return parent
-    seen = f"{type(parent).__name__} of length {len(parent)}" if hasattr(parent, "__len__") else type(parent).__name__
-    raise ArgumentError(f"parent must be one key: {KEY_BYTES} bytes, or a (32,) uint8 row; seen: {seen}")
+def _parent(parent: Any) -> bytes:
+    refuse_masked(parent, "parent")
+    if isinstance(parent, np.ndarray):
+        if parent.dtype == np.uint8 and parent.shape == (KEY_BYTES,):
+            return parent.tobytes()
+        seen = f"shape {parent.shape}, dtype {cut(str(parent.dtype))}"
+    elif isinstance(parent, bytes):
+        if len(parent) == KEY_BYTES:
+            return parent
+        seen = f"bytes of length {len(parent)}"
+    else:
+        seen = f"{cut(type(parent).__name__)} {shown(parent)}"
+    raise ArgumentError(f"parent must be one key: {KEY_BYTES} bytes, or a ({KEY_BYTES},) uint8 row; seen: {seen}")
 
 
 def _little_endian(token_ids: Any) -> npt.NDArray[np.uint32]:
     """Token ids as a contiguous little-endian uint32 array, or ArgumentError."""
-    if isinstance(token_ids, (str, bytes, bytearray)):
-        raise ArgumentError(f"token_ids must be integers; seen: {type(token_ids).__name__}")
-    if isinstance(token_ids, Sequence):
-        # NumPy would turn [True, 2] into integers and [1, 2.0] into floats without a word, so look at the types.
-        for kind in sorted(set(map(type, token_ids)), key=str):
-            if issubclass(kind, (bool, np.bool_)) or not issubclass(kind, (int, np.integer)):
-                raise ArgumentError(f"token_ids must be integers; seen among them: {kind.__name__}")
-        try:
-            array = np.array(token_ids, dtype=np.int64)
-        except OverflowError:
-            raise ArgumentError(f"token_ids must be from 0 to {_MAX_TOKEN}; seen: one beyond 64 bits") from None
-    else:
-        array = np.asarray(token_ids)
-    if array.dtype.kind not in "iu" or array.ndim != 1:
-        raise ArgumentError(f"token_ids must be 1-d integers; seen: shape {array.shape}, dtype {array.dtype}")
+    array = integer_array(token_ids, "token_ids")
     if array.size:
         low, high = int(array.min()), int(array.max())
         if low < 0 or high > _MAX_TOKEN:

@@ -14,6 +14,7 @@ FLOORS = {
     "errors": 0,
     "config": 0,
     "kernels": 0,
+    "arguments": 1,
     "devices": 1,
     "memory": 2,
     "layout": 2,
@@ -22,7 +23,6 @@ FLOORS = {
     "keys": 4,
     "index": 4,
     "tiers": 5,
-    "arguments": 6,
     "stats": 6,
     "flight": 6,
     "engine": 6,
@@ -32,8 +32,8 @@ FLOORS = {
 }
 FRONT_DOOR = ""  # kvortex/__init__.py shows floors 0 to 6; commands and connectors come in by it
 # Rooms of one floor that lean on each other, one way.
-NEIGHBOURS = {("config", "errors"), ("kernels", "errors"), ("index", "keys"), ("flight", "stats")} | {
-    ("engine", part) for part in ("arguments", "flight", "stats")
+NEIGHBOURS = {("config", "errors"), ("kernels", "errors"), ("devices", "arguments"), ("index", "keys"), ("flight", "stats")} | {
+    ("engine", part) for part in ("flight", "stats")
 }
 FOREIGN = {"torch", "cupy", "jax"}
 

@@ -53,6 +53,7 @@ def test_block_keys_are_these_bytes_for_ever() -> None:
         np.arange(18)[::2] // 2,
         [np.int32(i) for i in range(9)],
         memoryview(np.arange(9)),
+        memoryview(np.arange(9, dtype=np.uint16)),
     ],
 )
 def test_every_integer_sequence_gives_the_same_keys(tokens: object) -> None:
@@ -98,6 +99,13 @@ def test_a_changed_token_changes_its_block_and_all_behind() -> None:
         ([1, 2, 3, 2**64], "64 bits"),
         ([0, 0, 0, 0, -1], "-1"),  # in the part that makes no full block
         (b"abcd", "bytes"),
+        (bytearray(b"abcd"), "bytearray"),
+        (memoryview(b"abcd"), "memoryview"),
+        (memoryview(np.ones((2, 2), int)), r"shape \(2, 2\)"),
+        (memoryview(np.ones(4)), "float64"),
+        (np.ma.array([1, 2, 3, 4], mask=[0, 1, 0, 0]), "masked array"),
+        (np.ma.array([1, 2, 3, 4]), "masked array"),
+        ([1, np.ma.masked, 3, 4], "MaskedConstant"),
         ("1234", "str"),
         ({1, 2, 3, 4}, "object"),
     ],
@@ -107,10 +115,13 @@ def test_bad_tokens_are_refused(tokens: object, seen: str) -> None:
         block_keys(NAMESPACE, tokens)
 
 
-@pytest.mark.parametrize("parent", [b"", b"x" * 31, "x" * 32, np.zeros((1, 32), np.uint8), np.zeros(32), 7])
+@pytest.mark.parametrize("parent", [b"", b"x" * 31, "x" * 32, np.zeros((1, 32), np.uint8), np.zeros(32), 7, np.array(5),
+                                    np.ma.zeros(32, np.uint8), "x" * 10**6, 10**5000],
+                         ids=lambda parent: type(parent).__name__)  # fmt: skip
 def test_bad_parents_are_refused(parent: object) -> None:
-    with pytest.raises(ArgumentError, match="parent"):
+    with pytest.raises(ArgumentError, match="parent") as caught:
         block_keys(NAMESPACE, range(8), parent)
+    assert len(str(caught.value)) < 300
 
 
 def test_seed_changes_with_every_field() -> None:
@@ -162,6 +173,7 @@ def test_namespace_is_frozen_and_compares_by_value() -> None:
         ("dtype", None),
         ("layout", "text"),
         ("block_size", 0),
+        ("block_size", 1 << 63),
         ("block_size", True),
         ("rank", -1),
         ("rank", 2),
@@ -196,6 +208,8 @@ def test_as_keys_takes_bytes_in_sequences() -> None:
     ("keys", "seen"),
     [
         (np.zeros((2, 31), np.uint8), r"\(2, 31\)"),
+        (np.ma.zeros((2, 32), np.uint8), "masked array"),
+        (np.array(5, np.uint8), r"shape \(\)"),
         (np.zeros(32, np.uint8), r"\(32,\)"),
         (np.zeros((2, 32), np.int8), "int8"),
         (np.zeros((2, 4), np.uint64), "uint64"),

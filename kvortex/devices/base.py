@@ -49,7 +49,15 @@ class Device(ABC):
 
     @abstractmethod
     def allocate(self, nbytes: int) -> DeviceBuffer:
-        """Memory for KV pages, contents undefined, aligned to 256 bytes at least."""
+        """Memory for KV pages, contents undefined, aligned to 256 bytes at least.
+
+        Raises
+        ------
+        ArgumentError
+            ``nbytes`` is no integer of at least 1.
+        DeviceError
+            There is not so much memory.
+        """
 
     @abstractmethod
     def pin(self, address: int, nbytes: int) -> None:

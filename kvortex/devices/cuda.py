@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kvortex.arguments import integer
 from kvortex.devices.base import Bytes, Device, DeviceBuffer
 from kvortex.devices.driver import api, check, current
 from kvortex.errors import DeviceError, DeviceUnavailableError
@@ -107,7 +108,7 @@ class CudaDevice(Device):
         return int(check(api().cuDeviceGetAttribute(name, self._handle), f"cuDeviceGetAttribute({name})"))
 
     def allocate(self, nbytes: int) -> CudaBuffer:
-        return CudaBuffer(self, nbytes)
+        return CudaBuffer(self, integer(nbytes, "nbytes", 1))
 
     def pin(self, address: int, nbytes: int) -> None:
         with current(self.context) as driver:

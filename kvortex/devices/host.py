@@ -17,8 +17,11 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from kvortex.arguments import integer, seconds
 from kvortex.devices.base import Bytes, Device, DeviceBuffer
-from kvortex.errors import ArgumentError, DeviceError, TransferTimeoutError
+from kvortex.errors import ArgumentError, DeviceError, TransferTimeoutError, shown, told
+
+_LONGEST_WAIT_S = 3600.0  # of one stream for another: then its later work is given up, and whoever waits for it hears of that
 
 
 class HostBuffer(DeviceBuffer):
@@ -27,7 +30,10 @@ class HostBuffer(DeviceBuffer):
     def __init__(self, nbytes: int) -> None:
         if nbytes < 0:
             raise ArgumentError(f"a buffer of {nbytes} bytes cannot be")
-        whole = np.empty(nbytes + 255, np.uint8)
+        try:
+            whole = np.empty(nbytes + 255, np.uint8)
+        except (MemoryError, ValueError, OverflowError) as error:  # more than there is, or than NumPy can count
+            raise DeviceError(f"cannot allocate {nbytes} bytes of host memory: {error}") from error
         skip = -whole.ctypes.data % 256
         self.array: Bytes = whole[skip : skip + nbytes]
         self.address = int(self.array.ctypes.data)
@@ -83,9 +89,9 @@ class HostEvent:
         """Whether the point was reached."""
         return self._passed.is_set()
 
-    def synchronize(self, timeout: float | None = None) -> bool:
+    def synchronize(self, timeout: float = 60.0) -> bool:
         """Waits until the point is reached; False when ``timeout`` seconds went by first."""
-        return self._passed.wait(timeout)
+        return self._passed.wait(min(seconds(timeout), threading.TIMEOUT_MAX))
 
 
 _Work: TypeAlias = "Callable[[], None] | HostEvent"
@@ -108,8 +114,10 @@ class HostStream:
 
     def enqueue(self, work: Callable[[], None]) -> None:
         """Adds work. Should it raise, no later work of this stream is done, and whoever waits for the stream hears of it:
-        as with a kernel that crashes, nothing behind it can be trusted."""
+        as with a kernel that crashes, nothing behind it can be trusted. ArgumentError for what cannot be called."""
         self._check_open()
+        if not callable(work):  # None would end the thread
+            raise ArgumentError(f"{shown(work)} is no work for a host stream: pass a function without arguments")
         self._work.put(work)
 
     def record(self) -> HostEvent:
@@ -120,8 +128,10 @@ class HostStream:
         return event
 
     def wait(self, event: HostEvent) -> None:
-        """Makes later work wait for an event of another stream."""
+        """Makes later work wait for an event of another stream, for an hour at most."""
         self._check_open()
+        if not isinstance(event, HostEvent):
+            raise ArgumentError(f"{shown(event)} is no event of a host stream: pass what record() returned")
         self._work.put(functools.partial(_wait_for, event))
 
     def synchronize(self, timeout: float = 60.0) -> None:
@@ -129,16 +139,18 @@ class HostStream:
 
         Raises
         ------
+        ArgumentError
+            The timeout is no number of seconds.
         TransferTimeoutError
             It was not after ``timeout`` seconds.
         DeviceError
             Work of this stream raised.
         """
-        event = self.record()
-        if not event.synchronize(timeout):
-            raise TransferTimeoutError(f"a host stream was not idle after {timeout} s")
+        allowed, event = seconds(timeout), self.record()
+        if not event.synchronize(allowed):
+            raise TransferTimeoutError(f"a host stream was not idle after {allowed} s")
         if event.error is not None:
-            raise DeviceError(f"work of a host stream raised {event.error!r}") from event.error
+            raise DeviceError(f"work of a host stream raised {told(event.error)}") from event.error
 
     def close(self) -> None:
         """Ends the thread after the work enqueued so far. A closed stream takes no more."""
@@ -154,7 +166,8 @@ class HostStream:
 
 
 def _wait_for(event: HostEvent) -> None:
-    event.synchronize()
+    if not event.synchronize(_LONGEST_WAIT_S):
+        raise TransferTimeoutError(f"a host stream waited {_LONGEST_WAIT_S} s for an event of another one")
     if event.error is not None:
         raise event.error
 
@@ -180,7 +193,7 @@ class HostDevice(Device):
         self._pinned: dict[int, HostBuffer] = {}
 
     def allocate(self, nbytes: int) -> HostBuffer:
-        return HostBuffer(nbytes)
+        return HostBuffer(integer(nbytes, "nbytes", 1))
 
     def pin(self, address: int, nbytes: int) -> None:
         """Nothing: any memory can be copied by threads."""
@@ -189,7 +202,7 @@ class HostDevice(Device):
         """Nothing."""
 
     def allocate_pinned(self, nbytes: int) -> int:
-        buffer = HostBuffer(nbytes)
+        buffer = self.allocate(nbytes)
         self._pinned[buffer.address] = buffer
         return buffer.address
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 from typing import Any
 
-from kvortex.errors import ArgumentError
+from kvortex.errors import ArgumentError, shown
 
 
 def cuda_stream_handle(stream: Any) -> int:
@@ -26,12 +26,12 @@ def cuda_stream_handle(stream: Any) -> int:
     if stream is None:
         return 0
     if isinstance(stream, bool):
-        raise ArgumentError(f"{stream!r} is no stream")
+        raise ArgumentError(f"{shown(stream)} is no stream")
     protocol = getattr(stream, "__cuda_stream__", None)
     if protocol is not None:
         pair = protocol() if callable(protocol) else protocol
         if not isinstance(pair, (tuple, list)) or len(pair) != 2 or pair[0] != 0:
-            raise ArgumentError(f"__cuda_stream__ of {type(stream).__name__} gave {pair!r}; expected (0, handle)")
+            raise ArgumentError(f"__cuda_stream__ of {type(stream).__name__} gave {shown(pair)}; expected (0, handle)")
         return _handle(pair[1], stream)
     for name in ("cuda_stream", "ptr", "handle"):
         if hasattr(stream, name):
@@ -52,6 +52,6 @@ def _handle(value: Any, stream: Any) -> int:
         handle = -1
     if not 0 <= handle < 1 << 63:
         raise ArgumentError(
-            f"{type(stream).__name__} {stream!r} is no CUDA stream: pass an int handle or an object with __cuda_stream__"
+            f"{type(stream).__name__} {shown(stream)} is no CUDA stream: pass an int handle or an object with __cuda_stream__"
         )
     return handle

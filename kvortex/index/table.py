@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, NoReturn, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from kvortex.errors import ArgumentError, ConfigError, IndexStateError, PoolFullError
+from kvortex.errors import ArgumentError, ConfigError, IndexStateError, PoolFullError, shown
 from kvortex.index import core
 from kvortex.index._check import PROBLEMS, first_problem
 from kvortex.index.policies import POLICIES
@@ -83,9 +83,9 @@ class BlockIndex:
 
     def __init__(self, capacity: int, policy: str = "lru") -> None:
         if isinstance(capacity, bool) or not isinstance(capacity, (int, np.integer)) or not 1 <= capacity <= MAX_CAPACITY:
-            raise ConfigError(f"capacity = {capacity!r}: must be an integer from 1 to {MAX_CAPACITY}")
-        if policy not in POLICIES:
-            raise ConfigError(f"policy = {policy!r}: unknown; known are {', '.join(sorted(POLICIES))}")
+            raise ConfigError(f"capacity = {shown(capacity)}: must be an integer from 1 to {MAX_CAPACITY}")
+        if not isinstance(policy, str) or policy not in POLICIES:
+            raise ConfigError(f"policy = {shown(policy)}: unknown; known are {', '.join(sorted(POLICIES))}")
         self.capacity = int(capacity)
         self.policy = policy
         self._table = core.new_table(self.capacity, POLICIES[policy])

@@ -5,9 +5,13 @@ Every message shows the numbers that were seen and ends with what to change.
 
 from __future__ import annotations
 
+import operator
 from math import prod
+from typing import Any
 
-from kvortex.errors import LayoutError
+import numpy as np
+
+from kvortex.errors import LayoutError, shown
 from kvortex.layout.tensors import TensorSpec
 
 ITEMSIZES = (1, 2, 4, 8, 16)
@@ -22,19 +26,22 @@ def refusal(label: str, spec: TensorSpec, problem: str, cure: str) -> LayoutErro
 def seen(spec: TensorSpec) -> str:
     """A tensor's numbers, for messages."""
     return (
-        f"pointer {spec.pointer:#x}, shape {spec.shape}, strides {spec.strides} bytes, itemsize {spec.itemsize}, "
+        f"pointer {spec.pointer:#x}, shape {shown(spec.shape)}, strides {shown(spec.strides)} bytes, itemsize {spec.itemsize}, "
         f"device {spec.device}"
     )
 
 
-def checked_axis(axis: object, what: str, label: str, spec: TensorSpec) -> int:
+def checked_axis(axis: Any, what: str, label: str, spec: TensorSpec) -> int:
     """An axis counted from 0. Negative ones count from the end, as in numpy."""
     ndim = len(spec.shape)
-    if isinstance(axis, bool) or not hasattr(axis, "__index__"):
-        raise refusal(label, spec, f"{what}={axis!r} is no integer", "Give the number of an axis.")
-    number = int(axis.__index__())
+    try:
+        if isinstance(axis, (bool, np.bool_)):
+            raise TypeError("a bool is no axis")
+        number = operator.index(axis)
+    except Exception as error:  # types and arrays have __index__ too, and it raises
+        raise refusal(label, spec, f"{what}={shown(axis)} is no integer", "Give the number of an axis.") from error
     if not -ndim <= number < ndim:
-        raise refusal(label, spec, f"{what}={number} is out of range", f"The tensor has {ndim} axes.")
+        raise refusal(label, spec, f"{what}={shown(number)} is out of range", f"The tensor has {ndim} axes.")
     return number % ndim
 
 

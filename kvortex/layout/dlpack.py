@@ -10,7 +10,7 @@ import ctypes
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from kvortex.errors import LayoutError
+from kvortex.errors import LayoutError, cut, shown
 
 _HOST_TYPES = {1, 3}  # kDLCPU, kDLCUDAHost
 _CUDA_TYPES = {2, 13}  # kDLCUDA, kDLCUDAManaged
@@ -109,7 +109,7 @@ def _read(capsule: Any, obj: Any) -> DLPackView:
         return _view(managed.tensor, obj)
     address = _pointer_of(capsule, b"dltensor")
     if not address:
-        raise LayoutError(f"{type_name(obj)} gave {capsule!r} for a DLPack capsule, or one that was already consumed")
+        raise LayoutError(f"{type_name(obj)} gave {shown(capsule)} for a DLPack capsule, or one that was already consumed")
     return _view(_DLTensor.from_address(address), obj)  # DLManagedTensor begins with its DLTensor
 
 
@@ -139,7 +139,7 @@ def c_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
 
 def type_name(obj: Any) -> str:
     """The full name of an object's type, for messages."""
-    return f"{type(obj).__module__}.{type(obj).__qualname__}"
+    return cut(f"{type(obj).__module__}.{type(obj).__qualname__}")
 
 
 def refuse_read_only(obj: Any) -> NoReturn:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvortex.errors import LayoutError
+from kvortex.errors import LayoutError, cut, shown, told
 from kvortex.layout.checks import refusal, seen
 from kvortex.layout.fingerprint import fingerprint
 from kvortex.layout.fragments import MAX_BLOCKS, MAX_FRAGMENTS, TensorBlocks, cut_tensor, merge
@@ -143,7 +143,7 @@ class KVLayout:
         sizes = self.fragments[:, 3]
         low, high = int(sizes.min()), int(sizes.max())
         each = f"{low} bytes" if low == high else f"{low} to {high} bytes"
-        label = f", order {self.order}" if self.order else ""
+        label = f", order {cut(self.order)}" if self.order else ""
         return (
             f"{self.num_blocks} blocks of {self.record_bytes} bytes on {self.device}: {self.num_layers} layers, "
             f"{len(sizes)} fragments of {each}, aligned to {self.alignment}{label}, fingerprint {self.fingerprint.hex()[:12]}"
@@ -156,8 +156,7 @@ class KVLayout:
 def _build(
     specs: list[tuple[str, TensorSpec]], block_axis: int | Sequence[int], layer_axis: _OptionalAxes, order: str
 ) -> KVLayout:
-    if not isinstance(order, str):
-        raise LayoutError(f"order={order!r} is no text; give a label such as 'NHD'")
+    _check_order(order)
     block_axes = _axes(block_axis, "block_axis", len(specs))
     layer_axes = _axes(layer_axis, "layer_axis", len(specs))
     tensors = [
@@ -182,6 +181,15 @@ def _build(
         order=order,
         owners=tuple(spec.owner for _, spec in specs if spec.owner is not None),
     )
+
+
+def _check_order(order: object) -> None:
+    try:
+        if not isinstance(order, str):
+            raise TypeError("a label is a str")
+        order.encode()
+    except Exception as error:  # a lone surrogate has no bytes, and so no fingerprint
+        raise LayoutError(f"order={shown(order)} is no text; give a label such as 'NHD'") from error
 
 
 def _check_together(specs: list[tuple[str, TensorSpec]], tensors: list[TensorBlocks]) -> None:
@@ -227,15 +235,24 @@ def _items(given: Any, what: str, is_one: Callable[[Any], bool]) -> list[tuple[s
     """One thing, a sequence of things or a mapping to things, each with what messages call it."""
     if is_one(given):
         return [("tensor 0", given)]
-    if isinstance(given, Mapping):
-        items = [(f"tensor {name!r}", item) for name, item in given.items()]
-    elif isinstance(given, Iterable) and not isinstance(given, (str, bytes)):
-        items = [(f"tensor {index}", item) for index, item in enumerate(given)]
-    else:
-        items = [("tensor 0", given)]  # no array and no collection: read it, for the message that says so
+    try:
+        if isinstance(given, Mapping):
+            items = [(f"tensor {shown(name)}", item) for name, item in given.items()]
+        elif _is_collection(given):
+            items = [(f"tensor {index}", item) for index, item in enumerate(given)]
+        else:
+            items = [("tensor 0", given)]  # no array and no collection: read it, for the message that says so
+    except Exception as error:
+        raise LayoutError(f"{what} cannot be read: {told(error)}") from error
     if not items:
         raise LayoutError(f"{what} is empty; a layout needs at least one tensor")
     return items
+
+
+def _is_collection(given: Any) -> bool:
+    """Arrays of no dimension say that they can be iterated, and cannot."""
+    is_scalar = isinstance(given, np.ndarray) and given.ndim == 0
+    return isinstance(given, Iterable) and not isinstance(given, (str, bytes)) and not is_scalar
 
 
 def _is_array(given: Any) -> bool:
@@ -255,14 +272,17 @@ def _spec(spec: Any, label: str, device: str) -> TensorSpec:
             return TensorSpec(pointer, shape, strides, itemsize, device)
     except LayoutError as error:
         raise LayoutError(f"{label}: {error}") from error
-    raise LayoutError(f"{label}: {spec!r} is no TensorSpec and no tuple (pointer, shape, strides in bytes, itemsize)")
+    raise LayoutError(f"{label}: {shown(spec)} is no TensorSpec and no tuple (pointer, shape, strides in bytes, itemsize)")
 
 
 def _axes(given: Any, what: str, count: int) -> list[Any]:
     """One axis for each tensor. Whether each is an integer in range is judged beside its tensor's shape."""
-    if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
+    if not _is_collection(given):
         return [given] * count
-    axes = list(given)
+    try:
+        axes = list(given)
+    except Exception as error:
+        raise LayoutError(f"{what}={shown(given)} cannot be read: {told(error)}") from error
     if len(axes) != count:
         raise LayoutError(f"{what} names {len(axes)} axes for {count} tensors; give one axis, or one for each tensor")
     return axes

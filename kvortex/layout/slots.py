@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from kvortex.arguments import LARGEST, integer, integer_array
 from kvortex.errors import ArgumentError
 
 PADDING = -1  # the slot of a token that is nowhere
-_MAX_SLOT = (1 << 63) - 1
 
 
 def slot_mapping(block_ids: ArrayLike, block_size: int, num_tokens: int | None = None) -> NDArray[np.int64]:
@@ -37,16 +36,16 @@ def slot_mapping(block_ids: ArrayLike, block_size: int, num_tokens: int | None =
         Something is no integer, negative, too large, or the blocks are too few for the tokens.
     """
     ids = _vector(block_ids, "block_ids")
-    size = _count(block_size, "block_size", low=1)
+    size = integer(block_size, "block_size", 1)
     capacity = len(ids) * size
-    tokens = capacity if num_tokens is None else _count(num_tokens, "num_tokens", low=0)
+    tokens = capacity if num_tokens is None else integer(num_tokens, "num_tokens", 0)
     if tokens > capacity:
-        raise ArgumentError(f"num_tokens={tokens} do not fit in {len(ids)} blocks of {size} tokens; give more block_ids")
+        raise ArgumentError(f"num_tokens = {tokens} do not fit in {len(ids)} blocks of {size} tokens; give more block_ids")
     used = ids[: -(-tokens // size)]
     if len(ids) and int(ids.min()) < 0:
         raise ArgumentError(f"block_ids holds {int(ids.min())}; block ids are never negative")
-    if len(used) and (int(used.max()) + 1) * size - 1 > _MAX_SLOT:
-        raise ArgumentError(f"block id {int(used.max())} times block_size={size} is past the range of int64")
+    if len(used) and (int(used.max()) + 1) * size - 1 > LARGEST:
+        raise ArgumentError(f"block id {int(used.max())} times block_size = {size} is past the range of int64")
     return (used[:, None] * size + np.arange(min(size, tokens), dtype=np.int64)).reshape(-1)[:tokens]
 
 
@@ -71,7 +70,7 @@ def blocks_of_slots(slots: ArrayLike, block_size: int) -> tuple[NDArray[np.int64
         Something is no integer, or a slot is below -1.
     """
     flat = _vector(slots, "slots")
-    size = _count(block_size, "block_size", low=1)
+    size = integer(block_size, "block_size", 1)
     if len(flat) and int(flat.min()) < PADDING:
         raise ArgumentError(f"slots holds {int(flat.min())}; a slot is at least 0, or -1 for padding")
     block_ids, offsets = np.divmod(flat, size)
@@ -80,28 +79,7 @@ def blocks_of_slots(slots: ArrayLike, block_size: int) -> tuple[NDArray[np.int64
 
 
 def _vector(values: Any, what: str) -> NDArray[np.int64]:
-    try:
-        array = np.asarray(values)
-    except (TypeError, ValueError) as error:
-        raise ArgumentError(f"{what} is no array of integers: {error}") from error
-    if array.ndim != 1:
-        raise ArgumentError(f"{what} has the shape {array.shape}; give one dimension")
-    if array.size == 0:
-        return np.empty(0, np.int64)  # an empty list has the dtype float64
-    if array.dtype.kind not in "iu":
-        raise ArgumentError(f"{what} has the dtype {array.dtype}; give integers")
-    if array.dtype.kind == "u" and int(array.max()) > _MAX_SLOT:
+    array = integer_array(values, what)
+    if array.size and int(array.max()) > LARGEST:
         raise ArgumentError(f"{what} holds {int(array.max())}, past the range of int64")
     return array.astype(np.int64, copy=False)
-
-
-def _count(value: Any, what: str, *, low: int) -> int:
-    if isinstance(value, (bool, np.bool_)):
-        raise ArgumentError(f"{what}={value!r} is a bool; give an integer")
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise ArgumentError(f"{what}={value!r} is no integer") from None
-    if not low <= number <= _MAX_SLOT:
-        raise ArgumentError(f"{what}={number} is out of range; it is at least {low} and fits int64")
-    return number

@@ -6,6 +6,7 @@ Nothing here interprets a dtype: of an element only its width in bytes is kept, 
 
 from __future__ import annotations
 
+import itertools
 import operator
 import re
 from collections.abc import Iterable
@@ -14,12 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from kvortex.errors import LayoutError
+from kvortex.arguments import is_masked
+from kvortex.errors import LayoutError, cut, shown, told
 from kvortex.layout.dlpack import c_strides, read_dlpack, refuse_read_only, type_name
 
-_DEVICE = re.compile(r"host|cuda:\d+")
+_DEVICE = re.compile(r"host|cuda:(0|[1-9][0-9]{0,8})")
 _TYPESTR = re.compile(r"[<>|=]?([a-zA-Z])(\d+)")
 _BYTES_PER_UNIT = {"U": 4}  # numpy counts UCS-4 characters in this one kind; every other kind counts bytes
+_MAX_AXES = 64  # of NumPy
 _NOT_BYTES = {"t", "O"}  # bit fields and object pointers
 
 
@@ -46,7 +49,8 @@ class TensorSpec:
     Raises
     ------
     LayoutError
-        A value is no integer (bools count as none), shape and strides differ in length, or the device is unknown.
+        A value is no integer of 64 bits (bools count as none), there are more than 64 axes, shape and strides differ
+        in length, or the device is unknown.
         Whether the numbers make sense as KV blocks is judged later, by :class:`kvortex.layout.KVLayout`.
     """
 
@@ -58,7 +62,10 @@ class TensorSpec:
     owner: Any = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        seen = f"pointer {self.pointer!r}, shape {self.shape!r}, strides {self.strides!r} bytes, itemsize {self.itemsize!r}"
+        seen = (
+            f"pointer {shown(self.pointer)}, shape {shown(self.shape)}, strides {shown(self.strides)} bytes, "
+            f"itemsize {shown(self.itemsize)}"
+        )
         object.__setattr__(self, "pointer", _integer(self.pointer, "the pointer", seen))
         object.__setattr__(self, "itemsize", _integer(self.itemsize, "the itemsize", seen))
         object.__setattr__(self, "shape", _integers(self.shape, "the shape", seen))
@@ -66,7 +73,7 @@ class TensorSpec:
         if len(self.shape) != len(self.strides):
             raise LayoutError(f"shape and strides differ in length ({seen}); give one stride in bytes for each axis")
         if not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):
-            raise LayoutError(f"unknown device {self.device!r} ({seen}); use 'host' or 'cuda:N', such as 'cuda:0'")
+            raise LayoutError(f"unknown device {shown(self.device)} ({seen}); use 'host' or 'cuda:N', such as 'cuda:0'")
 
 
 def tensor_spec(obj: Any) -> TensorSpec:
@@ -103,7 +110,7 @@ def tensor_spec(obj: Any) -> TensorSpec:
         except LayoutError:
             raise  # the producer answered, and its answer will not do: another protocol would only hide that
         except Exception as error:  # producers raise whatever they like; the next protocol may work
-            reasons.append(f"{name} raised {type(error).__name__}: {error}")
+            reasons.append(f"{name} raised {told(error)}")
     raise LayoutError(
         f"cannot read the memory of {type_name(obj)}: {'; '.join(reasons) or 'it speaks no array protocol'}. Pass a "
         "view of a plain integer type of the same width (`.view(uint16)`, `.view(uint8)`), detach it from autograd "
@@ -112,8 +119,10 @@ def tensor_spec(obj: Any) -> TensorSpec:
 
 
 def _from_numpy(array: np.ndarray[Any, Any]) -> TensorSpec:
+    if is_masked(array):
+        raise LayoutError(f"{type_name(array)} is masked; pass the plain array under the mask, its `.data`")
     if array.dtype.hasobject:
-        raise LayoutError(f"a numpy array of dtype {array.dtype} holds Python objects, not bytes")
+        raise LayoutError(f"a numpy array of dtype {cut(str(array.dtype))} holds Python objects, not bytes")
     if not array.flags.writeable:
         refuse_read_only(array)
     return TensorSpec(array.ctypes.data, array.shape, array.strides, array.dtype.itemsize, "host", array)
@@ -143,9 +152,10 @@ def _from_interface(obj: Any, interface: dict[str, Any], device: str) -> TensorS
     data, typestr = interface.get("data"), str(interface["typestr"])
     match = _TYPESTR.fullmatch(typestr)
     if match is None or match[1] in _NOT_BYTES:
-        raise LayoutError(f"{type_name(obj)} has elements of type {typestr!r}, which are no whole bytes; pass `.view(uint8)`")
+        kind = shown(typestr)
+        raise LayoutError(f"{type_name(obj)} has elements of type {kind}, which are no whole bytes; pass `.view(uint8)`")
     if not isinstance(data, tuple):
-        raise LayoutError(f"{type_name(obj)} names no data pointer in its array interface (data is {data!r})")
+        raise LayoutError(f"{type_name(obj)} names no data pointer in its array interface (data is {shown(data)})")
     if interface.get("mask") is not None:
         raise LayoutError(f"{type_name(obj)} is masked; pass the plain array under the mask")
     if data[1]:
@@ -169,12 +179,21 @@ def _integer(value: Any, what: str, seen: str) -> int:
     if isinstance(value, (bool, np.bool_)):
         raise LayoutError(f"{what} holds a bool ({seen}); give integers")
     try:
-        return operator.index(value)
-    except TypeError:
-        raise LayoutError(f"{what} holds {value!r}, which is no integer ({seen}); give integers") from None
+        number = operator.index(value)
+    except Exception as error:
+        raise LayoutError(f"{what} holds {shown(value)}, which is no integer ({seen}); give integers") from error
+    if number.bit_length() > 64:
+        raise LayoutError(f"{what} holds {shown(number)}, which is beyond 64 bits ({seen})")
+    return number
 
 
 def _integers(values: Any, what: str, seen: str) -> tuple[int, ...]:
     if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
         raise LayoutError(f"{what} is no sequence of integers ({seen})")
-    return tuple(_integer(value, what, seen) for value in values)
+    try:
+        items = list(itertools.islice(values, _MAX_AXES + 1))
+    except Exception as error:  # arrays of no dimension say that they can be iterated
+        raise LayoutError(f"{what} is no sequence of integers ({seen}): {told(error)}") from error
+    if len(items) > _MAX_AXES:
+        raise LayoutError(f"{what} has more than {_MAX_AXES} axes ({seen})")
+    return tuple(_integer(value, what, seen) for value in items)

@@ -49,7 +49,7 @@ class Mapping:
             raise PinnedMemoryError(f"cannot map {nbytes} bytes of host memory ({error}); lower cpu_pool_size_bytes") from None
         base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self.address = base + -base % HUGE_PAGE
-        self._advise(getattr(mmap, "MADV_HUGEPAGE", None), "huge pages")
+        self._ask_for_huge_pages(self.address - base)
         # A child would otherwise share these pages copy-on-write, and the parent's next write would move them away from
         # where the GPU has them. The child gets zeros in their place and not a hole (MADV_DONTFORK): it would put
         # memory of its own there, and lose that when it drops the engine that it inherited.
@@ -58,12 +58,24 @@ class Mapping:
             self.notes.append(reason)
         self._touch()
 
-    def _advise(self, advice: int | None, what: str) -> None:
+    def _ask_for_huge_pages(self, skip: int) -> None:
+        """Asks for those that lie inside as a whole: the first touch of one takes all of it, also what is beyond the end.
+
+        What is behind them must refuse them, since a kernel that is set to "always" gives them unasked. The slack in
+        front is never touched, and so needs no advice.
+        """
+        whole = self.nbytes // HUGE_PAGE * HUGE_PAGE
+        if whole:
+            self._advise(getattr(mmap, "MADV_HUGEPAGE", None), "huge pages", skip, whole)
+        with contextlib.suppress(OSError, AttributeError):  # a kernel or platform without huge pages gives none anyway
+            self._map.madvise(mmap.MADV_NOHUGEPAGE, skip + whole)
+
+    def _advise(self, advice: int | None, what: str, start: int = 0, nbytes: int | None = None) -> None:
         if advice is None:
             self.notes.append(f"no {what} on this platform")
             return
         try:
-            self._map.madvise(advice)
+            self._map.madvise(advice, start, len(self._map) - start if nbytes is None else nbytes)
         except OSError as error:
             self.notes.append(f"no {what}: {error.strerror}")
 

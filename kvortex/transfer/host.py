@@ -20,6 +20,7 @@ from kvortex.transfer.layers import cut_layers, cut_sections, group_count
 from kvortex.transfer.plan import Int64s, Pool
 
 _LEAST_RECORDS_A_THREAD = 4
+_LONGEST_END_S = 60.0  # of a thread that has nothing left to do
 _Part: TypeAlias = Callable[[], None]
 
 
@@ -180,8 +181,12 @@ class HostExecutor(Executor):
         threads, self._threads = self._threads, []
         for _ in threads:
             self._work.put(None)
+        deadline = time.monotonic() + _LONGEST_END_S
         for thread in threads:
-            thread.join()
+            if thread is not threading.current_thread():  # the collector may bring us here in a thread that copies
+                thread.join(max(0.0, deadline - time.monotonic()))
+                if thread.is_alive():
+                    raise TransferTimeoutError(f"{thread.name} still copies after {_LONGEST_END_S} s: its memory stays")
 
 
 def check_stream(stream: Any) -> None:

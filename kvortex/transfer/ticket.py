@@ -24,8 +24,10 @@ class Ticket:
     it must not read them, unless its stream waits: :meth:`add_to`.
     """
 
-    def __init__(self, transfer: Transfer, settle: Callable[[Transfer], bool], timeout: float) -> None:
-        self._transfer, self._settle, self._timeout = transfer, settle, timeout
+    def __init__(
+        self, transfer: Transfer, settle: Callable[[Transfer], bool], timeout: float, check_stream: Callable[[Any], None]
+    ) -> None:
+        self._transfer, self._settle, self._timeout, self._check_stream = transfer, settle, timeout, check_stream
 
     def done(self) -> bool:
         """Whether the transfer has ended, well or not. Never blocks."""
@@ -60,6 +62,13 @@ class Ticket:
         """Makes all later work of ``stream`` wait for the transfer, without blocking the caller.
 
         On the host device ``None`` stands for the calling thread itself, which then waits, at most ``transfer_timeout_s``.
+
+        Raises
+        ------
+        ArgumentError
+            It is no stream of the device, or cannot be waited for; also where nothing had to move.
+        TransferTimeoutError
+            On the host device, the deadline passed.
         """
         self._add_to(stream, None)
 
@@ -92,6 +101,7 @@ class Ticket:
 
     def _add_to(self, stream: Any, layer: int | None) -> None:
         self.done()  # refuses in a forked child
+        self._check_stream(stream)
         deadline = time.monotonic() + self._timeout
         for transfer in (self._transfer, *(save for save, _ in self._transfer.after)):
             if not poll(transfer.issued, deadline):  # a save that another thread is still preparing

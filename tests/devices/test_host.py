@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import time
+from typing import Any
 
 import pytest
 
@@ -84,6 +85,55 @@ def test_synchronize_has_a_deadline() -> None:
         stream.synchronize(0.02)
     gate.set()
     stream.synchronize()
+    stream.close()
+
+
+@pytest.mark.parametrize("timeout", ["x", None, float("nan"), -1, -(10**400), True, [1], 1j], ids=lambda t: type(t).__name__)
+def test_what_is_no_timeout(timeout: Any) -> None:
+    stream = HostStream()
+    for call in (stream.synchronize, stream.record().synchronize):
+        with pytest.raises(ArgumentError, match="timeout = .*: must be a number of seconds, 0 or more"):
+            call(timeout)
+    stream.close()
+
+
+@pytest.mark.parametrize("timeout", [10**400, float("inf"), 1e300], ids=["beyond all floats", "inf", "beyond the clock"])
+def test_timeouts_that_no_clock_reaches(timeout: Any) -> None:
+    stream = HostStream()
+    stream.synchronize(timeout)
+    assert stream.record().synchronize(timeout)
+    stream.close()
+
+
+@pytest.mark.parametrize("work", [None, 5, "print", HostEvent()], ids=lambda work: type(work).__name__)
+def test_what_cannot_be_called_is_no_work(work: Any) -> None:
+    """None would end the thread, and whatever is behind it would never be done."""
+    stream, seen = HostStream(), []
+    with pytest.raises(ArgumentError, match="is no work for a host stream: pass a function without arguments"):
+        stream.enqueue(work)
+    stream.enqueue(lambda: seen.append(1))
+    stream.synchronize(10)
+    assert seen == [1]
+    stream.close()
+
+
+@pytest.mark.parametrize("event", [None, threading.Event(), 5, lambda: None], ids=lambda event: type(event).__name__)
+def test_what_is_no_event_is_not_waited_for(event: Any) -> None:
+    stream = HostStream()
+    with pytest.raises(ArgumentError, match="is no event of a host stream"):
+        stream.wait(event)
+    stream.synchronize(10)
+    stream.close()
+
+
+def test_a_stream_does_not_wait_for_ever_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvortex.devices.host._LONGEST_WAIT_S", 0.02)
+    stream, seen = HostStream(), []
+    stream.wait(HostEvent())  # of a stream that died
+    stream.enqueue(lambda: seen.append(1))
+    with pytest.raises(DeviceError, match="TransferTimeoutError: a host stream waited 0.02 s"):
+        stream.synchronize(10)
+    assert not seen, "what must come after is not done before"
     stream.close()
 
 

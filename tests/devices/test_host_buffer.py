@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from kvortex.devices import HostDevice
 from kvortex.devices.host import HostBuffer
-from kvortex.errors import ArgumentError
+from kvortex.errors import ArgumentError, DeviceError
 
 
 @pytest.mark.parametrize("nbytes", [1, 255, 256, 257, 4096, 100_001])
@@ -27,6 +29,28 @@ def test_a_buffer_of_no_bytes() -> None:
 def test_a_negative_size_is_refused() -> None:
     with pytest.raises(ArgumentError, match="a buffer of -1 bytes cannot be"):
         HostBuffer(-1)
+
+
+@pytest.mark.parametrize("nbytes", [-1, 0, True, np.True_, 1.5, 1 << 63, 1 << 70, 10**5000, "x", None, np.array([1]), int],
+                         ids=lambda nbytes: type(nbytes).__name__)  # fmt: skip
+def test_what_is_no_size(nbytes: Any) -> None:
+    device = HostDevice()
+    for call in (device.allocate, device.allocate_pinned):
+        with pytest.raises(ArgumentError, match="nbytes = .*: must be an integer from 1 to "):
+            call(nbytes)
+
+
+@pytest.mark.parametrize("nbytes", [1 << 62, (1 << 63) - 1])
+def test_more_memory_than_there_is(nbytes: int) -> None:
+    device = HostDevice()
+    for call in (device.allocate, device.allocate_pinned):
+        with pytest.raises(DeviceError, match=f"cannot allocate {nbytes} bytes"):
+            call(nbytes)
+
+
+def test_sizes_of_any_integer_type() -> None:
+    for nbytes in (np.int64(8), np.uint8(8), np.array(8)):
+        assert HostDevice().allocate(nbytes).nbytes == 8
 
 
 def test_write_and_read_at_an_offset() -> None:

@@ -37,14 +37,15 @@ def test_auto(monkeypatch: pytest.MonkeyPatch, opened: list[int], there: bool, w
 
 
 BAD = ["", "gpu", "CUDA", "cuda:-1", "cuda:x", "cuda:1.0", "cuda: 1", "cuda:1:2", "cuda:", "cuda1", "host:0", "HOST", "auto:0",
-       "cpu", "cuda:²", "cuda:+1"]  # fmt: skip
+       "cpu", "cuda:²", "cuda:+1", "cuda:00", "cuda:01", "cuda:" + "9" * 5000, "cuda:0\n", "x" * 10**6,
+       None, 1, True, b"host", ["host"], HostDevice]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("name", BAD, ids=lambda name: str(name)[:20])
 def test_bad_names(opened: list[int], name: str) -> None:
-    with pytest.raises(ConfigError, match="is no device: say 'auto', 'host', 'cuda' or 'cuda:N'"):
+    with pytest.raises(ConfigError, match="is no device: say 'auto', 'host', 'cuda' or 'cuda:N'") as caught:
         open_device(name)
-    assert not opened
+    assert not opened and len(str(caught.value)) < 250
 
 
 def test_a_gpu_that_is_not_there() -> None:

@@ -101,9 +101,16 @@ def test_the_tail_of_a_prefix_goes_before_its_head(device: Device) -> None:
         (keys_of(1), [24], r"block_ids\[0\] = 24: the layout has blocks 0 to 23"),
         (keys_of(1, 2), [0, -1], r"block_ids\[1\] = -1"),
         (keys_of(1, 2, 3), [4, 5, 4], r"block_ids\[0\] and block_ids\[2\] are both 4"),
-        (keys_of(1), [1.0], "1-d integers; seen: shape \\(1,\\), dtype float64"),
-        (keys_of(1), [True], "dtype bool"),
-        (keys_of(1), [[1]], r"shape \(1, 1\)"),
+        (keys_of(1), [1.0], "1-d integers; seen among them: float"),
+        (keys_of(1), np.ones(1), "1-d integers; seen: shape \\(1,\\), dtype float64"),
+        (keys_of(1), [True], "among them: bool"),
+        (keys_of(1, 2), [True, 2], "among them: bool"),
+        (keys_of(1), np.ones(1, bool), "dtype bool"),
+        (keys_of(1), np.ma.array([1], mask=[True]), "block_ids is a masked array"),
+        (np.ma.array(keys_of(1)), [1], "keys is a masked array"),
+        (keys_of(1), b"\1", "seen: bytes"),
+        (keys_of(1), [[1]], "among them: list"),
+        (keys_of(1), np.ones((1, 1), int), r"shape \(1, 1\)"),
         (keys_of(1), None, "block_ids are missing"),
         (np.zeros((1, 31), np.uint8), [1], "32"),
         ([b"short"], [1], "32"),
@@ -126,6 +133,20 @@ def test_a_key_twice_in_one_save(device: Device) -> None:
         with pytest.raises(ArgumentError, match=r"keys\[0\] and keys\[2\]"):
             engine.save_blocks(keys_of(1, 2, 1), [1, 2, 3])
         assert idle(engine) == (0, 0) and not engine.check_blocks(keys_of(1, 2)).any()
+
+
+@pytest.mark.parametrize("stream", [object(), "stream", 1.5, True, -1])
+def test_add_to_what_is_no_stream(device: Device, stream: object) -> None:
+    """Also of a ticket that has nothing to wait for."""
+    cache = PagedCache.plain(device)
+    with cache.engine() as engine:
+        tickets = [engine.save_blocks(keys_of(5), [5]), engine.save_blocks([], []), engine.load_blocks(keys_of(6), [6])]
+        for ticket in (*tickets, engine.save_blocks(keys_of(5), [5])):
+            for _ in range(2):
+                with pytest.raises(ArgumentError, match="stream"):
+                    ticket.add_to(stream)
+                ticket.add_to(None)
+                ticket.wait()
 
 
 @pytest.mark.parametrize("stream", [object(), "stream", 1.5, True, -1])
@@ -162,6 +183,12 @@ def test_more_blocks_than_slots(device: Device) -> None:
         ({"data_ptrs": [4096], "sizes": [8, 8]}, "sizes has 2 entries"),
         ({"data_ptrs": [4096], "sizes": [8], "block_ids": [1]}, "no block_ids"),
         ({"data_ptrs": np.array([1 << 63], np.uint64), "sizes": [8]}, "63 bits"),
+        ({"data_ptrs": [1 << 63], "sizes": [8]}, "64 bits"),
+        ({"data_ptrs": [(1 << 63) - 8], "sizes": [8]}, "buffer 0 of 8 bytes at 0x7ffffffffffffff8 ends past the last address"),
+        ({"data_ptrs": [4096], "sizes": [(1 << 63) - 1]}, "a slot holds 1 to"),
+        ({"data_ptrs": [4096], "sizes": [1 << 64]}, "64 bits"),
+        ({"data_ptrs": [4096], "sizes": [True]}, "sizes must be 1-d integers; seen among them: bool"),
+        ({"data_ptrs": np.ma.array([4096]), "sizes": [8]}, "pointers is a masked array"),
     ],
 )
 def test_buffers_that_do_not_fit(device: Device, arguments: dict, message: str) -> None:
@@ -196,6 +223,28 @@ def test_an_engine_without_a_layout_has_no_pages(device: Device) -> None:
     config = KVortexConfig(device=device.name, max_block_bytes=100, cpu_pool_size_bytes=1 << 20)
     with KVortexEngine.create(config) as engine, pytest.raises(ArgumentError, match="no layout"):
         engine.save_blocks(keys_of(1), [1])
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("x", "config must be a KVortexConfig; seen: str 'x'. Pass KVortexConfig"),
+        (KVortexConfig, "config must be a KVortexConfig; seen: type <class"),
+        ({"device": "host"}, "config must be a KVortexConfig; seen: dict {'device'"),
+        ([np.zeros((4, 8))] * 1000, "seen: list"),
+    ],
+)
+def test_what_is_no_config(config: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        KVortexEngine.create(config)  # type: ignore[arg-type]
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("layout", [[np.zeros((4, 8))], np.zeros((1000, 8)), KVLayout, KVortexConfig(), "x" * 10**6, 0, False])
+def test_what_is_no_layout(layout: object) -> None:
+    with pytest.raises(LayoutError, match="layout must be a KVLayout; seen: .*Pass KVLayout.from_arrays") as caught:
+        KVortexEngine.create(KVortexConfig(device="host"), layout)  # type: ignore[arg-type]
+    assert len(str(caught.value)) < 300
 
 
 def test_budgets_are_exact(device: Device) -> None:

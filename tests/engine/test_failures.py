@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import threading
 
 import numpy as np
@@ -145,6 +146,18 @@ def test_registration_refused_allocation_works(device: Device, monkeypatch: pyte
         engine.load_blocks(keys_of(1), [1]).wait()
         view, old = cache.tensors[1].view(cache.memory()[1]), cache.tensors[1].view(before[1])
         np.testing.assert_array_equal(view[:, 1], old[:, 1])
+
+
+def test_what_the_platform_lacks_is_told_by_the_engine(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = PagedCache.plain(device)
+    monkeypatch.delattr(mmap, "MADV_HUGEPAGE")
+    with cache.engine(cpu_pool_size_bytes=4 << 20) as engine:
+        assert "no huge pages on this platform" in engine.notes
+    monkeypatch.setattr(type(device), "pin", refuse)
+    engine = cache.engine()
+    assert engine.notes[-1] == "registration refused: planted"
+    engine.shutdown()
+    assert isinstance(engine.notes, tuple) and engine.notes[-1] == "registration refused: planted"
 
 
 def test_more_host_memory_than_there_is() -> None:

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from kvortex import KVortexEngine
+from kvortex import engine as engine_module
 from kvortex.devices import Device, HostDevice
-from kvortex.errors import EngineClosedError, PoolFullError
+from kvortex.errors import EngineClosedError, PoolFullError, TransferTimeoutError
 from kvortex.memory.arena import PinnedArena
 from tests.pages import PagedCache, assert_same, keys_of
 
@@ -160,6 +161,24 @@ def test_a_failed_start_gives_back_what_it_took(device: Device, monkeypatch: pyt
     assert closed == [Executor, PinnedArena], "both, and the executor first: it uses the arena's memory"
     gc.collect()
     assert vram - free_vram(device) < 4 << 20
+
+
+def test_memory_is_kept_while_a_thread_of_the_engine_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, closed = PagedCache.plain(HostDevice()), []
+    engine = cache.engine()
+    parts = engine._parts
+
+    def stuck() -> None:
+        raise TransferTimeoutError("planted")
+
+    monkeypatch.setattr(parts.executor, "close", stuck)
+    monkeypatch.setattr(parts.arena, "close", lambda: closed.append(1))
+    with pytest.raises(TransferTimeoutError, match="planted"):
+        engine.shutdown()
+    assert not closed and parts in engine_module._KEPT
+    monkeypatch.undo()
+    engine_module._KEPT.remove(parts)
+    parts.dispose(0.0)
 
 
 def test_an_engine_that_fails_at_its_last_step_gives_everything_back(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -16,6 +18,7 @@ def refused(specs, *parts, **keywords):
         KVLayout.from_pointers(specs, **keywords)
     for part in parts:
         assert part in str(caught.value), str(caught.value)
+    assert len(str(caught.value)) < 1000
 
 
 @pytest.mark.parametrize(("numbers", "keywords", "parts"), [
@@ -83,12 +86,88 @@ def test_no_tensors(empty):
         KVLayout.from_arrays(empty)
 
 
-def test_order_that_is_no_text():
-    refused((P, (4, 8), (8, 1), 1), "order=3", order=3)
+@pytest.mark.parametrize("order", [3, None, b"NHD", "\udc80", "N" * 10**6 + "\udc80", ["N"]], ids=lambda order: repr(order)[:9])
+def test_order_that_is_no_text(order):
+    refused((P, (4, 8), (8, 1), 1), "order=", "is no text", order=order)
+
+
+class Evil:
+    """Raises what nobody expects, whatever it is asked."""
+
+    def _fail(self, *_):
+        raise KeyError("planted")
+
+    __iter__ = __index__ = __len__ = __repr__ = __getitem__ = __array__ = _fail
+
+
+class EvilMapping(dict):
+    def items(self):
+        raise KeyError("planted")
+
+
+@pytest.mark.parametrize("axis", [
+    int, np.array(True), np.array(1.5), np.array("0"), np.True_, np.int64, [Evil()], Evil(), "0", b"0", np.array([True]),
+    [None], 10**5000, -(10**5000), "x" * 10**6, [int], np.ma.array(True), object(),
+], ids=lambda axis: type(axis).__name__)
+@pytest.mark.parametrize("name", ["block_axis", "layer_axis"])
+def test_axes_that_are_none(axis, name):
+    if name == "layer_axis" and axis == [None]:
+        return  # no layer axis, for each tensor
+    other = {"layer_axis": {"block_axis": 1}, "block_axis": {}}[name]
+    refused([(P, (4, 8), (8, 1), 1)], f"{name}=", **{name: axis}, **other)
+
+
+@pytest.mark.parametrize("axis", [1, np.int8(1), np.array(1), np.array([1]), [np.array(1)], range(1, 2), -2])
+def test_axes_that_are_integers_of_any_kind(axis):
+    layout = KVLayout.from_pointers([(P, (2, 4, 8), (32, 8, 1), 1)], block_axis=axis)
+    assert layout.num_blocks == 4 and layout.fragments.tolist() == [[P, 8, 0, 8], [P + 32, 8, 8, 8]]
+
+
+@pytest.mark.parametrize("specs", [
+    np.array(5), np.array(P), Evil(), [Evil()], EvilMapping(a=1), (Evil(), (4,), (1,), 1), int, "x" * 10**6, ["x" * 10**6],
+    (np.array([P]), (4, 8), (8, 1), 1), (P, np.array(4), (8, 1), 1), (P, (4, 8), np.array(8), 1),
+    (P, (4, 8), (8, 1), np.array([1, 1])),
+    (P, Evil(), (8, 1), 1), (P, (4, Evil()), (8, 1), 1), (P, (4, 8), (8, 1), int), (P, [1] * 10**6, [1] * 10**6, 1),
+    (10**5000, (4, 8), (8, 1), 1), (P, (4, 10**5000), (8, 1), 1), (P, (4, 8), (10**5000, 1), 1), (P, (4, 8), (8, 1), 10**5000),
+    (P, (1,) * 65, (1,) * 65, 1), (P, itertools.count(1), (8, 1), 1), {"x" * 10**6: 5},
+], ids=lambda specs: type(specs).__name__)
+def test_pointers_that_are_none(specs):
+    refused(specs)
+
+
+@pytest.mark.parametrize("device", ["cuda:00", "cuda:01", "cuda:²", "cuda:" + "9" * 5000, "x" * 10**6, "cuda:0\n", ["host"]],
+                         ids=lambda device: repr(device)[:9])
+def test_devices_by_other_spellings(device):
+    """The same GPU by two names would be two devices."""
+    refused([(P, (4, 8), (8, 1), 1)], "unknown device", device=device)
+
+
+@pytest.mark.parametrize("array", [
+    np.ma.zeros((4, 8)), np.ma.array(np.zeros((4, 8)), mask=np.ones((4, 8))), [np.ma.zeros((4, 8))], {"a": np.ma.zeros((4, 8))},
+], ids=lambda array: type(array).__name__)
+def test_masked_arrays(array):
+    with pytest.raises(LayoutError, match=r"is masked; pass the plain array under the mask"):
+        KVLayout.from_arrays(array)
+
+
+def test_no_message_fills_a_log():
+    many = np.dtype([(f"field{i}", "O") for i in range(10**4)])
+    long, wordy = type("T" * 10**6, (), {})(), type("T", (), {"__array_interface__": {"typestr": "x" * 10**6}})()
+    for given in (np.zeros(3, many), long, wordy, {"x" * 10**6: np.zeros(0)}):
+        with pytest.raises(LayoutError) as caught:
+            KVLayout.from_arrays(given)
+        assert len(str(caught.value)) < 1000
+    assert len(repr(KVLayout.from_arrays(np.zeros((4, 8)), order="N" * 10**6))) < 400
 
 
 def test_different_numbers_of_blocks():
     refused([(P, (4, 8), (8, 1), 1), (2 * P, (5, 8), (8, 1), 1)], "5 blocks", "tensor 0 has 4", "(4, 8)", "(5, 8)", "(8, 1)")
+
+
+def test_more_blocks_than_kernels_can_count():
+    most = 1 << 31
+    assert KVLayout.from_pointers((P, (most, 8), (8, 1), 1)).num_blocks == most
+    refused((P, (most + 1, 8), (8, 1), 1), f"{most + 1} blocks, more than {most}", "Check block_axis")
 
 
 def test_several_devices():

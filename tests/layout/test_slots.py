@@ -49,12 +49,14 @@ def test_a_few_tokens_of_a_huge_block():
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (([-1], 16), "never negative"), (([1.5], 16), "float64"), (([True], 16), "bool"), ((["a"], 16), "integers"),
-    (([[1]], 16), "one dimension"), ((3, 16), "one dimension"), (([1], 0), "block_size=0"), (([1], -2), "block_size=-2"),
-    (([1], 2.0), "block_size=2.0"), (([1], True), "bool"), (([1], 16, 17), "num_tokens=17"), (([1], 16, -1), "num_tokens=-1"),
-    (([1], 16, True), "bool"), (([1], 16, 1.0), "no integer"),
-    (([1 << 62], 16), "past the range"), (([1 << 63], 16), "past the range"),
-    (([1 << 70], 16), "integers"), (([[1], [2, 3]], 16), "no array"), (([], 16, 1), "do not fit"),
+    (([-1], 16), "never negative"), (([1.5], 16), "float"), (([True], 16), "bool"), ((["a"], 16), "integers"),
+    (([[1]], 16), "among them: list"), ((3, 16), r"1-d integers; seen: shape \(\)"), (([1], 0), "block_size = 0: must be"),
+    (([1], -2), "block_size = -2"), (([1], 2.0), "block_size = 2.0"), (([1], True), "block_size = True"),
+    (([1], 16, 17), "num_tokens = 17"), (([1], 16, -1), "num_tokens = -1"), (([1], 16, True), "num_tokens = True"),
+    (([1], 16, 1.0), "num_tokens = 1.0: must be an integer from 0"), (([1], 1 << 63), "block_size = 9223372036854775808"),
+    (([1 << 62], 16), "past the range"), (([1 << 63], 16), "64 bits"), ((np.array([1 << 63], np.uint64), 16), "past the range"),
+    (([1 << 70], 16), "64 bits"), (([[1], [2, 3]], 16), "integers"), (([], 16, 1), "do not fit"),
+    (([True, 2], 16), "among them: bool"), ((np.ma.array([1]), 16), "masked"), ((b"ab", 16), "seen: bytes"),
 ])
 def test_bad_slot_mappings(arguments, message):
     with pytest.raises(ArgumentError, match=message):
@@ -62,8 +64,8 @@ def test_bad_slot_mappings(arguments, message):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (([-2], 16), "holds -2"), (([0.5], 16), "float64"), (([[0]], 16), "one dimension"), (([0], 0), "block_size=0"),
-    (([0], None), "no integer"), (([True], 16), "bool"),
+    (([-2], 16), "holds -2"), (([0.5], 16), "float"), (([[0]], 16), "among them: list"), (([0], 0), "block_size = 0"),
+    (([0], None), "block_size = None: must be an integer from 1"), (([True], 16), "bool"),
 ])
 def test_bad_slots(arguments, message):
     with pytest.raises(ArgumentError, match=message):

@@ -200,6 +200,14 @@ def test_no_stream_is_made_to_wait():
     assert all("stream" not in call for call in host.calls)
 
 
+def test_exporters_are_asked_for_no_copy():
+    """Else a library may hand out a copy, whose bytes nobody would ever see again."""
+    for given in (Fake(), Fake(device=(CPU, 0)), Wrapped(np.zeros((4, 8)))):
+        tensor_spec(given)
+        assert [call["copy"] for call in given.calls] == [False]
+        assert given.calls[0]["max_version"][0] >= 1
+
+
 @pytest.mark.parametrize("allowed", [{"stream", "max_version"}, {"stream"}, set()], ids=str)
 def test_older_signatures(allowed):
     class Old(Fake):

@@ -23,6 +23,19 @@ def flags_at(address: int) -> set[str] | None:
     return None
 
 
+def resident_bytes(first: int, last: int) -> int:
+    """``Rss`` of all mappings that lie in ``[first, last)``."""
+    total, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        head = line.split(None, 1)[0]
+        if "-" in head and not head.endswith(":"):
+            low, high = (int(part, 16) for part in head.split("-"))
+            inside = first <= low and high <= last
+        elif inside and head == "Rss:":
+            total += int(line.split()[1]) << 10
+    return total
+
+
 def is_mapped(address: int) -> bool:
     """Whether an address belongs to any mapping."""
     for line in Path("/proc/self/maps").read_text().splitlines():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,7 +39,6 @@ def test_aligned_zeroed_resident_and_writable_to_the_last_byte(nbytes: int) -> N
 def test_every_page_is_touched_when_several_threads_share_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_TOUCH_BYTES", 3 * PAGE)
     monkeypatch.setattr(module.os, "cpu_count", lambda: 5)
-    monkeypatch.setattr(mmap, "MADV_HUGEPAGE", mmap.MADV_NORMAL)  # a huge page would be touched as a whole
     touched: list[tuple[int, int]] = []
     memset = ctypes.memset
 
@@ -49,9 +49,9 @@ def test_every_page_is_touched_when_several_threads_share_the_work(monkeypatch: 
     mapping_start = [0]
     advise = Mapping._advise
 
-    def start(self: Mapping, advice: int | None, what: str) -> None:
+    def start(self: Mapping, *arguments: Any) -> None:
         mapping_start[0] = self.address
-        advise(self, advice, what)
+        advise(self, *arguments)
 
     monkeypatch.setattr(Mapping, "_advise", start)
     monkeypatch.setattr(module.ctypes, "memset", record)
@@ -95,7 +95,7 @@ def test_a_forked_child_has_zeros_in_its_place() -> None:
 def test_what_the_platform_lacks_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(mmap, "MADV_HUGEPAGE")
     monkeypatch.setattr(module, "_MADV_WIPEONFORK", 9999)
-    mapping = Mapping(PAGE)
+    mapping = Mapping(HUGE_PAGE)
     assert mapping.notes == ["no huge pages on this platform", "no MADV_WIPEONFORK: Invalid argument"]
     assert not view(mapping).any()
     mapping.close()

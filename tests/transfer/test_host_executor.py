@@ -11,7 +11,7 @@ import pytest
 
 from kvortex.devices import HostStream
 from kvortex.devices.host import HostBuffer
-from kvortex.errors import ArgumentError, TransferError
+from kvortex.errors import ArgumentError, TransferError, TransferTimeoutError
 from kvortex.transfer import host as module
 from kvortex.transfer.executor import Completion, Direction, poll
 from kvortex.transfer.host import HostExecutor
@@ -225,3 +225,55 @@ def test_close_waits_for_the_copies_and_may_be_called_twice(
     b.executor.close()
     assert completion.query()
     b.executor.close()
+
+
+def test_close_does_not_wait_for_ever(bench: Callable[[int], Bench], monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, b = threading.Event(), bench(2)
+    monkeypatch.setattr(module, "copy_paged", lambda *_: gate.wait(20))
+    monkeypatch.setattr(module, "_LONGEST_END_S", 0.05)
+    submit_blocks(b.executor, Direction.SAVE, np.array([3]), np.array([5]), None)
+    began = time.monotonic()
+    with pytest.raises(TransferTimeoutError, match="kvortex-host-copy-. still copies after 0.05 s"):
+        b.executor.close()
+    assert time.monotonic() - began < 5
+    gate.set()
+
+
+def test_close_in_a_thread_that_copies_does_not_wait_for_itself(bench: Callable[[int], Bench]) -> None:
+    """The collector may drop an engine in any thread."""
+    b, told = bench(2), []
+    threads = list(b.executor._threads)
+
+    def close() -> None:
+        try:
+            b.executor.close()
+        except BaseException as error:
+            told.append(error)
+
+    b.executor._work.put(close)
+    for thread in threads:
+        thread.join(10)
+    assert not told and not any(thread.is_alive() for thread in threads)
+
+
+@pytest.mark.parametrize("threads", [1, 3, 16])
+def test_as_many_threads_as_were_asked_for(bench: Callable[[int], Bench], threads: int) -> None:
+    executor = bench(threads).executor
+    assert len(executor._threads) == threads and all(thread.is_alive() and thread.daemon for thread in executor._threads)
+    assert {thread.name for thread in executor._threads} == {f"kvortex-host-copy-{at}" for at in range(threads)}
+
+
+def test_seconds_are_those_of_the_copies(bench: Callable[[int], Bench], monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the start of the first part to the end of the last; what it waited for its stream does not count."""
+    b, gate, stream = bench(2), threading.Event(), HostStream()
+    monkeypatch.setattr(module, "copy_paged", lambda *_: time.sleep(0.03))
+    began = time.perf_counter()
+    stream.enqueue(gate.wait)
+    completion = submit_blocks(b.executor, Direction.SAVE, np.arange(8), np.arange(8), stream)
+    time.sleep(0.05)
+    opened = time.perf_counter()
+    gate.set()
+    finish(completion)
+    ended = time.perf_counter()
+    assert 0.03 <= completion.seconds <= ended - opened < ended - began
+    stream.close()

@@ -40,6 +40,11 @@ class FakeCompletion(Completion):
         self.layers.append(layer)
 
 
+def check_stream(stream: object) -> None:
+    if stream not in (None, "a stream"):
+        raise ArgumentError("no stream")
+
+
 class Over:
     over = True
 
@@ -67,7 +72,7 @@ def ticket_of(
         transfer.settled = True
         return True
 
-    return Ticket(transfer, settle, timeout)
+    return Ticket(transfer, settle, timeout, check_stream)
 
 
 FOR_EVER = float("inf")
@@ -168,7 +173,7 @@ def test_await_has_a_deadline() -> None:
 
     began = time.monotonic()
     with pytest.raises(TransferTimeoutError, match="a load of 300 bytes was not done after 0.02 s"):
-        asyncio.run(wait())
+        asyncio.run(asyncio.wait_for(wait(), 10))  # a broken deadline fails here, and does not hang
     assert 0.02 <= time.monotonic() - began < 1
 
 
@@ -183,6 +188,14 @@ def test_await_can_be_cancelled_and_the_transfer_goes_on() -> None:
     asyncio.run(cancel())
     completion.left = 0
     assert ticket.wait().any()
+
+
+def test_add_to_refuses_what_is_no_stream_whatever_there_is_to_wait_for() -> None:
+    running, nothing = FakeCompletion(FOR_EVER), None
+    for completion in (running, FakeCompletion(), nothing):
+        with pytest.raises(ArgumentError, match="no stream"):
+            ticket_of(completion).add_to("something else")
+    assert not running.streams
 
 
 def test_add_to_reaches_the_transfer_and_those_it_depends_on() -> None:
