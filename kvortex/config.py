@@ -7,15 +7,17 @@ import importlib
 import os
 import re
 import sys
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from kvortex.errors import ConfigError
+from kvortex.errors import ConfigError, shown
 
 ENV_PREFIX = "KVORTEX_"
 ENV_NOT_OPTIONS = frozenset({"KVORTEX_CACHE_DIR"})  # read by kvortex.kernels.build, not an option of the engine
+_MOST = 2**63 - 1  # what NumPy, compiled code and the driver count with
 _ROUTES = ("auto", "staged", "resident", "strided", "mapped")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
@@ -87,16 +89,15 @@ class KVortexConfig:
         if self.transfer_route not in _ROUTES:
             raise ConfigError(f"transfer_route = {self.transfer_route!r}: must be one of {', '.join(_ROUTES)}")
         seconds = self.transfer_timeout_s
-        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < float("inf"):
-            raise ConfigError(f"transfer_timeout_s = {seconds!r}: must be a number of seconds above 0")
+        # Compared as it is: an int may be too large for a float, and what is above the limit no wait can take.
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds <= threading.TIMEOUT_MAX:
+            span = f"above 0, {threading.TIMEOUT_MAX:.0f} at most"
+            raise ConfigError(f"transfer_timeout_s = {shown(seconds)}: must be a number of seconds {span}")
 
-    def _integer(self, name: str, *, at_least: int, at_most: int | None = None) -> None:
+    def _integer(self, name: str, *, at_least: int, at_most: int = _MOST) -> None:
         value = getattr(self, name)
-        span = f"of at least {at_least}" if at_most is None else f"from {at_least} to {at_most}"
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ConfigError(f"{name} = {value!r}: must be an integer {span}")
-        if value < at_least or (at_most is not None and value > at_most):
-            raise ConfigError(f"{name} = {value}: must be an integer {span}")
+        if isinstance(value, bool) or not isinstance(value, int) or not at_least <= value <= at_most:
+            raise ConfigError(f"{name} = {shown(value)}: must be an integer from {at_least} to {at_most}")
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any], *, source: str = "options") -> KVortexConfig:

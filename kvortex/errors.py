@@ -6,6 +6,10 @@ raises has moved no byte, holds no pin and has reserved no slot.
 
 from __future__ import annotations
 
+from typing import Any
+
+_MOST_SHOWN = 80  # characters: what was wrong is seen at its beginning, and a log takes no megabytes of it
+
 
 class KVortexError(Exception):
     """Base of every error raised by kvortex."""
@@ -63,3 +67,17 @@ class TransferTimeoutError(TransferError, TimeoutError):
 
 class IndexStateError(KVortexError, RuntimeError):
     """A slot of the index is not in the state that the call needs, or the index is damaged. Nothing was changed."""
+
+
+def shown(value: Any) -> str:
+    """``repr(value)`` for a message, cut where it is long; numbers of more digits than Python writes have a text too."""
+    try:
+        text = repr(value)
+    except ValueError:  # sys.set_int_max_str_digits
+        return f"a number of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
+    return cut(text)
+
+
+def cut(text: str, most: int = _MOST_SHOWN) -> str:
+    """Text of any length for a message: one that is too long loses its end."""
+    return text if len(text) <= most else text[: most - 3] + "..."

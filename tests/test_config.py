@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import threading
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,37 @@ def test_bad_value_is_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"^{name} = ") as caught:
         KVortexConfig(**{name: value})
     assert repr(value) in str(caught.value) or str(value) in str(caught.value)
+
+
+INTEGERS = [field.name for field in dataclasses.fields(KVortexConfig) if "int" in str(field.type)]
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+@pytest.mark.parametrize("value", [2**63, 10**400, 10**5000, -(10**5000)], ids=["2**63", "10**400", "10**5000", "-10**5000"])
+def test_an_integer_beyond_63_bits_is_refused(name: str, value: int) -> None:
+    with pytest.raises(ConfigError, match=f"^{name} = .*must be an integer from") as caught:
+        KVortexConfig(**{name: value})
+    assert len(str(caught.value)) < 200
+    if name not in ("num_transfer_streams", "rank"):  # which other options keep below that
+        assert getattr(KVortexConfig(**{name: 2**63 - 1}), name) == 2**63 - 1
+
+
+TOO_LONG = [threading.TIMEOUT_MAX * 1.001, 1e300, 10**400, 10**5000, float("inf"), float("nan")]
+
+
+@pytest.mark.parametrize("value", TOO_LONG, ids=["limit", "1e300", "10**400", "10**5000", "inf", "nan"])
+def test_a_timeout_that_no_wait_can_take_is_refused(value: float) -> None:
+    with pytest.raises(ConfigError, match="^transfer_timeout_s = .*: must be a number of seconds above 0, [0-9]+") as caught:
+        KVortexConfig(transfer_timeout_s=value)
+    assert len(str(caught.value)) < 200
+
+
+def test_the_longest_timeout_can_be_waited() -> None:
+    config = KVortexConfig(transfer_timeout_s=threading.TIMEOUT_MAX)
+    assert config.transfer_timeout_s == threading.TIMEOUT_MAX
+    event = threading.Event()
+    event.set()
+    assert event.wait(config.transfer_timeout_s)
 
 
 def test_rank_lies_in_its_world() -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import enum
 import numbers
-import reprlib
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
-from kvortex.errors import ArgumentError, TransferError
+from kvortex.errors import ArgumentError, TransferError, shown
 from kvortex.transfer.plan import Int64s
 
 _SPIN_S, _LONGEST_NAP_S = 100e-6, 1e-3
@@ -132,5 +131,5 @@ def seconds(timeout: Any) -> float:
         except OverflowError:  # an integer beyond all floats
             number = float("inf") if timeout > 0 else -1.0
     if not number >= 0:
-        raise ArgumentError(f"timeout = {reprlib.repr(timeout)}: must be a number of seconds, 0 or more")
+        raise ArgumentError(f"timeout = {shown(timeout)}: must be a number of seconds, 0 or more")
     return number
