@@ -7,7 +7,7 @@ import re
 from kvortex.devices.base import Device, DeviceBuffer
 from kvortex.devices.cuda import cuda_available
 from kvortex.devices.host import HostDevice, HostStream
-from kvortex.errors import ConfigError
+from kvortex.errors import ConfigError, shown
 
 __all__ = ["Device", "DeviceBuffer", "HostDevice", "HostStream", "cuda_available", "open_device"]
 
@@ -31,7 +31,7 @@ def open_device(name: str = "auto") -> Device:
         name = "cuda" if cuda_available()[0] else "host"
     if name == "host":
         return HostDevice()
-    match = re.fullmatch(r"cuda(?::([0-9]+))?", name)
+    match = re.fullmatch(r"cuda(?::(0|[1-9][0-9]{0,5}))?", name)
     if match is None:
-        raise ConfigError(f"{name!r} is no device: say 'auto', 'host', 'cuda' or 'cuda:N'")
+        raise ConfigError(f"{shown(name)} is no device: say 'auto', 'host', 'cuda' or 'cuda:N'")
     return CudaDevice(int(match[1] or 0))

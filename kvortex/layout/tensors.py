@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from kvortex.errors import LayoutError
+from kvortex.errors import LayoutError, shown
 from kvortex.layout.dlpack import c_strides, read_dlpack, refuse_read_only, type_name
 
-_DEVICE = re.compile(r"host|cuda:\d+")
-_TYPESTR = re.compile(r"[<>|=]?([a-zA-Z])(\d+)")
+_DEVICE = re.compile(r"host|cuda:(0|[1-9][0-9]{0,5})")
+_TYPESTR = re.compile(r"[<>|=]?([a-zA-Z])([0-9]{1,9})")
 _BYTES_PER_UNIT = {"U": 4}  # numpy counts UCS-4 characters in this one kind; every other kind counts bytes
 _NOT_BYTES = {"t", "O"}  # bit fields and object pointers
 
@@ -66,7 +66,7 @@ class TensorSpec:
         if len(self.shape) != len(self.strides):
             raise LayoutError(f"shape and strides differ in length ({seen}); give one stride in bytes for each axis")
         if not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):
-            raise LayoutError(f"unknown device {self.device!r} ({seen}); use 'host' or 'cuda:N', such as 'cuda:0'")
+            raise LayoutError(f"unknown device {shown(self.device)} ({seen}); use 'host' or 'cuda:N', such as 'cuda:0'")
 
 
 def tensor_spec(obj: Any) -> TensorSpec:

@@ -37,10 +37,10 @@ def test_auto(monkeypatch: pytest.MonkeyPatch, opened: list[int], there: bool, w
 
 
 BAD = ["", "gpu", "CUDA", "cuda:-1", "cuda:x", "cuda:1.0", "cuda: 1", "cuda:1:2", "cuda:", "cuda1", "host:0", "HOST", "auto:0",
-       "cpu", "cuda:²", "cuda:+1"]  # fmt: skip
+       "cpu", "cuda:²", "cuda:٣", "cuda:00", "cuda:" + "9" * 5000, "cuda:+1"]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("name", BAD, ids=[name[:9] for name in BAD])
 def test_bad_names(opened: list[int], name: str) -> None:
     with pytest.raises(ConfigError, match="is no device: say 'auto', 'host', 'cuda' or 'cuda:N'"):
         open_device(name)
