@@ -152,3 +152,12 @@ def test_what_a_manifest_leaves_out_is_seen() -> None:
     manifest = "# all\ninclude *.md a.py\ngraft docs\nglobal-exclude *.nbi"
     files = ["README.md", "a.py", "b.py", "docs/deep/c.md", "docs/c.nbi", "tests/README.md", "docs.py", "MANIFEST.in"]
     assert outside(manifest, files) == ["b.py", "docs.py", "docs/c.nbi", "tests/README.md"]
+
+
+def test_no_hint_asks_a_package_index_for_kvortex() -> None:
+    """None has it: what installs an extra is the checkout."""
+    files = [path for folder in ("kvortex", "kernels", "perf", "docs") for path in (ROOT / folder).rglob("*.*")]
+    for path in [*files, ROOT / "README.md"]:
+        if path.suffix in (".py", ".md"):
+            text = path.read_text(encoding="utf-8")
+            assert not re.search(r"pip install[^\n]*kvortex(\[|$)", text, re.M), path
