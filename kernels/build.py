@@ -115,7 +115,7 @@ def compile_kernel(name: str, compute_capability: tuple[int, int]) -> Cubin:
         # Whatever the tool chain raises (a missing NVVM or nvJitLink, a capability it does not know) means the same.
         raise BuildError(
             f"kernel {name!r} does not compile for compute capability {compute_capability}: {type(error).__name__}: {error}. "
-            "The compiler's libraries come with pip install 'kvortex[cu13]' (or [cu12])."
+            "The compiler's libraries come with pip install -e \".[cu13]\" (or [cu12]) in the kvortex checkout."
         ) from error
 
 

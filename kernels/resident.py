@@ -1,8 +1,8 @@
 """Gather and scatter by one launch for a whole transfer, which meets the DMAs through flags.
 
 A launch for each chunk waits each time for multiprocessors, and beside kernels that run for milliseconds most of the link
-stands still. A resident kernel waits once, and then keeps the one or two multiprocessors that it needs: a few hundred
-warps' worth of loads in flight feed the link, and to the model beside it the GPU is 1 % smaller.
+stands still. A resident kernel waits once, and then keeps the few multiprocessors that it needs to feed the link; to the
+model beside it the GPU is smaller by those.
 
 A *row* describes a chunk in eight 64-bit numbers. Warps take its pieces in turn, block after block; no two warps ever wait
 for each other. When a warp is through with a chunk, each of its lanes raises the chunk's ``done`` flag.

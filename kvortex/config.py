@@ -7,18 +7,23 @@ import importlib
 import os
 import re
 import sys
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from kvortex.errors import ConfigError
+from kvortex.errors import ConfigError, cut, shown
 
 ENV_PREFIX = "KVORTEX_"
 ENV_NOT_OPTIONS = frozenset({"KVORTEX_CACHE_DIR"})  # read by kvortex.kernels.build, not an option of the engine
+_MOST = 2**63 - 1  # what NumPy, compiled code and the driver count with
 _ROUTES = ("auto", "staged", "resident", "strided", "mapped")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+# [0-9] and not \d, which takes the digits of every script.
+_SIZE = re.compile(r"\s*([0-9]{1,99}(?:\.[0-9]{1,99})?)\s*([A-Za-z]*)\s*")
+_DEVICE = re.compile(r"auto|host|cuda(:(0|[1-9][0-9]{0,5}))?")
+_MOST_NAMED = 5  # of names that nobody knows
 _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
 
 
@@ -78,25 +83,24 @@ class KVortexConfig:
         if self.max_block_bytes is not None:
             self._integer("max_block_bytes", at_least=1)
         if not isinstance(self.enable_numa, bool):
-            raise ConfigError(f"enable_numa = {self.enable_numa!r}: must be true or false")
+            raise ConfigError(f"enable_numa = {shown(self.enable_numa)}: must be true or false")
         for name in ("model", "dtype", "lora", "salt", "device", "transfer_route"):
             if not isinstance(getattr(self, name), str):
-                raise ConfigError(f"{name} = {getattr(self, name)!r}: must be a string")
-        if not re.fullmatch(r"auto|host|cuda(:\d+)?", self.device):
-            raise ConfigError(f"device = {self.device!r}: must be 'auto', 'host', 'cuda' or 'cuda:N'")
+                raise ConfigError(f"{name} = {shown(getattr(self, name))}: must be a string")
+        if not _DEVICE.fullmatch(self.device):
+            raise ConfigError(f"device = {shown(self.device)}: must be 'auto', 'host', 'cuda' or 'cuda:N'")
         if self.transfer_route not in _ROUTES:
-            raise ConfigError(f"transfer_route = {self.transfer_route!r}: must be one of {', '.join(_ROUTES)}")
+            raise ConfigError(f"transfer_route = {shown(self.transfer_route)}: must be one of {', '.join(_ROUTES)}")
         seconds = self.transfer_timeout_s
-        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < float("inf"):
-            raise ConfigError(f"transfer_timeout_s = {seconds!r}: must be a number of seconds above 0")
+        # Compared as it is: an int may be too large for a float, and what is above the limit no wait can take.
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds <= threading.TIMEOUT_MAX:
+            span = f"above 0, {threading.TIMEOUT_MAX:.0f} at most"
+            raise ConfigError(f"transfer_timeout_s = {shown(seconds)}: must be a number of seconds {span}")
 
-    def _integer(self, name: str, *, at_least: int, at_most: int | None = None) -> None:
+    def _integer(self, name: str, *, at_least: int, at_most: int = _MOST) -> None:
         value = getattr(self, name)
-        span = f"of at least {at_least}" if at_most is None else f"from {at_least} to {at_most}"
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ConfigError(f"{name} = {value!r}: must be an integer {span}")
-        if value < at_least or (at_most is not None and value > at_most):
-            raise ConfigError(f"{name} = {value}: must be an integer {span}")
+        if isinstance(value, bool) or not isinstance(value, int) or not at_least <= value <= at_most:
+            raise ConfigError(f"{name} = {shown(value)}: must be an integer from {at_least} to {at_most}")
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any], *, source: str = "options") -> KVortexConfig:
@@ -110,12 +114,13 @@ class KVortexConfig:
 
     @classmethod
     def from_toml(cls, path: str | os.PathLike[str], **overrides: Any) -> KVortexConfig:
-        """Config from a TOML file, from its ``[kvortex]`` table if it has one, else its top level; keywords win."""
-        table = _read_toml(path)
-        table = table.get("kvortex", table)
-        if not isinstance(table, dict):
-            raise ConfigError(f"{os.fspath(path)}: 'kvortex' must be a table")
-        return cls(**{**_parsed(table, os.fspath(path)), **_parsed(overrides, "keyword")})
+        """Config from a TOML file, from its ``[kvortex]`` table if it has one, else its top level; keywords win.
+
+        Beside a ``[kvortex]`` table there may be tables of other programs, and nothing else.
+        """
+        name = _path(path)
+        source = cut(name.replace("\0", "\\0"), 200)
+        return cls(**{**_parsed(_options(_read_toml(name, source), source), source), **_parsed(overrides, "keyword")})
 
 
 _FIELDS = {field.name: str(field.type) for field in dataclasses.fields(KVortexConfig)}
@@ -132,24 +137,45 @@ def parse_size(text: str) -> int:
     match = _SIZE.fullmatch(text)
     unit = _UNITS.get(match[2].upper()) if match else None
     if match is None or unit is None:
-        raise ConfigError(f"{text!r} is no size: write bytes, or a number with KiB, MiB, GiB, TiB, KB, MB or GB")
+        raise ConfigError(f"{shown(text)} is no size: write bytes, or a number with KiB, MiB, GiB, TiB, KB, MB or GB")
     size = Fraction(match[1]) * unit
     if size.denominator != 1:
-        raise ConfigError(f"{text!r} is no whole number of bytes")
+        raise ConfigError(f"{shown(text)} is no whole number of bytes")
     return size.numerator
 
 
 def _from_environ(environ: Mapping[str, str] | None) -> dict[str, Any]:
-    environ = os.environ if environ is None else environ
-    names = [name for name in environ if name.startswith(ENV_PREFIX) and name not in ENV_NOT_OPTIONS]
-    return _parsed({name[len(ENV_PREFIX) :].lower(): environ[name] for name in names}, "environment " + ENV_PREFIX + "*")
+    source = "environment " + ENV_PREFIX + "*"
+    environ = _mapping(os.environ if environ is None else environ, source)
+    options: dict[str, Any] = {}
+    for variable in environ:
+        if variable.startswith(ENV_PREFIX) and variable not in ENV_NOT_OPTIONS:
+            name = variable[len(ENV_PREFIX) :].lower()
+            if name in options:
+                raise ConfigError(f"{source}: {cut(name)} is set twice, in capital and in small letters; unset one of them")
+            options[name] = environ[variable]
+    return _parsed(options, source)
+
+
+def _mapping(options: Any, source: str) -> Mapping[str, Any]:
+    if not isinstance(options, Mapping):
+        raise ConfigError(f"{source}: must be a mapping of names to values; seen: {shown(options)}")
+    for name in options:
+        if not isinstance(name, str):
+            raise ConfigError(f"{source}: names of options are strings; seen: {shown(name)}")
+    return options
 
 
 def _parsed(options: Mapping[str, Any], source: str) -> dict[str, Any]:
-    unknown = sorted(set(options) - set(_FIELDS))
+    unknown = sorted(set(_mapping(options, source)) - set(_FIELDS))
     if unknown:
-        raise ConfigError(f"{source}: unknown option {', '.join(map(repr, unknown))}; known are {', '.join(sorted(_FIELDS))}")
+        raise ConfigError(f"{source}: unknown option {_named(unknown)}; known are {', '.join(sorted(_FIELDS))}")
     return {name: _value(name, value, source) for name, value in options.items()}
+
+
+def _named(names: list[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return ", ".join(map(shown, names[:_MOST_NAMED])) + more
 
 
 def _value(name: str, value: Any, source: str) -> Any:
@@ -157,30 +183,62 @@ def _value(name: str, value: Any, source: str) -> Any:
     if not isinstance(value, str) or kind == "str":
         return value
     try:
-        if kind == "bool":
-            word = value.strip().lower()
-            if word not in _TRUE | _FALSE:
-                raise ConfigError(f"{value!r} is neither true nor false")
-            return word in _TRUE
-        if kind == "float":
-            return float(value)
-        if name.endswith("_bytes"):
-            return parse_size(value)
-        return int(value)
-    except ValueError as error:
-        raise ConfigError(f"{source}: {name} = {value!r}: {error}") from None
+        return _read(name, kind, value)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {name}: {error}") from None
+    except ValueError:
+        wanted = "number of seconds" if kind == "float" else "integer"
+        raise ConfigError(f"{source}: {name} = {shown(value)} is no {wanted}") from None
 
 
-def _read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
+def _read(name: str, kind: str, text: str) -> Any:
+    """The value that a text means; ValueError where it means none."""
+    if kind == "bool":
+        word = text.strip().lower()
+        if word not in _TRUE | _FALSE:
+            raise ConfigError(f"{shown(text)} is neither true nor false")
+        return word in _TRUE
+    if name.endswith("_bytes"):
+        return parse_size(text)
+    if not text.isascii():  # int() and float() take the digits of every script
+        raise ValueError
+    return float(text) if kind == "float" else int(text)
+
+
+def _path(path: Any) -> str:
+    """The name of a file; an integer is none, though ``open`` would take it for a descriptor, read it and close it."""
+    try:
+        return os.fsdecode(path)
+    except TypeError:
+        raise ConfigError(f"the path of a TOML file must be a string or a Path; seen: {shown(path)}") from None
+
+
+def _options(table: dict[str, Any], source: str) -> dict[str, Any]:
+    """The options of a TOML file. Where they have a table, an option beside it would be overlooked, so it is refused."""
+    if "kvortex" not in table:
+        return table
+    options = table["kvortex"]
+    if not isinstance(options, dict):
+        raise ConfigError(f"{source}: 'kvortex' must be a table")
+    beside = sorted(name for name, value in table.items() if name in _FIELDS or not isinstance(value, (dict, list)))
+    if beside:
+        raise ConfigError(f"{source}: {_named(beside)} beside the [kvortex] table; options belong into that table")
+    return options
+
+
+def _read_toml(path: str, source: str) -> dict[str, Any]:
     try:
         tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
     except ImportError:
-        raise ConfigError("reading TOML on Python 3.10 needs tomli: pip install 'kvortex[toml]'") from None
+        cure = 'pip install -e ".[toml]" in the kvortex checkout'
+        raise ConfigError(f"reading TOML on Python 3.10 needs tomli: {cure}") from None
     try:
         with open(path, "rb") as file:
             table: dict[str, Any] = tomllib.load(file)
             return table
     except OSError as error:
-        raise ConfigError(f"{os.fspath(path)}: {error.strerror}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{os.fspath(path)}: {error}") from None
+        raise ConfigError(f"{source}: {error.strerror or error}") from None
+    except RecursionError:
+        raise ConfigError(f"{source}: tables or arrays are nested too deeply") from None
+    except ValueError as error:  # no TOML, no UTF-8, a number of thousands of digits, or a path with a NUL
+        raise ConfigError(f"{source}: {cut(str(error), 200)}") from None

@@ -34,7 +34,7 @@ from kvortex.keys import KeyArray, KeysLike, Namespace, as_keys, block_keys
 from kvortex.layout import KVLayout
 from kvortex.memory.arena import PinnedArena
 from kvortex.stats import Counters, EngineStats
-from kvortex.transfer.executor import Completion, Direction, Executor, Failed, poll, seconds
+from kvortex.transfer.executor import Completion, Direction, Executor, Failed, poll
 from kvortex.transfer.plan import Int64s, Pool
 from kvortex.transfer.routes import Route
 from kvortex.transfer.ticket import Ticket
@@ -312,7 +312,7 @@ class KVortexEngine:
         ReentrantCallError
             This thread is in the middle of a call of this engine, which would wait for itself.
         """
-        deadline = time.monotonic() + (self.config.transfer_timeout_s if timeout is None else seconds(timeout))
+        deadline = time.monotonic() + (self.config.transfer_timeout_s if timeout is None else arguments.seconds(timeout))
         if self._parts.pid != os.getpid():  # a forked child owns none of this
             self._closed = True
             self._finalizer.detach()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kvortex.errors import KVortexError
 from perf import compute, fragments, latency
-from perf.report import Report, environment
+from perf.report import Report, check_writable, environment
 
 QUESTIONS = {"compute": compute, "fragments": fragments, "latency": latency}
 
@@ -22,16 +22,26 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     module = QUESTIONS[arguments.name]
     try:
+        check_writable(arguments.out)
         device_name, rows, notes = module.measure(arguments.device, quick=arguments.quick)
     except KVortexError as error:
         print(f"perf: {error}", file=sys.stderr)
         return 2
-    command = " ".join(["python -m perf", *(sys.argv[1:] if argv is None else argv)])
-    report = Report(arguments.name, command, environment(device_name), notes, rows)
+    report = Report(arguments.name, _command(arguments), environment(device_name), notes, rows)
     print(report.table(module.COLUMNS))
-    for path in report.write(arguments.out, module.draw):
-        print(f"wrote {path}")
+    try:
+        for path in report.write(arguments.out, module.draw):
+            print(f"wrote {path}")
+    except OSError as error:  # the disk may have filled up since
+        print(f"perf: --out {arguments.out}: {error.strerror or error}", file=sys.stderr)
+        return 2
     return 0
+
+
+def _command(arguments: argparse.Namespace) -> str:
+    """What repeats the measurement; where its result was put is nobody else's business."""
+    quick = ["--quick"] if arguments.quick else []
+    return " ".join(["python -m perf", arguments.name, "--device", arguments.device, *quick])
 
 
 if __name__ == "__main__":

@@ -5,27 +5,61 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import json
+import os
 import platform
+import subprocess
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import kvortex
+from kvortex.errors import ArgumentError
 
+ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("numpy", "numba", "numba-cuda", "cuda-bindings", "cuda-core")
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Device, driver, versions and date of a measurement."""
+    """Device, driver, versions, commit and date of a measurement."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": kvortex.open_device(device).describe(),
         "python": platform.python_version(),
         "kvortex": kvortex.__version__,
+        "commit": commit(ROOT),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "kernel": platform.release(),
     }
+
+
+def commit(root: Path) -> str | None:
+    """The commit that was measured, ``+dirty`` where files differ from it; None where ``root`` is no git checkout."""
+    if not (root / ".git").exists():  # a copy in another checkout would have that one's commit
+        return None
+    try:
+        head = _git(root, "rev-parse", "--short", "HEAD")
+        # Not those in perf/results: the measurement before this one wrote them.
+        changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)perf/results")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head + ("+dirty" if changed else "")
+
+
+def _git(root: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, timeout=60, check=True)
+    return done.stdout.strip()
+
+
+def check_writable(folder: Path) -> None:
+    """Before a measurement, not after it; by writing, and leaves nothing."""
+    there = next(parent for parent in (folder, *folder.absolute().parents) if os.path.lexists(parent))
+    try:
+        with tempfile.NamedTemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ArgumentError(f"--out {folder}: no file can be written there: {error.strerror or error}") from None
 
 
 @dataclass

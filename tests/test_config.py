@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import threading
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from kvortex import ConfigError, KVortexConfig, KVortexError
 from kvortex.config import parse_size
+from kvortex.errors import shown
 
 GOOD: dict[str, list[Any]] = {
     "cpu_pool_size_bytes": [1, 4096, 1 << 44],
@@ -38,7 +40,7 @@ BAD: dict[str, list[Any]] = {
     "num_transfer_streams": [0, -1, 33, 3.0, True, None],
     "transfer_route": ["", "STAGED", "direct", None, 1],
     "enable_numa": [1, 0, "true", None],
-    "device": ["", "gpu", "cuda:", "cuda:-1", "cuda:x", "cuda:0\n", "CUDA", "host:0", 0, None],
+    "device": ["", "gpu", "cuda:", "cuda:-1", "cuda:x", "cuda:0\n", "cuda:00", "cuda:٣", "CUDA", "host:0", 0, None],
     "block_size": [0, -16, 16.0, True, None],
     "max_block_bytes": [0, -1, 1.0, True, "1MiB"],
     "model": [None, 1, b"llama"],
@@ -68,6 +70,37 @@ def test_bad_value_is_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"^{name} = ") as caught:
         KVortexConfig(**{name: value})
     assert repr(value) in str(caught.value) or str(value) in str(caught.value)
+
+
+INTEGERS = [field.name for field in dataclasses.fields(KVortexConfig) if "int" in str(field.type)]
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+@pytest.mark.parametrize("value", [2**63, 10**400, 10**5000, -(10**5000)], ids=["2**63", "10**400", "10**5000", "-10**5000"])
+def test_an_integer_beyond_63_bits_is_refused(name: str, value: int) -> None:
+    with pytest.raises(ConfigError, match=f"^{name} = .*must be an integer from") as caught:
+        KVortexConfig(**{name: value})
+    assert len(str(caught.value)) < 200
+    if name not in ("num_transfer_streams", "rank"):  # which other options keep below that
+        assert getattr(KVortexConfig(**{name: 2**63 - 1}), name) == 2**63 - 1
+
+
+TOO_LONG = [threading.TIMEOUT_MAX * 1.001, 1e300, 10**400, 10**5000, float("inf"), float("nan")]
+
+
+@pytest.mark.parametrize("value", TOO_LONG, ids=["limit", "1e300", "10**400", "10**5000", "inf", "nan"])
+def test_a_timeout_that_no_wait_can_take_is_refused(value: float) -> None:
+    with pytest.raises(ConfigError, match="^transfer_timeout_s = .*: must be a number of seconds above 0, [0-9]+") as caught:
+        KVortexConfig(transfer_timeout_s=value)
+    assert len(str(caught.value)) < 200
+
+
+def test_the_longest_timeout_can_be_waited() -> None:
+    config = KVortexConfig(transfer_timeout_s=threading.TIMEOUT_MAX)
+    assert config.transfer_timeout_s == threading.TIMEOUT_MAX
+    event = threading.Event()
+    event.set()
+    assert event.wait(config.transfer_timeout_s)
 
 
 def test_rank_lies_in_its_world() -> None:
@@ -202,10 +235,89 @@ def test_missing_toml_is_refused_by_name(tmp_path: Path) -> None:
         KVortexConfig.from_toml(tmp_path / "absent.toml")
 
 
+def test_a_path_that_is_none_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "kvortex.toml"
+    path.write_text("block_size = 32")
+    with path.open("rb") as file:
+        with pytest.raises(ConfigError, match="must be a string or a Path; seen: [0-9]+$"):
+            KVortexConfig.from_toml(file.fileno())  # type: ignore[arg-type]
+        assert file.read() == b"block_size = 32", "the caller's file is neither read nor closed"
+    with pytest.raises(ConfigError, match="seen: None"):
+        KVortexConfig.from_toml(None)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"a\\0b\.toml: embedded null"):
+        KVortexConfig.from_toml("a\0b.toml")
+    assert KVortexConfig.from_toml(str(path).encode()).block_size == 32  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'model = "\xff"',
+        b"model = " + b"[" * 5000 + b"]" * 5000,
+        b"block_size = " + b"9" * 5000,
+        b"block_size = " + b"9" * 4000,
+        b'block_size = "' + b"9" * 5000 + b'"',
+        b'cpu_pool_size_bytes = "' + b"9" * 5000 + b'"',
+        b'device = "cuda:' + b"9" * 5000 + b'"',
+        b'enable_numa = "' + b"x" * 5000 + b'"',
+        b"transfer_timeout_s = " + b"9" * 400,
+        b"".join(b"option_%d = 1\n" % at for at in range(5000)),
+        b"x" * 5000 + b" = 1",
+        b"\"" + b"x" * 5000 + b"\" = 1\n" b"\"" + b"x" * 5000 + b"\" = 1",
+    ],
+    ids=["latin-1", "nested", "digits", "63 bits", "text", "size", "device", "bool", "timeout", "names", "name", "twice"],
+)
+def test_whatever_a_file_holds_the_error_is_short(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "kvortex.toml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        KVortexConfig.from_toml(path)
+    assert len(str(caught.value)) < 900
+    if b"= " + b"9" * 400 not in content and b"cuda:" not in content:  # those are refused by the option's own check
+        assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("beside", ["block_size = 16", "blocksize = 16", 'model = "x"'])
+def test_an_option_beside_the_table_is_refused_by_name(tmp_path: Path, beside: str) -> None:
+    path = tmp_path / "kvortex.toml"
+    path.write_text(f"{beside}\n[kvortex]\nrank = 0\n")
+    with pytest.raises(ConfigError, match=rf"kvortex\.toml: '{beside.split()[0]}' beside the \[kvortex\] table"):
+        KVortexConfig.from_toml(path)
+
+
+@pytest.mark.parametrize("options", [None, 3, "block_size", [("block_size", 16)], {1: 2}, {"block_size": 16, 1: 2}, {None: 1}])
+def test_what_is_no_mapping_of_names_is_refused(options: Any) -> None:
+    for read in (KVortexConfig.from_mapping, KVortexConfig.from_env):
+        if not (options is None and read == KVortexConfig.from_env):  # None stands for os.environ there
+            with pytest.raises(ConfigError, match="must be a mapping of names|names of options are strings"):
+                read(options)
+
+
+def test_a_variable_in_two_spellings_is_refused() -> None:
+    with pytest.raises(ConfigError, match="block_size is set twice"):
+        KVortexConfig.from_env({"KVORTEX_BLOCK_SIZE": "16", "KVORTEX_block_size": "32"})
+
+
+@pytest.mark.parametrize("name", ["block_size", "cpu_pool_size_bytes", "transfer_timeout_s"])
+def test_digits_of_other_scripts_are_no_numbers(name: str) -> None:
+    with pytest.raises(ConfigError, match=name):
+        KVortexConfig.from_mapping({name: "٣"})
+
+
+@pytest.mark.parametrize("name", sorted(GOOD))
+def test_a_huge_value_makes_no_huge_message(name: str) -> None:
+    for value in ("x" * 10**6, b"x" * 10**6, ["x"] * 10**6):
+        if not (isinstance(value, str) and isinstance(GOOD[name][0], str) and name not in ("device", "transfer_route")):
+            for make in (KVortexConfig, lambda **options: KVortexConfig.from_mapping(options)):
+                with pytest.raises(ConfigError, match=name) as caught:
+                    make(**{name: value})
+                assert len(str(caught.value)) < 300
+
+
 @pytest.mark.skipif(sys.version_info >= (3, 11), reason="only Python 3.10 lacks tomllib")
 def test_toml_without_tomli_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tomli", None)
-    with pytest.raises(ConfigError, match=r"pip install 'kvortex\[toml\]'"):
+    with pytest.raises(ConfigError, match=r"pip install -e \"\.\[toml\]\" in the kvortex checkout"):
         KVortexConfig.from_toml(tmp_path / "kvortex.toml")
 
 
@@ -230,7 +342,10 @@ def test_size(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "-1", "1e9", "1 GiBs", "1,5 GiB", "1.", ".5", "0x10", "1 2", "inf", "1.0001 KiB"])
+NO_SIZES = ["", "GiB", "-1", "1e9", "1 GiBs", "1,5 GiB", "1.", ".5", "0x10", "1 2", "inf", "1.0001 KiB", "٣ KiB"]
+
+
+@pytest.mark.parametrize("text", NO_SIZES)
 def test_no_size(text: str) -> None:
     with pytest.raises(ConfigError, match="is no "):
         parse_size(text)
@@ -250,7 +365,7 @@ def test_any_text_is_a_size_or_a_config_error(text: str) -> None:
     try:
         assert parse_size(text) >= 0
     except ConfigError as error:
-        assert repr(text) in str(error)
+        assert shown(text) in str(error)
 
 
 @given(st.decimals(0, 10**6, places=3, allow_nan=False), st.sampled_from(["KB", "MB", "GB"]))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import configparser
+import fnmatch
 import importlib.metadata
 import importlib.util
 import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -113,3 +115,49 @@ def test_ci_script_can_be_run() -> None:
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     assert script.read_text(encoding="utf-8").startswith("#!/usr/bin/env bash\nset -euo pipefail\n")
+
+
+def tracked_files() -> list[str]:
+    """Files that git knows, or a reason to skip."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    try:
+        done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    except FileNotFoundError:
+        pytest.skip("git is not installed")
+    if done.returncode:
+        pytest.skip(f"git refuses: {done.stderr.strip()}")
+    return [name for name in done.stdout.split("\0") if name]
+
+
+def outside(manifest: str, files: list[str]) -> list[str]:
+    """Files that a source distribution would lack, by the commands of a MANIFEST.in in their order."""
+    taken: set[str] = {"MANIFEST.in"}
+    for command, *patterns in (line.split() for line in lines(manifest)):
+        match = {
+            "include": lambda name, pattern: name.count("/") == pattern.count("/") and fnmatch.fnmatchcase(name, pattern),
+            "graft": lambda name, pattern: name.startswith(f"{pattern}/"),
+            "global-exclude": lambda name, pattern: fnmatch.fnmatchcase(name.rpartition("/")[2], pattern),
+        }[command]
+        found = {name for name in files if any(match(name, pattern) for pattern in patterns)}
+        taken = taken - found if command == "global-exclude" else taken | found
+    return sorted(set(files) - taken)
+
+
+def test_a_source_distribution_is_the_whole_checkout() -> None:
+    assert outside((ROOT / "MANIFEST.in").read_text(encoding="utf-8"), tracked_files()) == []
+
+
+def test_what_a_manifest_leaves_out_is_seen() -> None:
+    manifest = "# all\ninclude *.md a.py\ngraft docs\nglobal-exclude *.nbi"
+    files = ["README.md", "a.py", "b.py", "docs/deep/c.md", "docs/c.nbi", "tests/README.md", "docs.py", "MANIFEST.in"]
+    assert outside(manifest, files) == ["b.py", "docs.py", "docs/c.nbi", "tests/README.md"]
+
+
+def test_no_hint_asks_a_package_index_for_kvortex() -> None:
+    """None has it: what installs an extra is the checkout."""
+    files = [path for folder in ("kvortex", "kernels", "perf", "docs") for path in (ROOT / folder).rglob("*.*")]
+    for path in [*files, ROOT / "README.md"]:
+        if path.suffix in (".py", ".md"):
+            text = path.read_text(encoding="utf-8")
+            assert not re.search(r"pip install[^\n]*kvortex(\[|$)", text, re.M), path

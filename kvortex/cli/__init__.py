@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from kvortex import __version__
 from kvortex.config import parse_size
-from kvortex.errors import KVortexError
+from kvortex.errors import KVortexError, shown
 
+_MOST = 2**63 - 1
 _DEVICE_HELP = "auto (the first GPU if there is one, else the host), host, cuda or cuda:N; default auto"
 
 
@@ -27,23 +30,51 @@ def main(argv: Sequence[str] | None = None) -> int:
     int
         0: well. 1: wrong or lost bytes were found. 2: it could not run, and one line on stderr says why. 130: Ctrl-C.
     """
+    if sys.stdout is None:  # as Python puts it where the descriptor was closed
+        return _refusal("stdout is closed; send it to a file, or to /dev/null")
+    try:
+        code = _code(argv)
+        sys.stdout.flush()  # here, where an error can still be told
+        return code
+    except KeyboardInterrupt:
+        _refusal("interrupted")
+        return 130
+    except KVortexError as error:
+        return _refusal(" ".join(str(error).splitlines()))  # a tool chain's message may have several lines
+    except MemoryError as error:
+        return _refusal(f"not enough memory: {error}")
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        _drop_output()
+        return 2
+    except OSError as error:
+        _drop_output()
+        return _refusal(f"{error.filename or 'output'}: {error.strerror or error}")
+    except Exception:  # a mistake of ours, which must not look like wrong bytes
+        traceback.print_exc()
+        return 2
+
+
+def _code(argv: Sequence[str] | None) -> int:
     try:
         arguments = _parser().parse_args(argv)
     except SystemExit as stop:  # argparse has printed what there is to say
         return stop.code if isinstance(stop.code, int) else 2
     arguments.command_line = ["kvortex", *(sys.argv[1:] if argv is None else argv)]
-    try:
-        return _run(arguments)
-    except KeyboardInterrupt:
-        print("kvortex: interrupted", file=sys.stderr)
-        return 130
-    except KVortexError as error:
-        print("kvortex:", *str(error).splitlines(), file=sys.stderr)  # a tool chain's message may have several lines
-    except MemoryError as error:
-        print(f"kvortex: not enough memory: {error}", file=sys.stderr)
-    except BrokenPipeError:  # the reader of a pipe has seen enough; nothing more may be written to it, at exit neither
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return _run(arguments)
+
+
+def _refusal(text: str) -> int:
+    """One line on stderr, where it takes one, and the code that goes with it."""
+    if sys.stderr is not None:  # else print() would write to stdout
+        with contextlib.suppress(OSError):
+            print(f"kvortex: {text}", file=sys.stderr, flush=True)
     return 2
+
+
+def _drop_output() -> None:
+    """What stdout still holds goes nowhere: Python would try to write it once more, at exit."""
+    with contextlib.suppress(OSError):  # a test's stdout has no descriptor
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -126,7 +157,9 @@ def _integer(text: str, at_least: int) -> int:
     except ValueError:
         value = at_least - 1
     if value < at_least:
-        raise argparse.ArgumentTypeError(f"{text!r} is no integer of at least {at_least}")
+        raise argparse.ArgumentTypeError(f"{shown(text)} is no integer of at least {at_least}")
+    if value > _MOST:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is too large: {_MOST} at most")
     return value
 
 
@@ -136,7 +169,7 @@ def _seconds(text: str) -> float:
     except ValueError:
         value = 0.0
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
+        raise argparse.ArgumentTypeError(f"{shown(text)} is no number of seconds above 0")
     return value
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 import time
@@ -12,9 +13,9 @@ from typing import IO, Any
 _LINE_EVERY_S = 5.0  # a log file wants to know that something happens, and not much more
 
 
-def _rich(module: str, stream: IO[str]) -> Any:
+def _rich(module: str, stream: IO[str] | None) -> Any:
     """A module of rich, or None where it is not installed or ``stream`` is no terminal: what is piped stays plain."""
-    if not stream.isatty():
+    if stream is None or not stream.isatty():
         return None
     try:
         importlib.import_module("rich")
@@ -64,8 +65,10 @@ class Progress:
 
 
 def note(text: str) -> None:
-    """One line on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    """One line on stderr. Where that is closed or full, the work goes on without it."""
+    if sys.stderr is not None:  # else print() would write to stdout
+        with contextlib.suppress(OSError):
+            print(text, file=sys.stderr, flush=True)
 
 
 def table(title: str, rows: Sequence[tuple[str, str]]) -> None:

@@ -10,9 +10,10 @@ import numpy.typing as npt
 
 from kvortex.cli import console
 from kvortex.cli.pages import BlockIds, Pages
-from kvortex.cli.serve import Server, config, warm_up
+from kvortex.cli.serve import Server, open_engine, warm_up
 from kvortex.devices import open_device
 from kvortex.engine import KVortexEngine
+from kvortex.errors import ArgumentError, shown
 from kvortex.stats import EngineStats
 
 Tokens = npt.NDArray[np.uint32]
@@ -21,11 +22,13 @@ Tokens = npt.NDArray[np.uint32]
 _BLOCK_TOKENS, _LAYERS, _HEADS, _DIM = 16, 8, 4, 64
 _MESSAGE_TOKENS = (200, 600)  # the answer to the last message, and the next message
 _VOCABULARY = 128_000
+_MOST_TOKENS = 1 << 28  # 1 GiB
 _MOST_POOL_BLOCKS = 4096  # 512 MiB, unless the user asks for more
 
 
 def run(arguments: argparse.Namespace) -> int:
     """The command; 1 where a byte was wrong or a transfer failed."""
+    _check_length(arguments.conversations, arguments.turns, arguments.system_tokens)
     prompts = chat(arguments.conversations, arguments.turns, arguments.system_tokens, arguments.seed)
     lengths = [len(prompt) // _BLOCK_TOKENS for prompt in prompts]
     # What is alive at the end: each conversation's last prompt, and once what they share.
@@ -34,8 +37,8 @@ def run(arguments: argparse.Namespace) -> int:
     longest = min(max(*lengths, 1), pool_blocks)
     with Pages(open_device(arguments.device), longest, _LAYERS, _BLOCK_TOKENS, _HEADS, _DIM) as pages:
         console.note(f"demo on {pages.device.name}: compiling, where this is the first time")
-        warm_up(pages)
-        with KVortexEngine.create(config(pages, pool_blocks, _BLOCK_TOKENS), pages.layout) as engine:
+        warm_up(pages, "--pool-blocks")
+        with open_engine(pages, pool_blocks, _BLOCK_TOKENS, "--pool-blocks") as engine:
             server = Server(engine, pages)
             began = time.monotonic()
             _play(server, engine, prompts, pages, arguments.seed, began + arguments.seconds)
@@ -44,6 +47,16 @@ def run(arguments: argparse.Namespace) -> int:
     if server.requests < len(prompts):
         console.note(f"stopped after {arguments.seconds:g} s; --seconds allows more")
     return 1 if server.wrong_bytes or stats.failed_blocks else 0
+
+
+def _check_length(conversations: int, turns: int, system_tokens: int) -> None:
+    """Before the memory is gone: what is said is kept as tokens."""
+    tokens = conversations * (system_tokens + turns * _MESSAGE_TOKENS[1])
+    if tokens > _MOST_TOKENS:
+        raise ArgumentError(
+            f"a chat of up to {shown(tokens)} tokens is too long, {_MOST_TOKENS} at most; "
+            "lower --conversations, --turns or --system-tokens"
+        )
 
 
 def chat(conversations: int, turns: int, system_tokens: int, seed: int) -> list[Tokens]:

@@ -98,7 +98,7 @@ def _missing(report: Report) -> list[dict[str, str]]:
         found.append(("a working NVIDIA driver", "sudo apt install nvidia-driver-580 (a container: docker run --gpus all)"))
     found += _missing_compiler(report)
     if not isinstance(report["kernel_cache"], dict):
-        found.append(("kvortex.kernels, which comes with an installation", "pip install ."))
+        found.append(("kvortex.kernels, which comes with an installation", "pip install . (in the kvortex checkout)"))
     elif not report["kernel_cache"]["writable"]:
         found.append(("a cache folder that can be written", "export KVORTEX_CACHE_DIR=/a/folder/of/yours"))
     if _get(report, "memory", "transparent_huge_pages") == "never":
@@ -107,15 +107,20 @@ def _missing(report: Report) -> list[dict[str, str]]:
     if usable and _get(report, "memory", "memlock_soft") is not None:
         found.append(("unlimited locked memory, if pinning is refused", "ulimit -l unlimited (docker run --ulimit memlock=-1)"))
     if not _get(report, "versions", "rich"):
-        found.append(("rich, for nicer tables", "pip install 'kvortex[cli]'"))
+        found.append(("rich, for nicer tables", _extra("cli")))
     return [{"what": what, "cure": cure} for what, cure in found]
+
+
+def _extra(name: str) -> str:
+    """From the checkout: no package index has kvortex."""
+    return f'pip install -e ".[{name}]" (in the kvortex checkout)'
 
 
 def _missing_compiler(report: Report) -> list[tuple[str, str]]:
     """The compiler is needed by GPUs and by ``--build`` only, but says whether kernels can be tested here too."""
     cuda = str(_get(report, "driver", "cuda") or "13.0")
     extra = "cu12" if cuda.startswith("12.") else "cu13"
-    cure = f"pip install 'kvortex[{extra}]'"
+    cure = _extra(extra)
     if not _compiles(report):
         return [("the compiler of GPU kernels (not needed on the host device)", cure)]
     linker = _probe(probes.nvjitlink_version)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -13,23 +14,24 @@ import numpy as np
 
 from kvortex.cli import console
 from kvortex.cli.pages import Pages
-from kvortex.cli.serve import Server, config, warm_up
+from kvortex.cli.serve import Server, open_engine, warm_up
 from kvortex.cli.trace import BLOCK_TOKENS, read_trace, tokens_of
 from kvortex.cli.versions import versions
 from kvortex.devices import open_device
-from kvortex.engine import KVortexEngine
-from kvortex.errors import ArgumentError
+from kvortex.errors import ArgumentError, cut
 
 # The pages of the stand-in model hold 16 tokens of 4 layers, whatever a block of the trace holds: 8 fragments a record.
 _LAYERS, _TOKENS, _LEAST_DIM = 4, 16, 4
 _RECORD_UNIT = _LAYERS * 2 * _TOKENS * _LEAST_DIM * 2
+_MOST_RECORD = 1 << 40
 
 
 def run(arguments: argparse.Namespace) -> int:
     """The command; 1 where a byte was wrong or a transfer failed."""
-    if not arguments.record_bytes or arguments.record_bytes % _RECORD_UNIT:
-        raise ArgumentError(f"--record-bytes {arguments.record_bytes}: must be a multiple of {_RECORD_UNIT}")
-    _check_writable(arguments.json)
+    if not 0 < arguments.record_bytes <= _MOST_RECORD or arguments.record_bytes % _RECORD_UNIT:
+        size = cut(str(arguments.record_bytes))
+        raise ArgumentError(f"--record-bytes {size}: must be a multiple of {_RECORD_UNIT}, {_MOST_RECORD} at most")
+    _check_writable(arguments.json, arguments.trace)
     requests = read_trace(arguments.trace, arguments.limit)
     report = replay(requests, arguments.blocks, arguments.record_bytes, arguments.device)
     report = {"command": arguments.command_line, "versions": versions(), **report}
@@ -63,8 +65,8 @@ def replay(requests: list[list[int]], blocks: int, record_bytes: int, device: st
     dim = record_bytes // (_RECORD_UNIT // _LEAST_DIM)
     with Pages(open_device(device), max(1, longest), _LAYERS, _TOKENS, 1, dim) as pages:
         console.note(f"replay on {pages.device.name}: compiling, where this is the first time")
-        warm_up(pages)
-        with KVortexEngine.create(config(pages, blocks, BLOCK_TOKENS), pages.layout) as engine:
+        warm_up(pages, "--record-bytes")
+        with open_engine(pages, blocks, BLOCK_TOKENS, "--blocks") as engine:
             server, hits, began = Server(engine, pages), [], time.perf_counter()
             with console.Progress("requests", len(requests)) as progress:
                 for ids in requests:
@@ -117,13 +119,23 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def _check_writable(path: str | None) -> None:
+def _check_writable(path: str | None, trace: str) -> None:
     """Before the work, not after it."""
     if path in (None, "-"):
         return
-    folder = os.path.dirname(path) or "."
-    if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+    if not path:
+        raise ArgumentError("--json '': names no file; - is stdout")
+    if os.path.exists(path) and os.path.exists(trace) and os.path.samefile(path, trace):
+        raise ArgumentError(f"--json {path}: is the trace itself, which would be lost")
+    folder = os.path.dirname(os.path.realpath(path))
+    place = path if _is_special(path) else folder
+    if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(place, os.W_OK):
         raise ArgumentError(f"--json {path}: no file can be written there")
+
+
+def _is_special(path: str) -> bool:
+    """A pipe or a device, which is written into; a file is replaced."""
+    return os.path.exists(path) and not os.path.isfile(path)
 
 
 def _write(report: dict[str, Any], path: str) -> None:
@@ -133,7 +145,24 @@ def _write(report: dict[str, Any], path: str) -> None:
         sys.stdout.flush()
         return
     try:
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(text)
+        if _is_special(path):
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(text)
+        else:
+            _replace(os.path.realpath(path), text)
     except OSError as error:
         raise ArgumentError(f"--json {path}: {error.strerror or error}") from None
+
+
+def _replace(path: str, text: str) -> None:
+    """The whole text or nothing: what was there stays until all of it is written."""
+    folder, name = os.path.split(path)
+    part = os.path.join(folder, f".{name[:99]}.{os.getpid()}.part")
+    try:
+        with open(part, "x", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(part)
+        raise

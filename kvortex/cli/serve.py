@@ -7,8 +7,11 @@ import numpy as np
 from kvortex.cli.pages import BlockIds, Pages
 from kvortex.config import KVortexConfig
 from kvortex.engine import KVortexEngine
+from kvortex.errors import ArgumentError, PinnedMemoryError
 from kvortex.keys import KeyArray
 from kvortex.memory.arena import SLOT_ALIGNMENT
+
+_MOST_BYTES = 1 << 60
 
 
 class Server:
@@ -64,21 +67,27 @@ class Server:
         return loaded
 
 
-def config(pages: Pages, pool_blocks: int, block_size: int) -> KVortexConfig:
-    """For a pool of so many blocks."""
+def open_engine(pages: Pages, pool_blocks: int, block_size: int, option: str) -> KVortexEngine:
+    """An engine with a pool of so many blocks; errors about its size name ``option``, which is what the user can change."""
     slot_bytes = -(-pages.layout.record_bytes // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
-    return KVortexConfig(
+    if pool_blocks * slot_bytes > _MOST_BYTES:
+        raise ArgumentError(f"{option}: {pool_blocks} blocks of {slot_bytes} bytes are more than any machine has; lower it")
+    config = KVortexConfig(
         cpu_pool_size_bytes=pool_blocks * slot_bytes,
         device=pages.device.name,
         block_size=block_size,
         model="kvortex-cli",
         dtype="bf16",
     )
+    try:
+        return KVortexEngine.create(config, pages.layout)
+    except PinnedMemoryError as error:
+        raise PinnedMemoryError(str(error).replace("cpu_pool_size_bytes", option)) from None
 
 
-def warm_up(pages: Pages) -> None:
+def warm_up(pages: Pages, option: str) -> None:
     """Compiles or loads all that serving needs, in an engine of its own, so that nobody measures compilers."""
-    with KVortexEngine.create(config(pages, 1, 1), pages.layout) as engine:
+    with open_engine(pages, 1, 1, option) as engine:
         server, keys = Server(engine, pages), engine.block_keys(range(1))
         for _ in range(2):  # the first saves, the second loads
             server.serve(keys, np.zeros(1, np.int64))

@@ -69,9 +69,10 @@ def _full_blocks(line: bytes, where: str) -> list[int]:
         if type(one) is not int or not 0 <= one <= _MAX_ID:
             raise ArgumentError(f"{where}: hash_ids[{place}] must be an integer from 0 to {_MAX_ID}; seen: {_short(one)}")
     full = tokens // BLOCK_TOKENS
-    if not full <= len(ids) <= -(-tokens // BLOCK_TOKENS):
+    needed = -(-tokens // BLOCK_TOKENS)
+    if not full <= len(ids) <= needed:
         raise ArgumentError(
-            f"{where}: hash_ids has {len(ids)} ids, and input_length = {tokens} needs {-(-tokens // BLOCK_TOKENS)}, "
+            f"{where}: hash_ids has {len(ids)} ids, and input_length = {_short(tokens)} needs {_short(needed)}, "
             f"one for each {BLOCK_TOKENS} tokens"
         )
     return ids[:full]

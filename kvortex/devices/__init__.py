@@ -37,7 +37,7 @@ def open_device(name: str = "auto") -> Device:
         name = "cuda" if cuda_available()[0] else "host"
     if name == "host":
         return HostDevice()
-    match = re.fullmatch(r"cuda(?::(0|[1-9][0-9]{0,8}))?", name)
+    match = re.fullmatch(r"cuda(?::(0|[1-9][0-9]{0,5}))?", name)
     if match is None:
         raise ConfigError(f"{shown(name)} is no device: {_NAMES}")
     return CudaDevice(int(match[1] or 0))

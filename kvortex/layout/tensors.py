@@ -19,8 +19,8 @@ from kvortex.arguments import is_masked
 from kvortex.errors import LayoutError, cut, shown, told
 from kvortex.layout.dlpack import c_strides, read_dlpack, refuse_read_only, type_name
 
-_DEVICE = re.compile(r"host|cuda:(0|[1-9][0-9]{0,8})")
-_TYPESTR = re.compile(r"[<>|=]?([a-zA-Z])(\d+)")
+_DEVICE = re.compile(r"host|cuda:(0|[1-9][0-9]{0,5})")
+_TYPESTR = re.compile(r"[<>|=]?([a-zA-Z])([0-9]{1,9})")
 _BYTES_PER_UNIT = {"U": 4}  # numpy counts UCS-4 characters in this one kind; every other kind counts bytes
 _MAX_AXES = 64  # of NumPy
 _NOT_BYTES = {"t", "O"}  # bit fields and object pointers

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import enum
-import numbers
-import reprlib
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
-from kvortex.errors import ArgumentError, TransferError
+from kvortex.errors import TransferError
 from kvortex.transfer.plan import Int64s
 
 _SPIN_S, _LONGEST_NAP_S = 100e-6, 1e-3
@@ -128,16 +126,3 @@ def poll(ready: Callable[[], bool], deadline: float) -> bool:
             time.sleep(min(nap, deadline - now))
             nap = min(nap * 1.5, _LONGEST_NAP_S)
     return True
-
-
-def seconds(timeout: Any) -> float:
-    """A caller's timeout as a number of seconds; raises ArgumentError for what is none."""
-    number, is_real = -1.0, isinstance(timeout, numbers.Real) and not isinstance(timeout, bool)
-    if is_real:
-        try:
-            number = float(timeout)
-        except OverflowError:  # an integer beyond all floats
-            number = float("inf") if timeout > 0 else -1.0
-    if not number >= 0:
-        raise ArgumentError(f"timeout = {reprlib.repr(timeout)}: must be a number of seconds, 0 or more")
-    return number

@@ -17,7 +17,7 @@ from kvortex.transfer.executor import Direction
 from kvortex.transfer.plan import Int64s, Plan
 
 THREADS = 512
-CTAS_PER_MULTIPROCESSOR = 0.25  # enough to feed the link from HBM many times over; the rest stays with the model
+CTAS_PER_MULTIPROCESSOR = 0.25  # the rest stays with the model
 ROW_WORDS = 2 * resident.ROW_CELLS  # of an IdBuffer's int32
 RESIDENT_THREADS = 512  # of kvortex.kernels.resident, which needs numba.cuda to import
 
@@ -156,7 +156,7 @@ class Lane:
     def _open(self, count: int, *, behind: bool) -> None:
         with cu.current(self._device.context) as driver:
             low, high = cu.check(driver.cuCtxGetStreamPriorityRange(), "cuCtxGetStreamPriorityRange")
-            # High priority: a gather of tens of microseconds must not queue behind a model's kernels. Loads before saves,
+            # High priority: a short gather must not queue behind a model's kernels. Loads before saves,
             # since a model waits for them. (A smaller number is a higher priority.)
             priority = min(high + 1, low) if behind else high
             for _ in range(count):

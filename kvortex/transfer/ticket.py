@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from kvortex.arguments import seconds
 from kvortex.errors import ArgumentError, TransferError, TransferTimeoutError
-from kvortex.transfer.executor import poll, seconds
+from kvortex.transfer.executor import poll
 from kvortex.transfer.transfer import Mask, Transfer
 
 

@@ -41,12 +41,69 @@ def test_help(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         (["demo", "--seconds", "nan"], "argument --seconds: 'nan' is no number of seconds above 0"),
         (["demo", "--seconds", "soon"], "argument --seconds: 'soon' is no number of seconds above 0"),
         (["demo", "--seed", "x"], "argument --seed"),
+        (["demo", "--turns", "9" * 30], "argument --turns: '999999999999999999999999999999' is too large"),
+        (["demo", "--turns", "9" * 5000], "argument --turns: '99999999"),
+        (["demo", "--seconds", "9" * 5000], "argument --seconds: '99999999"),
+        (["demo", "--system-tokens", str(2**63)], "argument --system-tokens: '9223372036854775808' is too large"),
+        (["replay", "t", "--record-bytes", "9" * 5000], "argument --record-bytes: '99999999"),
     ],
 )
 def test_bad_arguments(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(argv) == 2
     out, err = capsys.readouterr()
-    assert message in err and not out and "Traceback" not in err
+    assert message in err and not out and "Traceback" not in err and len(err) < 1200
+
+
+TOO_LARGE = [
+    ["--system-tokens", str(2**63 - 1)],
+    ["--system-tokens", "9999999999999"],
+    ["--conversations", str(2**63 - 1)],
+    ["--conversations", "999999999999"],
+    ["--turns", str(2**63 - 1)],
+    ["--turns", "99999999999"],
+    ["--pool-blocks", str(2**63 - 1)],
+    ["--pool-blocks", "99999999999"],
+]
+
+
+@pytest.mark.parametrize("options", TOO_LARGE, ids=" ".join)
+def test_sizes_beyond_the_machine_name_their_option(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--device", "host", *options]) == 2
+    out, err = capsys.readouterr()
+    last = err.splitlines()[-1]
+    assert not out and last.startswith("kvortex: ") and options[0] in last and len(last) < 300
+    assert "cpu_pool_size_bytes" not in err and "Traceback" not in err
+
+
+WRITERS = [["demo", "--device", "host", "--turns", "1", "--conversations", "1"], ["doctor"], ["doctor", "--json"]]
+
+
+def run_in_bash(argv: list[str], redirection: str) -> subprocess.CompletedProcess[str]:
+    command = f'"$@" {redirection}'
+    argv = ["bash", "-c", command, "bash", sys.executable, "-m", "kvortex", *argv]
+    return subprocess.run(argv, capture_output=True, text=True, timeout=120, cwd=ROOT)
+
+
+@pytest.mark.parametrize("argv", WRITERS, ids=" ".join)
+@pytest.mark.parametrize(("redirection", "message"), [("> /dev/full", "output: No space left"), (">&-", "stdout is closed")])
+def test_output_that_cannot_be_written(argv: list[str], redirection: str, message: str) -> None:
+    done = run_in_bash(argv, redirection)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and last.startswith(f"kvortex: {message}")
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+
+
+@pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full"])
+def test_progress_that_cannot_be_written_stops_nothing(redirection: str) -> None:
+    done = run_in_bash(WRITERS[0], redirection)
+    assert done.returncode == 0 and done.stdout.startswith("kvortex demo on host\n")
+    assert run_in_bash(["demo", "--device", "none"], redirection).returncode == 2
+
+
+def test_a_mistake_of_ours_is_no_wrong_byte(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(demo, "_play", lambda *_: 1 // 0)
+    assert main(["demo", "--device", "host", "--turns", "1", "--pool-blocks", "9"]) == 2
+    assert "ZeroDivisionError" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,11 @@ def test_faults_are_found(
         (["--json", "/no/such/folder/x.json"], "--json /no/such/folder/x.json: no file can be written there"),
         (["--device", "tpu"], "'tpu' is no device"),
         (["--record-bytes", "1KiB", "--blocks", "100000000000"], "bytes of host memory"),
+        (["--record-bytes", "1KiB", "--blocks", "100000000000"], "lower --blocks"),
+        (["--blocks", str(2**63 - 1)], "--blocks: 9223372036854775807 blocks of 16384 bytes are more than any machine has"),
+        (["--record-bytes", "2TiB"], "must be a multiple of 1024, 1099511627776 at most"),
+        (["--record-bytes", "9" * 90 + "TiB"], "must be a multiple of 1024"),
+        (["--json", ""], "--json '': names no file"),
     ],
 )
 def test_what_cannot_be_done_is_said(
@@ -141,9 +147,41 @@ def test_what_cannot_be_done_is_said(
     assert main(["replay", write(tmp_path / "t", conversations(5)), "--device", "host", *options]) == 2
     out, err = capsys.readouterr()
     last = err.splitlines()[-1]
-    assert not out and last.startswith("kvortex: ") and message in last and "Traceback" not in err
+    assert not out and last.startswith("kvortex: ") and message in last and "Traceback" not in err and len(last) < 300
 
 
 def test_a_report_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["replay", write(tmp_path / "t", conversations(5)), "--json", str(tmp_path), *SMALL]) == 2
     assert "no file can be written there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("link", [None, os.symlink, os.link])
+def test_the_trace_is_not_overwritten(tmp_path: Path, link: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = target = write(tmp_path / "t", conversations(5))
+    before = Path(trace).read_bytes()
+    if link is not None:
+        link(trace, target := str(tmp_path / "link"))
+    assert main(["replay", trace, "--json", target, *SMALL]) == 2
+    assert f"--json {target}: is the trace itself" in capsys.readouterr().err
+    assert Path(trace).read_bytes() == before
+
+
+def test_a_report_replaces_the_one_before_it_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trace, out = write(tmp_path / "t", conversations(5)), tmp_path / "out.json"
+    out.write_text("the one before")
+    link = tmp_path / "link"
+    link.symlink_to(out)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        assert main(["replay", trace, "--json", str(link), *SMALL]) == 2
+        assert out.read_text() == "the one before"
+    assert main(["replay", trace, "--json", str(link), *SMALL]) == 0
+    assert json.loads(out.read_text())["requests"] == 5 and link.is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "out.json", "t"]
+
+
+def test_a_device_is_written_into_and_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = write(tmp_path / "t", conversations(5))
+    assert main(["replay", trace, "--json", "/dev/full", *SMALL]) == 2
+    assert "--json /dev/full: No space left on device" in capsys.readouterr().err
+    assert Path("/dev/full").is_char_device()

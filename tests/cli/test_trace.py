@@ -45,6 +45,7 @@ BAD = [
     (line(hash_ids=[4, -5, 9]), "hash_ids[1] must be an integer from 0 to 18446744073709551615; seen: -5"),
     (line(hash_ids=[4, 5, 2**64]), "hash_ids[2] must be an integer from 0 to 18446744073709551615; seen: 18446744073709551616"),
     (line(hash_ids=[4, 5, "x" * 99]), 'seen: "' + "x" * 36 + "..."),
+    (line(input_length=10**4000), "input_length = 1" + "0" * 36 + "... needs "),
     (line(hash_ids=[4]), "hash_ids has 1 ids, and input_length = 1025 needs 3, one for each 512 tokens"),
     (line(hash_ids=[4, 5, 6, 7]), "hash_ids has 4 ids, and input_length = 1025 needs 3, one for each 512 tokens"),
 ]

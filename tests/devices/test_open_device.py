@@ -37,7 +37,7 @@ def test_auto(monkeypatch: pytest.MonkeyPatch, opened: list[int], there: bool, w
 
 
 BAD = ["", "gpu", "CUDA", "cuda:-1", "cuda:x", "cuda:1.0", "cuda: 1", "cuda:1:2", "cuda:", "cuda1", "host:0", "HOST", "auto:0",
-       "cpu", "cuda:²", "cuda:+1", "cuda:00", "cuda:01", "cuda:" + "9" * 5000, "cuda:0\n", "x" * 10**6,
+       "cpu", "cuda:²", "cuda:٣", "cuda:+1", "cuda:00", "cuda:01", "cuda:" + "9" * 5000, "cuda:0\n", "x" * 10**6,
        None, 1, True, b"host", ["host"], HostDevice]  # fmt: skip
 
 

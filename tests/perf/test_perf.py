@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import json
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from kvortex.memory.arena import PinnedArena
 from kvortex.transfer import host
 from kvortex.transfer.executor import Direction
 from perf import __main__ as program
-from perf import compute, fragments
+from perf import compute, fragments, report
 from perf.raw import RawCopy
 from perf.report import Report
 
@@ -42,7 +44,9 @@ def test_the_result_says_where_and_how_it_was_measured(answer: tuple[str, Path])
     name, folder = answer
     result = result_of(answer)
     assert result["name"] == name
-    assert result["command"] == f"python -m perf {name} --quick --device host --out {folder}"
+    assert result["command"] == f"python -m perf {name} --device host --quick"
+    assert str(folder) not in json.dumps(result)
+    assert result["environment"]["commit"] == report.commit(report.ROOT)
     assert all(result["environment"][fact] for fact in FACTS)
     assert result["environment"]["device"]["device"] == "host" and result["environment"]["kvortex"] == kvortex.__version__
     assert result["environment"]["packages"]["numpy"] == np.__version__ and result["environment"]["date"].endswith("+00:00")
@@ -61,6 +65,69 @@ def test_the_picture_is_written(answer: tuple[str, Path]) -> None:
     pytest.importorskip("matplotlib")
     name, folder = answer
     assert (folder / f"{name}-host.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_committed_results_name_no_place_of_a_machine() -> None:
+    found = sorted((report.ROOT / "perf" / "results").glob("*.json"))
+    assert found
+    for path in found:
+        command = json.loads(path.read_text(encoding="utf-8"))["command"]
+        assert command.startswith("python -m perf ") and "/" not in command and "--out" not in command, path
+
+
+def test_the_commit_that_was_measured(tmp_path: Path) -> None:
+    def git(*arguments: str) -> str:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        done = subprocess.run(["git", *who, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    if shutil.which("git") is None:
+        pytest.skip("git is not installed")
+    assert report.commit(tmp_path) is None
+    git("init", "--quiet")
+    assert report.commit(tmp_path) is None, "nothing was committed yet"
+    for name in ("code.py", "perf/results/x.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("one")
+    git("add", "-A")
+    git("commit", "--quiet", "-m", "first")
+    head = git("rev-parse", "--short", "HEAD")
+    assert report.commit(tmp_path) == head
+    (tmp_path / "perf/results/x.json").write_text("two")
+    assert report.commit(tmp_path) == head
+    (tmp_path / "code.py").write_text("two")
+    assert report.commit(tmp_path) == f"{head}+dirty"
+    (tmp_path / "copy").mkdir()
+    assert report.commit(tmp_path / "copy") is None
+
+
+def test_no_commit_without_git(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / ".git").mkdir()
+    monkeypatch.setenv("PATH", "")
+    assert report.commit(tmp_path) is None
+
+
+@pytest.mark.parametrize("out", ["file", "file/deep", "/dev/full", "/proc/no"])
+def test_a_folder_that_cannot_be_written_is_told_before_measuring(
+    out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setattr(fragments, "measure", lambda *_, **__: pytest.fail("measured"))
+    assert program.main(["fragments", "--quick", "--device", "host", "--out", str(tmp_path / out)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"perf: --out {tmp_path / out}: no file can be written there") and error.count("\n") == 1
+
+
+@pytest.mark.usefixtures("small")
+def test_a_disk_that_fills_up_ends_with_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert program.main(["fragments", "--quick", "--device", "host", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.endswith(f"perf: --out {tmp_path}: No space left on device\n")
 
 
 @pytest.fixture
@@ -174,8 +241,8 @@ def test_the_first_round_does_not_count_and_everything_is_freed(monkeypatch: pyt
 
 
 def test_tables_are_aligned() -> None:
-    report = Report("x", "", {}, {}, [{"a": 1.23456, "long": 7}, {"a": 123456.0, "long": "text"}])
-    lines = report.table(["a", "long"]).splitlines()
+    result = Report("x", "", {}, {}, [{"a": 1.23456, "long": 7}, {"a": 123456.0, "long": "text"}])
+    lines = result.table(["a", "long"]).splitlines()
     assert [line.split() for line in lines] == [["a", "long"], ["1.23", "7"], ["1.23e+05", "text"]]
     assert len({len(line) for line in lines}) == 1
 
