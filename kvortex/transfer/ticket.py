@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import numbers
-import reprlib
 import time
 from collections.abc import Callable, Generator
 from typing import Any
 
 import numpy as np
 
-from kvortex.arguments import seconds
+from kvortex.arguments import integer, seconds
 from kvortex.errors import ArgumentError, TransferError, TransferTimeoutError
 from kvortex.transfer.executor import poll
 from kvortex.transfer.transfer import Mask, Transfer
@@ -96,9 +94,7 @@ class Ticket:
         layers = self._transfer.layers
         if not layers:
             raise ArgumentError("wait_layer is for loads into pages of a layout; use add_to")
-        if not _is_integer(layer) or not 0 <= layer < layers:
-            raise ArgumentError(f"layer = {reprlib.repr(layer)}: must be an integer from 0 to {layers - 1}")
-        self._add_to(stream, int(layer))
+        self._add_to(stream, integer(layer, "layer", 0, layers - 1))
 
     def _add_to(self, stream: Any, layer: int | None) -> None:
         self.done()  # refuses in a forked child
@@ -155,7 +151,3 @@ class Ticket:
     def __repr__(self) -> str:
         state = "done" if self._transfer.settled else "running"  # looks only: printing must not move anything
         return f"<Ticket {self.kind} of {len(self._transfer.mask)} blocks, {self.nbytes} bytes, {state}>"
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import time
-from fractions import Fraction
-from typing import Any
 
 import pytest
 
-from kvortex.arguments import seconds
-from kvortex.errors import ArgumentError, TransferError
+from kvortex.errors import TransferError
 from kvortex.transfer import executor
 from kvortex.transfer.executor import Completion, Direction, Failed, poll
 
@@ -88,18 +85,3 @@ def test_a_transfer_that_could_not_be_issued_has_ended() -> None:
 
 def test_directions_have_the_names_of_the_public_calls() -> None:
     assert [direction.value for direction in Direction] == ["save", "load"]
-
-
-@pytest.mark.parametrize("timeout", [10**400, float("inf"), Fraction(10**400)])
-def test_a_timeout_beyond_all_floats_is_none_at_all(timeout: Any) -> None:
-    assert seconds(timeout) == float("inf")
-
-
-UNSHOWABLE = pytest.param(-(10**5000), id="-10**5000")  # Python writes no integer of so many digits
-
-
-@pytest.mark.parametrize("timeout", [-(10**400), UNSHOWABLE, float("nan"), -0.1, True, "1", None, 1j])
-def test_what_is_no_timeout(timeout: Any) -> None:
-    with pytest.raises(ArgumentError, match="must be a number of seconds") as refusal:
-        seconds(timeout)
-    assert len(str(refusal.value)) < 200
