@@ -74,7 +74,7 @@ def _would_run(report: Report) -> Report:
     result: Report = {"host": f"yes: copies between RAM and RAM by threads, {cores} cores"}
     gpus = [name for name in report if name.startswith("cuda:")]
     for name in gpus:
-        result[name] = "yes: route staged (gather kernel, staging buffers in VRAM, DMA)"
+        result[name] = "yes: kernels and DMA, by routes that are chosen for each transfer (transfer_route)"
     if not gpus:
         result["cuda"] = f"no: {_get(report, 'driver', 'reason') or report['driver']}"
     elif not isinstance(report["kernel_cache"], dict):

@@ -65,7 +65,7 @@ def test_with_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     monkeypatch.setattr(probes, "memory", lambda: memory)
     report = doctor.examine()
     assert report["cuda:0"] == H100
-    assert report["would_run"]["cuda:0"].startswith("yes: route staged")
+    assert report["would_run"]["cuda:0"].startswith("yes: kernels and DMA")
     assert report["would_run"]["device auto means"] == "cuda:0"
     assert not any("compiler" in what or "locked" in what for what in cures(report))
     assert main(["doctor"]) == 0
