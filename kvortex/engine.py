@@ -29,7 +29,7 @@ from kvortex.errors import (
     shown,
 )
 from kvortex.flight import Flight
-from kvortex.index import PENDING, BlockIndex
+from kvortex.index import PENDING, BlockIndex, load_compiled
 from kvortex.keys import KeyArray, KeysLike, Namespace, as_keys, block_keys
 from kvortex.layout import KVLayout
 from kvortex.memory.arena import PinnedArena
@@ -389,6 +389,7 @@ class _Parts:
             undo.callback(self.arena.close)
             self.executor = _executor(config, layout, device, self.arena)
             undo.callback(self.executor.close)
+            load_compiled()
             self.index = BlockIndex(self.arena.slots)
             self.counters = Counters()
             self.flight = Flight(self.index, self.counters)

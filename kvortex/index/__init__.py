@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvortex.errors import IndexStateError
 from kvortex.index.core import NEW, PENDING, RESIDENT
 from kvortex.index.policies import LRU, POLICIES, Policy
-from kvortex.index.table import BlockIndex, IndexCounts, Reservation
+from kvortex.index.table import BlockIndex, IndexCounts, Reservation, load_compiled
 
 __all__ = [
     "LRU",
@@ -18,4 +18,5 @@ __all__ = [
     "IndexStateError",
     "Policy",
     "Reservation",
+    "load_compiled",
 ]

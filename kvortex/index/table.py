@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn, TypeAlias
@@ -321,3 +322,17 @@ def _sizes(nbytes: int | npt.ArrayLike, count: int) -> npt.NDArray[np.int64]:
     if array.size and array.min() < 0:
         raise ArgumentError(f"nbytes must be at least 0; seen: {array.min()}")
     return np.full(count, array, np.int64)
+
+
+@functools.cache
+def load_compiled() -> None:
+    """Loads all that is compiled, or compiles it, once in a process: else each first call would, and an interrupt in the
+    middle of that can abort the process inside LLVM."""
+    index, once = BlockIndex(2), np.zeros(1, np.uint8)
+    keys, sizes = np.arange(64, dtype=np.uint8).reshape(2, 32), np.zeros(2, np.int64)
+    index.reserve(keys, sizes, owner=1, taken=np.full(2, -1))
+    index.commit(np.array([0]), once=once)
+    index.abort(np.array([1]), once=np.zeros(1, np.uint8))
+    index.lookup(keys)
+    held = index.acquire(keys, sizes, taken=np.full(2, -1))
+    index.release(held[held >= 0], once=np.zeros(1, np.uint8))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
+import numpy as np
 from numba import njit
 
-from kvortex.devices.native import call
+from kvortex.devices.native import call, memcpy_address
 from kvortex.transfer.plan import BASE, BYTES, OFFSET, STRIDE
 
 
@@ -41,3 +44,13 @@ def copy_buffers(memcpy, addresses, sizes, records, to_host):  # type: ignore[no
             call(memcpy, (records[b], addresses[b], sizes[b]))
         else:
             call(memcpy, (addresses[b], records[b], sizes[b]))
+
+
+@functools.cache
+def load_compiled() -> None:
+    """Loads these functions, or compiles them, once in a process: not in the middle of the first transfer."""
+    none, rows, layouts_own = np.empty(0, np.int64), np.empty((0, 4), np.int64), np.empty((0, 4), np.int64)
+    layouts_own.setflags(write=False)  # another type to the compiler
+    copy_paged(memcpy_address(), rows, none, none, True)
+    copy_paged(memcpy_address(), layouts_own, none, none, True)
+    copy_buffers(memcpy_address(), none, none, none, True)

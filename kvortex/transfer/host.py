@@ -14,7 +14,7 @@ import numpy as np
 from kvortex.devices.host import HostEvent, HostStream
 from kvortex.devices.native import memcpy_address
 from kvortex.errors import ArgumentError, TransferError, TransferTimeoutError
-from kvortex.transfer.copies import copy_buffers, copy_paged
+from kvortex.transfer.copies import copy_buffers, copy_paged, load_compiled
 from kvortex.transfer.executor import Completion, Direction, Executor
 from kvortex.transfer.layers import cut_layers, cut_sections, group_count
 from kvortex.transfer.plan import Int64s, Pool
@@ -129,6 +129,7 @@ class HostExecutor(Executor):
     def __init__(self, fragments: Int64s, layer_offsets: Int64s, pool: Pool, threads: int) -> None:
         self._fragments, self._layer_offsets, self._pool = np.ascontiguousarray(fragments), layer_offsets, pool
         self._memcpy = memcpy_address()
+        load_compiled()
         self._work: queue.SimpleQueue[_Part | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         try:

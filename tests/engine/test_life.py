@@ -18,6 +18,7 @@ from kvortex import engine as engine_module
 from kvortex.devices import Device, HostDevice
 from kvortex.errors import EngineClosedError, PoolFullError, TransferTimeoutError
 from kvortex.memory.arena import PinnedArena
+from tests.engine.test_endings import alone
 from tests.pages import PagedCache, assert_same, keys_of
 
 
@@ -196,3 +197,27 @@ def test_an_engine_that_fails_at_its_last_step_gives_everything_back(
     with pytest.raises(MemoryError, match="planted") as caught:  # keeps the frames, and the half-made engine in one
         cache.engine()
     assert closed and caught.tb, "by now, and not whenever the collector comes"
+
+
+def test_nothing_is_compiled_in_the_middle_of_a_call() -> None:
+    """In a process of its own, since here everything has been called before."""
+    code = """
+        from numba.core.dispatcher import Dispatcher
+        from kvortex.index import core
+        from kvortex.transfer import copies
+
+        def loaded():
+            rooms = {**vars(core), **vars(copies)}
+            return {name: len(f.signatures) for name, f in rooms.items() if isinstance(f, Dispatcher)}
+
+        gate.set()
+        with cache.engine() as engine:
+            before = loaded()
+            assert engine.save_blocks(keys_of(1, 2), [1, 2]).wait().all()
+            for layerwise in (False, True):
+                engine.load_blocks(keys_of(1, 9), [3, 4], layerwise=layerwise).wait()
+            engine.check_blocks(keys_of(1))
+            engine.get_stats()
+            print(loaded() == before, sum(before.values()) > 5)
+    """
+    assert alone(code).split() == ["True", "True"]
