@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import itertools
+import weakref
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import cuda.bindings
 
 from kvortex.devices import driver as cu
+from kvortex.devices.cuda import CudaBuffer, CudaDevice
 
 # Functions of the driver that give nothing but a code, told apart by their names.
 _NO_VALUE = ("Destroy", "Free", "Synchronize", "Set", "Push", "Record", "Wait", "Init", "Register", "Unload", "Memcpy")
@@ -95,8 +97,19 @@ class SimpleNamespaceOf:
 
 @contextlib.contextmanager
 def installed(driver: Any) -> Iterator[Any]:
-    """Puts a module in the place of ``cuda.bindings.driver``, and afterwards everything back."""
+    """Puts a module in the place of ``cuda.bindings.driver``, and afterwards everything back.
+
+    Buffers that outlive this are disarmed: their collection would take an invented context to the driver of a real GPU,
+    which crashes on it.
+    """
     import cuda.bindings.driver as real
+
+    made: list[weakref.ref[CudaBuffer]] = []
+    init = CudaBuffer.__init__
+
+    def noted(self: CudaBuffer, device: CudaDevice, nbytes: int) -> None:
+        made.append(weakref.ref(self))
+        init(self, device, nbytes)
 
     def forget() -> None:
         cu.api.cache_clear()
@@ -104,8 +117,13 @@ def installed(driver: Any) -> Iterator[Any]:
 
     forget()
     cuda.bindings.driver = driver
+    CudaBuffer.__init__ = noted  # type: ignore[method-assign]
     try:
         yield driver
     finally:
+        CudaBuffer.__init__ = init  # type: ignore[method-assign]
+        for reference in made:
+            if (buffer := reference()) is not None:
+                buffer.address = 0
         cuda.bindings.driver = real
         forget()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import pytest
 
 from kvortex.devices import cuda_available
 from kvortex.devices import driver as cu
+from kvortex.devices.cuda import CudaDevice
 from kvortex.errors import DeviceError, DeviceUnavailableError
 from tests.fake_driver import FakeDriver, installed
 
@@ -127,3 +129,15 @@ def test_a_function_that_the_driver_lacks() -> None:
 def test_the_real_functions() -> None:
     table = cu.functions()
     assert (table > 0).all() and len(set(table.tolist())) == len(table)
+
+
+def test_a_buffer_that_outlives_a_fake_driver_asks_no_driver() -> None:
+    """Its collection would otherwise hand an invented context to the driver of a real GPU."""
+    with installed(FakeDriver()):
+        outlives = CudaDevice(0).allocate(64)
+        assert outlives.address
+    other = FakeDriver()
+    with installed(other):
+        del outlives
+        gc.collect()
+    assert not other.calls
