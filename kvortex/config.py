@@ -42,6 +42,9 @@ class KVortexConfig:
     transfer_route
         How blocks cross the link: ``"staged"``, ``"resident"``, ``"strided"`` or ``"mapped"`` (see
         :class:`kvortex.transfer.routes.Route`), or ``"auto"`` to choose for each transfer. The host device has one way.
+    beside_compute
+        Whether a model computes on the GPU while blocks move, which ``transfer_route = "auto"`` then spares; None to take
+        work on the caller's stream as the sign of it.
     enable_numa
         Bind the host pool to the GPU's NUMA node where the machine has several.
     device
@@ -58,9 +61,10 @@ class KVortexConfig:
     """
 
     cpu_pool_size_bytes: int = 1 << 30
-    gpu_pool_size_bytes: int = 128 << 20
-    num_transfer_streams: int = 3
+    gpu_pool_size_bytes: int = 256 << 20
+    num_transfer_streams: int = 2
     transfer_route: str = "auto"
+    beside_compute: bool | None = None
     enable_numa: bool = True
     device: str = "auto"
     block_size: int = 16
@@ -84,6 +88,8 @@ class KVortexConfig:
             self._integer("max_block_bytes", at_least=1)
         if not isinstance(self.enable_numa, bool):
             raise ConfigError(f"enable_numa = {shown(self.enable_numa)}: must be true or false")
+        if not isinstance(self.beside_compute, bool | None):
+            raise ConfigError(f"beside_compute = {shown(self.beside_compute)}: must be true, false or None")
         for name in ("model", "dtype", "lora", "salt", "device", "transfer_route"):
             if not isinstance(getattr(self, name), str):
                 raise ConfigError(f"{name} = {shown(getattr(self, name))}: must be a string")
@@ -193,7 +199,7 @@ def _value(name: str, value: Any, source: str) -> Any:
 
 def _read(name: str, kind: str, text: str) -> Any:
     """The value that a text means; ValueError where it means none."""
-    if kind == "bool":
+    if kind.startswith("bool"):
         word = text.strip().lower()
         if word not in _TRUE | _FALSE:
             raise ConfigError(f"{shown(text)} is neither true nor false")

@@ -441,7 +441,7 @@ def _executor(config: KVortexConfig, layout: KVLayout | None, device: Device, ar
         route = None if config.transfer_route == "auto" else Route(config.transfer_route)
         blocks = 0 if layout is None else layout.num_blocks
         budget, streams = config.gpu_pool_size_bytes, config.num_transfer_streams
-        return CudaExecutor(device, fragments, layer_offsets, blocks, pool, budget, streams, route)
+        return CudaExecutor(device, fragments, layer_offsets, blocks, pool, budget, streams, route, config.beside_compute)
     from kvortex.transfer.host import HostExecutor
 
     return HostExecutor(fragments, layer_offsets, pool, config.num_transfer_streams)

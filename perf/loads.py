@@ -8,7 +8,7 @@ from typing import Any
 
 from kvortex.errors import DeviceUnavailableError
 
-LOADS = ("gemm", "sdpa", "sdpa_causal", "prefill")
+LOADS = ("gemm", "sdpa", "prefill")
 _HIDDEN, _QKV, _KV, _FEED_FORWARD, _TOKENS = 4096, 6144, 1024, 14336, 8192  # of Llama-3-8B, and a prompt
 
 
@@ -26,7 +26,7 @@ def torch_module() -> Any:
 def make(name: str) -> Callable[[], Any]:
     """One pass of a load, in bf16, on random data.
 
-    ``gemm``: 8192 x 8192 x 8192. ``sdpa``: attention of 4 x 32 heads over 8192 tokens of 128, and ``sdpa_causal``.
+    ``gemm``: 8192 x 8192 x 8192. ``sdpa``: attention of 4 x 32 heads over 8192 tokens of 128.
     ``prefill``: a layer of Llama-3-8B over 8192 tokens.
     """
     torch = torch_module()
@@ -36,9 +36,9 @@ def make(name: str) -> Callable[[], Any]:
         a, b = (torch.randn(8192, 8192, **options) for _ in range(2))
         out = torch.empty_like(a)
         return lambda: torch.mm(a, b, out=out)
-    if name in ("sdpa", "sdpa_causal"):
+    if name == "sdpa":
         q, k, v = (torch.randn(4, 32, 8192, 128, **options) for _ in range(3))
-        return lambda: attention(q, k, v, is_causal=name == "sdpa_causal")
+        return lambda: attention(q, k, v)
     x = torch.randn(_TOKENS, _HIDDEN, **options)
     qkv, out = torch.randn(_HIDDEN, _QKV, **options), torch.randn(_HIDDEN, _HIDDEN, **options)
     up, down = torch.randn(_HIDDEN, 2 * _FEED_FORWARD, **options), torch.randn(_FEED_FORWARD, _HIDDEN, **options)

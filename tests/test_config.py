@@ -22,6 +22,7 @@ GOOD: dict[str, list[Any]] = {
     "gpu_pool_size_bytes": [1, 96 << 20],
     "num_transfer_streams": [1, 3, 32],
     "transfer_route": ["auto", "staged", "strided", "mapped"],
+    "beside_compute": [None, True, False],
     "enable_numa": [True, False],
     "device": ["auto", "host", "cuda", "cuda:0", "cuda:15"],
     "block_size": [1, 16, 256],
@@ -39,6 +40,7 @@ BAD: dict[str, list[Any]] = {
     "gpu_pool_size_bytes": [0, -1, 2.0, None, False],
     "num_transfer_streams": [0, -1, 33, 3.0, True, None],
     "transfer_route": ["", "STAGED", "direct", None, 1],
+    "beside_compute": [1, 0, "true"],
     "enable_numa": [1, 0, "true", None],
     "device": ["", "gpu", "cuda:", "cuda:-1", "cuda:x", "cuda:0\n", "cuda:00", "cuda:٣", "CUDA", "host:0", 0, None],
     "block_size": [0, -16, 16.0, True, None],
@@ -132,6 +134,7 @@ def test_mapping_parses_strings() -> None:
             "max_block_bytes": "2MiB",
             "num_transfer_streams": "4",
             "enable_numa": " Off ",
+            "beside_compute": "yes",
             "transfer_timeout_s": "2.5",
             "model": "16",  # names stay names
             "block_size": 32,
@@ -140,7 +143,7 @@ def test_mapping_parses_strings() -> None:
     assert config.cpu_pool_size_bytes == 3 << 29
     assert config.max_block_bytes == 2 << 20
     assert config.num_transfer_streams == 4
-    assert config.enable_numa is False
+    assert config.enable_numa is False and config.beside_compute is True
     assert config.transfer_timeout_s == 2.5
     assert config.model == "16"
     assert config.block_size == 32
@@ -155,6 +158,7 @@ def test_words_for_true(word: str, value: bool) -> None:
     ("name", "text"),
     [
         ("enable_numa", "perhaps"),
+        ("beside_compute", "none"),
         ("num_transfer_streams", "three"),
         ("num_transfer_streams", "3.0"),
         ("transfer_timeout_s", "soon"),

@@ -175,6 +175,8 @@ class CudaExecutor(Executor):
         Streams, and staging buffers, of each direction.
     route
         For all transfers of blocks; None to choose for each.
+    beside_compute
+        Whether a model computes while blocks move; None to ask the caller's stream each time.
     """
 
     def __init__(
@@ -187,8 +189,10 @@ class CudaExecutor(Executor):
         gpu_budget: int,
         streams: int,
         route: Route | None = None,
+        beside_compute: bool | None = None,
     ) -> None:
         self.device = device
+        self._beside_compute = beside_compute
         self._pool, self._count = pool, streams
         self._fragments, self._layer_offsets = fragments, layer_offsets
         self._functions = cu.functions()
@@ -214,7 +218,7 @@ class CudaExecutor(Executor):
 
     def _open(self, gpu_budget: int) -> None:
         staged = len(self._fragments) > 0 and self._route is not Route.DIRECT
-        depth = max(self._count, LEAST_BUFFERS)
+        self._depth = depth = max(self._count, LEAST_BUFFERS)
         buffers, table, flags = [0] * (2 * depth), 0, 0
         kernels = {direction: (0, 0) for direction in Direction}
         self._pieces = split_pieces(cut_layers(self._fragments, self._layer_offsets))
@@ -260,7 +264,12 @@ class CudaExecutor(Executor):
         nbytes = len(blocks) * int(self._layer_offsets[-1])
         busy = self._is_busy(caller)
         route = self._route or choose(
-            self._runs, nbytes, beside_compute=busy, resident=self._resident, layerwise=layerwise
+            self._runs,
+            nbytes,
+            beside_compute=busy,
+            resident=self._resident,
+            buffer_bytes=self._staging.buffer_bytes if self._staging is not None else 0,
+            layerwise=layerwise,
         )
         if layerwise and route in (Route.RESIDENT, Route.STAGED, Route.DIRECT):
             sections = self._sections(group_count(len(self._layer_offsets) - 1, int(self._layer_offsets[-1]), len(blocks)))
@@ -291,10 +300,12 @@ class CudaExecutor(Executor):
             return plan_mapped(blocks, slots, self._pieces, self._pool, MAX_BLOCKS)
         assert self._staging is not None
         size, ctas = self._staging.buffer_bytes, resident_ctas(beside_compute=busy) if route is Route.RESIDENT else 0
-        return plan_staged(blocks, slots, self._pieces, self._pool, size, self._count, MAX_BLOCKS, ctas=ctas)
+        return plan_staged(blocks, slots, self._pieces, self._pool, size, self._depth, MAX_BLOCKS, ctas=ctas)
 
     def _is_busy(self, caller: int) -> bool:
-        """Whether the caller's stream has work on it, which mostly means that a model is computing."""
+        """Whether a model is computing: as the user says, or mostly when the caller's stream has work on it."""
+        if self._beside_compute is not None:
+            return self._beside_compute
         with cu.current(self.device.context) as driver:
             return bool(driver.cuStreamQuery(caller)[0] == driver.CUresult.CUDA_ERROR_NOT_READY)
 

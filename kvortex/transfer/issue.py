@@ -38,7 +38,8 @@ from kvortex.transfer.plan import (
 )
 
 # Cells of ``lane``: numbers that stay the same for a direction.
-CONTEXT, KERNEL, THREADS, MAX_CTAS, TABLE, JOIN_STREAM, CALLER_EVENT, TO_HOST = range(LANE_CELLS := 8)
+# MAX_CTAS bounds kernels that reach over the link, GATHER_CTAS those that fill or empty staging buffers.
+CONTEXT, KERNEL, THREADS, MAX_CTAS, GATHER_CTAS, TABLE, JOIN_STREAM, CALLER_EVENT, TO_HOST = range(LANE_CELLS := 9)
 # Cells of ``outcome``: whether everything was attempted, the first error of the work, the first of the events behind it.
 ISSUED, ERROR, LAST = range(3)
 PARAMETERS = 6
@@ -95,7 +96,8 @@ def _launch(functions, lane, chunk, ids, buffer, pitch, stream, parameters, poin
     parameters[4] = n_blocks
     parameters[5] = pitch
     warps = lane[THREADS] // 32
-    ctas = min(lane[MAX_CTAS], (n_pieces * n_blocks + warps - 1) // warps)
+    most = lane[MAX_CTAS] if chunk[INSTEAD] else lane[GATHER_CTAS]
+    ctas = min(most, (n_pieces * n_blocks + warps - 1) // warps)
     return call(
         functions[LAUNCH],
         (lane[KERNEL], ctas, 1, 1, lane[THREADS], 1, 1, 0, stream, pointers.ctypes.data, 0),
@@ -117,9 +119,29 @@ def join(functions, lane, streams, joins, first, used):  # type: ignore[no-untyp
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def hand_over(functions, lane, streams, joins, scratch, outcome):  # type: ignore[no-untyped-def]
+    """Makes every stream of a lane wait for all that is on the others: staging buffers pass from one route to another.
+
+    ``streams`` and ``joins`` are (s,) int64. ``outcome`` gets the first error, and nothing else.
+    """
+    error = call(functions[CTX_PUSH], (lane[CONTEXT],))
+    if error:
+        outcome[ERROR] = error
+        return
+    error = join(functions, lane, streams, joins, 0, len(streams))
+    if not error:
+        error = call(functions[EVENT_RECORD], (lane[CALLER_EVENT], lane[JOIN_STREAM]))
+    for stream in streams:
+        if not error:
+            error = call(functions[STREAM_WAIT], (stream, lane[CALLER_EVENT], 0))
+    call(functions[CTX_POP], (scratch.ctypes.data,))
+    outcome[ERROR] = error
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def issue(  # type: ignore[no-untyped-def]
-    functions, lane, streams, buffers, joins, turn, caller, start, done, chunks, copies, pitch, marks, events, ids, parameters,
-    pointers, scratch, outcome,
+    functions, lane, streams, buffers, joins, copied, turn, caller, start, done, chunks, copies, pitch, marks, events, ids,
+    parameters, pointers, scratch, outcome,
 ):
     """Puts a plan on its streams, after the caller's stream and before ``done``.
 
@@ -132,6 +154,9 @@ def issue(  # type: ignore[no-untyped-def]
     streams, buffers, joins : (s,) int64
         Each stream with its staging buffer and the event that joins it. A buffer is only used on its stream, so the
         stream's order alone keeps one chunk's bytes from the next one's.
+    copied : (s,) int64
+        The event behind the copies of each stream's last chunk. Copies between staging buffers and the host run one chunk
+        after another, so that the first buffer is free again when a part of the time has passed and not all of it.
     turn : (1,) int64
         Stream of the first chunk, the rest follow in a ring; moved on to the one behind the last.
     caller, start, done : int
@@ -180,8 +205,13 @@ def issue(  # type: ignore[no-untyped-def]
             base = buffers[at]
         if to_host and with_kernel:
             error = _launch(functions, lane, chunk, ids, base, pitch, streams[at], parameters, pointers)
+        in_turn = with_kernel and chunk[N_COPIES] > 0
+        if not error and in_turn and n > 1:
+            error = call(functions[STREAM_WAIT], (streams[at], copied[(at - 1) % n], 0))
         if not error:
             error = copy_chunk(to_host, functions, copies, chunk, base, streams[at], scratch)
+        if not error and in_turn:
+            error = call(functions[EVENT_RECORD], (copied[at], streams[at]))
         if not error and not to_host and with_kernel:
             error = _launch(functions, lane, chunk, ids, base, pitch, streams[at], parameters, pointers)
         while not error and mark < len(marks) and marks[mark] == c + 1:

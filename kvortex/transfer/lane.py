@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 import threading
 
 import numpy as np
@@ -14,12 +15,26 @@ from kvortex.memory.ids import IdBuffer
 from kvortex.transfer import issue as nogil
 from kvortex.transfer import resident
 from kvortex.transfer.executor import Direction
-from kvortex.transfer.plan import Int64s, Plan
+from kvortex.transfer.plan import INSTEAD, N_PIECES, Int64s, Plan
 
 THREADS = 512
-CTAS_PER_MULTIPROCESSOR = 0.25  # the rest stays with the model
+MAPPED_CTAS_PER_MULTIPROCESSOR = 0.25  # the rest stays with the model
 ROW_WORDS = 2 * resident.ROW_CELLS  # of an IdBuffer's int32
 RESIDENT_THREADS = 512  # of kvortex.kernels.resident, which needs numba.cuda to import
+
+
+class _Kind(enum.Enum):
+    """What keeps the next chunk out of a staging buffer that is in use."""
+
+    RESIDENT = "flags"
+    STAGED = "the order of the buffer's stream"
+    FREE = "nothing: no staging buffer is used"
+
+
+def _kind(plan: Plan) -> _Kind:
+    if plan.ctas:
+        return _Kind.RESIDENT
+    return _Kind.STAGED if len(plan.chunks) and plan.chunks[0, N_PIECES] and not plan.chunks[0, INSTEAD] else _Kind.FREE
 
 
 class Lane:
@@ -32,9 +47,9 @@ class Lane:
     kernel, resident_kernel
         Handles; 0 where no plan has kernels.
     count
-        Streams that launches and copies are dealt to.
+        Streams that copies are dealt to, and kernels that use no staging buffer.
     buffers
-        Addresses of staging buffers, at least as many as streams.
+        Addresses of staging buffers, at least ``count``; each has a stream for launches of its own.
     flags
         Address of ``2 * resident.FLAG_BYTES`` bytes of VRAM for each buffer, zeroed.
     table, offsets
@@ -58,26 +73,31 @@ class Lane:
         self._streams: list[int] = []
         self._events: list[int] = []
         try:
-            self._open(count + 2, behind=direction is Direction.SAVE)
+            self._open(len(buffers), behind=direction is Direction.SAVE)
         except BaseException:
             self.close()
             raise
         *streams, kernel_stream, join_stream = self._streams
-        *joins, kernel_event, caller_event = self._events
-        self.streams, self.joins = np.array(streams, np.int64), np.array(joins, np.int64)
+        *copied, caller_event = self._events[len(self._streams) - 1 :]
+        kernel_event = self._events[len(streams)]
+        self._all = np.array([[*streams, kernel_stream], self._events[: len(streams) + 1]], np.int64)
+        self.streams, self.joins, self._copied = self._all[0, :-1], self._all[1, :-1], np.array(copied, np.int64)
+        self._count = count
         self.buffers, self.offsets = np.array(buffers, np.int64), np.ascontiguousarray(offsets)
         self.cells = np.zeros(nogil.LANE_CELLS, np.int64)
         self.cells[nogil.CONTEXT] = int(device.context)
         self.cells[nogil.KERNEL] = kernel
         self.cells[nogil.THREADS] = THREADS
-        self.cells[nogil.MAX_CTAS] = max(1, round(device.multiprocessors * CTAS_PER_MULTIPROCESSOR))
+        self.cells[nogil.MAX_CTAS] = max(1, round(device.multiprocessors * MAPPED_CTAS_PER_MULTIPROCESSOR))
+        self.cells[nogil.GATHER_CTAS] = device.multiprocessors  # for microseconds, and then for none
         self.cells[nogil.TABLE] = table
         self.cells[nogil.JOIN_STREAM] = join_stream
         self.cells[nogil.CALLER_EVENT] = caller_event
         self.cells[nogil.TO_HOST] = direction is Direction.SAVE
         self._ring = np.array([kernel_stream, kernel_event, resident_kernel, 0, flags], np.int64)
         self._filled = np.zeros((2, len(buffers)), np.int64)
-        self._turn, self._resident_turn = np.zeros(1, np.int64), np.zeros(1, np.int64)
+        self._turns = {kind: np.zeros(1, np.int64) for kind in _Kind}
+        self._holder: _Kind | None = None  # of the staging buffers
         self._parameters = np.zeros(max(nogil.PARAMETERS, resident.PARAMETERS), np.int64)
         self._pointers = self._parameters.ctypes.data + 8 * np.arange(len(self._parameters), dtype=np.int64)
         self._scratch = np.zeros(nogil.SCRATCH_CELLS, np.int64)
@@ -90,19 +110,29 @@ class Lane:
         ``events`` are recorded before, after, and at each mark. See :func:`kvortex.transfer.issue.issue`.
         """
         with self.lock:
-            if plan.ctas:
+            kind = _kind(plan)
+            if kind is not _Kind.FREE:
+                if self._holder not in (None, kind):
+                    nogil.hand_over(functions, self.cells, *self._all, self._scratch, outcome)
+                    if outcome[nogil.ERROR]:  # nothing was issued, and the events, never recorded, count as passed
+                        outcome[nogil.ISSUED] = 1
+                        return
+                self._holder = kind
+            if kind is _Kind.RESIDENT:
                 self._issue_resident(functions, plan, caller, events, ids, outcome)
                 return
+            used = self._count if kind is _Kind.FREE else len(self.streams)
             address = ids.address if ids is not None else 0
             if ids is not None:
                 ids.ids[: len(plan.ids)] = plan.ids
             nogil.issue(
                 functions,
                 self.cells,
-                self.streams,
-                self.buffers,
-                self.joins,
-                self._turn,
+                self.streams[:used],
+                self.buffers[:used],
+                self.joins[:used],
+                self._copied[:used],
+                self._turns[kind],
                 caller,
                 events[0],
                 events[1],
@@ -131,10 +161,10 @@ class Lane:
             self.cells,
             self._ring,
             plan.ctas,
-            self.streams,
+            self.streams[: self._count],
             self.buffers,
-            self.joins,
-            self._resident_turn,
+            self.joins[: self._count],
+            self._turns[_Kind.RESIDENT],
             self._filled,
             self.offsets,
             caller,
@@ -159,11 +189,12 @@ class Lane:
             # High priority: a short gather must not queue behind a model's kernels. Loads before saves,
             # since a model waits for them. (A smaller number is a higher priority.)
             priority = min(high + 1, low) if behind else high
-            for _ in range(count):
+            for _ in range(count + 2):
                 # Non-blocking: not ordered with the legacy default stream but through events.
                 flags = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
                 self._streams.append(int(cu.check(driver.cuStreamCreateWithPriority(flags, priority), "cuStreamCreate")))
-                no_timing = driver.CUevent_flags.CU_EVENT_DISABLE_TIMING
+            no_timing = driver.CUevent_flags.CU_EVENT_DISABLE_TIMING
+            for _ in range(2 * count + 2):
                 self._events.append(int(cu.check(driver.cuEventCreate(no_timing), "cuEventCreate")))
 
     def query(self) -> int:

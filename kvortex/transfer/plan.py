@@ -106,7 +106,7 @@ def plan_staged(
     pieces: Int64s,
     pool: Pool,
     buffer_bytes: int,
-    streams: int,
+    buffers: int,
     max_blocks: int,
     *,
     ctas: int = 0,
@@ -121,8 +121,9 @@ def plan_staged(
     pool
     buffer_bytes
         Bytes of one staging buffer.
-    streams
-        Streams that chunks are dealt to; a small transfer is cut so that each gets some.
+    buffers
+        Staging buffers; without a kernel for the whole plan a small transfer is cut so that each gets a part, and none has to
+        wait for a launch that comes after another.
     max_blocks
         Most ids that one launch takes.
     ctas
@@ -140,7 +141,7 @@ def plan_staged(
         if ctas:
             starts = _ramp(len(slots), per_chunk)
         else:
-            even = -(-len(slots) // (2 * streams))
+            even = -(-len(slots) // buffers)
             starts = np.arange(0, len(slots), max(1, min(per_chunk, max_blocks, even)))
         chunks, copies = _chunks_of_records(slots, len(pieces), record_bytes, pool, starts)
     return Plan(ids, chunks, copies, record_bytes * len(slots), pool.slot_bytes, ctas)

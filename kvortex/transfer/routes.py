@@ -12,17 +12,19 @@ from kvortex.transfer.plan import BYTES, Int64s
 STRIDED_LINE_BYTES = 16 << 10
 STRIDED_LEAST_LINES = 8
 MAPPED_BYTES = 4 << 20
+# With four staging buffers this long, each launch beside a model brings 256 MiB to the link: as much as it takes in 5 ms.
+DEEP_BYTES = 64 << 20
 _LINES = 4  # column of kvortex.transfer.plan.strides
 
 
 class Route(enum.Enum):
-    """What a transfer goes by. One engine never uses both STAGED and RESIDENT, which share buffers.
+    """What a transfer goes by.
 
     ``DIRECT``
         One contiguous DMA a record, for records that are one long fragment.
     ``STAGED``
-        A gather kernel fills staging buffers in VRAM, and each leaves in one DMA. A launch for each buffer, which waits for
-        multiprocessors while a model computes.
+        A gather kernel fills staging buffers in VRAM, and each leaves in one DMA. A launch for each buffer: while a model
+        computes it waits for the end of the model's kernel, and takes nothing from the next one.
     ``RESIDENT``
         The same with one launch for all buffers: it waits once, and then keeps few multiprocessors busy. The fastest.
     ``STRIDED``
@@ -39,7 +41,13 @@ class Route(enum.Enum):
 
 
 def choose(
-    runs: Int64s, nbytes: int, *, beside_compute: bool, resident: bool = True, layerwise: bool = False
+    runs: Int64s,
+    nbytes: int,
+    *,
+    beside_compute: bool,
+    resident: bool = True,
+    buffer_bytes: int = 0,
+    layerwise: bool = False,
 ) -> Route:
     """The route of one transfer.
 
@@ -53,6 +61,8 @@ def choose(
         Whether the GPU is busy with something else.
     resident
         Whether resident kernels can run here.
+    buffer_bytes
+        Of a staging buffer.
     layerwise
         Whether the first layers are wanted before the last ones; a strided DMA takes all layers of a block at once.
     """
@@ -61,7 +71,8 @@ def choose(
         return Route.STRIDED
     if nbytes <= MAPPED_BYTES:
         return Route.MAPPED
-    return Route.RESIDENT if resident else Route.STAGED
+    deep = beside_compute and buffer_bytes >= DEEP_BYTES
+    return Route.RESIDENT if resident and not deep else Route.STAGED
 
 
 def resident_ctas(*, beside_compute: bool) -> int:

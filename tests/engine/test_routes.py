@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 
 from kvortex.devices import Device
+from kvortex.transfer.routes import Route
 from tests.engine.test_order import Gate
 from tests.pages import PagedCache, Tensor, assert_same, keys_of
 
-ROUTES = ["staged", "resident", "strided", "mapped", "auto"]
+ROUTES = ["staged", "resident", "strided", "mapped", "auto", "turns"]
 SLOTS = 150
+
+
+@pytest.fixture(autouse=True)
+def turns(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the route is "turns", each transfer takes another one, and buffers pass from hand to hand."""
+    if request.node.callspec.params["route"] == "turns":
+        order = itertools.cycle([Route.RESIDENT, Route.STAGED, Route.STAGED, Route.MAPPED, Route.RESIDENT, Route.STRIDED])
+        monkeypatch.setattr("kvortex.transfer.cuda.choose", lambda *_, **__: next(order))
+
+
+def options_of(route: str) -> dict[str, Any]:
+    return {"slots": SLOTS, "gpu_pool_size_bytes": 8 * 65536, "transfer_route": "auto" if route == "turns" else route}
 
 
 def cache_of(device: Device, kind: str) -> PagedCache:
@@ -36,7 +51,7 @@ def test_many_transfers_through_small_buffers(device: Device, kind: str, route: 
     """Buffers of 64 KiB are filled again and again, in one transfer and from one transfer to the next."""
     cache = cache_of(device, kind)
     rng = np.random.default_rng(5)
-    with cache.engine(slots=SLOTS, gpu_pool_size_bytes=8 * 65536, transfer_route=route) as engine:
+    with cache.engine(**options_of(route)) as engine:
         for turn in range(6):
             before = cache.randomize()
             count = int(rng.integers(1, SLOTS + 1))
@@ -55,7 +70,7 @@ def test_many_transfers_through_small_buffers(device: Device, kind: str, route: 
 @pytest.mark.parametrize("route", ROUTES)
 def test_many_at_once_both_ways(device: Device, route: str) -> None:
     cache = cache_of(device, "layers")
-    with cache.engine(slots=SLOTS, gpu_pool_size_bytes=8 * 65536, transfer_route=route) as engine:
+    with cache.engine(**options_of(route)) as engine:
         before = cache.randomize()
         saves = [engine.save_blocks(keys_of(*range(at, at + 25)), np.arange(at, at + 25)) for at in range(0, 100, 25)]
         assert all(save.wait().all() for save in saves)
@@ -73,7 +88,7 @@ def test_many_at_once_both_ways(device: Device, route: str) -> None:
 @pytest.mark.parametrize("route", ROUTES)
 def test_a_save_sees_what_the_stream_writes_first(device: Device, gate: Gate, route: str) -> None:
     cache = cache_of(device, "even")
-    with cache.engine(slots=SLOTS, gpu_pool_size_bytes=8 * 65536, transfer_route=route) as engine:
+    with cache.engine(**options_of(route)) as engine:
         cache.randomize()
         assert engine.save_blocks(keys_of(*range(120)), np.arange(120)).wait().all()  # buffers and flags are in use
         gate.shut()
@@ -92,7 +107,7 @@ def test_a_save_sees_what_the_stream_writes_first(device: Device, gate: Gate, ro
 @pytest.mark.parametrize("route", ROUTES)
 def test_a_load_waits_until_the_stream_has_read(device: Device, gate: Gate, route: str) -> None:
     cache = cache_of(device, "even")
-    with cache.engine(slots=SLOTS, gpu_pool_size_bytes=8 * 65536, transfer_route=route) as engine:
+    with cache.engine(**options_of(route)) as engine:
         before = cache.randomize()
         assert engine.save_blocks(keys_of(*range(100)), np.arange(100)).wait().all()
         tensor = cache.tensors[0]

@@ -20,22 +20,25 @@ SLOT_BYTES, PIECE_BYTES = 128, 16
 
 @dataclass
 class Lane:
-    """What ``issue`` takes besides the plan; stream k is 0x5001 + k, its buffer 0xB0000 * (k + 1), its event 0xE001 + k."""
+    """What ``issue`` takes besides the plan; stream k is 0x5001 + k, its buffer 0xB0000 * (k + 1), its events 0xE001 + k and
+    0xC001 + k."""
 
     count: int
     to_host: bool
     turn: int = 0
     max_ctas: int = 3
+    gather_ctas: int = 5
     cells: Int64s = field(init=False)
 
     def __post_init__(self) -> None:
         at = np.arange(self.count, dtype=np.int64)
-        self.streams, self.joins, self.buffers = 0x5001 + at, 0xE001 + at, 0xB0000 * (at + 1)
+        self.streams, self.joins, self.buffers, self.copied = 0x5001 + at, 0xE001 + at, 0xB0000 * (at + 1), 0xC001 + at
         self.cells = np.zeros(nogil.LANE_CELLS, np.int64)
         self.cells[nogil.CONTEXT] = CONTEXT
         self.cells[nogil.KERNEL] = KERNEL
         self.cells[nogil.THREADS] = THREADS
         self.cells[nogil.MAX_CTAS] = self.max_ctas
+        self.cells[nogil.GATHER_CTAS] = self.gather_ctas
         self.cells[nogil.TABLE] = TABLE
         self.cells[nogil.JOIN_STREAM] = JOIN_STREAM
         self.cells[nogil.CALLER_EVENT] = CALLER_EVENT
@@ -46,7 +49,7 @@ class Lane:
         parameters = np.zeros(nogil.PARAMETERS, np.int64)
         pointers = parameters.ctypes.data + 8 * np.arange(nogil.PARAMETERS, dtype=np.int64)
         turn, scratch, outcome = np.array([self.turn]), np.zeros(nogil.SCRATCH_CELLS, np.int64), np.zeros(3, np.int64)
-        fixed = (self.cells, self.streams, self.buffers, self.joins, turn, CALLER, START, DONE)
+        fixed = (self.cells, self.streams, self.buffers, self.joins, self.copied, turn, CALLER, START, DONE)
         table = (plan.chunks, plan.copies, plan.pitch, plan.marks, MARK + np.arange(len(plan.marks), dtype=np.int64))
         nogil.issue(recorder.functions, *fixed, *table, IDS, parameters, pointers, scratch, outcome)
         assert outcome[nogil.ISSUED] == 1

@@ -50,7 +50,7 @@ def work_of(lane: Lane, plan: Plan) -> list[Call]:
         if chunk[N_PIECES]:
             table, ids = TABLE + 32 * chunk[FIRST_PIECE], IDS + 4 * chunk[FIRST_BLOCK]
             values = (base, table, chunk[N_PIECES], ids, chunk[N_BLOCKS], plan.pitch)
-            ctas = min(lane.max_ctas, -(-chunk[N_PIECES] * chunk[N_BLOCKS] // (THREADS // 32)))
+            ctas = min(lane.gather_ctas, -(-chunk[N_PIECES] * chunk[N_BLOCKS] // (THREADS // 32)))
             launches = [Call("launch", (KERNEL, ctas, 1, 1, THREADS, 1, 1, 0, stream, 0, 0), values)]
         calls += launches + copies if lane.to_host else copies + launches
     return calls
@@ -120,19 +120,49 @@ def test_a_mark_is_behind_its_chunks_and_holds_up_no_others(to_host: bool, shape
 
 
 @pytest.mark.parametrize("to_host", [True, False])
-def test_streams_do_not_wait_for_each_other(to_host: bool) -> None:
+def test_copies_go_one_chunk_after_another_and_launches_wait_for_no_other_stream(to_host: bool) -> None:
     lane, plan, recorder = issued("staged", to_host, (3, 0))
-    before = predecessors(recorder.calls)
-    for at, call in enumerate(recorder.calls):
-        if call.name in WORK:
-            others = [p for p in before[at] if recorder.calls[p].name in WORK and recorder.calls[p].stream != call.stream]
-            assert not others
+    calls, before = recorder.calls, predecessors(recorder.calls)
+    work = [at for at, call in enumerate(calls) if call.name in WORK]
+    launches, copies = ([at for at in work if (calls[at].name == "launch") is kernel] for kernel in (True, False))
+    chunk_of = dict(zip(copies, np.repeat(np.arange(len(plan.chunks)), plan.chunks[:, N_COPIES]), strict=True))
+    for at in copies:
+        assert {p for p in copies if chunk_of[p] < chunk_of[at]} <= before[at]
+    for chunk, at in enumerate(launches):
+        waited_for = {chunk_of[p] for p in copies if p in before[at]}
+        # A save's gather needs its buffer to be empty, a load's scatter its own copy.
+        assert waited_for == set(range(chunk - 2 if to_host else chunk + 1))
+        assert chunk > 2 or not before[at] & set(launches)
     assert len(lane.used(plan)) == 3
 
 
+@pytest.mark.parametrize("to_host", [True, False])
+def test_the_copies_of_the_next_transfer_wait_too(to_host: bool) -> None:
+    lane, plan, recorder = issued("staged", to_host, (3, 2))
+    copies = [call.name in ("to_host", "to_device") for call in recorder.calls]
+    wait = recorder.calls[copies.index(True) - 1]
+    assert wait == Call("wait", (int(lane.streams[2]), int(lane.copied[1]), 0))
+
+
+@pytest.mark.parametrize("name", ["staged", "direct"])
+def test_one_stream_waits_for_nobody(name: str) -> None:
+    lane, _, recorder = issued(name, True, (1, 0))
+    assert [call.arguments for call in recorder.calls if call.name == "wait"] == [
+        (int(lane.streams[0]), CALLER_EVENT, 0), (JOIN_STREAM, int(lane.joins[0]), 0)
+    ]  # fmt: skip
+
+
+def test_direct_copies_do_not_wait_for_each_other() -> None:
+    _, _, recorder = issued("direct", True, (3, 0))
+    calls, before = recorder.calls, predecessors(recorder.calls)
+    for at, call in enumerate(calls):
+        if call.name in WORK:
+            assert all(calls[p].stream == call.stream for p in before[at] if calls[p].name in WORK)
+
+
 def test_many_ctas_for_much_and_few_for_little() -> None:
-    lane, recorder = Lane(1, True, max_ctas=1000), Recorder()
-    lane.issue(recorder, staged(4, 1, buffer_bytes=100 * SLOT_BYTES))
+    lane, recorder = Lane(1, True, gather_ctas=1000), Recorder()
+    lane.issue(recorder, staged(4, 2, buffer_bytes=100 * SLOT_BYTES))
     ctas = [call.arguments[1] for call in recorder.calls if call.name == "launch"]
     assert ctas == [7, 7], "2 records of 7 pieces, 2 warps a CTA"
 

@@ -49,7 +49,8 @@ def test_a_refusal_at_any_call(name: str, to_host: bool, at: int) -> None:
     if not is_end:
         assert not any(call.name in WORK for call in calls[at + 1 :]), "work after a refusal"
         assert not any(call.arguments[0] == CALLER_EVENT for call in calls[at + 1 :] if call.name == "record")
-    tail = [call.arguments[0] for call in calls if call.name == "record" and call.arguments[0] not in (CALLER_EVENT, START)]
+    others = {CALLER_EVENT, START, *lane.copied.tolist()}
+    tail = [call.arguments[0] for call in calls if call.name == "record" and call.arguments[0] not in others]
     assert tail == [int(lane.joins[(1 + k) % 3]) for k in range(3)] + [DONE], "each stream is joined, also after an error"
     if last == 0:  # then done must follow everything that was issued
         before = predecessors(calls, {at: CODE})

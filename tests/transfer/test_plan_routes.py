@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 
 from kvortex.transfer.plan import INSTEAD, LINES, N_BLOCKS, PITCH, Plan, Pool, plan_mapped, plan_strided, split_pieces, strides
-from kvortex.transfer.routes import Route, choose
+from kvortex.transfer.routes import DEEP_BYTES, Route, choose
 from tests.naive_plan import VRAM, Machine
 from tests.transfer.plans import HOST, Case, cases, fragments_of
 
@@ -101,3 +101,7 @@ def test_which_route() -> None:
     assert of(4 << 10, 64, 2 << 20, False) is Route.MAPPED and of(32 << 10, 64, 2 << 20, True) is Route.STRIDED
     lone = np.array([[0, 4096, 0, 4096, 64, 1 << 20]], np.int64)
     assert choose(lone, 1 << 30, beside_compute=False, resident=False) is Route.STAGED
+    deep = {"buffer_bytes": DEEP_BYTES}
+    assert choose(lone, 1 << 30, beside_compute=True, **deep) is Route.STAGED, "a launch takes nothing from the next kernel"
+    assert choose(lone, 1 << 30, beside_compute=False, **deep) is Route.RESIDENT
+    assert choose(lone, 1 << 30, beside_compute=True, buffer_bytes=DEEP_BYTES - 1) is Route.RESIDENT
