@@ -1,8 +1,8 @@
 """How fast do blocks move while the GPU computes, and what does that cost the computation?
 
-A loop of passes runs on a stream of default priority. Beside it blocks are saved, or loaded, without a pause, two transfers
-at a time; the rate is that of what ended while the loop ran. Loops alone and beside transfers alternate, and the slowdown is
-the ratio of their medians. One contiguous DMA at a time, beside the same loop, is what the ratio is of.
+A loop of passes runs on a stream of default priority, without a pause. In one span of it blocks are saved, or loaded, two
+transfers at a time; the rate is that of what ended meanwhile. The slowdown is the time of this span against the mean of the
+spans before and after, where nothing moves. One contiguous DMA at a time, beside the same loop, is what the ratio is of.
 """
 
 from __future__ import annotations
@@ -69,15 +69,17 @@ def _rows(
         running.append(start())
         return moved(running.pop(0)).nbytes if len(running) > 1 else 0
 
+    def finish() -> None:
+        while running:
+            moved(running.pop())
+
     rows = []
     for direction in ("save", "load"):
         start = {
             "save": lambda: pages.engine.save_blocks(pages.keys(), source),
             "load": lambda: pages.engine.load_blocks(known, target),
         }[direction]
-        rate, slowdown = _beside(loop, rounds, lambda start=start: keep_two(start))  # type: ignore[misc]
-        while running:
-            moved(running.pop())
+        rate, slowdown = _beside(loop, rounds, lambda start=start: keep_two(start), finish)  # type: ignore[misc]
         raw_rate, raw_slowdown = floor[direction == "save"]
         row = {"load": load, "fragment_kib": fragment_bytes >> 10, "route": route, "direction": direction}
         row |= {"rate": rate, "ratio": rate / raw_rate, "slowdown": slowdown, "raw_rate": raw_rate}
@@ -88,23 +90,29 @@ def _rows(
     return rows
 
 
-def _beside(loop: Loop, rounds: int, move: Callable[[], int]) -> tuple[float, float]:
-    """GB/s of ``move``, which gives the bytes that it has seen arrive, while the loop runs; and what that costs the loop."""
-    alone, beside, rates = [], [], []
+def _beside(
+    loop: Loop, rounds: int, move: Callable[[], int], finish: Callable[[], object] = lambda: None
+) -> tuple[float, float]:
+    """GB/s of ``move``, which gives the bytes that it has seen arrive, beside the loop; and what that costs the loop."""
+    slowdowns, rates = [], []
     for _ in range(rounds):
         loop.start()
-        alone.append(loop.seconds())
-        loop.start()
+        while loop.running(Loop.BEFORE):
+            pass
         move()  # the first of a row waits for a multiprocessor; what counts is how it goes on
         move()
         nbytes, began = 0, time.perf_counter()
         ended = began
-        while loop.running():
+        while loop.running(Loop.BESIDE):
             nbytes += move()
             ended = time.perf_counter()
-        beside.append(loop.seconds())
+        finish()
+        if not loop.running(Loop.DRAIN):
+            raise kvortex.TransferError("transfers did not end soon enough behind the computation that they were measured with")
+        times = loop.seconds()
+        slowdowns.append(2 * times[Loop.BESIDE] / (times[Loop.BEFORE] + times[Loop.AFTER]))
         rates.append(nbytes / (ended - began) / 1e9 if nbytes else 0.0)
-    return statistics.median(rates), statistics.median(beside) / statistics.median(alone)
+    return statistics.median(rates), statistics.median(slowdowns)
 
 
 def draw(axes: Any, report: Report) -> None:

@@ -56,31 +56,40 @@ def make(name: str) -> Callable[[], Any]:
 
 
 class Loop:
-    """Passes of a load on a stream of default priority, timed by events."""
+    """Passes of a load without a pause on a stream of default priority, cut into four spans by events.
+
+    Clocks follow temperature and power from one moment to the next, so what a span costs more than others shows only between
+    neighbours.
+    """
+
+    BEFORE, BESIDE, DRAIN, AFTER = range(SPANS := 4)
 
     def __init__(self, name: str, seconds: float) -> None:
         self._torch = torch_module()
         self._run, self._stream = make(name), self._torch.cuda.Stream()
-        self._events = [self._torch.cuda.Event(enable_timing=True) for _ in range(2)]
-        self.passes = 4
+        self._edges = [self._torch.cuda.Event(enable_timing=True) for _ in range(self.SPANS + 1)]
+        self.passes = 4  # of a span
         self.start()
         self.seconds()
         self.start()
-        self.passes = max(4, round(self.passes * seconds / self.seconds()))
+        self.passes = max(4, round(self.passes * seconds / self.seconds()[self.BEFORE]))
 
     def start(self) -> None:
-        """Puts all passes on the stream."""
+        """Puts all spans on the stream."""
         with self._torch.no_grad(), self._torch.cuda.stream(self._stream):
-            self._events[0].record()
-            for _ in range(self.passes):
-                self._run()
-            self._events[1].record()
+            self._run()
+            for edge in self._edges[:-1]:
+                edge.record()
+                for _ in range(self.passes):
+                    self._run()
+            self._edges[-1].record()
 
-    def running(self) -> bool:
-        """Whether passes are left."""
-        return not self._events[1].query()
+    def running(self, span: int) -> bool:
+        """Whether passes of a span, or of one before it, are left."""
+        return not self._edges[span + 1].query()
 
-    def seconds(self) -> float:
-        """Waits for the end; the time of all passes."""
-        self._events[1].synchronize()
-        return float(self._events[0].elapsed_time(self._events[1])) * 1e-3
+    def seconds(self) -> list[float]:
+        """Waits for the end; the time of each span."""
+        self._edges[-1].synchronize()
+        pairs = zip(self._edges[:-1], self._edges[1:], strict=True)
+        return [float(first.elapsed_time(last)) * 1e-3 for first, last in pairs]

@@ -38,8 +38,7 @@ from kvortex.transfer.plan import (
 )
 
 # Cells of ``lane``: numbers that stay the same for a direction.
-# MAX_CTAS bounds kernels that reach over the link, GATHER_CTAS those that fill or empty staging buffers.
-CONTEXT, KERNEL, THREADS, MAX_CTAS, GATHER_CTAS, TABLE, JOIN_STREAM, CALLER_EVENT, TO_HOST = range(LANE_CELLS := 9)
+CONTEXT, KERNEL, THREADS, MAX_CTAS, TABLE, JOIN_STREAM, CALLER_EVENT, TO_HOST = range(LANE_CELLS := 8)
 # Cells of ``outcome``: whether everything was attempted, the first error of the work, the first of the events behind it.
 ISSUED, ERROR, LAST = range(3)
 PARAMETERS = 6
@@ -96,8 +95,7 @@ def _launch(functions, lane, chunk, ids, buffer, pitch, stream, parameters, poin
     parameters[4] = n_blocks
     parameters[5] = pitch
     warps = lane[THREADS] // 32
-    most = lane[MAX_CTAS] if chunk[INSTEAD] else lane[GATHER_CTAS]
-    ctas = min(most, (n_pieces * n_blocks + warps - 1) // warps)
+    ctas = min(lane[MAX_CTAS], (n_pieces * n_blocks + warps - 1) // warps)
     return call(
         functions[LAUNCH],
         (lane[KERNEL], ctas, 1, 1, lane[THREADS], 1, 1, 0, stream, pointers.ctypes.data, 0),

@@ -141,8 +141,8 @@ def plan_staged(
         if ctas:
             starts = _ramp(len(slots), per_chunk)
         else:
-            even = -(-len(slots) // buffers)
-            starts = np.arange(0, len(slots), max(1, min(per_chunk, max_blocks, even)))
+            count = max(buffers, -(-len(slots) // min(per_chunk, max_blocks)))  # none much shorter than the others
+            starts = np.arange(0, len(slots), -(-len(slots) // count))
         chunks, copies = _chunks_of_records(slots, len(pieces), record_bytes, pool, starts)
     return Plan(ids, chunks, copies, record_bytes * len(slots), pool.slot_bytes, ctas)
 

@@ -14,6 +14,7 @@ STRIDED_LEAST_LINES = 8
 MAPPED_BYTES = 4 << 20
 # With four staging buffers this long, each launch beside a model brings 256 MiB to the link: as much as it takes in 5 ms.
 DEEP_BYTES = 64 << 20
+DEEP_LINE_BYTES = 32 << 10  # and shorter lines then leave faster that way than by strided DMA
 _LINES = 4  # column of kvortex.transfer.plan.strides
 
 
@@ -66,12 +67,13 @@ def choose(
     layerwise
         Whether the first layers are wanted before the last ones; a strided DMA takes all layers of a block at once.
     """
-    long_lines = runs[:, BYTES].min() >= STRIDED_LINE_BYTES and runs[:, _LINES].sum() >= STRIDED_LEAST_LINES * len(runs)
+    deep = beside_compute and buffer_bytes >= DEEP_BYTES
+    least = DEEP_LINE_BYTES if deep else STRIDED_LINE_BYTES
+    long_lines = runs[:, BYTES].min() >= least and runs[:, _LINES].sum() >= STRIDED_LEAST_LINES * len(runs)
     if beside_compute and long_lines and not layerwise:
         return Route.STRIDED
     if nbytes <= MAPPED_BYTES:
         return Route.MAPPED
-    deep = beside_compute and buffer_bytes >= DEEP_BYTES
     return Route.RESIDENT if resident and not deep else Route.STAGED
 
 

@@ -27,7 +27,6 @@ class Lane:
     to_host: bool
     turn: int = 0
     max_ctas: int = 3
-    gather_ctas: int = 5
     cells: Int64s = field(init=False)
 
     def __post_init__(self) -> None:
@@ -38,7 +37,6 @@ class Lane:
         self.cells[nogil.KERNEL] = KERNEL
         self.cells[nogil.THREADS] = THREADS
         self.cells[nogil.MAX_CTAS] = self.max_ctas
-        self.cells[nogil.GATHER_CTAS] = self.gather_ctas
         self.cells[nogil.TABLE] = TABLE
         self.cells[nogil.JOIN_STREAM] = JOIN_STREAM
         self.cells[nogil.CALLER_EVENT] = CALLER_EVENT

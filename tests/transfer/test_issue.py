@@ -50,7 +50,7 @@ def work_of(lane: Lane, plan: Plan) -> list[Call]:
         if chunk[N_PIECES]:
             table, ids = TABLE + 32 * chunk[FIRST_PIECE], IDS + 4 * chunk[FIRST_BLOCK]
             values = (base, table, chunk[N_PIECES], ids, chunk[N_BLOCKS], plan.pitch)
-            ctas = min(lane.gather_ctas, -(-chunk[N_PIECES] * chunk[N_BLOCKS] // (THREADS // 32)))
+            ctas = min(lane.max_ctas, -(-chunk[N_PIECES] * chunk[N_BLOCKS] // (THREADS // 32)))
             launches = [Call("launch", (KERNEL, ctas, 1, 1, THREADS, 1, 1, 0, stream, 0, 0), values)]
         calls += launches + copies if lane.to_host else copies + launches
     return calls
@@ -161,7 +161,7 @@ def test_direct_copies_do_not_wait_for_each_other() -> None:
 
 
 def test_many_ctas_for_much_and_few_for_little() -> None:
-    lane, recorder = Lane(1, True, gather_ctas=1000), Recorder()
+    lane, recorder = Lane(1, True, max_ctas=1000), Recorder()
     lane.issue(recorder, staged(4, 2, buffer_bytes=100 * SLOT_BYTES))
     ctas = [call.arguments[1] for call in recorder.calls if call.name == "launch"]
     assert ctas == [7, 7], "2 records of 7 pieces, 2 warps a CTA"

@@ -105,3 +105,6 @@ def test_which_route() -> None:
     assert choose(lone, 1 << 30, beside_compute=True, **deep) is Route.STAGED, "a launch takes nothing from the next kernel"
     assert choose(lone, 1 << 30, beside_compute=False, **deep) is Route.RESIDENT
     assert choose(lone, 1 << 30, beside_compute=True, buffer_bytes=DEEP_BYTES - 1) is Route.RESIDENT
+    middle = np.array([[0, 18432, 0, 18432, 64, 1 << 20]], np.int64)
+    assert choose(middle, 1 << 30, beside_compute=True) is Route.STRIDED
+    assert choose(middle, 1 << 30, beside_compute=True, **deep) is Route.STAGED
