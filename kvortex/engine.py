@@ -23,13 +23,15 @@ from kvortex.errors import (
     DeviceError,
     EngineClosedError,
     LayoutError,
+    PoolFullError,
+    PoolTimeoutError,
     ReentrantCallError,
     TransferError,
     TransferTimeoutError,
     shown,
 )
 from kvortex.flight import Flight
-from kvortex.index import PENDING, BlockIndex, load_compiled
+from kvortex.index import PENDING, BlockIndex, Reservation, load_compiled
 from kvortex.keys import KeyArray, KeysLike, Namespace, as_keys, block_keys
 from kvortex.layout import KVLayout
 from kvortex.memory.arena import PinnedArena
@@ -173,14 +175,15 @@ class KVortexEngine:
         ArgumentError
             Lengths, ranges or duplicates, or a key whose block has another size; nothing was done.
         PoolFullError
-            Too many slots are pinned or being written; nothing was done. Wait for a ticket, or enlarge the pool.
+            Too many slots are pinned or being written; nothing was done. Wait for a ticket, or enlarge the pool. While the
+            pool still grows the call waits for more of it instead.
         """
         keys = as_keys(keys)
         paged, pages, lengths = self._pages(len(keys), block_ids, data_ptrs, sizes, Direction.SAVE)
         with _Call(self) as call:
             self._executor.check_stream(stream)
             transfer = self._flight.open(Direction.SAVE, len(keys), call)
-            found = self._index.reserve(keys, lengths, owner=transfer.number, taken=transfer.slots)
+            found = self._reserve(keys, lengths, transfer)
             for owner in np.unique(found.owners[found.status == PENDING]).tolist():
                 at = np.flatnonzero((found.status == PENDING) & (found.owners == owner))
                 save = self._flight.find(owner)
@@ -240,6 +243,14 @@ class KVortexEngine:
             self._start(transfer, paged, pages, lengths, stream, bool(layerwise))
             return Ticket(transfer, self._settle, self.config.transfer_timeout_s, self._executor.check_stream)
 
+    def _reserve(self, keys: KeyArray, lengths: Int64s, transfer: Transfer) -> Reservation:
+        while True:
+            try:
+                return self._index.reserve(keys, lengths, owner=transfer.number, taken=transfer.slots)
+            except PoolFullError:
+                if not self._parts.wait_for_more(self.config.transfer_timeout_s):
+                    raise
+
     def _pages(
         self, count: int, block_ids: Any, pointers: Any, sizes: Any, direction: Direction
     ) -> tuple[bool, Int64s, Int64s]:
@@ -287,6 +298,25 @@ class KVortexEngine:
 
     # -- numbers, and the end
 
+    def wait_ready(self, timeout: float | None = None) -> int:
+        """Waits until the pool is whole, and returns its blocks.
+
+        An engine works as soon as it is made, with the first part of its pool; the rest of a large one follows within a
+        second or so. A call that finds this part full evicts, as later. Only measurements need to wait.
+
+        Raises
+        ------
+        PoolTimeoutError
+            It is not whole after ``timeout`` seconds (None: ``transfer_timeout_s``).
+        """
+        seconds = self.config.transfer_timeout_s if timeout is None else arguments.seconds(timeout)
+        with _Call(self):
+            arena = self._parts.arena
+            if not arena.wait(arena.slots, seconds):
+                raise PoolTimeoutError(f"{arena.ready} of {arena.slots} slots are ready after {seconds} seconds")
+            self._parts.grow()
+            return self._index.ready
+
     @property
     def notes(self) -> tuple[str, ...]:
         """What was wished for and this platform could not give: huge pages, the NUMA node, registering memory with the
@@ -298,7 +328,7 @@ class KVortexEngine:
         with _Call(self):
             counts = self._index.counts()
             return self._counters.snapshot(
-                counts.evictions, counts.resident, counts.reserved, counts.pinned, self._index.capacity
+                counts.evictions, counts.resident, counts.reserved, counts.pinned, counts.capacity
             )
 
     def shutdown(self, timeout: float | None = None) -> None:
@@ -365,6 +395,7 @@ class _Call:
             raise EngineClosedError("this engine was shut down")
         try:
             engine._flight.reap()
+            engine._parts.grow()
         except BaseException:
             self.__exit__()
             raise
@@ -390,10 +421,22 @@ class _Parts:
             self.executor = _executor(config, layout, device, self.arena)
             undo.callback(self.executor.close)
             load_compiled()
-            self.index = BlockIndex(self.arena.slots)
+            self.index = BlockIndex(self.arena.slots, ready=self.arena.ready)
             self.counters = Counters()
             self.flight = Flight(self.index, self.counters)
             undo.pop_all()
+
+    def grow(self) -> None:
+        """Gives the index the slots that have become ready. Twice does no harm."""
+        if self.arena.ready != self.index.ready:
+            self.index.grow(self.arena.ready)
+
+    def wait_for_more(self, timeout: float) -> bool:
+        """Whether the index got slots that it did not have, now or after a wait."""
+        before = self.index.ready
+        self.arena.wait(before + 1, timeout)
+        self.grow()
+        return self.index.ready > before
 
     def abandon(self, timeout: float) -> None:
         """When the engine is no longer reachable: frees at once, or in the background when transfers still run.

@@ -69,6 +69,10 @@ class TransferTimeoutError(TransferError, TimeoutError):
     """A wait reached its deadline. The transfer goes on, its slots stay pinned, and it may be waited for again."""
 
 
+class PoolTimeoutError(KVortexError, TimeoutError):
+    """The pool was not whole at the deadline. It goes on growing, and may be waited for again."""
+
+
 class IndexStateError(KVortexError, RuntimeError):
     """A slot of the index is not in the state that the call needs, or the index is damaged. Nothing was changed."""
 

@@ -52,7 +52,8 @@ class EngineStats:
     evictions
         Blocks that made room for others.
     resident_blocks, reserved_blocks, pinned_blocks, capacity_blocks
-        Slots by state: holding a block, being written, being read, and all.
+        Slots by state: holding a block, being written, being read, and all that are ready (see
+        :meth:`kvortex.KVortexEngine.wait_ready`).
     routes
         The same blocks, bytes and seconds by direction and route; only those that were used.
     """

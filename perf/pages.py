@@ -43,6 +43,7 @@ class Pages:
         slot_bytes = -(-self.layout.record_bytes // 4096) * 4096
         options = {"cpu_pool_size_bytes": sets * self.count * slot_bytes, "device": device.name} | options
         self.engine = kvortex.KVortexEngine.create(kvortex.KVortexConfig(**options), self.layout)
+        self.engine.wait_ready()
         self.rng = np.random.default_rng(fragment_bytes)
 
     def close(self) -> None:

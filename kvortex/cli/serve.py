@@ -80,7 +80,9 @@ def open_engine(pages: Pages, pool_blocks: int, block_size: int, option: str) ->
         dtype="bf16",
     )
     try:
-        return KVortexEngine.create(config, pages.layout)
+        engine = KVortexEngine.create(config, pages.layout)
+        engine.wait_ready()  # which blocks are evicted must not depend on how fast the pool is made
+        return engine
     except PinnedMemoryError as error:
         raise PinnedMemoryError(str(error).replace("cpu_pool_size_bytes", option)) from None
 

@@ -7,13 +7,13 @@ import numpy.typing as npt
 from numba import njit
 
 from kvortex.index._hash import find
-from kvortex.index.core import FREE, N_FREE, N_PINNED, N_RESERVED, RESERVED, RESIDENT, Table
+from kvortex.index.core import FREE, N_ABSENT, N_FREE, N_PINNED, N_RESERVED, RESERVED, RESIDENT, Table
 from kvortex.index.policies import damage
 
 PROBLEMS = (
     "",
     "a bucket names a slot that has no key to be found, or names it twice",
-    "the state is none of free, reserved, resident",
+    "the state is none of free, reserved, resident, or not free though the slot is not there yet",
     "the pins are negative, or on a slot that is not resident",
     "a slot is doomed that is not pinned",
     "the size is negative, or not 0 in a free slot",
@@ -38,10 +38,15 @@ def first_problem(t: Table) -> tuple[int, int]:
             return 1, bucket
         named[slot] = True
 
+    there = capacity - t.counters[N_ABSENT]
+    if there < 0 or there > capacity:
+        return 7, -1
     free, reserved, pinned = 0, 0, 0
     held: npt.NDArray[np.bool_] = np.zeros(capacity, np.bool_)
     for slot in range(capacity):
         state, pins, doomed = t.state[slot], t.pins[slot], t.doomed[slot]
+        if slot >= there and state != FREE:
+            return 2, slot
         if state != FREE and state != RESERVED and state != RESIDENT:
             return 2, slot
         if pins < 0 or (pins > 0 and state != RESIDENT):
@@ -52,7 +57,7 @@ def first_problem(t: Table) -> tuple[int, int]:
             return 5, slot
         if state != FREE and doomed == 0 and find(t.buckets, t.keys, t.keys, slot) != slot:
             return 6, slot
-        free += state == FREE
+        free += state == FREE and slot < there
         reserved += state == RESERVED
         pinned += pins > 0
         held[slot] = state == RESIDENT and pins == 0
@@ -63,7 +68,7 @@ def first_problem(t: Table) -> tuple[int, int]:
     stacked = np.zeros(capacity, np.bool_)
     for place in range(free):
         slot = int(t.stack[place])
-        if slot < 0 or slot >= capacity or stacked[slot] or t.state[slot] != FREE:
+        if slot < 0 or slot >= there or stacked[slot] or t.state[slot] != FREE:
             return 8, place
         stacked[slot] = True
     broken = damage(t.order, held)

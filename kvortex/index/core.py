@@ -25,7 +25,8 @@ RESIDENT = 2
 _CLAIMED = 3  # only inside one call: a slot that this batch has already named
 
 # Rows of Table.counters. Resident slots are the rest of the capacity; the unpinned ones among them may be evicted.
-N_FREE, N_RESERVED, N_PINNED, N_EVICTIONS = 0, 1, 2, 3
+# The absent ones are the last slots, which are not there yet: neither free nor anything else.
+N_FREE, N_RESERVED, N_PINNED, N_EVICTIONS, N_ABSENT = 0, 1, 2, 3, 4
 
 # What a call found wrong.
 OK, FULL, DUPLICATE, RANGE, STATE, LENGTH, AGAIN = 0, 1, 2, 3, 4, 5, 6
@@ -47,11 +48,13 @@ class Table(NamedTuple):
     owners: Slots  # (capacity,): number of the reservation that a slot was last part of
     stack: npt.NDArray[np.int32]  # (capacity,): the first N_FREE entries are the free slots, the next one last
     order: policies.Order  # the policy's
-    counters: Slots  # (4,)
+    counters: Slots  # (5,)
 
 
-def new_table(capacity: int, policy: type[policies.Policy]) -> Table:
-    """An empty table; a fresh pool hands out slots 0, 1, 2, ..."""
+def new_table(capacity: int, policy: type[policies.Policy], ready: int) -> Table:
+    """An empty table, whose first ``ready`` slots are there; a fresh pool hands out slots 0, 1, 2, ..."""
+    stack = np.zeros(capacity, np.int32)
+    stack[:ready] = np.arange(ready - 1, -1, -1)
     return Table(
         keys=np.zeros((capacity, 4), np.uint64),
         buckets=np.zeros(bucket_count(capacity), np.int32),
@@ -60,9 +63,9 @@ def new_table(capacity: int, policy: type[policies.Policy]) -> Table:
         pins=np.zeros(capacity, np.int32),
         sizes=np.zeros(capacity, np.int64),
         owners=np.zeros(capacity, np.int64),
-        stack=np.arange(capacity - 1, -1, -1, dtype=np.int32),
+        stack=stack,
         order=policy.state(capacity),
-        counters=np.array([capacity, 0, 0, 0], np.int64),
+        counters=np.array([ready, 0, 0, 0, capacity - ready], np.int64),
     )
 
 
@@ -139,7 +142,8 @@ def reserve(
             owners[i] = t.owners[slots[i]]
             if status[i] == RESIDENT and pins[slots[i]] == 0:
                 spared += 1  # a key of this batch: may not make room for another key of this batch
-    evictable = state.size - counters[N_FREE] - counters[N_RESERVED] - counters[N_PINNED] - spared
+    there = state.size - counters[N_ABSENT]
+    evictable = there - counters[N_FREE] - counters[N_RESERVED] - counters[N_PINNED] - spared
     if new > counters[N_FREE] + evictable:
         return FULL, new, evictable
 
@@ -166,6 +170,17 @@ def reserve(
         slots[i] = taken[i] = slot
     counters[N_RESERVED] += new
     return OK, 0, 0
+
+
+@njit(nogil=True, cache=True)
+def grow(t: Table, ready: int) -> None:
+    """The first ``ready`` slots are there from now on; those that were there before stay so."""
+    counters, stack = t.counters, t.stack
+    first = t.state.size - counters[N_ABSENT]
+    for slot in range(min(ready, t.state.size) - 1, first - 1, -1):
+        stack[counters[N_FREE]] = slot
+        counters[N_FREE] += 1
+        counters[N_ABSENT] -= 1
 
 
 @njit(nogil=True, cache=True)

@@ -36,7 +36,7 @@ class Reservation(NamedTuple):
 
 
 class IndexCounts(NamedTuple):
-    """Slots by state at one moment: ``free + reserved + resident == capacity``.
+    """Slots by state at one moment: ``free + reserved + resident == capacity``, without those that are not there yet.
 
     ``resident`` includes dropped records that are still pinned; ``pinned`` counts slots, not pins; ``evictions`` is
     the total since the index was made.
@@ -65,6 +65,8 @@ class BlockIndex:
         Slots in the pool, from 1 to 2**30.
     policy
         Name of the eviction policy: ``"lru"``.
+    ready
+        The first so many slots are there; None for all. :meth:`grow` adds others.
 
     Raises
     ------
@@ -82,14 +84,15 @@ class BlockIndex:
     16 for the hash table, so 74 to 82.
     """
 
-    def __init__(self, capacity: int, policy: str = "lru") -> None:
+    def __init__(self, capacity: int, policy: str = "lru", *, ready: int | None = None) -> None:
         if isinstance(capacity, bool) or not isinstance(capacity, (int, np.integer)) or not 1 <= capacity <= MAX_CAPACITY:
             raise ConfigError(f"capacity = {shown(capacity)}: must be an integer from 1 to {MAX_CAPACITY}")
         if not isinstance(policy, str) or policy not in POLICIES:
             raise ConfigError(f"policy = {shown(policy)}: unknown; known are {', '.join(sorted(POLICIES))}")
         self.capacity = int(capacity)
         self.policy = policy
-        self._table = core.new_table(self.capacity, POLICIES[policy])
+        self.ready = self.capacity if ready is None else ready
+        self._table = core.new_table(self.capacity, POLICIES[policy], self.ready)
         # Re-entrant, because the garbage collector may run a finaliser that releases a pin in a thread that is just
         # taking the lock. The compiled call is all that the lock guards, and no Python runs inside that.
         self._lock = threading.RLock()
@@ -98,6 +101,12 @@ class BlockIndex:
     def nbytes(self) -> int:
         """Bytes of all arrays of the index."""
         return sum(array.nbytes for array in self._table)
+
+    def grow(self, ready: int) -> None:
+        """The first ``ready`` slots are there from now on, up to the capacity. Slots never go."""
+        with self._lock:
+            core.grow(self._table, ready)
+            self.ready = max(self.ready, min(ready, self.capacity))
 
     def lookup(self, keys: KeysLike) -> npt.NDArray[np.bool_]:
         """Which keys are resident, as (n,) bool. Changes nothing, not even the eviction order."""
@@ -258,8 +267,9 @@ class BlockIndex:
     def counts(self) -> IndexCounts:
         """Slots by state, all from the same moment."""
         with self._lock:
-            free, reserved, pinned, evictions = self._table.counters.tolist()
-        return IndexCounts(self.capacity, free, reserved, self.capacity - free - reserved, pinned, evictions)
+            free, reserved, pinned, evictions, absent = self._table.counters.tolist()
+        there = self.capacity - absent
+        return IndexCounts(there, free, reserved, there - free - reserved, pinned, evictions)
 
     def check(self) -> None:
         """Verify every invariant, in O(capacity) and under the lock: for tests and when looking for leaks.
@@ -328,7 +338,8 @@ def _sizes(nbytes: int | npt.ArrayLike, count: int) -> npt.NDArray[np.int64]:
 def load_compiled() -> None:
     """Loads all that is compiled, or compiles it, once in a process: else each first call would, and an interrupt in the
     middle of that can abort the process inside LLVM."""
-    index, once = BlockIndex(2), np.zeros(1, np.uint8)
+    index, once = BlockIndex(2, ready=1), np.zeros(1, np.uint8)
+    index.grow(2)
     keys, sizes = np.arange(64, dtype=np.uint8).reshape(2, 32), np.zeros(2, np.int64)
     index.reserve(keys, sizes, owner=1, taken=np.full(2, -1))
     index.commit(np.array([0]), once=once)

@@ -1,27 +1,22 @@
-"""Host memory that is fast to get: mapped, on huge pages where the kernel has them, touched by several threads.
-
-16 GiB by ``cuMemHostAlloc`` took 9.3 s on an H100 host and 0.80 s this way (one thread faults pages in one by one).
-"""
+"""Host memory that is fast to get: mapped, on huge pages where the kernel has them, for several threads to fault in."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import mmap
-import os
 import pathlib
-from concurrent.futures import ThreadPoolExecutor
 
 from kvortex.errors import PinnedMemoryError
 from kvortex.memory import numa
 
 HUGE_PAGE = 2 << 20
 _MADV_WIPEONFORK = 18  # of linux/mman.h, since 4.14; Python's mmap has no name for it
-_TOUCH_BYTES = 64 << 20
 
 
 class Mapping:
-    """Anonymous private memory, zero-filled, resident when the constructor returns, zero again in forked children.
+    """Anonymous private memory, zero-filled, not resident yet (:class:`kvortex.memory.filling.Filler`), zero again in forked
+    children.
 
     Parameters
     ----------
@@ -40,6 +35,11 @@ class Mapping:
     """
 
     def __init__(self, nbytes: int, node: int | None = None) -> None:
+        available = _available_bytes()
+        if available is not None and nbytes > available:
+            raise PinnedMemoryError(
+                f"{nbytes} bytes of host memory were asked for and {available} are available; lower cpu_pool_size_bytes"
+            )
         self.nbytes = nbytes
         self.notes: list[str] = []
         try:
@@ -56,7 +56,6 @@ class Mapping:
         self._advise(_MADV_WIPEONFORK, "MADV_WIPEONFORK")
         if node is not None and (reason := numa.bind(self.address, nbytes, node)):
             self.notes.append(reason)
-        self._touch()
 
     def _ask_for_huge_pages(self, skip: int) -> None:
         """Asks for those that lie inside as a whole: the first touch of one takes all of it, also what is beyond the end.
@@ -78,19 +77,6 @@ class Mapping:
             self._map.madvise(advice, start, len(self._map) - start if nbytes is None else nbytes)
         except OSError as error:
             self.notes.append(f"no {what}: {error.strerror}")
-
-    def _touch(self) -> None:
-        """Faults every page in; ``memset`` through ctypes holds no GIL."""
-        available = _available_bytes()
-        if available is not None and self.nbytes > available:
-            self.close()
-            raise PinnedMemoryError(
-                f"{self.nbytes} bytes of host memory were asked for and {available} are available; lower cpu_pool_size_bytes"
-            )
-        starts = range(0, self.nbytes, _TOUCH_BYTES)
-        with ThreadPoolExecutor(min(16, os.cpu_count() or 1, len(starts))) as pool:
-            for _ in pool.map(lambda at: ctypes.memset(self.address + at, 0, min(_TOUCH_BYTES, self.nbytes - at)), starts):
-                pass
 
     def close(self) -> None:
         """Unmaps, or leaves that to the last view of the memory. A second call does nothing."""

@@ -141,7 +141,7 @@ def test_a_failed_start_gives_back_what_it_took(device: Device, monkeypatch: pyt
     cache = PagedCache.plain(device)
     closed: list[object] = []
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise MemoryError("planted")
 
     if isinstance(device, HostDevice):

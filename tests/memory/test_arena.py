@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 
 from kvortex.errors import ConfigError, PinnedMemoryError
 from kvortex.memory import arena as module
 from kvortex.memory.arena import SLOT_ALIGNMENT, PinnedArena
+from kvortex.transfer.executor import poll
 from tests.memory.recording import RecordingDevice
 
 
 def covered(device: RecordingDevice, arena: PinnedArena) -> list[tuple[int, int]]:
     """(first, last) slot byte of each registration, in order, after checking that they cover the pool exactly once."""
+    assert arena.wait(arena.slots, 20) and arena.ready == arena.slots and not arena.growing
     spans = sorted((address - arena.address, address - arena.address + nbytes) for address, nbytes in device.pinned.items())
     assert spans[0][0] == 0 and spans[-1][1] == arena.slots * arena.slot_bytes
     assert all(end == start for (_, end), (start, _) in zip(spans[:-1], spans[1:], strict=True))
@@ -66,7 +72,7 @@ def test_a_budget_below_one_slot(budget: int, record: int) -> None:
     ],
 )
 def test_segments_cover_everything_once(monkeypatch: pytest.MonkeyPatch, segment: int, spans: list[tuple[int, int]]) -> None:
-    monkeypatch.setattr(module, "MAX_SEGMENT", segment)
+    monkeypatch.setattr(module, "SEGMENT_BYTES", segment)
     device = RecordingDevice()
     arena = PinnedArena(device, 7 * 4096, 4000)
     assert covered(device, arena) == [(first * 4096, last * 4096) for first, last in spans]
@@ -81,22 +87,109 @@ def test_segments_cover_everything_once(monkeypatch: pytest.MonkeyPatch, segment
     assert sorted(pins) == sorted(unpins) and len(set(unpins)) == len(unpins) == len(spans)
 
 
-@pytest.mark.parametrize("refused_at", [0, 1, 3])
-def test_a_refused_registration_is_undone_and_memory_is_allocated_instead(
-    monkeypatch: pytest.MonkeyPatch, refused_at: int
-) -> None:
-    monkeypatch.setattr(module, "MAX_SEGMENT", 2 * 4096)
-    device = RecordingDevice(pins_before_refusal=refused_at)
+def test_a_refused_registration_is_undone_and_memory_is_allocated_instead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SEGMENT_BYTES", 2 * 4096)
+    device = RecordingDevice(pins_before_refusal=0)
     arena = PinnedArena(device, 7 * 4096, 4096)
-    words = [word for word, _ in device.log]
-    assert not device.pinned and words == ["pin"] * refused_at + ["unpin"] * refused_at + ["allocate"]
+    assert not device.pinned and [word for word, _ in device.log] == ["allocate"]
     assert arena.pinned_by == "alloc" and arena.notes[-1] == "registration refused: registration is forbidden here"
     assert arena._mapping is None and device.log[-1] == ("allocate", arena.address)
-    assert arena.segment_slots == arena.slots == 7, "one allocation has no inner borders"
+    assert arena.segment_slots == arena.slots == arena.ready == 7 and not arena.growing, "one allocation has no inner borders"
     assert all(not arena.view(slot).any() for slot in range(7)), "zeroed, as the mapping is"
     arena.close()
     arena.close()
     assert [word for word, _ in device.log].count("free") == 1 and not device._pinned
+
+
+@pytest.mark.parametrize("refused_at", [1, 3])
+def test_what_is_refused_later_makes_the_pool_smaller(monkeypatch: pytest.MonkeyPatch, refused_at: int) -> None:
+    monkeypatch.setattr(module, "SEGMENT_BYTES", 2 * 4096)
+    device = RecordingDevice(pins_before_refusal=refused_at)
+    arena = PinnedArena(device, 7 * 4096, 4096)
+    assert arena.wait(arena.slots, 20), "there is nothing to wait for any more"
+    assert arena.ready == 2 * refused_at and not arena.growing and arena.pinned_by == "register"
+    assert arena.notes[-1] == f"the pool has {2 * refused_at} of 7 slots: registration is forbidden here"
+    assert len(device.pinned) == refused_at and not arena.view(2 * refused_at - 1).any()
+    arena.close()
+    assert not device.pinned
+
+
+class Gated(RecordingDevice):
+    """Registers the first segment, and others when it may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may, self.asked = threading.Event(), threading.Event()
+
+    def pin(self, address: int, nbytes: int) -> None:
+        if self.pinned:
+            self.asked.set()
+            assert self.may.wait(20)
+        super().pin(address, nbytes)
+
+
+@pytest.fixture
+def gated(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Gated, PinnedArena]]:
+    monkeypatch.setattr(module, "SEGMENT_BYTES", 2 * 4096)
+    device = Gated()
+    arena = PinnedArena(device, 7 * 4096, 4096)
+    yield device, arena
+    device.may.set()
+    arena.close()
+    assert not device.pinned
+
+
+def test_the_first_segment_can_be_used_before_the_others(gated: tuple[Gated, PinnedArena]) -> None:
+    device, arena = gated
+    assert arena.ready == 2 and arena.growing and arena.slots == 7
+    arena.view(1)[:] = 5
+    assert arena.wait(2, 0) and not arena.wait(3, 0.02), "the deadline"
+    device.may.set()
+    assert arena.wait(7, 20) and arena.ready == 7 and not arena.growing
+    assert (arena.view(1) == 5).all() and not arena.view(6).any() and len(device.pinned) == 4
+
+
+def test_closing_in_the_middle(gated: tuple[Gated, PinnedArena]) -> None:
+    """The segment that the driver is registering is waited for, unregistered like the others, and no further one begins."""
+    device, arena = gated
+    assert device.asked.wait(20)
+    closer = threading.Thread(target=arena.close)
+    closer.start()
+    closer.join(0.05)
+    assert closer.is_alive() and arena._mapping is not None
+    device.may.set()
+    closer.join(20)
+    assert not device.pinned and arena._mapping is None
+    assert [word for word, _ in device.log] == ["pin"] * 2 + ["unpin"] * 2
+
+
+def test_closing_from_the_thread_that_builds(gated: tuple[Gated, PinnedArena], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The collector may free an engine in any thread."""
+    device, arena = gated
+    pin = RecordingDevice.pin
+
+    def collected(self: RecordingDevice, address: int, nbytes: int) -> None:
+        arena.close()
+        pin(self, address, nbytes)
+
+    monkeypatch.setattr(RecordingDevice, "pin", collected)
+    device.may.set()
+    assert poll(lambda: arena._mapping is None, time.monotonic() + 20)
+    assert not device.pinned
+
+
+def test_an_interrupt_while_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SEGMENT_BYTES", 2 * 4096)
+
+    class Interrupted(RecordingDevice):
+        def pin(self, address: int, nbytes: int) -> None:
+            super().pin(address, nbytes)
+            raise KeyboardInterrupt
+
+    device, before = Interrupted(), threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        PinnedArena(device, 7 * 4096, 4096)
+    assert not device.pinned and threading.active_count() == before
 
 
 def test_neither_way_of_pinning() -> None:
@@ -124,9 +217,10 @@ def test_views_are_the_slots_themselves() -> None:
 @pytest.mark.parametrize("pins", [None, 0])
 def test_close_goes_on_where_the_driver_refuses(monkeypatch: pytest.MonkeyPatch, pins: int | None) -> None:
     """After a GPU fault every call fails; the host memory must be given back all the same."""
-    monkeypatch.setattr(module, "MAX_SEGMENT", 4096)
+    monkeypatch.setattr(module, "SEGMENT_BYTES", 4096)
     device = RecordingDevice(pins_before_refusal=pins)
     arena = PinnedArena(device, 3 * 4096, 4096)
+    assert arena.wait(3, 20)
     device.refuses_to_undo = True
     arena.close()
     assert not device.pinned and not device._pinned and arena._mapping is None and not arena._registered
@@ -140,7 +234,8 @@ def test_the_node_of_the_device(
 ) -> None:
     asked: list[int | None] = []
     make = module.Mapping
-    monkeypatch.setattr(module, "node_count", lambda: nodes)
+    monkeypatch.setattr(module.numa_nodes, "node_count", lambda: nodes)
+    monkeypatch.setattr(module.numa_nodes, "misplaced", lambda *_: None)
     monkeypatch.setattr(module, "Mapping", lambda nbytes, node: asked.append(node) or make(nbytes))
     device = RecordingDevice()
     device.node = node
@@ -165,3 +260,16 @@ def test_a_gpu_reads_and_writes_every_slot() -> None:
     address = arena.address
     arena.close()
     assert device.owner_of(address) is None
+
+
+def test_pages_on_another_node_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.numa_nodes, "node_count", lambda: 2)
+    monkeypatch.setattr(module.numa_nodes, "bind", lambda *_: None)
+    seen: list[int] = []
+    monkeypatch.setattr(module.numa_nodes, "nodes_of", lambda at: seen.extend(at) or [0] * 3 + [1] * (len(at) - 3))
+    device = RecordingDevice()
+    device.node = 1
+    arena = PinnedArena(device, 64 * 4096, 4096)
+    assert arena.notes == ["3 of 64 pages looked at are not on NUMA node 1"]
+    assert seen == [arena.address + at * 4096 for at in range(64)]
+    arena.close()

@@ -10,6 +10,7 @@ import pytest
 
 from kvortex.devices import HostDevice
 from kvortex.memory.arena import PinnedArena
+from kvortex.memory.filling import Filler
 from kvortex.memory.mapping import HUGE_PAGE, Mapping
 from tests.memory.smaps import PAGE, flags_at, resident_bytes, resident_pages
 
@@ -30,10 +31,14 @@ def taken(mapping: Mapping) -> tuple[int, int]:
 @pytest.mark.parametrize("nbytes", SIZES)
 def test_no_page_beyond_the_budget(nbytes: int) -> None:
     mapping = Mapping(nbytes)
+    filler = Filler(mapping.address, nbytes)
+    filler.start()
     try:
+        assert filler.wait(nbytes)
         exact = -(-nbytes // PAGE) * PAGE
         assert taken(mapping) == (exact, exact)
     finally:
+        filler.close()
         mapping.close()
 
 

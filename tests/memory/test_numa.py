@@ -100,3 +100,25 @@ def test_a_refusal_has_its_errno(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(numa.ctypes, "CDLL", lambda *_, **__: libc)
     monkeypatch.setattr(numa.ctypes, "get_errno", lambda: 1)
     assert numa.bind(0x20_0000, 8192, 3) == "mbind to node 3 failed with errno 1"
+
+
+def test_where_pages_are() -> None:
+    """This machine's own answer: a page that was written to is on a node, one that was not is nowhere."""
+    mapping = Mapping(2 * HUGE_PAGE)
+    try:
+        ctypes.memset(mapping.address, 1, 1)
+        found = numa.nodes_of([mapping.address, mapping.address + HUGE_PAGE])
+        if found is None:
+            pytest.skip("this kernel does not say where pages are")
+        assert 0 <= found[0] < 1024 and found[1] < 0
+        assert numa.misplaced(mapping.address, 4096, found[0]) is None
+        other = found[0] + 1
+        assert numa.misplaced(mapping.address, 4096, other) == f"1 of 1 pages looked at are not on NUMA node {other}"
+    finally:
+        mapping.close()
+
+
+def test_a_kernel_that_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numa.platform, "machine", lambda: "vax")
+    assert numa.nodes_of([0]) is None
+    assert numa.misplaced(0, 4096, 0) == "the kernel does not say which NUMA node the pool is on"
