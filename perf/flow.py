@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import threading
 import time
@@ -41,9 +42,12 @@ class TwoInFlight:
         return nbytes
 
     def drain(self) -> None:
-        """Waits for what runs."""
-        while self._running:
-            self._finish()
+        """Waits for all that runs, also where some of it failed."""
+        if self._running:
+            try:
+                self._finish()
+            finally:
+                self.drain()
 
     def _finish(self) -> int:
         return self._running.pop(0)[1]()
@@ -82,17 +86,17 @@ def side_by_side(flows: Mapping[str, TwoInFlight], seconds: float) -> dict[str, 
     """Keeps all flows going from one thread; GB/s of each while all of them ran. See :func:`at_once`."""
     stamps: dict[str, Stamps] = {name: [] for name in flows}
     began = time.monotonic()
-    try:
+    with contextlib.ExitStack() as stack:
+        for flow in flows.values():
+            stack.callback(flow.drain)
         while _goes_on(stamps, began, seconds):
-            before = sum(map(len, stamps.values()))
+            ended = 0
             for name, flow in flows.items():
                 if nbytes := flow.step():
                     stamps[name].append((time.perf_counter(), nbytes))
-            if before == sum(map(len, stamps.values())):
+                    ended += 1
+            if not ended:
                 time.sleep(_NAP_S)
-    finally:
-        for flow in flows.values():
-            flow.drain()
     return rates(stamps)
 
 

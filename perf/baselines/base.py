@@ -36,10 +36,11 @@ class Baseline(Method):
     """
 
     fragments_first = False  # whether a fragment of all blocks lies side by side in host memory, or a block's fragments
-    clock: Clock | None = None
+    clock: Clock
 
     def __init__(self, pages: Pages) -> None:
         self.pages, self.nbytes = pages, pages.moved
+        self.require()
         self.host = PinnedArena(pages.device, pages.moved + 4095, pages.moved)
         try:
             self.open()
@@ -48,8 +49,18 @@ class Baseline(Method):
             raise
 
     @abstractmethod
+    def require(self) -> None:
+        """Raises DeviceUnavailableError for what is missing, before any memory is taken."""
+
+    @abstractmethod
     def open(self) -> None:
         """Takes what is needed beside host memory."""
+
+    def gpu(self) -> CudaDevice:
+        """The GPU that has the pages."""
+        if not isinstance(self.pages.device, CudaDevice):
+            raise DeviceUnavailableError("needs a GPU")
+        return self.pages.device
 
     def records(self) -> npt.NDArray[np.uint8]:
         """(64, n, fragment_bytes) view of host memory: each fragment of each block."""
@@ -69,13 +80,6 @@ class Baseline(Method):
         return wrong + self.pages.wrong_bytes(before, self.pages.memory.read(), source, target, records)
 
     def close(self) -> None:
-        if self.clock is not None:
+        if hasattr(self, "clock"):  # else it never opened
             self.clock.close()
         self.host.close()
-
-
-def gpu_of(pages: Pages) -> CudaDevice:
-    """The GPU that has the pages."""
-    if not isinstance(pages.device, CudaDevice):
-        raise DeviceUnavailableError("needs a GPU")
-    return pages.device

@@ -7,24 +7,23 @@ from abc import abstractmethod
 import numpy as np
 
 from kvortex.devices import driver as cu
-from kvortex.devices.cuda import CudaDevice
 from kvortex.devices.native import memcpy_address
 from kvortex.transfer.copies import copy_paged
 from kvortex.transfer.plan import Int64s
 from perf import issue
-from perf.baselines.base import Baseline, gpu_of
+from perf.baselines.base import Baseline
 from perf.baselines.batch import batch_function
-from perf.clock import CudaClock, HostClock
+from perf.clock import CudaClock, clock_of
 from perf.pages import Ids
+
+_ORDER_STREAM, _ORDER_ANY = 1, 3  # CUmemcpySrcAccessOrder of cuda.h
 
 
 class Fragmentwise(Baseline):
-    """Lists every copy in arrays, before the clock starts."""
+    """Knows every copy before the clock starts."""
 
     def open(self) -> None:
-        device = gpu_of(self.pages)
-        self.functions = cu.functions()
-        self.clock: CudaClock = CudaClock(device)
+        self.clock = clock_of(self.pages.device)
 
     def save(self, blocks: Ids) -> float:
         return self._timed(blocks, to_host=True)
@@ -33,22 +32,20 @@ class Fragmentwise(Baseline):
         return self._timed(blocks, to_host=False)
 
     def _timed(self, blocks: Ids, *, to_host: bool) -> float:
-        cu.check((self.issue(self._table(blocks, to_host), to_host),), self.name)
+        layout = self.pages.layout
+        records = self.host.address + layout.record_bytes * np.arange(len(blocks))
+        if not isinstance(self.clock, CudaClock):
+            return self.clock.seconds(lambda: copy_paged(memcpy_address(), layout.fragments, blocks, records, to_host))
+        base, stride, offset, nbytes = layout.fragments.T
+        here, there = base + blocks[:, None] * stride, records[:, None] + offset
+        columns = (*((there, here) if to_host else (here, there)), np.broadcast_to(nbytes, here.shape))
+        table = np.stack([column.ravel() for column in columns])
+        cu.check((self.issue(self.clock, table, to_host),), self.name)
         return self.clock.elapsed()
 
     @abstractmethod
-    def issue(self, table: Int64s, to_host: bool) -> int:
-        """Puts copies on the clock's stream; the driver's first error code."""
-
-    def _table(self, blocks: Ids, to_host: bool) -> Int64s:
-        """(3, 64 n) int64 of :mod:`perf.issue`, block after block."""
-        layout = self.pages.layout
-        base, stride, offset, nbytes = layout.fragments.T
-        pages = base + blocks[:, None] * stride
-        records = self.host.address + layout.record_bytes * np.arange(len(blocks))[:, None] + offset
-        sizes = np.broadcast_to(nbytes, pages.shape)
-        pair = (records, pages) if to_host else (pages, records)
-        return np.stack([column.ravel() for column in (*pair, sizes)])
+    def issue(self, clock: CudaClock, table: Int64s, to_host: bool) -> int:
+        """Puts copies, the columns of a (3, 64 n) table of :mod:`perf.issue`, on a clock's stream; the first error code."""
 
 
 class PerFragment(Fragmentwise):
@@ -60,19 +57,12 @@ class PerFragment(Fragmentwise):
         "from arrays that were made before the clock started; on the host device one memcpy a fragment in one thread"
     )
 
-    def open(self) -> None:
-        if isinstance(self.pages.device, CudaDevice):
-            super().open()
+    def require(self) -> None:
+        """Nothing is missing anywhere."""
 
-    def issue(self, table: Int64s, to_host: bool) -> int:
+    def issue(self, clock: CudaClock, table: Int64s, to_host: bool) -> int:
         which = cu.COPY_TO_HOST if to_host else cu.COPY_TO_DEVICE
-        return int(issue.copy_each(self.functions, self.clock.cells, which, table))
-
-    def _timed(self, blocks: Ids, *, to_host: bool) -> float:
-        if self.clock is not None:
-            return super()._timed(blocks, to_host=to_host)
-        layout, records = self.pages.layout, self.host.address + self.pages.layout.record_bytes * np.arange(len(blocks))
-        return HostClock().seconds(lambda: copy_paged(memcpy_address(), layout.fragments, blocks, records, to_host))
+        return int(issue.copy_each(cu.functions(), clock.cells, which, table))
 
 
 class Batched(Fragmentwise):
@@ -84,17 +74,11 @@ class Batched(Fragmentwise):
         "ANY to it), called by address from arrays that were made before the clock started"
     )
 
-    def open(self) -> None:
-        gpu_of(self.pages)
+    def require(self) -> None:
+        self.gpu()
         self._address, self._with_fail_index = batch_function()
-        super().open()
 
-    def issue(self, table: Int64s, to_host: bool) -> int:
+    def issue(self, clock: CudaClock, table: Int64s, to_host: bool) -> int:
         attributes = np.zeros(3, np.int64)
         attributes.view(np.int32)[0] = _ORDER_STREAM if to_host else _ORDER_ANY
-        return int(
-            issue.copy_batch(self.functions, self.clock.cells, self._address, self._with_fail_index, table, attributes)
-        )
-
-
-_ORDER_STREAM, _ORDER_ANY = 1, 3  # CUmemcpySrcAccessOrder of cuda.h
+        return int(issue.copy_batch(cu.functions(), clock.cells, self._address, self._with_fail_index, table, attributes))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import numpy as np
 
 from perf import foreign
-from perf.baselines.base import Baseline, gpu_of
+from perf.baselines.base import Baseline
 from perf.clock import CudaClock
 from perf.pages import LAYERS, Ids
 
@@ -20,11 +21,17 @@ class Gather(Baseline):
 
     fragments_first = True
 
+    library: ClassVar[Callable[[], Any]]
+
+    def require(self) -> None:
+        self.gpu()
+        self.module = self.library()
+
     def open(self) -> None:
-        device = gpu_of(self.pages)
+        device = self.gpu()
         words = self.pages.fragment_bytes // 8
         with_pages, with_count = ((2 * LAYERS, n, words) for n in (self.pages.pages, self.pages.count))
-        self.clock: CudaClock = CudaClock(device, self.prepare(device.ordinal, with_pages, with_count))
+        self.clock = CudaClock(device, self.prepare(device.ordinal, with_pages, with_count))
 
     @abstractmethod
     def prepare(self, ordinal: int, pages: tuple[int, ...], buffer: tuple[int, ...]) -> Any:
@@ -53,10 +60,11 @@ class TorchGather(Gather):
     """With torch."""
 
     name = "torch"
+    library = staticmethod(foreign.torch)
     how = "index_select to save and index_copy_ to load, " + _HOW
 
     def prepare(self, ordinal: int, pages: tuple[int, ...], buffer: tuple[int, ...]) -> Any:
-        self._torch = torch = foreign.torch()
+        torch = self.module
         self._device = torch.device("cuda", ordinal)
         whole = torch.as_tensor(self.pages.memory, device=self._device)
         self._pages = whole.view(torch.int64).view(pages)
@@ -66,27 +74,28 @@ class TorchGather(Gather):
         return self._stream
 
     def gather(self, blocks: Ids) -> None:
-        with self._torch.cuda.stream(self._stream):
-            self._torch.index_select(self._pages, 1, self._ids(blocks), out=self._buffer)
+        with self.module.cuda.stream(self._stream):
+            self.module.index_select(self._pages, 1, self._ids(blocks), out=self._buffer)
             self._host.copy_(self._buffer, non_blocking=True)
 
     def scatter(self, blocks: Ids) -> None:
-        with self._torch.cuda.stream(self._stream):
+        with self.module.cuda.stream(self._stream):
             self._buffer.copy_(self._host, non_blocking=True)
             self._pages.index_copy_(1, self._ids(blocks), self._buffer)
 
     def _ids(self, blocks: Ids) -> Any:
-        return self._torch.from_numpy(np.ascontiguousarray(blocks)).to(self._device, non_blocking=True)
+        return self.module.from_numpy(np.ascontiguousarray(blocks)).to(self._device, non_blocking=True)
 
 
 class CupyGather(Gather):
     """With CuPy."""
 
     name = "cupy"
+    library = staticmethod(foreign.cupy)
     how = "take to save and assignment to indices to load, " + _HOW
 
     def prepare(self, ordinal: int, pages: tuple[int, ...], buffer: tuple[int, ...]) -> Any:
-        self._cupy = cupy = foreign.cupy()
+        cupy = self.module
         memory = self.pages.memory
         foreign_memory = cupy.cuda.UnownedMemory(memory.address, memory.nbytes, memory, ordinal)
         self._device = cupy.cuda.Device(ordinal)
@@ -98,10 +107,10 @@ class CupyGather(Gather):
 
     def gather(self, blocks: Ids) -> None:
         with self._device, self._stream:
-            self._cupy.take(self._pages, self._cupy.asarray(blocks), axis=1, out=self._buffer)
+            self.module.take(self._pages, self.module.asarray(blocks), axis=1, out=self._buffer)
             self._buffer.data.copy_to_host_async(self.host.address, self.nbytes, self._stream)
 
     def scatter(self, blocks: Ids) -> None:
         with self._device, self._stream:
             self._buffer.data.copy_from_host_async(self.host.address, self.nbytes, self._stream)
-            self._pages[:, self._cupy.asarray(blocks)] = self._buffer
+            self._pages[:, self.module.asarray(blocks)] = self._buffer
