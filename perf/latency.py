@@ -1,7 +1,8 @@
 """How long does one block of 2 MiB take, from the call to the end, against one DMA of as many bytes?
 
 ``device``: between events before and after, on the GPU. ``host``: from the call until the host has seen the end, by polling.
-For kvortex that is the whole public call, with its look-ups and checks in Python; for the DMA two calls of the driver.
+For kvortex that is the whole public call, with its look-ups and checks in Python; for the DMA one compiled call, with nothing
+between its events but the copy, and the wait.
 """
 
 from __future__ import annotations
