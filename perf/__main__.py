@@ -1,47 +1,84 @@
-"""``python -m perf NAME``: measures, prints a table, writes JSON and a picture."""
+"""``python -m perf NAME``: measures, prints a table, writes JSON and a picture. ``all`` answers one question after another."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from pathlib import Path
+from types import ModuleType
 
-from kvortex.errors import KVortexError
-from perf import compute, fragments, latency
-from perf.report import Report, check_writable, environment
+from kvortex.errors import KVortexError, told
+from perf import compute, duplex, fragments, gil, latency, link, submit
+from perf.report import Report, check_writable, environment, progress
 
-QUESTIONS = {"compute": compute, "fragments": fragments, "latency": latency}
+QUESTIONS = {
+    "compute": compute,
+    "duplex": duplex,
+    "fragments": fragments,
+    "gil": gil,
+    "latency": latency,
+    "link": link,
+    "submit": submit,
+}
+WRONG_BYTES, FAILED = 1, 2  # exit statuses
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m perf", description=__doc__)
-    parser.add_argument("name", choices=sorted(QUESTIONS), help="the question")
+    parser.add_argument("name", choices=[*sorted(QUESTIONS), "all"], help="the question")
     parser.add_argument("--device", default="auto", help="auto, host, cuda or cuda:N")
     parser.add_argument("--quick", action="store_true", help="small and short: shows that it works, not how fast")
     parser.add_argument("--out", type=Path, default=Path("perf/results"), help="folder of the JSON and the picture")
     arguments = parser.parse_args(argv)
-    module = QUESTIONS[arguments.name]
+    if arguments.name != "all":
+        return _answer(arguments.name, QUESTIONS[arguments.name], arguments)
+    return _answer_all(arguments)
+
+
+def _answer_all(arguments: argparse.Namespace) -> int:
+    """Every question, whatever becomes of the others; the worst of their exit statuses."""
+    statuses = {}
+    for at, (name, module) in enumerate(QUESTIONS.items(), 1):
+        progress(f"[{at}/{len(QUESTIONS)}] {name}")
+        print(f"\n{name}")
+        try:
+            statuses[name] = _answer(name, module, arguments)
+        except Exception as error:  # of a library that a measurement uses, say: the other questions can still be answered
+            print(f"perf: {name}: {told(error)}", file=sys.stderr)
+            statuses[name] = FAILED
+    if failed := [name for name, status in statuses.items() if status]:
+        print(f"perf: {len(failed)} of {len(statuses)} questions failed: {', '.join(failed)}", file=sys.stderr)
+    return max(statuses.values())
+
+
+def _answer(name: str, module: ModuleType, arguments: argparse.Namespace) -> int:
     try:
         check_writable(arguments.out)
         device_name, rows, notes = module.measure(arguments.device, quick=arguments.quick)
     except KVortexError as error:
         print(f"perf: {error}", file=sys.stderr)
-        return 2
-    report = Report(arguments.name, _command(arguments), environment(device_name), notes, rows)
+        return FAILED
+    command = _command(name, arguments)
+    report = Report(name, command, environment(device_name), notes, rows, module.KEYS, module.BETTER)
     print(report.table(module.COLUMNS))
+    for method, how in notes.get("methods", {}).items():
+        print(f"{method}: {how}")
     try:
         for path in report.write(arguments.out, module.draw):
             print(f"wrote {path}")
     except OSError as error:  # the disk may have filled up since
         print(f"perf: --out {arguments.out}: {error.strerror or error}", file=sys.stderr)
-        return 2
+        return FAILED
+    if report.wrong_bytes:
+        print(f"perf: {report.wrong_bytes} bytes were wrong; see the column wrong_bytes", file=sys.stderr)
+        return WRONG_BYTES
     return 0
 
 
-def _command(arguments: argparse.Namespace) -> str:
+def _command(name: str, arguments: argparse.Namespace) -> str:
     """What repeats the measurement; where its result was put is nobody else's business."""
     quick = ["--quick"] if arguments.quick else []
-    return " ".join(["python -m perf", arguments.name, "--device", arguments.device, *quick])
+    return " ".join(["python -m perf", name, "--device", arguments.device, *quick])
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ spans before and after, where nothing moves. One contiguous DMA at a time, besid
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -17,15 +16,18 @@ from typing import Any
 import kvortex
 from kvortex.devices.cuda import CudaDevice
 from kvortex.errors import DeviceUnavailableError
+from perf.flow import tickets
 from perf.loads import LOADS, Loop
 from perf.pages import Pages, moved
 from perf.raw import RawCopy
-from perf.report import Report
+from perf.report import Report, progress
 
 FRAGMENT_BYTES = (4 << 10, 18 << 10, 32 << 10)
 ROUTES = ("auto", "resident", "staged")
 STAGING_BYTES = 1 << 30  # short fragments need long staging buffers to go on while a kernel of the model runs
-COLUMNS = ("load", "fragment_kib", "route", "direction", "rate", "ratio", "slowdown", "raw_rate", "raw_slowdown", "wrong_bytes")
+KEYS = ("load", "fragment_kib", "route", "direction")
+BETTER = {"rate": "higher", "ratio": "higher", "slowdown": "lower"}
+COLUMNS = (*KEYS, *BETTER, "raw_rate", "raw_slowdown", "wrong_bytes")
 
 
 def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]], dict[str, Any]]:
@@ -41,7 +43,7 @@ def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]]
         floor = {to_host: _beside(loop, rounds, partial(_copy, raw, to_host)) for to_host in (True, False)}
         for fragment_bytes in FRAGMENT_BYTES:
             for route in ROUTES:
-                print(f"{name}, fragments of {fragment_bytes >> 10} KiB, {route} …", file=sys.stderr, flush=True)
+                progress(f"{name}, fragments of {fragment_bytes >> 10} KiB, {route}")
                 rows += _rows(device, loop, rounds, name, fragment_bytes, route, payload, floor)
     raw.close()
     notes = {"payload_bytes": payload, "gpu_pool_size_bytes": STAGING_BYTES, "loop_seconds": seconds, "rounds": rounds}
@@ -63,23 +65,14 @@ def _rows(
     source, target = pages.halves()
     known = pages.keys()
     moved(pages.engine.save_blocks(known, source))
-    running: list[kvortex.Ticket] = []
-
-    def keep_two(start: Callable[[], kvortex.Ticket]) -> int:
-        running.append(start())
-        return moved(running.pop(0)).nbytes if len(running) > 1 else 0
-
-    def finish() -> None:
-        while running:
-            moved(running.pop())
-
     rows = []
     for direction in ("save", "load"):
         start = {
             "save": lambda: pages.engine.save_blocks(pages.keys(), source),
             "load": lambda: pages.engine.load_blocks(known, target),
         }[direction]
-        rate, slowdown = _beside(loop, rounds, lambda start=start: keep_two(start), finish)  # type: ignore[misc]
+        flow = tickets(start)
+        rate, slowdown = _beside(loop, rounds, flow, flow.drain)
         raw_rate, raw_slowdown = floor[direction == "save"]
         row = {"load": load, "fragment_kib": fragment_bytes >> 10, "route": route, "direction": direction}
         row |= {"rate": rate, "ratio": rate / raw_rate, "slowdown": slowdown, "raw_rate": raw_rate}
@@ -129,5 +122,5 @@ def draw(axes: Any, report: Report) -> None:
     axes.axvline(1.03, color="black", linewidth=0.6, linestyle=":")
     axes.set_xlabel("time of the computation, against its time alone")
     axes.set_ylabel("rate, against one contiguous DMA")
-    axes.set_title(f"Blocks moving while the GPU computes, {report.environment['device'].get('gpu', '')}", fontsize=10)
+    axes.set_title(f"Blocks moving while the GPU computes, {report.device}", fontsize=10)
     axes.legend(fontsize=8, ncols=2)

@@ -1,62 +1,81 @@
 """How long does one block of 2 MiB take, from the call to the end, against one DMA of as many bytes?
 
 ``device``: between events before and after, on the GPU. ``host``: from the call until the host has seen the end, by polling.
-For kvortex that is the whole public call, with its look-ups and checks in Python; for the DMA two calls of the driver.
+For kvortex that is the whole public call, with its look-ups and checks in Python; for the DMA one compiled call, with nothing
+between its events but the copy, and the wait.
 """
 
 from __future__ import annotations
 
 import statistics
-import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 import kvortex
-from perf.pages import Pages, moved
+from perf.baselines import open_baselines
+from perf.methods import Kvortex, Method, Raw
+from perf.pages import Pages, routes_of
 from perf.raw import RawCopy
-from perf.report import Report
+from perf.report import Report, progress
 
 FRAGMENT_BYTES = 32 << 10
+KEYS = ("route", "direction")
 _TIMES = ("device_us", "device_p99_us", "host_us", "host_p99_us")
-COLUMNS = ("route", "direction", *_TIMES, "device_ratio", "host_ratio", "wrong_bytes")
+BETTER = dict.fromkeys((*_TIMES, "device_ratio", "host_ratio"), "lower")
+COLUMNS = (*KEYS, *BETTER, "wrong_bytes")
 
 
 def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]], dict[str, Any]]:
     """The device's name, one row a route and direction, and what the rows have in common."""
     device = kvortex.open_device(device_name)
     rounds = 20 if quick else 500
-    routes = ("auto", "mapped", "strided", "staged", "resident") if device.name.startswith("cuda") else ("auto",)
     rows, nbytes = [], 64 * FRAGMENT_BYTES
-    for route in routes:
-        print(f"{route} …", file=sys.stderr, flush=True)
-        pages, raw = Pages(device, FRAGMENT_BYTES, nbytes, transfer_route=route), RawCopy(device, nbytes)
-        wrong = pages.round_trip()
-        times: dict[str, list[tuple[float, float]]] = {name: [] for name in ("raw save", "save", "raw load", "load")}
-        for _ in range(rounds):
-            _once(pages, raw, times)
-        pages.close()
+    methods: dict[str, str] = {Raw.name: Raw.how, Kvortex.name: Kvortex.how}
+    raw = Raw(RawCopy(device, nbytes))
+    try:
+        for route in routes_of(device):
+            progress(route)
+            pages = Pages(device, FRAGMENT_BYTES, nbytes, transfer_route=route)
+            try:
+                rows += _rows(route, raw, Kvortex(pages), pages, rounds)
+            finally:
+                pages.close()
+        pages = Pages(device, FRAGMENT_BYTES, nbytes)
+        baselines = []
+        try:
+            baselines += open_baselines(pages, methods)
+            for baseline in baselines:
+                progress(baseline.name)
+                rows += _rows(baseline.name, raw, baseline, pages, rounds)
+        finally:
+            for baseline in baselines:
+                baseline.close()
+            pages.close()
+    finally:
         raw.close()
-        rows += [_row(route, "raw " + way, times["raw " + way], times["raw " + way], 0) for way in ("save", "load")]
-        rows += [_row(route, way, times[way], times["raw " + way], wrong) for way in ("save", "load")]
-    return device.name, rows, {"nbytes": nbytes, "rounds": rounds, "fragment_bytes": FRAGMENT_BYTES}
+    return device.name, rows, {"nbytes": nbytes, "rounds": rounds, "fragment_bytes": FRAGMENT_BYTES, "methods": methods}
 
 
-def _once(pages: Pages, raw: RawCopy, times: dict[str, list[tuple[float, float]]]) -> None:
-    source, target = pages.halves()
-    keys = pages.keys()
-    times["raw save"].append(_timed(lambda: raw.seconds(to_host=True)))
-    times["save"].append(_timed(lambda: _seconds(pages.engine.save_blocks(keys, source))))
-    times["raw load"].append(_timed(lambda: raw.seconds(to_host=False)))
-    times["load"].append(_timed(lambda: _seconds(pages.engine.load_blocks(keys, target))))
+def _rows(name: str, raw: Raw, method: Method, pages: Pages, rounds: int) -> list[dict[str, Any]]:
+    wrong = {raw.name: raw.check(), method.name: method.check()}
+    times: dict[str, list[tuple[float, float]]] = {}
+    for _ in range(rounds):
+        source, target = pages.halves()
+        for one in (raw, method):
+            times.setdefault(f"{one.name} save", []).append(_timed(lambda: one.save(source)))  # noqa: B023
+            times.setdefault(f"{one.name} load", []).append(_timed(lambda: one.load(target)))  # noqa: B023
+    rows = []
+    for one in (raw, method):
+        for way in ("save", "load"):
+            direction = f"raw {way}" if one is raw else way
+            rows.append(_row(name, direction, times[f"{one.name} {way}"], times[f"{raw.name} {way}"], wrong[one.name]))
+    return rows
 
 
-def _seconds(ticket: kvortex.Ticket) -> float:
-    return moved(ticket).seconds
-
-
-def _timed(call: Any) -> tuple[float, float]:
+def _timed(call: Callable[[], float]) -> tuple[float, float]:
     began = time.perf_counter()
     device = call()
     return device, time.perf_counter() - began

@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
-from kvortex.errors import DeviceUnavailableError
+from perf import foreign
 
 LOADS = ("gemm", "sdpa", "prefill")
 _HIDDEN, _QKV, _KV, _FEED_FORWARD, _TOKENS = 4096, 6144, 1024, 14336, 8192  # of Llama-3-8B, and a prompt
-
-
-def torch_module() -> Any:
-    """torch, or an error that says what is missing."""
-    try:
-        torch = importlib.import_module("torch")
-    except ImportError:
-        raise DeviceUnavailableError("this measurement needs torch, for something to keep the GPU busy with") from None
-    if not torch.cuda.is_available():
-        raise DeviceUnavailableError("this measurement needs a GPU that torch can use")
-    return torch
 
 
 def make(name: str) -> Callable[[], Any]:
@@ -29,7 +17,7 @@ def make(name: str) -> Callable[[], Any]:
     ``gemm``: 8192 x 8192 x 8192. ``sdpa``: attention of 4 x 32 heads over 8192 tokens of 128.
     ``prefill``: a layer of Llama-3-8B over 8192 tokens.
     """
-    torch = torch_module()
+    torch = foreign.torch()
     options = {"device": "cuda", "dtype": torch.bfloat16}
     attention = torch.nn.functional.scaled_dot_product_attention
     if name == "gemm":
@@ -65,7 +53,7 @@ class Loop:
     BEFORE, BESIDE, DRAIN, AFTER = range(SPANS := 4)
 
     def __init__(self, name: str, seconds: float) -> None:
-        self._torch = torch_module()
+        self._torch = foreign.torch()
         self._run, self._stream = make(name), self._torch.cuda.Stream()
         self._edges = [self._torch.cuda.Event(enable_timing=True) for _ in range(self.SPANS + 1)]
         self.passes = 4  # of a span

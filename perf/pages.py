@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -30,7 +33,7 @@ class Pages:
     """
 
     def __init__(self, device: Device, fragment_bytes: int, payload: int, *, sets: int = 1, **options: Any) -> None:
-        self.fragment_bytes = fragment_bytes
+        self.device, self.fragment_bytes = device, fragment_bytes
         self.count = max(1, payload // (2 * LAYERS * fragment_bytes))
         self.pages = 2 * self.count
         layer_bytes = 2 * self.pages * fragment_bytes
@@ -53,9 +56,21 @@ class Pages:
 
     def fill(self) -> npt.NDArray[np.uint8]:
         """Random bytes in all pages, and a copy of them."""
-        data = self.rng.integers(0, 1 << 63, self.memory.nbytes // 8, np.int64).view(np.uint8)
+        data = np.empty(self.memory.nbytes, np.uint8)
+        rows = data.view(np.int64).reshape(2 * LAYERS, -1)
+        randoms = self.rng.spawn(len(rows))
+
+        def one(at: int) -> int:
+            rows[at] = randoms[at].integers(0, 1 << 63, rows.shape[1], np.int64)
+            return 0
+
+        _sum(one)
         self.memory.write(data)
         return data
+
+    def view(self, data: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """(64, pages, fragment_bytes): each fragment of each page, of a copy of the memory."""
+        return data.reshape(2 * LAYERS, self.pages, self.fragment_bytes)
 
     def keys(self) -> npt.NDArray[np.uint8]:
         """Keys that were never used, one for each block that is moved."""
@@ -66,16 +81,24 @@ class Pages:
         source, target = self.rng.permutation(self.pages).reshape(2, self.count)
         return source, target
 
-    def wrong_bytes(self, before: Any, after: Any, source: Ids, target: Ids) -> int:
-        """Bytes that are not those of ``source``, in the pages ``target``; and bytes that changed, in all others."""
-        old = before.reshape(LAYERS, 2, -1, self.fragment_bytes)
-        new = after.reshape(LAYERS, 2, -1, self.fragment_bytes)
+    def wrong_bytes(self, before: Any, after: Any, source: Ids, target: Ids, saved: Any = None) -> int:
+        """Bytes that are not those of ``source``, in the pages ``target``; and bytes that changed, in all others.
+
+        Parameters
+        ----------
+        before, after : (nbytes,) uint8
+            All memory, before the load and after it.
+        saved : (64, n, fragment_bytes) uint8
+            What was to be loaded; None for what is in the pages ``source`` of ``before``.
+        """
+        old, new = self.view(before), self.view(after)
         others = np.setdiff1d(np.arange(self.pages), target)
-        wrong = 0
-        for layer in range(LAYERS):
-            wrong += int((new[layer][:, target] != old[layer][:, source]).sum())
-            wrong += int((new[layer][:, others] != old[layer][:, others]).sum())
-        return wrong
+
+        def one(at: int) -> int:
+            wanted = old[at][source] if saved is None else saved[at]
+            return int((new[at][target] != wanted).sum()) + int((new[at][others] != old[at][others]).sum())
+
+        return _sum(one)
 
     def round_trip(self) -> int:
         """Saves blocks, loads them elsewhere, and counts wrong bytes."""
@@ -84,6 +107,22 @@ class Pages:
         moved(self.engine.save_blocks(keys, source))
         moved(self.engine.load_blocks(keys, target))
         return self.wrong_bytes(before, self.memory.read(), source, target)
+
+
+def differing(a: Any, b: Callable[[int], Any]) -> int:
+    """Bytes that differ between rows of ``a``, one a fragment, and what ``b`` gives for each."""
+    return _sum(lambda at: int((a[at] != b(at)).sum()))
+
+
+def _sum(count: Callable[[int], int]) -> int:
+    """The sum over all fragments of a block; on several threads, since NumPy holds no GIL in these loops."""
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        return sum(pool.map(count, range(2 * LAYERS)))
+
+
+def routes_of(device: Device) -> tuple[str, ...]:
+    """Every ``transfer_route`` that a device can be told; the host device has one way."""
+    return ("auto", "mapped", "strided", "staged", "resident") if device.name.startswith("cuda") else ("auto",)
 
 
 def moved(ticket: kvortex.Ticket) -> kvortex.Ticket:

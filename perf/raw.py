@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import ctypes
-import time
+from collections.abc import Callable
 
-from kvortex.devices import Device
+import numpy as np
+
+from kvortex.devices import Device, HostStream
 from kvortex.devices import driver as cu
 from kvortex.devices.cuda import CudaDevice
 from kvortex.memory.arena import PinnedArena
+from perf import issue
+from perf.clock import CudaClock, HostClock
+
+IN_FLIGHT = 2  # copies that :meth:`RawCopy.start` may have running
 
 
 class RawCopy:
@@ -25,35 +31,60 @@ class RawCopy:
         self._device, self.nbytes = device, nbytes
         self._arena = PinnedArena(device, nbytes + 4095, nbytes)
         self._buffer = device.allocate(nbytes)
+        self._turn = 0
+        self._clocks: list[CudaClock] = []
         if isinstance(device, CudaDevice):
-            with cu.current(device.context) as driver:
-                self._stream = cu.check(driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING), "cuStreamCreate")
-                self._events = [cu.check(driver.cuEventCreate(0), "cuEventCreate") for _ in range(2)]
+            self._functions = cu.functions()
+            self._clocks = [CudaClock(device)]
+            self._clocks += [CudaClock(device, self._clocks[0].stream) for _ in range(IN_FLIGHT - 1)]
+        else:
+            self._worker = HostStream()
 
-    def seconds(self, *, to_host: bool) -> float:
-        """Time of one copy."""
-        host, there = self._arena.address, self._buffer.address
-        if not isinstance(self._device, CudaDevice):
-            began = time.perf_counter()
-            ctypes.memmove(*((host, there) if to_host else (there, host)), self.nbytes)
-            return time.perf_counter() - began
-        with cu.current(self._device.context) as driver:
-            first, last = self._events
-            cu.check(driver.cuEventRecord(first, self._stream), "cuEventRecord")
-            if to_host:
-                cu.check(driver.cuMemcpyDtoHAsync(host, there, self.nbytes, self._stream), "cuMemcpyDtoHAsync")
-            else:
-                cu.check(driver.cuMemcpyHtoDAsync(there, host, self.nbytes, self._stream), "cuMemcpyHtoDAsync")
-            cu.check(driver.cuEventRecord(last, self._stream), "cuEventRecord")
-            cu.check(driver.cuEventSynchronize(last), "cuEventSynchronize")
-            return float(cu.check(driver.cuEventElapsedTime(first, last), "cuEventElapsedTime")) * 1e-3
+    def seconds(self, *, to_host: bool, nbytes: int | None = None) -> float:
+        """Time of one copy of the first ``nbytes`` bytes; None for all."""
+        size = self.nbytes if nbytes is None else nbytes
+        if not self._clocks:
+            return HostClock().seconds(lambda: ctypes.memmove(*self._pair(to_host), size))
+        self._issue(self._clocks[0], to_host, size)
+        return self._clocks[0].elapsed()
+
+    def start(self, *, to_host: bool) -> Callable[[], bool]:
+        """Starts a copy behind the one before it; the result says whether it has ended. Two may run at a time."""
+        if not self._clocks:
+            self._worker.enqueue(lambda: ctypes.memmove(*self._pair(to_host), self.nbytes))
+            return self._worker.record().query
+        clock = self._clocks[self._turn % IN_FLIGHT]
+        self._turn += 1
+        self._issue(clock, to_host, self.nbytes)
+        return clock.done
+
+    def _pair(self, to_host: bool) -> tuple[int, int]:
+        """Target and source."""
+        pair = self._arena.address, self._buffer.address
+        return pair if to_host else pair[::-1]
+
+    def _issue(self, clock: CudaClock, to_host: bool, nbytes: int) -> None:
+        table = np.array([*self._pair(to_host), nbytes], np.int64).reshape(issue.TABLE_ROWS, 1)
+        which = cu.COPY_TO_HOST if to_host else cu.COPY_TO_DEVICE
+        cu.check((issue.copy_each(self._functions, clock.cells, which, table),), "a contiguous copy")
+
+    def wrong_bytes(self, nbytes: int | None = None) -> int:
+        """Copies random bytes out and others back, and counts those that did not arrive."""
+        size = self.nbytes if nbytes is None else nbytes
+        data, host = np.random.default_rng(size).integers(0, 256, size, np.uint8), self._arena.view(0, size)
+        self._buffer.write(data)
+        self.seconds(to_host=True, nbytes=size)
+        wrong = int((host != data).sum())
+        np.invert(data, out=host)
+        self.seconds(to_host=False, nbytes=size)
+        return wrong + int((self._buffer.read(0, size) != ~data).sum())
 
     def close(self) -> None:
         """Frees the memory, stream and events."""
-        if isinstance(self._device, CudaDevice):
-            with cu.current(self._device.context) as driver:
-                cu.check(driver.cuStreamDestroy(self._stream), "cuStreamDestroy")
-                for event in self._events:
-                    cu.check(driver.cuEventDestroy(event), "cuEventDestroy")
+        for clock in reversed(self._clocks):  # the stream belongs to the first one
+            clock.close()
+        if not self._clocks:
+            self._worker.close()
+        self._clocks = []
         self._arena.close()
         self._buffer.free()

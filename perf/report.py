@@ -8,9 +8,10 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from kvortex.errors import ArgumentError
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("numpy", "numba", "numba-cuda", "cuda-bindings", "cuda-core")
+FOREIGN = ("torch", "cupy")  # told where a measurement imported them
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -29,7 +31,8 @@ def environment(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "kvortex": kvortex.__version__,
         "commit": commit(ROOT),
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES}
+        | {name: str(sys.modules[name].__version__) for name in FOREIGN if hasattr(sys.modules.get(name), "__version__")},
         "kernel": platform.release(),
     }
 
@@ -62,15 +65,35 @@ def check_writable(folder: Path) -> None:
         raise ArgumentError(f"--out {folder}: no file can be written there: {error.strerror or error}") from None
 
 
+def progress(text: str) -> None:
+    """What is being measured now, for whoever waits."""
+    print(f"{text} …", file=sys.stderr, flush=True)
+
+
 @dataclass
 class Report:
-    """Rows of one measurement, each a flat mapping."""
+    """Rows of one measurement, each a flat mapping.
+
+    ``keys`` are the columns that name a row, ``better`` maps those that may be compared to ``"higher"`` or ``"lower"``.
+    """
 
     name: str
     command: str
     environment: dict[str, Any]
     notes: dict[str, Any]
     rows: list[dict[str, Any]]
+    keys: Sequence[str] = ()
+    better: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def device(self) -> str:
+        """What was measured, for titles."""
+        return str(self.environment["device"].get("gpu", "host device"))
+
+    @property
+    def wrong_bytes(self) -> int:
+        """Of all rows together."""
+        return sum(row.get("wrong_bytes", 0) for row in self.rows)
 
     def table(self, columns: Sequence[str]) -> str:
         """The named columns as aligned text."""

@@ -7,7 +7,10 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +22,10 @@ from kvortex.memory.arena import PinnedArena
 from kvortex.transfer import host
 from kvortex.transfer.executor import Direction
 from perf import __main__ as program
-from perf import compute, fragments, report
+from perf import compute, duplex, fragments, gil, link, report, submit
+from perf.baselines import fragmentwise
+from perf.methods import Kvortex, Raw
+from perf.pages import Pages
 from perf.raw import RawCopy
 from perf.report import Report
 
@@ -54,11 +60,26 @@ def test_the_result_says_where_and_how_it_was_measured(answer: tuple[str, Path])
 
 def test_rows_are_whole_and_no_byte_is_wrong(answer: tuple[str, Path]) -> None:
     name, _ = answer
-    rows = result_of(answer)["rows"]
-    assert rows and all(set(program.QUESTIONS[name].COLUMNS) <= set(row) for row in rows)
+    result, question = result_of(answer), program.QUESTIONS[name]
+    rows = result["rows"]
+    assert rows and all(set(question.COLUMNS) <= set(row) for row in rows)
+    assert result["keys"] == list(question.KEYS) and result["better"] == question.BETTER
+    assert set(question.KEYS) | set(question.BETTER) | {"wrong_bytes"} <= set(question.COLUMNS)
+    assert len({tuple(row[key] for key in question.KEYS) for row in rows}) == len(rows), "keys tell rows apart"
     for row in rows:
-        assert row.get("wrong_bytes", 0) == 0
+        assert row["wrong_bytes"] == 0
         assert all(np.isfinite(value) and value >= 0 for value in row.values() if isinstance(value, (int, float)))
+
+
+def test_the_other_methods_are_there_or_said_to_be_missing(answer: tuple[str, Path]) -> None:
+    result = result_of(answer)
+    if "methods" not in result["notes"]:
+        return
+    seen = {row.get("method", row.get("route")) for row in result["rows"]}
+    for name, how in result["notes"]["methods"].items():
+        assert how.startswith("not compared: ") == (name in ("batched", "cupy", "torch"))
+        assert how.startswith("not compared: ") or name in seen | {"raw", "kvortex"}
+    assert "per fragment" in seen
 
 
 def test_the_picture_is_written(answer: tuple[str, Path]) -> None:
@@ -163,7 +184,11 @@ def test_a_wrong_byte_is_counted(monkeypatch: pytest.MonkeyPatch, to_host: bool)
 
     monkeypatch.setattr(host, "copy_paged", spoil)
     _, rows, _ = fragments.measure("host", quick=True)
-    assert len(spoiled) == 1 and [row["wrong_bytes"] for row in rows] == [1]
+    assert len(spoiled) == 1 and {row["method"]: row["wrong_bytes"] for row in rows} == {
+        "raw": 0,
+        "kvortex": 1,
+        "per fragment": 0,
+    }
 
 
 @pytest.mark.usefixtures("small")
@@ -180,7 +205,161 @@ def test_a_write_to_another_page_is_counted(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(host.HostExecutor, "prepare_blocks", spoil)
     _, rows, _ = fragments.measure("host", quick=True)
-    assert len(spoiled) == 1 and [row["wrong_bytes"] for row in rows] == [1]
+    assert len(spoiled) == 1 and {row["method"]: row["wrong_bytes"] for row in rows} == {
+        "raw": 0,
+        "kvortex": 1,
+        "per fragment": 0,
+    }
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("method", ["save", "load"])
+def test_a_wrong_byte_of_another_method_is_counted(
+    monkeypatch: pytest.MonkeyPatch, method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy, to_host = fragmentwise.copy_paged, method == "save"
+
+    def spoil(memcpy: int, rows: np.ndarray, blocks: np.ndarray, records: np.ndarray, out: bool) -> None:
+        copy(memcpy, rows, blocks, records, out)
+        if out == to_host:
+            flip(int(records[0]) + 5 if out else int(rows[3, 0] + blocks[0] * rows[3, 1]) + 5)
+
+    monkeypatch.setattr(fragmentwise, "copy_paged", spoil)
+    assert program.main(["fragments", "--quick", "--device", "host", "--out", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.endswith("perf: 1 bytes were wrong; see the column wrong_bytes\n")
+    rows = json.loads((tmp_path / "fragments-host.json").read_text())["rows"]
+    assert [row["wrong_bytes"] for row in rows] == [0, 0, 1]
+
+
+def flip(address: int) -> None:
+    """One bit of a byte."""
+    ctypes.memmove(address, bytes([ctypes.string_at(address, 1)[0] ^ 1]), 1)
+
+
+@pytest.mark.parametrize("to_host", [True, False])
+def test_a_wrong_byte_of_a_raw_copy_is_counted(monkeypatch: pytest.MonkeyPatch, to_host: bool) -> None:
+    timed = RawCopy.seconds
+
+    def spoil(raw: RawCopy, *, to_host: bool, nbytes: int | None = None) -> float:
+        seconds = timed(raw, to_host=to_host, nbytes=nbytes)
+        if to_host == spoiled:
+            flip(raw._pair(to_host)[0])
+        return seconds
+
+    spoiled = to_host
+    monkeypatch.setattr(RawCopy, "seconds", spoil)
+    monkeypatch.setattr(link, "SIZES", (1 << 16,))
+    _, rows, _ = link.measure("host", quick=True)
+    assert [row["wrong_bytes"] for row in rows] == [1, 1]
+
+
+@pytest.mark.parametrize("which", ["save", "load"])
+def test_a_wrong_byte_of_both_ways_at_once_is_counted(monkeypatch: pytest.MonkeyPatch, which: str) -> None:
+    """Spoiled in what is saved, or loaded, while both directions run: not in the first transfers, one at a time."""
+    monkeypatch.setattr(duplex, "FRAGMENT_BYTES", (16 << 10,))
+    copy, to_host, calls = host.copy_paged, which == "save", [0]
+
+    def spoil(memcpy: int, rows: np.ndarray, blocks: np.ndarray, records: np.ndarray, out: bool) -> None:
+        copy(memcpy, rows, blocks, records, out)
+        calls[0] += 1
+        if out == to_host and calls[0] > 10:
+            flip(int(records[0]) + 5 if out else int(rows[3, 0] + blocks[0] * rows[3, 1]) + 5)
+
+    monkeypatch.setattr(host, "copy_paged", spoil)
+    _, rows, _ = duplex.measure("host", quick=True)
+    assert all((row["wrong_bytes"] > 0) == (row["method"] == "kvortex") for row in rows)
+
+
+@pytest.mark.parametrize("which", ["save", "load"])
+def test_a_wrong_byte_of_another_method_both_ways_at_once_is_counted(monkeypatch: pytest.MonkeyPatch, which: str) -> None:
+    monkeypatch.setattr(duplex, "FRAGMENT_BYTES", (32 << 10,))
+    copy, to_host = fragmentwise.copy_paged, which == "save"
+
+    def spoil(memcpy: int, rows: np.ndarray, blocks: np.ndarray, records: np.ndarray, out: bool) -> None:
+        copy(memcpy, rows, blocks, records, out)
+        if out == to_host:
+            flip(int(records[0]) + 5 if out else int(rows[3, 0] + blocks[0] * rows[3, 1]) + 5)
+
+    monkeypatch.setattr(fragmentwise, "copy_paged", spoil)
+    _, rows, _ = duplex.measure("host", quick=True)
+    assert {row["wrong_bytes"] for row in rows if row["method"] == "per fragment"} == {1}
+    assert {row["wrong_bytes"] for row in rows if row["method"] != "per fragment"} == {0}
+
+
+def spinning() -> int:
+    return sum(thread.name.startswith("spin-") for thread in threading.enumerate())
+
+
+def test_spinning_threads_count_and_end() -> None:
+    with gil.Spinners(3) as spinners:
+        assert spinning() == 3
+        assert gil._counted(spinners, lambda: time.sleep(0.05)) > 1000
+    assert spinning() == 0 and all(spinners._counts)
+
+
+def test_threads_spin_beside_every_other_transfer() -> None:
+    seen: list[int] = []
+
+    def move(_: np.ndarray) -> float:
+        seen.append(spinning())
+        return 0.5 if seen[-1] else 0.25
+
+    figures = gil._beside(move, np.arange(1), 10**9, rounds=2)
+    assert seen == [0, 0, 8, 8] * 2
+    assert figures["rate_idle"] == pytest.approx(4) and figures["rate_busy"] == pytest.approx(2) and figures["ratio"] == 0.5
+
+
+def test_a_thread_that_is_kept_from_counting_is_seen() -> None:
+    def move(_: np.ndarray) -> float:
+        ends = time.perf_counter() + 0.02
+        while time.perf_counter() < ends:  # holds the GIL as much as it can
+            pass
+        return 0.02
+
+    shares = [gil._spin_ratio(move, np.arange(1), 0.1) for _ in range(3)]
+    idle = [gil._spin_ratio(lambda _: time.sleep(0.02) or 0.02, np.arange(1), 0.1) for _ in range(3)]
+    assert sorted(shares)[1] < 0.8 < sorted(idle)[1] < 1.3
+
+
+def test_only_the_call_counts_as_submission(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ticket:
+        def __init__(self) -> None:
+            time.sleep(0.02)
+
+    monkeypatch.setattr(submit, "moved", lambda ticket: time.sleep(0.2))
+    wall, cpu = submit._timed(Ticket)  # type: ignore[arg-type]
+    assert 0.02 <= wall < 0.2 and cpu < 0.02
+
+
+def test_keys_of_a_method_are_never_used_twice() -> None:
+    pages = Pages(HostDevice(), 4 << 10, 1 << 20)
+    try:
+        method, (source, target) = Kvortex(pages), pages.halves()
+        for _ in range(3):
+            assert method.save(source) > 0 and method.load(target) > 0  # a save that moves nothing raises
+    finally:
+        pages.close()
+
+
+def test_the_slower_methods_run_every_other_time() -> None:
+    class Counted(Raw):
+        def __init__(self, name: str) -> None:
+            self.name, self.calls = name, 0  # type: ignore[misc]
+
+        def save(self, blocks: np.ndarray) -> float:
+            self.calls += 1
+            return 100.0 if self.calls == 1 else 1.0
+
+        load = save
+
+    class Halves:
+        def halves(self) -> tuple[int, int]:
+            return 0, 0
+
+    methods = [Counted(name) for name in "abc"]
+    found = fragments._times(methods, 2, Halves(), 4)  # type: ignore[arg-type]
+    assert [method.calls for method in methods] == [10, 6, 6]
+    assert found == {name: {"save": 1.0, "load": 1.0} for name in "abc"}, "without the first round"
 
 
 @pytest.mark.usefixtures("small")
@@ -224,20 +403,54 @@ def test_a_raw_copy_copies() -> None:
 
 
 @pytest.mark.usefixtures("small")
-def test_the_first_round_does_not_count_and_everything_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everything_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
     arenas: list[PinnedArena] = []
-    turns = iter(range(100))
-    opened, timed = PinnedArena.__init__, RawCopy.seconds
+    opened = PinnedArena.__init__
 
     def remember(arena: PinnedArena, *arguments: Any, **options: Any) -> None:
         arenas.append(arena)
         opened(arena, *arguments, **options)
 
     monkeypatch.setattr(PinnedArena, "__init__", remember)
-    monkeypatch.setattr(RawCopy, "seconds", lambda raw, to_host: timed(raw, to_host=to_host) + 1000 * (next(turns) < 2))
-    _, [row], _ = fragments.measure("host", quick=True)
-    assert row["raw_save"] > 1e-3 and row["raw_load"] > 1e-3, "GB/s, not those of 1000 s"
-    assert len(arenas) == 2 and all(arena._mapping is None for arena in arenas)
+    fragments.measure("host", quick=True)
+    assert len(arenas) == 3 and all(arena._mapping is None for arena in arenas), "of a raw copy, an engine, a baseline"
+
+
+def test_all_goes_on_after_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuses(*_: object, **__: object) -> None:
+        raise kvortex.DeviceError("refused")
+
+    def breaks(*_: object, **__: object) -> None:
+        raise RuntimeError("broken\nto pieces")
+
+    def answers(*_: object, **__: object) -> Any:
+        asked.append(1)
+        return "host", [{"size_kib": 1, "direction": "save", "wrong_bytes": 0} | dict.fromkeys(link.BETTER, 1.0)], {}
+
+    asked: list[int] = []
+    monkeypatch.setattr(compute, "measure", refuses)
+    monkeypatch.setattr(duplex, "measure", breaks)
+    monkeypatch.setattr(link, "measure", answers)
+    monkeypatch.setattr(link, "draw", lambda *_: None)
+    monkeypatch.setattr(program, "QUESTIONS", {"compute": compute, "duplex": duplex, "link": link})
+    assert program.main(["all", "--quick", "--device", "host", "--out", str(tmp_path)]) == 2
+    errors = capsys.readouterr().err
+    for line in ("[1/3] compute …", "perf: refused", "[2/3] duplex …", "perf: duplex: RuntimeError: broken", "[3/3] link …"):
+        assert line in errors
+    assert errors.endswith("perf: 2 of 3 questions failed: compute, duplex\n") and asked == [1]
+    command = json.loads((tmp_path / "link-host.json").read_text())["command"]
+    assert command == "python -m perf link --device host --quick"
+    monkeypatch.setattr(program, "QUESTIONS", {"link": link})
+    assert program.main(["all", "--quick", "--device", "host", "--out", str(tmp_path)]) == 0
+
+
+def test_versions_of_libraries_that_were_used_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(__version__="1.2.3"))
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    packages = report.environment("host")["packages"]
+    assert packages["torch"] == "1.2.3" and "cupy" not in packages
 
 
 def test_tables_are_aligned() -> None:

@@ -1,0 +1,84 @@
+"""One copy a fragment, from and to page-first records: no kernel, no staging."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import numpy as np
+
+from kvortex.devices import driver as cu
+from kvortex.devices.native import memcpy_address
+from kvortex.transfer.copies import copy_paged
+from kvortex.transfer.plan import Int64s
+from perf import issue
+from perf.baselines.base import Baseline
+from perf.baselines.batch import batch_function
+from perf.clock import CudaClock, clock_of
+from perf.pages import Ids
+
+_ORDER_STREAM, _ORDER_ANY = 1, 3  # CUmemcpySrcAccessOrder of cuda.h
+
+
+class Fragmentwise(Baseline):
+    """Knows every copy before the clock starts."""
+
+    def open(self) -> None:
+        self.clock = clock_of(self.pages.device)
+
+    def save(self, blocks: Ids) -> float:
+        return self._timed(blocks, to_host=True)
+
+    def load(self, blocks: Ids) -> float:
+        return self._timed(blocks, to_host=False)
+
+    def _timed(self, blocks: Ids, *, to_host: bool) -> float:
+        layout = self.pages.layout
+        records = self.host.address + layout.record_bytes * np.arange(len(blocks))
+        if not isinstance(self.clock, CudaClock):
+            return self.clock.seconds(lambda: copy_paged(memcpy_address(), layout.fragments, blocks, records, to_host))
+        base, stride, offset, nbytes = layout.fragments.T
+        here, there = base + blocks[:, None] * stride, records[:, None] + offset
+        columns = (*((there, here) if to_host else (here, there)), np.broadcast_to(nbytes, here.shape))
+        table = np.stack([column.ravel() for column in columns])
+        cu.check((self.issue(self.clock, table, to_host),), self.name)
+        return self.clock.elapsed()
+
+    @abstractmethod
+    def issue(self, clock: CudaClock, table: Int64s, to_host: bool) -> int:
+        """Puts copies, the columns of a (3, 64 n) table of :mod:`perf.issue`, on a clock's stream; the first error code."""
+
+
+class PerFragment(Fragmentwise):
+    """A call of the driver, or of ``memcpy`` on the host device, a fragment."""
+
+    name = "per fragment"
+    how = (
+        "one cuMemcpyDtoHAsync or cuMemcpyHtoDAsync a fragment on one stream, called by a compiled loop that holds no GIL, "
+        "from arrays that were made before the clock started; on the host device one memcpy a fragment in one thread"
+    )
+
+    def require(self) -> None:
+        """Nothing is missing anywhere."""
+
+    def issue(self, clock: CudaClock, table: Int64s, to_host: bool) -> int:
+        which = cu.COPY_TO_HOST if to_host else cu.COPY_TO_DEVICE
+        return int(issue.copy_each(cu.functions(), clock.cells, which, table))
+
+
+class Batched(Fragmentwise):
+    """All fragments in one call of ``cuMemcpyBatchAsync``."""
+
+    name = "batched"
+    how = (
+        "all fragments in one cuMemcpyBatchAsync on one stream, with the source orders that vLLM gives (STREAM from the GPU, "
+        "ANY to it), called by address from arrays that were made before the clock started"
+    )
+
+    def require(self) -> None:
+        self.gpu()
+        self._address, self._with_fail_index = batch_function()
+
+    def issue(self, clock: CudaClock, table: Int64s, to_host: bool) -> int:
+        attributes = np.zeros(3, np.int64)
+        attributes.view(np.int32)[0] = _ORDER_STREAM if to_host else _ORDER_ANY
+        return int(issue.copy_batch(cu.functions(), clock.cells, self._address, self._with_fail_index, table, attributes))
