@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 from kvortex.errors import KVortexError, told
-from perf import compute, duplex, fragments, gil, latency, link, submit
+from perf import compute, duplex, fragments, gil, latency, link, pinned, submit
 from perf.report import Report, check_writable, environment, progress
 
 QUESTIONS = {
@@ -18,6 +18,7 @@ QUESTIONS = {
     "gil": gil,
     "latency": latency,
     "link": link,
+    "pinned": pinned,
     "submit": submit,
 }
 WRONG_BYTES, FAILED = 1, 2  # exit statuses

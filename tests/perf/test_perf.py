@@ -22,7 +22,7 @@ from kvortex.memory.arena import PinnedArena
 from kvortex.transfer import host
 from kvortex.transfer.executor import Direction
 from perf import __main__ as program
-from perf import compute, duplex, fragments, gil, link, report, submit
+from perf import compute, duplex, fragments, gil, link, pinned, report, submit
 from perf.baselines import fragmentwise
 from perf.methods import Kvortex, Raw
 from perf.pages import Pages
@@ -473,3 +473,36 @@ def test_moving_beside_computation(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(compute, "FRAGMENT_BYTES", (32 << 10,))
     _, rows, _ = compute.measure("cuda", quick=True)
     assert len(rows) == 6 and all(row["wrong_bytes"] == 0 and row["raw_rate"] > 0 for row in rows)
+
+
+def test_pinned_memory_that_changes_bytes_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, read = HostDevice(), type(HostDevice().allocate(1)).read
+
+    def wrong(buffer: Any, *arguments: Any) -> Any:
+        found = read(buffer, *arguments).copy()
+        found[7] ^= 1
+        return found
+
+    arena = PinnedArena(device, 3 * pinned.SLOT_BYTES, pinned.SLOT_BYTES)
+    assert pinned._wrong_bytes(device, arena) == 0
+    arena.view(0)[:] = 0
+    arena.view(2)[:] = 0
+    monkeypatch.setattr(type(device.allocate(1)), "read", wrong)
+    assert pinned._wrong_bytes(device, arena) == 2
+    arena.close()
+
+
+def test_a_pool_that_stays_small_is_no_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvortex.memory.arena.SEGMENT_BYTES", pinned.SLOT_BYTES)
+    device, pin = HostDevice(), HostDevice.pin
+    calls: list[int] = []
+
+    def once(self: HostDevice, address: int, nbytes: int) -> None:
+        calls.append(address)
+        if len(calls) > 1:
+            raise kvortex.DeviceError("no more")
+        pin(self, address, nbytes)
+
+    monkeypatch.setattr(HostDevice, "pin", once)
+    with pytest.raises(kvortex.PinnedMemoryError, match="1 of 3 slots became ready: .*no more"):
+        pinned._arena(device, 3 * pinned.SLOT_BYTES)
