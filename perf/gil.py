@@ -83,7 +83,8 @@ def _one_size(
     baselines: list[Any] = []
     rows = []
     try:
-        baselines += open_baselines(pages, notes)
+        if fragment_bytes == FRAGMENT_BYTES[-1]:  # a copy for each of many short fragments takes minutes beside spinning threads
+            baselines += open_baselines(pages, notes)
         methods: list[Method] = [raw, Kvortex(pages), *baselines]
         for method in methods:
             progress(f"fragments of {fragment_bytes >> 10} KiB, {method.name}")

@@ -11,7 +11,7 @@ from typing import Any
 from kvortex.errors import TransferError
 from kvortex.transfer.plan import Int64s
 
-_SPIN_S, _LONGEST_NAP_S = 100e-6, 1e-3
+_SPIN_S, _LONGEST_NAP_S = 300e-6, 1e-3  # the shortest nap takes as long as a short transfer
 
 
 class Direction(enum.Enum):

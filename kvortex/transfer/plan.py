@@ -310,9 +310,13 @@ def plan_mapped(blocks: Int64s, slots: Int64s, pieces: Int64s, pool: Pool, max_b
 
     Parameters are those of :func:`plan_staged`. A launch takes records that are neighbours in the pool.
     """
+    n, record_bytes = len(slots), int(pieces[-1, OFFSET] + pieces[-1, BYTES])
+    if n == 1:  # what there is to do for many takes longer than the transfer of one
+        chunks = np.zeros((1, CHUNK_COLUMNS), np.int64)
+        chunks[0, N_BLOCKS], chunks[0, N_PIECES], chunks[0, INSTEAD] = 1, len(pieces), pool.address + slots[0] * pool.slot_bytes
+        return Plan(blocks.astype(np.int32), chunks, empty_copies(0), record_bytes, pool.slot_bytes)
     order = np.argsort(slots)
     ids, slots = blocks[order].astype(np.int32), slots[order]
-    n, record_bytes = len(slots), int(pieces[-1, OFFSET] + pieces[-1, BYTES])
     breaks = np.ones(n, bool)
     breaks[1:] = (np.diff(slots) != 1) | (np.diff(slots // pool.segment_slots) != 0)
     heads = np.flatnonzero(breaks)
