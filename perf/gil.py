@@ -83,7 +83,7 @@ def _one_size(
     baselines: list[Any] = []
     rows = []
     try:
-        if fragment_bytes == FRAGMENT_BYTES[-1]:  # a copy for each of many short fragments takes minutes beside spinning threads
+        if fragment_bytes == FRAGMENT_BYTES[-1]:  # copies of short fragments one by one take minutes beside spinning threads
             baselines += open_baselines(pages, notes)
         methods: list[Method] = [raw, Kvortex(pages), *baselines]
         for method in methods:
