@@ -11,9 +11,7 @@ from kvortex.memory.arena import SLOT_ALIGNMENT
 
 
 class StagingRing:
-    """``count`` staging buffers, zeroed once.
-
-    Zeroing matters: a chunk's DMA also moves the padding between records, which must not carry another block's bytes.
+    """``count`` staging buffers, contents undefined.
 
     Parameters
     ----------
@@ -53,7 +51,6 @@ class StagingRing:
                 for _ in range(count):
                     what = f"staging buffer of {self.buffer_bytes} bytes (gpu_pool_size_bytes = {budget})"
                     self.addresses.append(int(check(driver.cuMemAllocFromPoolAsync(self.buffer_bytes, self._pool, 0), what)))
-                    check(driver.cuMemsetD8Async(self.addresses[-1], 0, self.buffer_bytes, 0), "cuMemsetD8Async")
                 check(driver.cuStreamSynchronize(0), "cuStreamSynchronize")
             except BaseException:
                 self.close()

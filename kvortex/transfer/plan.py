@@ -2,7 +2,8 @@
 
 A *chunk* is what one staging buffer takes at a time: consecutive pieces of consecutive records, gathered by one launch
 and moved by the DMA copies that belong to it. Records are ordered by slot, so that records which are neighbours in the
-host pool leave in one copy. A record larger than a staging buffer is cut into parts at piece boundaries.
+host pool leave in one copy. A record larger than a staging buffer is cut into parts at piece boundaries. Copies carry
+bytes of records and no padding: a buffer holds other blocks' bytes between its records.
 """
 
 from __future__ import annotations
@@ -167,7 +168,11 @@ def _chunks_of_records(
     copies = empty_copies(len(heads))
     copies[:, DEVICE_SIDE] = (heads - starts[chunk_of]) * pool.slot_bytes
     copies[:, HOST_SIDE] = pool.address + slots[heads] * pool.slot_bytes
-    copies[:, COPY_BYTES] = (lengths - 1) * pool.slot_bytes + record_bytes
+    if record_bytes == pool.slot_bytes:
+        copies[:, COPY_BYTES] = lengths * record_bytes
+    else:  # a line a record: what an earlier chunk left between records in the buffer must not reach a slot
+        copies[:, COPY_BYTES], copies[:, LINES] = record_bytes, lengths
+        copies[:, PITCH] = copies[:, HOST_PITCH] = pool.slot_bytes
     chunks = np.zeros((len(starts), CHUNK_COLUMNS), np.int64)
     chunks[:, FIRST_BLOCK] = starts
     chunks[:, N_BLOCKS] = np.diff(np.append(starts, n))

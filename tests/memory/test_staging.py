@@ -1,4 +1,4 @@
-"""Staging buffers: equal parts of the budget, zeroed, and given back on every path."""
+"""Staging buffers: equal parts of the budget, and given back on every path."""
 
 from __future__ import annotations
 
@@ -23,11 +23,9 @@ def test_equal_parts_of_the_budget(budget: int, count: int, each: int) -> None:
         ring = StagingRing(DEVICE, budget, count)
         assert ring.buffer_bytes == each and each % 4096 == 0 and each * count <= budget
         assert len(ring.addresses) == len(set(ring.addresses)) == count
-        zeroed = driver.named("cuMemsetD8Async")
-        assert [(address, byte, nbytes) for address, byte, nbytes, _ in zeroed] == [(a, 0, each) for a in ring.addresses]
         names = [name for name, _ in driver.calls]
-        last = len(names) - 1 - names[::-1].index("cuMemsetD8Async")
-        assert "cuStreamSynchronize" in names[last:], "zeroed before anyone uses it"
+        last = len(names) - 1 - names[::-1].index("cuMemAllocFromPoolAsync")
+        assert "cuStreamSynchronize" in names[last:], "there before anyone uses it on another stream"
         ring.close()
 
 
@@ -55,7 +53,6 @@ def test_close_gives_everything_back_once() -> None:
     [
         ("cuMemAllocFromPoolAsync", 0, 0),
         ("cuMemAllocFromPoolAsync", 2, 2),
-        ("cuMemsetD8Async", 1, 2),
         ("cuStreamSynchronize", 0, 3),
     ],
 )
@@ -84,20 +81,15 @@ def test_no_pool_at_all() -> None:
 
 
 @pytest.mark.gpu
-def test_real_buffers_are_zeroed_and_apart() -> None:
+def test_real_buffers_are_apart() -> None:
     from kvortex.devices import driver as cu
     from kvortex.devices.cuda import CudaDevice
 
-    device = CudaDevice()
-    for _ in range(2):  # the second ring gets memory that the first one wrote
-        ring = StagingRing(device, 3 * 65536 + 100, 3)
-        assert ring.buffer_bytes == 65536
-        spans = sorted(ring.addresses)
-        assert all(b - a >= 65536 for a, b in zip(spans[:-1], spans[1:], strict=True))
+    ring = StagingRing(CudaDevice(), 3 * 65536 + 100, 3)
+    assert ring.buffer_bytes == 65536
+    spans = sorted(ring.addresses)
+    assert all(b - a >= 65536 for a, b in zip(spans[:-1], spans[1:], strict=True))
+    with cu.current(CudaDevice().context) as driver:
         for address in ring.addresses:
-            seen = np.full(65536, 9, np.uint8)
-            with cu.current(device.context) as driver:
-                cu.check(driver.cuMemcpyDtoH(seen.ctypes.data, address, 65536), "cuMemcpyDtoH")
-                cu.check(driver.cuMemsetD8(address, 7, 65536), "cuMemsetD8")
-            assert not seen.any()
-        ring.close()
+            cu.check(driver.cuMemsetD8(address, 7, 65536), "cuMemsetD8")
+    ring.close()

@@ -13,11 +13,14 @@ from kvortex.transfer.plan import (
     DEVICE_SIDE,
     FIRST_BLOCK,
     FIRST_COPY,
+    HOST_PITCH,
     HOST_SIDE,
     INSTEAD,
+    LINES,
     N_BLOCKS,
     N_COPIES,
     N_PIECES,
+    PITCH,
     Plan,
     Pool,
     plan_staged,
@@ -52,10 +55,8 @@ def test_a_save_puts_every_byte_of_every_record_once_into_its_slot(case: Case) -
         record, padding = case.slot_bytes(slot, case.record_bytes), case.slot_bytes(slot, case.pool.slot_bytes)
         assert (machine.host[record] == vram[case.page_bytes(block)]).all()
         assert (machine.host_writes[record] == 1).all()
-        behind = slice(record.stop, padding.stop)
-        carried = machine.host_writes[behind] > 0  # padding may be written, and then only with the buffer's zeros
-        assert not machine.host[behind][carried].any() and (machine.host_writes[behind] <= 1).all()
-        free[padding] = False
+        assert not machine.host_writes[record.stop : padding.stop].any(), "bytes of another block in the padding of this one"
+        free[record] = False
     assert not machine.host_writes[free].any() and (machine.host[free] == host[free]).all()
 
 
@@ -84,7 +85,8 @@ def test_chunks_and_copies_keep_their_bounds(case: Case) -> None:
     assert (chunks[:, N_PIECES] >= 1).all()
     assert chunks[0, FIRST_COPY] == 0 and chunks[:, N_COPIES].sum() == len(copies)
     assert (chunks[1:, FIRST_COPY] == (chunks[:-1, FIRST_COPY] + chunks[:-1, N_COPIES])).all()
-    assert (copies[:, DEVICE_SIDE] >= 0).all() and (copies[:, DEVICE_SIDE] + copies[:, COPY_BYTES] <= case.buffer_bytes).all()
+    ends = copies[:, DEVICE_SIDE] + (copies[:, LINES] - 1) * copies[:, PITCH] + copies[:, COPY_BYTES]
+    assert (copies[:, DEVICE_SIDE] >= 0).all() and (ends <= case.buffer_bytes).all()
     if case.pool.slot_bytes <= case.buffer_bytes:
         assert chunks[0, FIRST_BLOCK] == 0 and chunks[:, N_BLOCKS].sum() == n
         assert chunks[:, N_BLOCKS].max() <= -(-n // case.streams), "a small transfer is cut so that every buffer gets a part"
@@ -107,22 +109,29 @@ def simple(slots: list[int], *, segment: int = 1000, per_buffer: int = 4, stream
     return plan_staged(blocks, np.array(slots), split_pieces(fragments), pool, per_buffer * 128, streams, max_blocks)
 
 
-def copies_of(plan: Plan) -> list[tuple[int, int, int]]:
-    """(offset in staging, offset in the pool, bytes) of each copy."""
-    return [(device, host - HOST, nbytes) for device, host, nbytes in plan.copies[:, :3].tolist()]
+def copies_of(plan: Plan) -> list[tuple[int, int, int, int]]:
+    """(offset in staging, offset in the pool, bytes of a line, lines) of each copy."""
+    return [(device, host - HOST, *size) for device, host, *size in plan.copies[:, : LINES + 1].tolist()]
 
 
 def test_neighbours_leave_in_one_copy() -> None:
     plan = simple([7, 5, 6, 9], streams=2)
     assert plan.chunks[:, N_BLOCKS].tolist() == [2, 2] and plan.ids.tolist() == [1, 2, 0, 3]
-    assert copies_of(plan) == [(0, 5 * 128, 228), (0, 7 * 128, 100), (128, 9 * 128, 100)]
+    assert copies_of(plan) == [(0, 5 * 128, 100, 2), (0, 7 * 128, 100, 1), (128, 9 * 128, 100, 1)]
+    assert plan.copies[:, PITCH].tolist() == plan.copies[:, HOST_PITCH].tolist() == [128] * 3
+
+
+def test_records_that_fill_their_slots_leave_as_one_line() -> None:
+    fragments, _ = fragments_of([60, 68], 100, 0, interleaved=False)
+    plan = plan_staged(np.arange(4), np.array([7, 5, 6, 9]), split_pieces(fragments), Pool(HOST, 128, 1000), 512, 2, 2048)
+    assert copies_of(plan) == [(0, 5 * 128, 256, 1), (0, 7 * 128, 128, 1), (128, 9 * 128, 128, 1)]
 
 
 def test_a_segment_border_ends_a_copy() -> None:
     inside = simple(list(range(2, 10)), segment=1000, streams=2)
     across = simple(list(range(2, 10)), segment=5, streams=2)
-    assert copies_of(inside) == [(0, 2 * 128, 484), (0, 6 * 128, 484)]
-    assert copies_of(across) == [(0, 2 * 128, 356), (384, 5 * 128, 100), (0, 6 * 128, 484)]
+    assert copies_of(inside) == [(0, 2 * 128, 100, 4), (0, 6 * 128, 100, 4)]
+    assert copies_of(across) == [(0, 2 * 128, 100, 3), (384, 5 * 128, 100, 1), (0, 6 * 128, 100, 4)]
 
 
 @pytest.mark.parametrize(
@@ -147,7 +156,7 @@ def test_a_record_larger_than_a_buffer_goes_in_parts() -> None:
     fragments, _ = fragments_of([100, 50, 70], 10, 0, interleaved=False)
     plan = plan_staged(np.array([4, 2]), np.array([1, 0]), split_pieces(fragments, 48), Pool(HOST, 256, 1), 100, 2, 2048)
     # pieces end at 48, 96, 100, 148, 150, 198, 220
-    wanted = [(0, 0, 100), (0, 100, 98), (0, 198, 22), (0, 256, 100), (0, 356, 98), (0, 454, 22)]
+    wanted = [(0, at, size, 1) for at, size in ((0, 100), (100, 98), (198, 22), (256, 100), (356, 98), (454, 22))]
     assert copies_of(plan) == wanted and plan.ids.tolist() == [2, 4]
     assert not plan.chunks[:, INSTEAD].any() and plan.chunks[:, :INSTEAD].tolist() == [
         [0, 1, 0, 3, 0, 1],
