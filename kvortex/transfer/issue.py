@@ -41,6 +41,7 @@ from kvortex.transfer.plan import (
 CONTEXT, KERNEL, THREADS, MAX_CTAS, TABLE, JOIN_STREAM, CALLER_EVENT, TO_HOST = range(LANE_CELLS := 8)
 # Cells of ``outcome``: whether everything was attempted, the first error of the work, the first of the events behind it.
 ISSUED, ERROR, LAST = range(3)
+NO_STREAM = -1  # in the place of the caller's, where only events are waited for
 PARAMETERS = 6
 PIECE_ROW_BYTES = 8 * (BYTES + 1)
 
@@ -137,11 +138,21 @@ def hand_over(functions, lane, streams, joins, scratch, outcome):  # type: ignor
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def follow(functions, stream, events):  # type: ignore[no-untyped-def]
+    """Makes a stream wait for events that are recorded already; the first error code."""
+    for event in events:
+        code = call(functions[STREAM_WAIT], (stream, event, 0))
+        if code:
+            return code
+    return np.int32(0)
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def issue(  # type: ignore[no-untyped-def]
-    functions, lane, streams, buffers, joins, copied, turn, caller, start, done, chunks, copies, pitch, marks, events, ids,
-    parameters, pointers, scratch, outcome,
+    functions, lane, streams, buffers, joins, copied, turn, caller, after, start, done, chunks, copies, pitch, marks, events,
+    ids, parameters, pointers, scratch, outcome,
 ):
-    """Puts a plan on its streams, after the caller's stream and before ``done``.
+    """Puts a plan on its streams, after the caller's and before ``done``.
 
     Parameters
     ----------
@@ -157,8 +168,12 @@ def issue(  # type: ignore[no-untyped-def]
         after another, so that the first buffer is free again when a part of the time has passed and not all of it.
     turn : (1,) int64
         Stream of the first chunk, the rest follow in a ring; moved on to the one behind the last.
-    caller, start, done : int
-        Stream to wait for; timing events recorded before and after.
+    caller : int
+        Stream on which the lane's event for it is recorded now, or ``NO_STREAM``.
+    after : (e,) int64
+        Events that all work waits for: the lane's, or those that were recorded before.
+    start, done : int
+        Timing events recorded before and after.
     chunks, copies : (c, 7), (m, 6) int64
         Of :class:`kvortex.transfer.plan.Plan`.
     pitch, marks : int, (g,) int64
@@ -186,10 +201,11 @@ def issue(  # type: ignore[no-untyped-def]
         outcome[ERROR] = error
         outcome[ISSUED] = 1
         return
-    error = call(functions[EVENT_RECORD], (lane[CALLER_EVENT], caller))
+    if caller != NO_STREAM:
+        error = call(functions[EVENT_RECORD], (lane[CALLER_EVENT], caller))
     for at in range(used):
         if not error:
-            error = call(functions[STREAM_WAIT], (streams[(first + at) % n], lane[CALLER_EVENT], 0))
+            error = follow(functions, streams[(first + at) % n], after)
     if not error:
         error = call(functions[EVENT_RECORD], (start, streams[first % n]))
     for c in range(len(chunks)):

@@ -94,6 +94,7 @@ class Lane:
         self.cells[nogil.TABLE] = table
         self.cells[nogil.JOIN_STREAM] = join_stream
         self.cells[nogil.CALLER_EVENT] = caller_event
+        self._caller_event = np.array([caller_event], np.int64)
         self.cells[nogil.TO_HOST] = direction is Direction.SAVE
         self._ring = np.array([kernel_stream, kernel_event, resident_kernel, 0, flags], np.int64)
         self._filled = np.zeros((2, len(buffers)), np.int64)
@@ -104,13 +105,25 @@ class Lane:
         self._scratch = np.zeros(nogil.SCRATCH_CELLS, np.int64)
 
     def issue(
-        self, functions: Int64s, plan: Plan, caller: int, events: Int64s, ids: IdBuffer | None, outcome: Int64s
+        self,
+        functions: Int64s,
+        plan: Plan,
+        caller: int,
+        after: Int64s | None,
+        events: Int64s,
+        ids: IdBuffer | None,
+        outcome: Int64s,
     ) -> None:
-        """Puts a plan on the GPU; ``outcome`` tells how that went.
+        """Puts a plan on the GPU, after what is on ``caller`` now, or after the events ``after`` where there are any;
+        ``outcome`` tells how that went.
 
         ``events`` are recorded before, after, and at each mark. See :func:`kvortex.transfer.issue.issue`.
         """
         with self.lock:
+            if after is None:
+                after = self._caller_event
+            else:
+                caller = nogil.NO_STREAM
             kind = _kind(plan)
             if kind is not _Kind.FREE:
                 if self._holder not in (None, kind):
@@ -120,7 +133,7 @@ class Lane:
                         return
                 self._holder = kind
             if kind is _Kind.RESIDENT:
-                self._issue_resident(functions, plan, caller, events, ids, outcome)
+                self._issue_resident(functions, plan, caller, after, events, ids, outcome)
                 return
             used = self._count if kind is _Kind.FREE else len(self.streams)
             address = ids.address if ids is not None else 0
@@ -135,6 +148,7 @@ class Lane:
                 self._copied[:used],
                 self._turns[kind],
                 caller,
+                after,
                 events[0],
                 events[1],
                 plan.chunks,
@@ -150,7 +164,14 @@ class Lane:
             )
 
     def _issue_resident(
-        self, functions: Int64s, plan: Plan, caller: int, events: Int64s, ids: IdBuffer | None, outcome: Int64s
+        self,
+        functions: Int64s,
+        plan: Plan,
+        caller: int,
+        after: Int64s,
+        events: Int64s,
+        ids: IdBuffer | None,
+        outcome: Int64s,
     ) -> None:
         assert ids is not None
         words = ROW_WORDS * len(plan.chunks)
@@ -169,6 +190,7 @@ class Lane:
             self._filled,
             self.offsets,
             caller,
+            after,
             events[0],
             events[1],
             plan.chunks,

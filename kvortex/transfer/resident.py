@@ -32,9 +32,11 @@ from kvortex.transfer.issue import (
     ISSUED,
     JOIN_STREAM,
     LAST,
+    NO_STREAM,
     TABLE,
     TO_HOST,
     copy_chunk,
+    follow,
     join,
 )
 from kvortex.transfer.plan import FIRST_BLOCK, FIRST_PIECE, N_BLOCKS, N_PIECES
@@ -78,14 +80,14 @@ def _write_rows(to_host, ring, buffers, first, filled, offsets, chunks, rows, re
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def issue_resident(  # type: ignore[no-untyped-def]
-    functions, lane, ring, ctas, streams, buffers, joins, turn, filled, offsets, caller, start, done_event, chunks, copies,
-    pitch, marks, events, rows, upload, parameters, pointers, scratch, outcome,
+    functions, lane, ring, ctas, streams, buffers, joins, turn, filled, offsets, caller, after, start, done_event, chunks,
+    copies, pitch, marks, events, rows, upload, parameters, pointers, scratch, outcome,
 ):
-    """Puts a plan on its streams, after the caller's stream and before ``done_event``.
+    """Puts a plan on its streams, after the caller's and before ``done_event``.
 
     Parameters
     ----------
-    functions, lane, caller, start, chunks, copies, pitch, marks, events, scratch, outcome
+    functions, lane, caller, after, start, chunks, copies, pitch, marks, events, scratch, outcome
         As of :func:`kvortex.transfer.issue.issue`.
     ring : (RING_CELLS,) int64
         Stream and event of the kernel, the kernel, its threads in a CTA times ``ctas``, and the flags in VRAM.
@@ -119,10 +121,10 @@ def issue_resident(  # type: ignore[no-untyped-def]
     kernel_stream = ring[STREAM]
     # The rows do not depend on the caller's work, so they are there when that is done.
     error = call(functions[COPY_TO_DEVICE], (upload[1], upload[0], upload[2], kernel_stream))
-    if not error:
+    if not error and caller != NO_STREAM:
         error = call(functions[EVENT_RECORD], (lane[CALLER_EVENT], caller))
     if not error:
-        error = call(functions[STREAM_WAIT], (kernel_stream, lane[CALLER_EVENT], 0))
+        error = follow(functions, kernel_stream, after)
     if not error:
         error = call(functions[EVENT_RECORD], (start, kernel_stream))
     if not error:

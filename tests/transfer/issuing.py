@@ -21,12 +21,13 @@ SLOT_BYTES, PIECE_BYTES = 128, 16
 @dataclass
 class Lane:
     """What ``issue`` takes besides the plan; stream k is 0x5001 + k, its buffer 0xB0000 * (k + 1), its events 0xE001 + k and
-    0xC001 + k."""
+    0xC001 + k. ``after`` are events to wait for in the place of the caller's stream."""
 
     count: int
     to_host: bool
     turn: int = 0
     max_ctas: int = 3
+    after: list[int] | None = None
     cells: Int64s = field(init=False)
 
     def __post_init__(self) -> None:
@@ -47,9 +48,10 @@ class Lane:
         parameters = np.zeros(nogil.PARAMETERS, np.int64)
         pointers = parameters.ctypes.data + 8 * np.arange(nogil.PARAMETERS, dtype=np.int64)
         turn, scratch, outcome = np.array([self.turn]), np.zeros(nogil.SCRATCH_CELLS, np.int64), np.zeros(3, np.int64)
-        fixed = (self.cells, self.streams, self.buffers, self.joins, self.copied, turn, CALLER, START, DONE)
+        caller, after = (CALLER, [CALLER_EVENT]) if self.after is None else (nogil.NO_STREAM, self.after)
+        fixed = (self.cells, self.streams, self.buffers, self.joins, self.copied, turn, caller, np.array(after, np.int64))
         table = (plan.chunks, plan.copies, plan.pitch, plan.marks, MARK + np.arange(len(plan.marks), dtype=np.int64))
-        nogil.issue(recorder.functions, *fixed, *table, IDS, parameters, pointers, scratch, outcome)
+        nogil.issue(recorder.functions, *fixed, START, DONE, *table, IDS, parameters, pointers, scratch, outcome)
         assert outcome[nogil.ISSUED] == 1
         pushed = len(recorder.calls) > 1
         assert turn[0] == ((self.turn + len(plan.chunks)) % self.count if pushed else self.turn)
