@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 import time
@@ -41,6 +42,8 @@ from kvortex.transfer.plan import Int64s, Pool
 from kvortex.transfer.routes import Route
 from kvortex.transfer.ticket import Ticket
 from kvortex.transfer.transfer import Mask, Transfer
+
+_NO_LAYERS = "layerwise: opaque buffers have no layers that kvortex knows of"
 
 
 class KVortexEngine:
@@ -145,7 +148,14 @@ class KVortexEngine:
     # -- transfers
 
     def save_blocks(
-        self, keys: KeysLike, block_ids: Any = None, sizes: Any = None, *, data_ptrs: Any = None, stream: Any = None
+        self,
+        keys: KeysLike,
+        block_ids: Any = None,
+        sizes: Any = None,
+        *,
+        data_ptrs: Any = None,
+        stream: Any = None,
+        layerwise: bool = False,
     ) -> Ticket:
         """Starts saving blocks, and returns at once. A block that is in the cache already is not moved.
 
@@ -164,6 +174,10 @@ class KVortexEngine:
             Stream that writes the pages: the save waits for what is on it now. An int handle or a stream object of
             cuda.core, CuPy, Numba or torch; None for the legacy default stream. The caller must not overwrite the pages
             before the ticket is done, or must make the writing stream wait (:meth:`Ticket.add_to`).
+        layerwise
+            The pages are still to be computed: reserves slots, moves nothing, and saves each layer behind
+            :meth:`Ticket.save_layer`, whose default ``stream`` becomes. The blocks are visible when all layers are saved;
+            who drops the ticket before all are announced gives the save up. Not for opaque buffers.
 
         Returns
         -------
@@ -180,9 +194,12 @@ class KVortexEngine:
         """
         keys = as_keys(keys)
         paged, pages, lengths = self._pages(len(keys), block_ids, data_ptrs, sizes, Direction.SAVE)
+        if layerwise and not paged:
+            raise ArgumentError(_NO_LAYERS)
         with _Call(self) as call:
             self._executor.check_stream(stream)
             transfer = self._flight.open(Direction.SAVE, len(keys), call)
+            transfer.layers = self.layout.num_layers if layerwise and self.layout is not None else 0
             found = self._reserve(keys, lengths, transfer)
             for owner in np.unique(found.owners[found.status == PENDING]).tolist():
                 at = np.flatnonzero((found.status == PENDING) & (found.owners == owner))
@@ -191,8 +208,8 @@ class KVortexEngine:
                     transfer.mask[at] = self._index.lookup(keys[at])
                 else:
                     transfer.after.append((save, at))
-            self._start(transfer, paged, pages, lengths, stream)
-            return Ticket(transfer, self._settle, self.config.transfer_timeout_s, self._executor.check_stream)
+            self._start(transfer, paged, pages, lengths, stream, bool(layerwise))
+            return self._ticket(transfer, stream)
 
     def load_blocks(
         self,
@@ -232,7 +249,7 @@ class KVortexEngine:
         keys = as_keys(keys)
         paged, pages, lengths = self._pages(len(keys), block_ids, output_ptrs, sizes, Direction.LOAD)
         if layerwise and not paged:
-            raise ArgumentError("layerwise: opaque buffers have no layers that kvortex knows of")
+            raise ArgumentError(_NO_LAYERS)
         with _Call(self) as call:
             self._executor.check_stream(stream)
             transfer = self._flight.open(Direction.LOAD, len(keys), call)
@@ -241,7 +258,7 @@ class KVortexEngine:
             transfer.mask = transfer.slots >= 0
             self._counters.miss(len(keys) - int(transfer.mask.sum()))
             self._start(transfer, paged, pages, lengths, stream, bool(layerwise))
-            return Ticket(transfer, self._settle, self.config.transfer_timeout_s, self._executor.check_stream)
+            return self._ticket(transfer, stream)
 
     def _reserve(self, keys: KeyArray, lengths: Int64s, transfer: Transfer) -> Reservation:
         while True:
@@ -269,7 +286,7 @@ class KVortexEngine:
         return False, *arguments.buffers(given, sizes, count, most, written=direction is Direction.LOAD)
 
     def _start(
-        self, transfer: Transfer, paged: bool, pages: Int64s, lengths: Int64s, stream: Any, layerwise: bool = False
+        self, transfer: Transfer, paged: bool, pages: Int64s, lengths: Int64s, stream: Any, layerwise: bool
     ) -> None:
         """Issues what the transfer holds slots for. A failure of the device ends on the transfer, not here."""
         moved = transfer.moved()
@@ -289,6 +306,10 @@ class KVortexEngine:
             return self._executor.prepare_buffers(transfer.direction, pages, lengths, slots, stream)
         except (DeviceError, TransferError) as error:
             return Failed(TransferError(f"a {transfer.direction.value} could not be prepared: {error}"))
+
+    def _ticket(self, transfer: Transfer, stream: Any) -> Ticket:
+        feed = functools.partial(_Call, self, reap=False)
+        return Ticket(transfer, self._settle, self.config.transfer_timeout_s, self._executor.check_stream, feed, stream)
 
     def _settle(self, transfer: Transfer) -> bool:
         """For tickets, which hold the engine by this method and so keep it alive."""
@@ -373,13 +394,14 @@ class KVortexEngine:
 
 
 class _Call:
-    """One public call: refused after shutdown, waited for by shutdown, and settles what has ended meanwhile.
+    """One public call: refused after shutdown, waited for by shutdown, and settles what has ended meanwhile (``reap``).
 
     ``over`` becomes true when the call returns or raises. Should a second interrupt prevent even that, the weak
     reference in the engine dies with the frame.
     """
 
-    def __init__(self, engine: KVortexEngine) -> None:
+    def __init__(self, engine: KVortexEngine, *, reap: bool = True) -> None:
+        self._reap = reap
         self._engine: KVortexEngine | None = engine  # until it is over: a transfer must not keep its engine alive
         self.thread = threading.get_ident()
         self.over = False
@@ -394,8 +416,9 @@ class _Call:
             self.__exit__()
             raise EngineClosedError("this engine was shut down")
         try:
-            engine._flight.reap()
-            engine._parts.grow()
+            if self._reap:
+                engine._flight.reap()
+                engine._parts.grow()
         except BaseException:
             self.__exit__()
             raise

@@ -65,6 +65,12 @@ class TransferError(KVortexError, RuntimeError):
     """A transfer could not be issued."""
 
 
+class LayersMissingError(TransferError):
+    """A layer-wise save is waited for before all layers were announced; ``layers`` are those that were not."""
+
+    layers: tuple[int, ...] = ()
+
+
 class TransferTimeoutError(TransferError, TimeoutError):
     """A wait reached its deadline. The transfer goes on, its slots stay pinned, and it may be waited for again."""
 

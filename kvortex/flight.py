@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 
-from kvortex.errors import TransferError
+from kvortex.errors import TransferError, shown
 from kvortex.index import BlockIndex
 from kvortex.stats import Counters
 from kvortex.transfer.executor import Direction, poll
@@ -63,6 +63,8 @@ class Flight:
             return False
         if completion is not None and not completion.started:
             completion.cancel()
+        if completion is not None and (missing := completion.missing()) and transfer.is_deserted():
+            completion.abort(TransferError(f"the ticket was dropped before layers {shown(list(missing))} were announced"))
         if completion is not None and not completion.query():
             return False
         held = transfer.slots[transfer.slots >= 0]
@@ -91,7 +93,14 @@ class Flight:
             self.settle(transfer)
 
     def drain(self, timeout: float) -> int:
-        """Settles everything, waiting up to ``timeout`` seconds; the number of transfers that still run."""
+        """Settles everything, waiting up to ``timeout`` seconds; the number of transfers that still run.
+
+        For the end of an engine: saves that miss layers are given up, since nobody can announce them any more.
+        """
+        for transfer in list(self._transfers.values()):
+            if transfer.completion is not None and (missing := transfer.completion.missing()):
+                error = TransferError(f"the engine was shut down before layers {shown(list(missing))} were announced")
+                transfer.completion.abort(error)
         poll(self._empty, time.monotonic() + timeout)
         return len(self._transfers)
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from kvortex.devices.base import Device, DeviceBuffer
 from kvortex.errors import DeviceError
 
-_READY = ((1024, 16), (4096, 8), (16384, 4))  # ids and buffers: 448 KiB
+_READY = ((1024, 64), (4096, 8), (16384, 4))  # ids and buffers: 640 KiB; a layer-wise save takes one for each of its groups
 
 
 class IdBuffer:

@@ -17,9 +17,19 @@ from kvortex.kernels import build
 from kvortex.memory.ids import IdBuffer, IdPool
 from kvortex.memory.staging import StagingRing
 from kvortex.transfer import issue as nogil
-from kvortex.transfer.executor import Completion, Direction, Executor
+from kvortex.transfer.executor import Completion, Direction, Executor, Part
+from kvortex.transfer.issue import NO_STREAM
 from kvortex.transfer.lane import ROW_WORDS, Lane
-from kvortex.transfer.layers import Sections, cut_layers, cut_sections, group_count, plan_direct_layers, plan_layers
+from kvortex.transfer.layers import (
+    Sections,
+    cut_layers,
+    cut_sections,
+    group_count,
+    plan_direct_layers,
+    plan_layers,
+    split_groups,
+)
+from kvortex.transfer.layerwise import LayerSave
 from kvortex.transfer.plan import (
     OFFSET,
     Int64s,
@@ -83,8 +93,17 @@ class _Events:
         self._free.clear()
 
 
-class CudaCompletion(Completion):
-    """A transfer on a GPU, between two timing events."""
+class CudaCompletion(Part):
+    """A transfer on a GPU, between two timing events.
+
+    Parameters
+    ----------
+    executor, direction, plan, route
+    caller
+        Stream to be started behind; ``NO_STREAM`` for those of :meth:`follow`.
+    group_of : (L,) int64
+        Of a layer-wise load: the mark of each layer.
+    """
 
     def __init__(
         self,
@@ -100,11 +119,23 @@ class CudaCompletion(Completion):
         self.outcome = np.zeros(3, np.int64)
         self._lock = threading.RLock()
         self._finished = False
+        self._followed: dict[int, int] = {}  # stream to the event that was recorded on it
         self._events, self._ids = executor.lend(plan)
 
     def start(self) -> None:
-        self._executor.issue(self._direction, self._plan, self._caller, self._events, self._ids, self.outcome)
+        after = np.array(list(self._followed.values()), np.int64)
+        self._executor.issue(self._direction, self._plan, self._caller, after, self._events, self._ids, self.outcome)
         self.started = True
+
+    def follow(self, stream: Any) -> None:
+        handle = cuda_stream_handle(stream)
+        with self._lock:
+            if self._finished:  # and the events are others' by now
+                return
+            event = self._followed.get(handle) or self._executor.lend_event()
+            with cu.current(self._executor.device.context) as driver:
+                cu.check(driver.cuEventRecord(event, handle), "cuEventRecord on the stream of a layer")
+            self._followed[handle] = event
 
     def cancel(self) -> None:
         if not self.outcome[nogil.ISSUED]:
@@ -139,7 +170,7 @@ class CudaCompletion(Completion):
         with self._lock:
             if not self._finished:
                 self.error, self._finished = error, True
-                self._executor.recycle(self._events, self._ids)
+                self._executor.recycle([*self._events.tolist(), *self._followed.values()], self._ids)
 
     def add_to(self, stream: Any, timeout: float, layer: int | None = None) -> None:
         handle = cuda_stream_handle(stream)
@@ -259,10 +290,11 @@ class CudaExecutor(Executor):
 
     def prepare_blocks(
         self, direction: Direction, blocks: Int64s, slots: Int64s, stream: Any, layerwise: bool = False
-    ) -> CudaCompletion:
+    ) -> Completion:
         caller = cuda_stream_handle(stream)
         nbytes = len(blocks) * int(self._layer_offsets[-1])
-        busy = self._is_busy(caller)
+        in_groups = layerwise and direction is Direction.SAVE
+        busy = in_groups or self._is_busy(caller)  # who saves layer by layer computes meanwhile
         route = self._route or choose(
             self._runs,
             nbytes,
@@ -271,11 +303,28 @@ class CudaExecutor(Executor):
             buffer_bytes=self._staging.buffer_bytes if self._staging is not None else 0,
             layerwise=layerwise,
         )
+        num_layers = len(self._layer_offsets) - 1
         if layerwise and route in (Route.RESIDENT, Route.STAGED, Route.DIRECT):
-            sections = self._sections(group_count(len(self._layer_offsets) - 1, int(self._layer_offsets[-1]), len(blocks)))
+            sections = self._sections(group_count(num_layers, int(self._layer_offsets[-1]), len(blocks)))
             plan = self._layered_plan(route, blocks, slots, busy, sections)
+            if in_groups:
+                return self._layer_save(split_groups(plan), route, sections.group_of)
             return CudaCompletion(self, direction, plan, caller, route, sections.group_of)
-        return CudaCompletion(self, direction, self._plan(route, blocks, slots, busy), caller, route)
+        plan = self._plan(route, blocks, slots, busy)
+        if in_groups:  # the other routes take all layers at once
+            return self._layer_save([plan], route, np.zeros(num_layers, np.int64))
+        return CudaCompletion(self, direction, plan, caller, route)
+
+    def _layer_save(self, plans: list[Plan], route: Route, group_of: Int64s) -> LayerSave:
+        parts: list[CudaCompletion] = []
+        try:
+            for plan in plans:
+                parts.append(CudaCompletion(self, Direction.SAVE, plan, NO_STREAM, route))
+            return LayerSave(parts, group_of)
+        except BaseException:
+            for part in parts:
+                part.cancel()
+            raise
 
     def _sections(self, count: int) -> Sections:
         if count not in self._cuts:  # two threads may both do it, to the same end
@@ -343,11 +392,23 @@ class CudaExecutor(Executor):
             raise
         return np.array(events, np.int64), ids
 
+    def lend_event(self) -> int:
+        """One more event, until :meth:`recycle`."""
+        with self._guard:
+            return self._events.take()
+
     def issue(
-        self, direction: Direction, plan: Plan, caller: int, events: Int64s, ids: IdBuffer | None, outcome: Int64s
+        self,
+        direction: Direction,
+        plan: Plan,
+        caller: int,
+        after: Int64s,
+        events: Int64s,
+        ids: IdBuffer | None,
+        outcome: Int64s,
     ) -> None:
         """Puts a plan on the streams of its direction. See :meth:`Lane.issue`."""
-        self._lanes[direction].issue(self._functions, plan, caller, events, ids, outcome)
+        self._lanes[direction].issue(self._functions, plan, caller, after, events, ids, outcome)
 
     def query_event(self, event: int) -> int:
         """0 when an event has passed, else the code that says otherwise."""
@@ -370,10 +431,10 @@ class CudaExecutor(Executor):
             code, milliseconds = driver.cuEventElapsedTime(start, done)
         return 0.0 if int(code) else float(milliseconds) * 1e-3
 
-    def recycle(self, events: Int64s, ids: IdBuffer | None) -> None:
+    def recycle(self, events: list[int], ids: IdBuffer | None) -> None:
         """Takes back what a finished transfer used."""
         with self._guard:
-            for event in events.tolist():
+            for event in events:
                 self._events.give(event)
         if ids is not None and self._ids is not None:
             self._ids.give(ids)

@@ -64,6 +64,22 @@ class Completion(ABC):
         Blocks only where the caller itself is the stream.
         """
 
+    def missing(self) -> tuple[int, ...]:
+        """Layers that nobody has announced yet, of a layer-wise save that still wants them."""
+        return ()
+
+    def abort(self, error: TransferError) -> bool:
+        """Gives a layer-wise save up, with that error; whether that was in time. Anything else cannot be given up."""
+        return False
+
+
+class Part(Completion):
+    """A transfer that can also be one group of a layer-wise save: the streams that it waits for come one by one."""
+
+    @abstractmethod
+    def follow(self, stream: Any) -> None:
+        """Makes :meth:`start` wait for what is on ``stream`` now, too. Of a transfer that has ended, does nothing."""
+
 
 class Failed(Completion):
     """A transfer that could not be prepared: ended, with an error."""
@@ -95,7 +111,8 @@ class Executor(ABC):
     ) -> Completion:
         """A transfer of pages ``blocks`` (n,) of the layout to or from ``slots`` (n,), n > 0.
 
-        With ``layerwise`` the first layers of all blocks move before the last ones.
+        With ``layerwise`` the first layers of all blocks move before the last ones; of a save, each group of layers when they
+        have been announced (:class:`kvortex.transfer.layerwise.LayerSave`).
 
         Nothing moves before :meth:`Completion.start`, and then after the work that is on ``stream`` at that moment.
         Preparing and starting are two steps so that the owner of the slots has the completion in hand before the first

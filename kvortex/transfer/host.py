@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import queue
 import threading
@@ -15,8 +16,9 @@ from kvortex.devices.host import HostEvent, HostStream
 from kvortex.devices.native import memcpy_address
 from kvortex.errors import ArgumentError, TransferError, TransferTimeoutError
 from kvortex.transfer.copies import copy_buffers, copy_paged, load_compiled
-from kvortex.transfer.executor import Completion, Direction, Executor
+from kvortex.transfer.executor import Completion, Direction, Executor, Part
 from kvortex.transfer.layers import cut_layers, cut_sections, group_count
+from kvortex.transfer.layerwise import LayerSave
 from kvortex.transfer.plan import Int64s, Pool
 
 _LEAST_RECORDS_A_THREAD = 4
@@ -24,7 +26,7 @@ _LONGEST_END_S = 60.0  # of a thread that has nothing left to do
 _Part: TypeAlias = Callable[[], None]
 
 
-class HostCompletion(Completion):
+class HostCompletion(Part):
     """A transfer in parts that several threads work on; done when the last one is.
 
     Parameters
@@ -49,6 +51,7 @@ class HostCompletion(Completion):
         stream: HostStream | None,
     ) -> None:
         self._work, self._group_of, self._stream = work, group_of, stream
+        self._before: collections.deque[HostEvent] = collections.deque()
         self._parts = [(at, part) for at, parts in enumerate(groups) for part in parts][::-1]
         self._left = [len(parts) for parts in groups]
         self._lock = threading.RLock()
@@ -57,16 +60,24 @@ class HostCompletion(Completion):
         self._began: float | None = None
 
     def start(self) -> None:
-        if self._stream is None:
-            self._enqueue()
-        else:
-            before, self._stream = self._stream.record(), None
-            before.when_set(lambda: self._enqueue(before))  # no thread waits, so transfers cannot block each other
+        stream, self._stream = self._stream, None
+        self.follow(stream)
+        self._enqueue()
         self.started = True
 
-    def _enqueue(self, before: HostEvent | None = None) -> None:
-        if before is not None and before.error is not None:
-            self._drop(TransferError(f"the work that it waited for raised {before.error!r}"))
+    def follow(self, stream: Any) -> None:
+        if stream is not None:  # else the calling thread is the stream, and has done what it did
+            self._before.append(stream.record())
+
+    def _enqueue(self) -> None:
+        while self._before:
+            event = self._before[0]
+            if not event.query():
+                event.when_set(self._enqueue)  # no thread waits, so transfers cannot block each other
+                return
+            self._before.popleft()
+            if event.error is not None:
+                self._drop(TransferError(f"the work that it waited for raised {event.error!r}"))
         for _ in range(len(self._parts)):
             self._work.put(self._run)
 
@@ -144,7 +155,7 @@ class HostExecutor(Executor):
 
     def prepare_blocks(
         self, direction: Direction, blocks: Int64s, slots: Int64s, stream: Any, layerwise: bool = False
-    ) -> HostCompletion:
+    ) -> Completion:
         if not layerwise:
             parts = self._parts(copy_paged, (self._fragments,), (blocks,), slots, direction)
             return HostCompletion(self._work, [parts], (), stream)
@@ -156,6 +167,8 @@ class HostExecutor(Executor):
             self._parts(copy_paged, (fragments[first:last],), (blocks,), slots, direction)
             for first, last in zip(edges[:-1], edges[1:], strict=True)
         ]
+        if direction is Direction.SAVE:
+            return LayerSave([HostCompletion(self._work, [parts], (), None) for parts in groups], sections.group_of)
         return HostCompletion(self._work, groups, sections.group_of.tolist(), stream)
 
     def prepare_buffers(

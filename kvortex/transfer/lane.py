@@ -109,21 +109,19 @@ class Lane:
         functions: Int64s,
         plan: Plan,
         caller: int,
-        after: Int64s | None,
+        after: Int64s,
         events: Int64s,
         ids: IdBuffer | None,
         outcome: Int64s,
     ) -> None:
-        """Puts a plan on the GPU, after what is on ``caller`` now, or after the events ``after`` where there are any;
+        """Puts a plan on the GPU, after what is on ``caller`` now, or, with ``NO_STREAM``, after the events ``after``;
         ``outcome`` tells how that went.
 
         ``events`` are recorded before, after, and at each mark. See :func:`kvortex.transfer.issue.issue`.
         """
         with self.lock:
-            if after is None:
+            if caller != nogil.NO_STREAM:
                 after = self._caller_event
-            else:
-                caller = nogil.NO_STREAM
             kind = _kind(plan)
             if kind is not _Kind.FREE:
                 if self._holder not in (None, kind):

@@ -160,6 +160,18 @@ def plan_direct_layers(
     return _plan(np.empty(0, np.int32), _chunks(count, starts, n, starts, n), copies, sections, 0, 0)
 
 
+def split_groups(plan: Plan) -> list[Plan]:
+    """A plan for each group of a layer-wise one."""
+    edges = [0, *plan.marks.tolist()]
+    return [_group(plan, plan.chunks[first:last]) for first, last in zip(edges[:-1], edges[1:], strict=True)]
+
+
+def _group(plan: Plan, chunks: Int64s) -> Plan:
+    copies = plan.copies[chunks[0, FIRST_COPY] : chunks[-1, FIRST_COPY] + chunks[-1, N_COPIES]]
+    nbytes = int((copies[:, COPY_BYTES] * copies[:, LINES]).sum())
+    return Plan(plan.ids, chunks, plan.copies, nbytes, plan.pitch, plan.ctas)
+
+
 def _chunks(count: int, starts: Int64s, records: int, first_copies: Int64s, copies: int) -> Int64s:
     """(sections, chunks, columns): the same records and copies again for each section."""
     chunks = np.zeros((count, len(starts), CHUNK_COLUMNS), np.int64)

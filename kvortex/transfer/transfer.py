@@ -39,7 +39,9 @@ class Transfer:
     nbytes
         Payload.
     layers
-        Of a load into pages: layers of its layout. Else 0.
+        Of a load into pages, and of a layer-wise save: layers of the layout. Else 0.
+    ticket
+        The caller's, by a weak reference; None until there is one.
     after
         Saves of other calls that bring blocks of this one, each with their positions in ``mask``.
     mask : (n,) bool
@@ -58,6 +60,7 @@ class Transfer:
         self.once = np.zeros(1, np.uint8)
         self.completion: Completion | None = None
         self.nbytes = self.layers = 0
+        self.ticket: weakref.ref[object] | None = None
         self.after: list[tuple[Transfer, Int64s]] = []
         self.mask: Mask = np.ones(len(slots), bool)
         self.error: TransferError | None = None
@@ -71,5 +74,13 @@ class Transfer:
         """Whether everything that will move is on its way, or nothing ever will be."""
         if self.completion is not None and self.completion.started:
             return True
+        return self._is_called()
+
+    def is_deserted(self) -> bool:
+        """Whether nobody holds its ticket, or ever will."""
+        return self._is_called() and (self.ticket is None or self.ticket() is None)  # in this order
+
+    def _is_called(self) -> bool:
+        """Whether the call that made it is over, or was lost."""
         call = self._call()
         return call is None or call.over

@@ -204,7 +204,7 @@ def test_when_no_event_can_be_recorded_the_work_is_waited_for(gpu: FakeGpu) -> N
 @pytest.mark.parametrize(("function", "spare"), [("cuEventCreate", 0), ("cuEventCreate", 1), ("cuMemHostAlloc", 0)])
 def test_a_transfer_that_cannot_be_prepared_fails_and_leaks_nothing(gpu: FakeGpu, function: str, spare: int) -> None:
     with cache_of("layers").engine() as engine:
-        for _ in range(20):  # more than are ready
+        for _ in range(100):  # more than are ready
             engine._executor._ids.take(1)
         gpu.fails[function] = (2, len(gpu.named(function)) + spare)
         with pytest.raises(DeviceError, match="OUT_OF_MEMORY"):

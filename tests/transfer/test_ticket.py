@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 
 import numpy as np
@@ -72,7 +73,7 @@ def ticket_of(
         transfer.settled = True
         return True
 
-    return Ticket(transfer, settle, timeout, check_stream)
+    return Ticket(transfer, settle, timeout, check_stream, lambda: contextlib.nullcontext(Over()))
 
 
 FOR_EVER = float("inf")
