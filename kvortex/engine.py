@@ -209,7 +209,7 @@ class KVortexEngine:
                 else:
                     transfer.after.append((save, at))
             self._start(transfer, paged, pages, lengths, stream, bool(layerwise))
-            return self._ticket(transfer, stream)
+            return self._ticket(transfer, stream if layerwise else None)
 
     def load_blocks(
         self,
@@ -258,7 +258,7 @@ class KVortexEngine:
             transfer.mask = transfer.slots >= 0
             self._counters.miss(len(keys) - int(transfer.mask.sum()))
             self._start(transfer, paged, pages, lengths, stream, bool(layerwise))
-            return self._ticket(transfer, stream)
+            return self._ticket(transfer)
 
     def _reserve(self, keys: KeyArray, lengths: Int64s, transfer: Transfer) -> Reservation:
         while True:
@@ -307,7 +307,7 @@ class KVortexEngine:
         except (DeviceError, TransferError) as error:
             return Failed(TransferError(f"a {transfer.direction.value} could not be prepared: {error}"))
 
-    def _ticket(self, transfer: Transfer, stream: Any) -> Ticket:
+    def _ticket(self, transfer: Transfer, stream: Any = None) -> Ticket:
         feed = functools.partial(_Call, self, reap=False)
         return Ticket(transfer, self._settle, self.config.transfer_timeout_s, self._executor.check_stream, feed, stream)
 

@@ -119,23 +119,23 @@ class CudaCompletion(Part):
         self.outcome = np.zeros(3, np.int64)
         self._lock = threading.RLock()
         self._finished = False
-        self._followed: dict[int, int] = {}  # stream to the event that was recorded on it
+        self._followed: list[int] = []  # events, recorded
         self._events, self._ids = executor.lend(plan)
 
     def start(self) -> None:
-        after = np.array(list(self._followed.values()), np.int64)
+        after = np.array(self._followed, np.int64)
         self._executor.issue(self._direction, self._plan, self._caller, after, self._events, self._ids, self.outcome)
         self.started = True
 
     def follow(self, stream: Any) -> None:
         handle = cuda_stream_handle(stream)
         with self._lock:
-            if self._finished:  # and the events are others' by now
+            if self._finished:  # and what it had lent is others' by now
                 return
-            event = self._followed.get(handle) or self._executor.lend_event()
+            # One each time: a handle may mean another stream by now, and that of the thread's own stream always may.
+            self._followed.append(self._executor.lend_event())
             with cu.current(self._executor.device.context) as driver:
-                cu.check(driver.cuEventRecord(event, handle), "cuEventRecord on the stream of a layer")
-            self._followed[handle] = event
+                cu.check(driver.cuEventRecord(self._followed[-1], handle), "cuEventRecord on the stream of a layer")
 
     def cancel(self) -> None:
         if not self.outcome[nogil.ISSUED]:
@@ -170,7 +170,7 @@ class CudaCompletion(Part):
         with self._lock:
             if not self._finished:
                 self.error, self._finished = error, True
-                self._executor.recycle([*self._events.tolist(), *self._followed.values()], self._ids)
+                self._executor.recycle([*self._events.tolist(), *self._followed], self._ids)
 
     def add_to(self, stream: Any, timeout: float, layer: int | None = None) -> None:
         handle = cuda_stream_handle(stream)

@@ -92,12 +92,10 @@ class LayerSave(Completion):
     def query(self) -> bool:
         if self._ended:
             return True
+        self._cancel_lost()
         for part in self._parts:
-            if part.started and part.query() and part.error is not None:
-                self.abort(part.error)
-        for group, part in enumerate(self._parts):
-            if self._is_lost(group) and not part.started:  # in this order: it may have just been started
-                part.cancel()
+            if part.started and part.query() and part.error is not None and self.abort(part.error):
+                self._cancel_lost()
         if not all(part.started and part.query() for part in self._parts):
             return False
         first = next((part.error for part in self._parts if part.error is not None), None)
@@ -122,6 +120,11 @@ class LayerSave(Completion):
 
     def _is_whole(self, group: int) -> bool:
         return all(layer in self._announced for layer in self._layers[group])
+
+    def _cancel_lost(self) -> None:
+        for group, part in enumerate(self._parts):
+            if self._is_lost(group) and not part.started:  # in this order: it may have just been started
+                part.cancel()
 
     def _is_lost(self, group: int) -> bool:
         """Whether nobody will start this group any more, or its start was interrupted, or is over."""

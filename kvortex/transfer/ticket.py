@@ -25,8 +25,8 @@ class Ticket:
     end; :meth:`abort` where it could not go on. These are vLLM's ``save_kv_layer`` and ``wait_for_save``.
 
     A ticket may be dropped: the transfer goes on (a layer-wise save only if all layers have been announced), and its engine
-    settles it (makes saved blocks visible, releases loaded ones) at its next call. Until a save is done the caller must not overwrite its pages, and until a load is done
-    it must not read them, unless its stream waits: :meth:`add_to`.
+    settles it (makes saved blocks visible, releases loaded ones) at its next call. Until a save is done the caller must not
+    overwrite its pages, and until a load is done it must not read them, unless its stream waits: :meth:`add_to`.
     """
 
     def __init__(
