@@ -18,10 +18,23 @@ import pytest
 import kvortex
 from kvortex.devices import HostDevice, HostStream
 from kvortex.errors import PoolFullError
-from kvortex.transfer import host
-from tests.pages import PagedCache, keys_of
+from kvortex.transfer import host, layers
+from tests.pages import PagedCache, assert_same, keys_of
 
 LIBRARY = os.path.dirname(kvortex.__file__) + os.sep
+
+
+def save_layers(engine: Any, *, end: str) -> None:
+    """In two groups of one layer each."""
+    ticket = engine.save_blocks(keys_of(5, 6), [5, 6], layerwise=True)
+    ticket.save_layer(1)
+    if end == "abort":
+        ticket.abort()
+        return
+    ticket.save_layer(0)
+    ticket.wait()
+
+
 CALLS: dict[str, Callable[[Any, PagedCache], Any]] = {
     "save": lambda engine, _: engine.save_blocks(keys_of(5, 6), [5, 6]),
     "save of what is there": lambda engine, _: engine.save_blocks(keys_of(1, 2), [1, 2]),
@@ -29,6 +42,9 @@ CALLS: dict[str, Callable[[Any, PagedCache], Any]] = {
     "check": lambda engine, _: engine.check_blocks(keys_of(1)),
     "save and wait": lambda engine, _: engine.save_blocks(keys_of(5, 6), [5, 6]).wait(),
     "load and wait": lambda engine, _: engine.load_blocks(keys_of(1, 2), [3, 4]).wait(),
+    "layer-wise save": lambda engine, _: engine.save_blocks(keys_of(5, 6), [5, 6], layerwise=True),
+    "layers and wait": lambda engine, _: save_layers(engine, end="wait"),
+    "layers and abort": lambda engine, _: save_layers(engine, end="abort"),
 }
 
 
@@ -78,6 +94,12 @@ class Place(Trap):
         return self.step
 
 
+@pytest.fixture(autouse=True)
+def a_group_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "LEAST_COPY_BYTES", 1)
+    monkeypatch.setattr(layers, "LEAST_GROUP_BYTES", 1)
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_an_interrupt_at_any_line(name: str) -> None:
     line = 1
@@ -86,7 +108,7 @@ def test_an_interrupt_at_any_line(name: str) -> None:
     assert line > 10
 
 
-@pytest.mark.parametrize("name", ["save and wait", "load and wait"])
+@pytest.mark.parametrize("name", ["save and wait", "load and wait", "layers and wait"])
 def test_an_interrupt_in_any_place_of_a_long_wait(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted lines are not the same ones from run to run when a wait goes round and round; places are."""
     copy = host.copy_paged
@@ -100,6 +122,35 @@ def test_an_interrupt_in_any_place_of_a_long_wait(name: str, monkeypatch: pytest
     assert not interrupted(name, every)
     places = [place for place in every.seen if interrupted(name, Place(place))]
     assert len(places) > 100 and {place.split(":")[0] for place in places} >= {"flight.py", "engine.py", "transfer/ticket.py"}
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_layer_whose_announcement_was_interrupted(layer: int) -> None:
+    """It was announced, or can be again, or the save has failed; and nothing waits for ever."""
+    outcomes, line = [], 1
+    while True:
+        cache = PagedCache.plain(HostDevice())
+        with cache.engine(transfer_timeout_s=5.0) as engine:
+            before = cache.randomize()
+            ticket = engine.save_blocks(keys_of(5, 6), [5, 6], layerwise=True)
+            trap = Trap(line)
+            trap.run(lambda: ticket.save_layer(layer))  # noqa: B023
+            if not trap.sprung:
+                break
+            announced = layer not in ticket.missing_layers
+            ticket.done()
+            for left in ticket.missing_layers:
+                ticket.save_layer(left)
+            saved = bool(ticket.wait().all())
+            outcomes.append((announced, saved))
+            assert saved == (ticket.error is None), trap.sprung
+            assert engine.check_blocks(keys_of(5, 6)).tolist() == [saved] * 2 and not engine.get_stats().reserved_blocks
+            if saved:
+                poisoned = cache.randomize()
+                assert engine.load_blocks(keys_of(5, 6), [7, 8]).wait().all()
+                assert_same(cache.memory(), cache.expected(poisoned, before, [(5, 7), (6, 8)]))
+        line += 1
+    assert {(False, True), (True, False), (True, True)} == set(outcomes)
 
 
 def interrupted(name: str, trap: Trap) -> bool:
@@ -171,7 +222,9 @@ def test_a_thousand_real_interrupts(monkeypatch: pytest.MonkeyPatch) -> None:
                 try:
                     try:
                         left = int(rng.integers(1, 3))
-                        engine.save_blocks(keys, pages)
+                        ticket = engine.save_blocks(keys, pages, layerwise=bool(shots % 2))
+                        for layer in ticket.missing_layers:
+                            ticket.save_layer(layer)
                         engine.load_blocks(keys, pages).wait()
                         left = 0
                     except PoolFullError:

@@ -216,6 +216,10 @@ def test_nothing_is_compiled_in_the_middle_of_a_call() -> None:
             assert engine.save_blocks(keys_of(1, 2), [1, 2]).wait().all()
             for layerwise in (False, True):
                 engine.load_blocks(keys_of(1, 9), [3, 4], layerwise=layerwise).wait()
+            ticket = engine.save_blocks(keys_of(5, 6), [5, 6], layerwise=True)
+            for layer in ticket.missing_layers:
+                ticket.save_layer(layer)
+            assert ticket.wait().all()
             engine.check_blocks(keys_of(1))
             engine.get_stats()
             print(loaded() == before, sum(before.values()) > 5)

@@ -10,9 +10,11 @@ import pytest
 
 from kvortex.devices.cuda import CudaDevice
 from kvortex.errors import ArgumentError, DeviceError, LayersMissingError, TransferError
+from kvortex.memory.ids import _READY
 from kvortex.transfer import layers as module
 from kvortex.transfer.cuda import LEAST_BUFFERS
 from kvortex.transfer.executor import Direction
+from tests.engine.test_interrupts import Trap
 from tests.fake_driver import Result
 from tests.fake_gpu import FakeGpu, fake_gpu
 from tests.pages import PagedCache, Tensor, assert_same, keys_of
@@ -59,10 +61,8 @@ def write_layer(cache: PagedCache, layer: int, byte: int) -> None:
 
 def all_given_back(engine: Any) -> bool:
     events, ids = engine._executor._events, engine._executor._ids
-    return sorted(events._free) == sorted(events._all) and sum(map(len, ids._free.values())) == sum(n for _, n in READY)
-
-
-READY = __import__("kvortex.memory.ids", fromlist=["_READY"])._READY
+    every = sum(count for _, count in _READY)
+    return sorted(events._free) == sorted(events._all) and sum(map(len, ids._free.values())) == every
 
 
 @pytest.mark.parametrize("order", [list(range(LAYERS)), [5, 1, 0, 4, 3, 2]])
@@ -304,6 +304,33 @@ def test_layers_leave_nothing_in_the_padding_of_later_blocks(gpu: FakeGpu, route
         for slot in range(20):
             view = arena.view(slot)
             assert (view[:record] == view[0]).all() and view[0] in (0x11, 0x5E) and not view[record:].any()
+
+
+@pytest.mark.parametrize("route", ["staged", "resident"])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_an_interrupt_at_any_line(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, layer: int, route: str) -> None:
+    """The layer was announced, or can be again, or the save has failed; and nothing waits for ever."""
+    cache, line, outcomes = cache_of(), 1, set()
+    in_pairs(monkeypatch, cache)
+    with cache.engine(slots=400, transfer_route=route, transfer_timeout_s=5.0) as engine:
+        while True:
+            ticket = engine.save_blocks(keys_of(line), [1], layerwise=True)
+            if layer:
+                ticket.save_layer(0)
+            trap = Trap(line)
+            trap.run(lambda: ticket.save_layer(layer))  # noqa: B023
+            announced = layer not in ticket.missing_layers
+            ticket.done()
+            for left in ticket.missing_layers:
+                ticket.save_layer(left)
+            saved = bool(ticket.wait().all())
+            assert saved == (ticket.error is None) == engine.check_blocks(keys_of(line))[0], trap.sprung
+            assert not engine.get_stats().reserved_blocks
+            if not trap.sprung:
+                break
+            outcomes.add((announced, saved))
+            line += 1
+    assert outcomes == {(False, True), (True, True)} | ({(True, False)} if layer else set())
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

@@ -104,6 +104,20 @@ def test_all_work_is_ordered_after_the_caller_and_before_done(name: str, to_host
     assert sum(call.stream == CALLER for call in calls if call.name in ("record", "wait", *WORK)) == 1
 
 
+@pytest.mark.parametrize("events", [[0xA1], [0xA1, 0xA2, 0xA3]])
+@pytest.mark.parametrize("name", PLANS)
+def test_all_work_is_ordered_after_events_that_were_recorded_before(name: str, events: list[int]) -> None:
+    """On streams of which the call need know nothing: none is touched."""
+    lane, plan, recorder = Lane(3, True, 1, after=events), PLANS[name], Recorder()
+    recorder.calls += [Call("record", (event, 0xFA00 + event)) for event in events]
+    assert lane.issue(recorder, plan) == (0, 0)
+    calls, before = recorder.calls, predecessors(recorder.calls)
+    work = [at for at, call in enumerate(calls) if call.name in WORK]
+    assert work and all(set(range(len(events))) <= before[at] for at in work)
+    touched = {call.stream for call in calls[len(events) :] if call.name not in ("push", "pop")}
+    assert touched == {JOIN_STREAM, *lane.used(plan)}
+
+
 @pytest.mark.parametrize("shape", [(1, 0), (3, 0), (3, 2), (20, 7)])
 @pytest.mark.parametrize("to_host", [True, False])
 def test_a_mark_is_behind_its_chunks_and_holds_up_no_others(to_host: bool, shape: tuple[int, int]) -> None:

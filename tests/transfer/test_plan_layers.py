@@ -19,6 +19,7 @@ from kvortex.transfer.layers import (
     group_layers,
     plan_direct_layers,
     plan_layers,
+    split_groups,
 )
 from kvortex.transfer.plan import BYTES, COPY_BYTES, LINES, N_BLOCKS, OFFSET, Int64s, Plan, Pool, split_pieces
 from tests.naive_plan import VRAM, Machine
@@ -76,6 +77,29 @@ def test_a_save_writes_records_and_nothing_else(data: st.DataObject, case: Case,
     for block, slot in zip(case.blocks.tolist(), case.slots.tolist(), strict=True):
         wanted[case.slot_bytes(slot, case.record_bytes)] = vram[case.page_bytes(block)]
     assert (machine.host == wanted).all() and machine.host_writes.max() == 1
+
+
+@settings(max_examples=100)
+@given(st.data(), cases(), st.integers(1, 7), st.randoms())
+def test_groups_of_a_save_in_any_order(data: st.DataObject, case: Case, groups: int, rng: Any) -> None:
+    """Each one takes its layers as they are by then, and no byte of another."""
+    layers = data.draw(layers_of(case.record_bytes))
+    plan, sections, machine, (vram, host) = put(case, layers, groups)
+    parts = split_groups(plan)
+    assert len(parts) == len(plan.marks) and sum(part.nbytes for part in parts) == plan.nbytes
+    assert not any(len(part.marks) for part in parts)
+    order = rng.sample(range(len(parts)), len(parts))
+    wanted = host.copy()
+    for step, group in enumerate(order):
+        machine.vram[:] = now = vram + np.uint8(step)
+        machine.run(parts[group], to_host=True)
+        mine = np.flatnonzero(sections.group_of == group)
+        here = slice(int(layers[mine[0]]), int(layers[mine[-1] + 1]))
+        assert parts[group].nbytes == len(case.blocks) * (here.stop - here.start)
+        for block, slot in zip(case.blocks.tolist(), case.slots.tolist(), strict=True):
+            wanted[case.slot_bytes(slot, case.record_bytes)][here] = now[case.page_bytes(block)][here]
+        assert (machine.host == wanted).all()
+    assert machine.host_writes.max() == 1 and machine.host_writes.sum() == plan.nbytes
 
 
 @settings(max_examples=100)

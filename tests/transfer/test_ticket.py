@@ -199,6 +199,23 @@ def test_add_to_refuses_what_is_no_stream_whatever_there_is_to_wait_for() -> Non
     assert not running.streams
 
 
+def test_only_layer_wise_saves_take_layers() -> None:
+    for direction in Direction:
+        ticket = ticket_of(FakeCompletion(FOR_EVER), direction=direction)
+        assert ticket.missing_layers == ()
+        for call in (lambda ticket=ticket: ticket.save_layer(0), ticket.abort):
+            with pytest.raises(ArgumentError, match="layerwise=True"):
+                call()
+
+
+def test_a_tickets_transfer_knows_whether_somebody_holds_it() -> None:
+    ticket = ticket_of(FakeCompletion(FOR_EVER))
+    transfer = ticket._transfer
+    assert not transfer.is_deserted()
+    del ticket
+    assert transfer.is_deserted()
+
+
 def test_add_to_reaches_the_transfer_and_those_it_depends_on() -> None:
     mine, other = FakeCompletion(FOR_EVER), FakeCompletion(FOR_EVER)
     ticket = ticket_of(mine, direction=Direction.SAVE)
