@@ -214,6 +214,12 @@ def test_a_tickets_transfer_knows_whether_somebody_holds_it() -> None:
     assert not transfer.is_deserted()
     del ticket
     assert transfer.is_deserted()
+    call = Over()
+    call.over = False
+    made = Transfer(1, Direction.SAVE, call, np.array([0]))
+    assert not made.is_deserted(), "there will be a ticket, or the call will be over"
+    call.over = True
+    assert made.is_deserted()
 
 
 def test_add_to_reaches_the_transfer_and_those_it_depends_on() -> None:
