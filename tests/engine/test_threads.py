@@ -53,7 +53,10 @@ def run(cache: PagedCache, calls: int, slots: int) -> None:
                     for page, number in zip(pages.tolist(), numbers.tolist(), strict=True):
                         write(page, number)
                     try:
-                        engine.save_blocks(keys, pages).wait()
+                        ticket = engine.save_blocks(keys, pages, layerwise=bool(rng.integers(2)))
+                        for layer in ticket.missing_layers:
+                            ticket.save_layer(layer)
+                        ticket.wait()
                     except PoolFullError:
                         tally["full"] += 1
                 elif kind == 1:
