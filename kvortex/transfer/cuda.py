@@ -12,12 +12,12 @@ import numpy as np
 from kvortex.devices import driver as cu
 from kvortex.devices.cuda import CudaDevice
 from kvortex.devices.streams import cuda_stream_handle
-from kvortex.errors import ArgumentError, DeviceError, TransferError
+from kvortex.errors import ArgumentError, DeviceError
 from kvortex.kernels import build
 from kvortex.memory.ids import IdBuffer, IdPool
 from kvortex.memory.staging import StagingRing
-from kvortex.transfer import issue as nogil
-from kvortex.transfer.executor import Completion, Direction, Executor, Part
+from kvortex.transfer.cuda_completion import CudaCompletion, Events
+from kvortex.transfer.executor import Completion, Direction, Executor
 from kvortex.transfer.issue import NO_STREAM
 from kvortex.transfer.lane import ROW_WORDS, Lane
 from kvortex.transfer.layers import (
@@ -68,124 +68,6 @@ def _allocations(device: CudaDevice, fragments: Int64s, num_blocks: int) -> Int6
     return found
 
 
-class _Events:
-    """Timing events, reused."""
-
-    def __init__(self, device: CudaDevice) -> None:
-        self._device = device
-        self._free: list[int] = []
-        self._all: list[int] = []
-
-    def take(self) -> int:
-        if self._free:
-            return self._free.pop()
-        with cu.current(self._device.context) as driver:
-            self._all.append(int(cu.check(driver.cuEventCreate(0), "cuEventCreate")))
-        return self._all[-1]
-
-    def give(self, event: int) -> None:
-        self._free.append(event)
-
-    def close(self) -> None:
-        with contextlib.suppress(DeviceError), cu.current(self._device.context) as driver:
-            while self._all:
-                driver.cuEventDestroy(self._all.pop())
-        self._free.clear()
-
-
-class CudaCompletion(Part):
-    """A transfer on a GPU, between two timing events.
-
-    Parameters
-    ----------
-    executor, direction, plan, route
-    caller
-        Stream to be started behind; ``NO_STREAM`` for those of :meth:`follow`.
-    group_of : (L,) int64
-        Of a layer-wise load: the mark of each layer.
-    """
-
-    def __init__(
-        self,
-        executor: CudaExecutor,
-        direction: Direction,
-        plan: Plan,
-        caller: int,
-        route: Route,
-        group_of: Int64s | None = None,
-    ) -> None:
-        self.route, self._group_of = route.value, group_of
-        self._executor, self._direction, self._plan, self._caller = executor, direction, plan, caller
-        self.outcome = np.zeros(3, np.int64)
-        self._lock = threading.RLock()
-        self._finished = False
-        self._followed: list[int] = []  # events, recorded
-        self._events, self._ids = executor.lend(plan)
-
-    def start(self) -> None:
-        after = np.array(self._followed, np.int64)
-        self._executor.issue(self._direction, self._plan, self._caller, after, self._events, self._ids, self.outcome)
-        self.started = True
-
-    def follow(self, stream: Any) -> None:
-        handle = cuda_stream_handle(stream)
-        with self._lock:
-            if self._finished:  # and what it had lent is others' by now
-                return
-            # One each time: a handle may mean another stream by now, and that of the thread's own stream always may.
-            self._followed.append(self._executor.lend_event())
-            with cu.current(self._executor.device.context) as driver:
-                cu.check(driver.cuEventRecord(self._followed[-1], handle), "cuEventRecord on the stream of a layer")
-
-    def cancel(self) -> None:
-        if not self.outcome[nogil.ISSUED]:
-            self._finish(TransferError("the call was interrupted before anything was issued"))
-        self.started = True
-
-    def query(self) -> bool:
-        with self._lock:
-            if self._finished:
-                return True
-            if not self.outcome[nogil.ISSUED]:
-                return False
-            start, done = self._events[:2].tolist()
-            # Without the events behind the work, the streams themselves must tell.
-            lost = self.outcome[nogil.LAST] != 0
-            code = self._executor.query_streams(self._direction) if lost else self._executor.query_event(done)
-            if code and not cu.is_fatal(code):
-                return False
-            error: TransferError | None = None
-            if code:  # with the context: nothing runs any more, and nothing that ran can be trusted
-                error = TransferError(f"the GPU failed during a transfer: {cu.describe(cu.api(), code)}")
-            elif self.outcome[nogil.ERROR] or lost:
-                code = int(self.outcome[nogil.ERROR] or self.outcome[nogil.LAST])
-                what = f"a {self._direction.value} of {self._plan.nbytes} bytes could not be issued"
-                error = TransferError(f"{what}: {cu.describe(cu.api(), code)}")
-            else:
-                self.seconds = self._executor.elapsed(start, done)
-            self._finish(error)
-            return True
-
-    def _finish(self, error: TransferError | None) -> None:
-        with self._lock:
-            if not self._finished:
-                self.error, self._finished = error, True
-                self._executor.recycle([*self._events.tolist(), *self._followed], self._ids)
-
-    def add_to(self, stream: Any, timeout: float, layer: int | None = None) -> None:
-        handle = cuda_stream_handle(stream)
-        # After an error layers may have no event of their own; the last one stands for all then.
-        at = 1
-        if layer is not None and self._group_of is not None and not self.outcome[nogil.ERROR]:
-            at = 2 + int(self._group_of[layer])
-        with self._lock:
-            if not self._finished:
-                if self.outcome[nogil.LAST]:
-                    raise TransferError("this transfer has no event that a stream could wait for; wait for the ticket")
-                with cu.current(self._executor.device.context) as driver:
-                    cu.check(driver.cuStreamWaitEvent(handle, int(self._events[at]), 0), "cuStreamWaitEvent")
-
-
 class CudaExecutor(Executor):
     """Moves blocks through staging buffers, or by DMA alone where a record is one long contiguous piece.
 
@@ -227,7 +109,7 @@ class CudaExecutor(Executor):
         self._pool, self._count = pool, streams
         self._fragments, self._layer_offsets = fragments, layer_offsets
         self._functions = cu.functions()
-        self._events = _Events(device)
+        self._events = Events(device)
         self._guard = threading.RLock()
         self._ids: IdPool | None = None
         self._staging: StagingRing | None = None
