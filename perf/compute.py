@@ -40,6 +40,8 @@ def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]]
     raw = RawCopy(device, payload)
     for name in LOADS:
         loop = Loop(name, seconds)
+        for to_host in (True, False):  # compiled now, and not beside the loop
+            raw.seconds(to_host=to_host)
         floor = {to_host: _beside(loop, rounds, partial(_copy, raw, to_host)) for to_host in (True, False)}
         for fragment_bytes in FRAGMENT_BYTES:
             for route in ROUTES:

@@ -93,8 +93,11 @@ def _kvortex(pages: Pages, raws: list[RawCopy], seconds: float, rounds: int) -> 
     for _ in range(rounds):
         # Loads first, and all from one thread: with two of them in flight, what is loaded stays pinned and is not evicted.
         load = tickets(lambda: pages.engine.load_blocks(known, target))
+        progress("  raw")
         floors.append(side_by_side({"load": copies(raws[1], to_host=False), "save": copies(raws[0], to_host=True)}, seconds))
+        progress("  kvortex")
         found.append(side_by_side({"load": load, "save": tickets(save)}, seconds))
+    progress("  bytes")
     wrong = pages.wrong_bytes(before, pages.memory.read(), source, target)
     noise = pages.fill()
     moved(pages.engine.load_blocks(last[0], target))

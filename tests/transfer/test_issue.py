@@ -101,7 +101,8 @@ def test_all_work_is_ordered_after_the_caller_and_before_done(name: str, to_host
     assert calls[done].stream == (JOIN_STREAM if len(used) > 1 else used[0]) and start in before[done]
     assert {call.stream for call in calls if call.name in WORK} == set(lane.used(plan))
     touched = {call.stream for call in calls if call.name not in ("push", "pop")}
-    assert touched == {CALLER, *([JOIN_STREAM] if len(used) > 1 or len(plan.marks) else []), *used}, "a stream without chunks must not be made to wait"
+    joined = [JOIN_STREAM] if len(used) > 1 or len(plan.marks) else []
+    assert touched == {CALLER, *joined, *used}, "a stream without chunks must not be made to wait"
     assert sum(call.stream == CALLER for call in calls if call.name in ("record", "wait", *WORK)) == 1
 
 
