@@ -138,7 +138,7 @@ def test_a_batch_of_copies_is_asked_for_in_the_form_that_the_driver_has(version:
         assert table[at] == address_of(b"cuMemcpyBatchAsync", form, 0)[1] and table[other] == 0
 
 
-@pytest.mark.parametrize("answer", [(0, 0, 1), (0, None, 1), (500, None, None), (801,)])
+@pytest.mark.parametrize("answer", [(0, 0, 1), (0, None, 1), (500, None, None), (801, 0, 1)])
 def test_a_driver_may_lack_a_batch_of_copies(answer: tuple[int, ...]) -> None:
     def find(name: bytes, version: int, flags: int) -> tuple[int, ...]:
         return answer if b"Batch" in name else address_of(name, version, flags)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +12,7 @@ from kvortex.devices.cuda import CudaDevice
 from kvortex.errors import ArgumentError, DeviceError, TransferError
 from kvortex.transfer.cuda import DIRECT_BYTES, LEAST_BUFFERS
 from kvortex.transfer.executor import Completion, Direction
-from kvortex.transfer.routes import BATCHED_BYTES, Route
+from kvortex.transfer.routes import BATCHED_BYTES
 from tests.fake_driver import Result
 from tests.fake_gpu import FakeGpu, fake_gpu
 from tests.pages import PagedCache, Tensor, assert_same, keys_of
@@ -103,7 +102,7 @@ def test_one_batch_a_stream_in_the_form_that_the_driver_has(gpu: FakeGpu, versio
 @pytest.mark.parametrize("lacks", ["old driver", "no such function", "an error"])
 def test_a_driver_without_batches_gets_a_call_for_each_copy(gpu: FakeGpu, lacks: str) -> None:
     find = gpu.answers["cuGetProcAddress"]
-    answer = (Result(0), 0, 1) if lacks == "no such function" else (Result(500), None, None)
+    answer = (Result(0), 0, 1) if lacks == "no such function" else (Result(1), None, None)
     if lacks == "old driver":
         gpu.answers["cuDriverGetVersion"] = 12070
     else:
@@ -119,17 +118,22 @@ def test_a_driver_without_batches_gets_a_call_for_each_copy(gpu: FakeGpu, lacks:
         assert {entry.route for entry in engine.get_stats().routes} == {"batched"}
 
 
-def test_fragments_that_touch_across_two_allocations_are_two_copies(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    device = CudaDevice()
-    monkeypatch.setattr(CudaDevice, "allocation", lambda _, address: (lower, 1 << 16) if address < middle else (middle, 1 << 16))
-    cache = PagedCache(device, [Tensor(device, (12, 2, 64), 1)], 0)
-    base = cache.tensors[0].buffer.address
-    for lower, middle, merged in ((base, 1 << 62, 1), (base, base + 6 * 128, 4)):
-        with cache.engine(slots=40, num_transfer_streams=1, transfer_route="batched") as engine:
-            sizes = engine._executor._pool.slot_bytes
-            monkeypatch.setattr(engine._executor, "_pool", dataclasses.replace(engine._executor._pool, slot_bytes=128))
-            plan = engine._executor._plan(Route.BATCHED, np.arange(4, 8), np.arange(4), False)
-            assert sizes >= 4096 and plan.batch.shape[1] == merged and plan.batch[2].sum() == 4 * 128
+@pytest.mark.parametrize(("known", "wanted"), [(True, [4, 1]), (False, [1] * 5)])
+def test_blocks_that_touch_are_one_copy_where_they_surely_are_one_allocation(
+    gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, known: bool, wanted: list[int]
+) -> None:
+    cache = PagedCache(CudaDevice(), [Tensor(CudaDevice(), (12, 4096), 1)], 0)
+    if not known:
+        monkeypatch.setattr(CudaDevice, "allocation", lambda *_: None)
+    with cache.engine(slots=12, num_transfer_streams=1, transfer_route="batched") as engine:
+        before = cache.randomize()
+        assert engine.save_blocks(keys_of(*range(5)), [3, 4, 5, 6, 0]).wait().all()
+        calls = [call for call in gpu.issued.calls if call.name == "batch"]
+        sizes = [size for call in calls for size in call.parameters[2 * call.arguments[3] : 3 * call.arguments[3]]]
+        assert sizes == [4096 * blocks for blocks in wanted]
+        poisoned = cache.randomize()
+        assert engine.load_blocks(keys_of(1, 4), [9, 10]).wait().all()
+        assert_same(cache.memory(), cache.expected(poisoned, before, [(4, 9), (0, 10)]))
 
 
 def test_opaque_buffers(gpu: FakeGpu) -> None:
