@@ -18,7 +18,7 @@ from kvortex.errors import ConfigError, cut, shown
 ENV_PREFIX = "KVORTEX_"
 ENV_NOT_OPTIONS = frozenset({"KVORTEX_CACHE_DIR"})  # read by kvortex.kernels.build, not an option of the engine
 _MOST = 2**63 - 1  # what NumPy, compiled code and the driver count with
-_ROUTES = ("auto", "staged", "resident", "strided", "mapped")
+_ROUTES = ("auto", "staged", "resident", "strided", "batched", "mapped")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 # [0-9] and not \d, which takes the digits of every script.
 _SIZE = re.compile(r"\s*([0-9]{1,99}(?:\.[0-9]{1,99})?)\s*([A-Za-z]*)\s*")
@@ -40,7 +40,7 @@ class KVortexConfig:
     num_transfer_streams
         Streams of each direction (threads on the host device).
     transfer_route
-        How blocks cross the link: ``"staged"``, ``"resident"``, ``"strided"`` or ``"mapped"`` (see
+        How blocks cross the link: ``"staged"``, ``"resident"``, ``"strided"``, ``"batched"`` or ``"mapped"`` (see
         :class:`kvortex.transfer.routes.Route`), or ``"auto"`` to choose for each transfer. The host device has one way.
     beside_compute
         Whether a model computes on the GPU while blocks move, which ``transfer_route = "auto"`` then spares; None to take

@@ -17,7 +17,8 @@ class RouteStats:
     direction
         ``"save"`` or ``"load"``.
     route
-        ``"resident"``, ``"staged"``, ``"strided"``, ``"mapped"``, ``"direct"``, or ``"host"``; see ``transfer_route``.
+        ``"resident"``, ``"staged"``, ``"strided"``, ``"batched"``, ``"mapped"``, ``"direct"``, or ``"host"``; see
+        ``transfer_route``.
     transfers, blocks, nbytes
         Operations, blocks, and bytes of payload.
     seconds

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvortex.devices import driver as cu
 from kvortex.devices.host import HostBuffer
 from kvortex.transfer import cuda as executor
 from tests.fake_driver import FakeDriver, Result, installed
@@ -69,7 +70,8 @@ class FakeGpu(FakeDriver):
             cuStreamIsCapturing=lambda stream: (Result(0), self.capturing.get(stream, _NOT_CAPTURING)),
             cuPointerGetAttribute=lambda *_: (Result(1), None),
             cuModuleGetFunction=lambda _, name: (Result(0), _ENTRIES[name]),
-            cuGetProcAddress=lambda name, *_: (Result(0), int(self.issued.functions[_SYMBOLS.index(name.decode())]), 0),
+            cuGetProcAddress=self._find,
+            cuDriverGetVersion=13000,
         )
         self.issued = Recorder(also=self._execute)
         self.event_code = 0
@@ -86,6 +88,17 @@ class FakeGpu(FakeDriver):
     def _unregister(self, address: int) -> tuple[Result]:
         del self.registered[address]
         return (Result(0),)
+
+    def _find(self, name: bytes, version: int, _: int) -> tuple[Result, int, int]:
+        """As a driver of the version that ``answers`` tells: of two forms of a function the one that was right in ``version``,
+        and none that is newer than itself."""
+        which = _SYMBOLS.index(name.decode()) if name.decode() in _SYMBOLS else cu.COPY_BATCH
+        if which == cu.COPY_BATCH:
+            version = min(version, self.answers["cuDriverGetVersion"])
+            if version < 12080:
+                return Result(0), 0, 1
+            which = cu.COPY_BATCH if version >= 13000 else cu.COPY_BATCH_12
+        return Result(0), int(self.issued.functions[which]), 0
 
     def _reach(self, what: str, address: int, nbytes: int) -> bool:
         """Whether a range lies in one piece of memory of this GPU."""
@@ -167,6 +180,13 @@ class FakeGpu(FakeDriver):
             self._reach("a rectangle", device, (cell[15] - 1) * pitch + cell[14])
             for line in range(cell[15]):
                 self._copy("a strided copy", here + line * to_pitch, there + line * from_pitch, cell[14])
+        elif call.name in ("batch", "batch_12"):
+            count = call.arguments[3]
+            assert call.stream not in (0, 1), "the legacy default stream is refused"
+            assert call.name == "batch" or call.arguments[7], "CUDA 12 writes the index of a copy that failed"
+            assert call.arguments[6] == 1 and call.parameters[-1] == 0, "one set of attributes, for every copy"
+            for copy in zip(*np.reshape(call.parameters[: 3 * count], (3, count)).tolist(), strict=True):
+                self._copy("a batch", *copy)
         elif call.name in ("wait_value", "write_value"):
             self._flag(call.name, *call.arguments[1:3])
         elif call.name == "launch" and call.arguments[0] in (_ENTRIES[b"gather_resident"], _ENTRIES[b"scatter_resident"]):

@@ -64,8 +64,13 @@ class Machine:
             stream = self.turn % self.streams
             self.turn += 1
             copies = plan.copies[chunk[FIRST_COPY] : chunk[FIRST_COPY] + chunk[N_COPIES]].tolist()
-            assert len(copies) == chunk[N_COPIES] and (copies or chunk[INSTEAD])
+            assert len(copies) == (0 if plan.batch.size else chunk[N_COPIES]) and (chunk[N_COPIES] or chunk[INSTEAD])
             if not chunk[N_PIECES]:
+                if plan.batch.size:
+                    rows = plan.batch[:, chunk[FIRST_COPY] : chunk[FIRST_COPY] + chunk[N_COPIES]].T.tolist()
+                    assert len(rows) == chunk[N_COPIES] and plan.batch.flags.c_contiguous
+                    for device, host, nbytes in rows:
+                        self._dma(self.vram, device - VRAM, host, nbytes, self.device_writes, to_host)
                 for copy in copies:
                     for line in range(copy[LINES]):
                         at, host = copy[DEVICE_SIDE] - VRAM + line * copy[PITCH], copy[HOST_SIDE] + line * copy[HOST_PITCH]

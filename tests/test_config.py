@@ -21,7 +21,7 @@ GOOD: dict[str, list[Any]] = {
     "cpu_pool_size_bytes": [1, 4096, 1 << 44],
     "gpu_pool_size_bytes": [1, 96 << 20],
     "num_transfer_streams": [1, 3, 32],
-    "transfer_route": ["auto", "staged", "strided", "mapped"],
+    "transfer_route": ["auto", "staged", "strided", "batched", "mapped"],
     "beside_compute": [None, True, False],
     "enable_numa": [True, False],
     "device": ["auto", "host", "cuda", "cuda:0", "cuda:15"],

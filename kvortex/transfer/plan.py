@@ -56,6 +56,9 @@ class Plan:
         Of one kernel that serves all chunks; 0 where each chunk has a launch of its own, or none.
     marks : (g,) int64
         How many chunks it takes until each group of layers is there; (0,) where nobody asked.
+    batch : (3, m) int64
+        Rows ``DEVICE_SIDE, HOST_SIDE, COPY_BYTES`` of copies of one line, each row contiguous, as the driver takes them: each
+        chunk is one call. Takes the place of ``copies``; (3, 0) where those are used.
     """
 
     ids: Int32s
@@ -65,6 +68,7 @@ class Plan:
     pitch: int = 0
     ctas: int = 0
     marks: Int64s = field(default_factory=lambda: np.empty(0, np.int64))
+    batch: Int64s = field(default_factory=lambda: np.empty((3, 0), np.int64))
 
 
 def split_pieces(fragments: Int64s, piece_bytes: int = PIECE_BYTES) -> Int64s:
@@ -244,16 +248,34 @@ def plan_direct(
     order = np.argsort(slots)
     addresses, sizes, slots = addresses[order], sizes[order], slots[order]
     host = pool.address + slots * pool.slot_bytes
-    n = len(slots)
-    breaks = np.ones(n, bool)
-    joined = one_tensor & (addresses[:-1] + sizes[:-1] == addresses[1:]) & (host[:-1] + sizes[:-1] == host[1:])
-    breaks[1:] = ~joined | (np.diff(slots // pool.segment_slots) != 0)
+    apart = (np.diff(slots // pool.segment_slots) != 0) | (not one_tensor)
+    return _plan_of_copies(_merged(np.stack((addresses, host, sizes)), apart), streams)
+
+
+def _merged(rows: Int64s, apart: npt.NDArray[np.bool_]) -> Int64s:
+    """Joins neighbours that are contiguous on both sides.
+
+    Parameters
+    ----------
+    rows : (3, n) int64
+        ``DEVICE_SIDE, HOST_SIDE, COPY_BYTES``, ascending on the host's side.
+    apart : (n - 1,) bool
+        Neighbours that no DMA may join, since there is a border of memory between them.
+    """
+    device, host, nbytes = rows
+    breaks = np.ones(len(nbytes), bool)
+    breaks[1:] = apart | (device[:-1] + nbytes[:-1] != device[1:]) | (host[:-1] + nbytes[:-1] != host[1:])
     heads = np.flatnonzero(breaks)
-    copies = empty_copies(len(heads))
-    copies[:, DEVICE_SIDE] = addresses[heads]
-    copies[:, HOST_SIDE] = host[heads]
-    copies[:, COPY_BYTES] = np.add.reduceat(sizes, heads) if n else sizes
-    return Plan(np.empty(0, np.int32), dealt(len(copies), streams), copies, int(sizes.sum()))
+    merged = rows.take(heads, axis=1)  # which keeps rows contiguous, as rows[:, heads] does not
+    if len(heads) < len(nbytes):
+        merged[COPY_BYTES] = np.add.reduceat(nbytes, heads)
+    return merged
+
+
+def _plan_of_copies(rows: Int64s, streams: int) -> Plan:
+    copies = empty_copies(rows.shape[1])
+    copies[:, : len(rows)] = rows.T
+    return Plan(np.empty(0, np.int32), dealt(len(copies), streams), copies, int(rows[COPY_BYTES].sum()))
 
 
 def strides(fragments: Int64s, max_pitch: int, allocations: Int64s) -> Int64s:
@@ -310,6 +332,51 @@ def plan_strided(blocks: Int64s, slots: Int64s, runs: Int64s, pool: Pool, stream
     return Plan(np.empty(0, np.int32), dealt(len(copies), streams), copies, total)
 
 
+def plan_batched(
+    blocks: Int64s,
+    slots: Int64s,
+    fragments: Int64s,
+    allocations: Int64s,
+    pool: Pool,
+    streams: int,
+    *,
+    one_call: bool,
+) -> Plan:
+    """A transfer by contiguous DMAs straight between pages and slots: no kernel, no staging, fragments anywhere.
+
+    Parameters
+    ----------
+    blocks, slots : (n,) int64
+    fragments : (F, 4) int64
+    allocations : (F,) int64
+        Of :func:`strides`. Fragments that touch are one copy only within an allocation.
+    pool
+    streams
+        Streams that the copies are dealt to.
+    one_call
+        Whether the driver takes many copies in one call: then one batch a stream, of about as many bytes each. Else a call for
+        each copy.
+    """
+    order = np.argsort(slots)
+    blocks, slots = blocks[order], slots[order]
+    base, stride, offset, nbytes = fragments.T
+    n, count = len(slots), len(fragments)
+    rows = np.empty((3, n, count), np.int64)
+    rows[DEVICE_SIDE] = base + blocks[:, None] * stride
+    rows[HOST_SIDE] = pool.address + slots[:, None] * pool.slot_bytes + offset
+    rows[COPY_BYTES] = nbytes
+    # Between each fragment and the next, the first one of the next record for the last one.
+    apart = np.empty((n, count), bool)
+    apart[:] = (allocations != np.roll(allocations, -1)) | (allocations < 0)
+    apart[:-1, -1] |= np.diff(slots // pool.segment_slots) != 0
+    rows = _merged(rows.reshape(3, -1), apart.ravel()[:-1])
+    if not one_call:
+        return _plan_of_copies(rows, streams)
+    ends = np.cumsum(rows[COPY_BYTES])
+    starts = np.unique(np.searchsorted(ends, ends[-1] * np.arange(streams) // streams, side="right"))
+    return Plan(np.empty(0, np.int32), _shares(starts, len(ends)), empty_copies(0), int(ends[-1]), batch=rows)
+
+
 def plan_mapped(blocks: Int64s, slots: Int64s, pieces: Int64s, pool: Pool, max_blocks: int) -> Plan:
     """A transfer by kernels that reach into the slots over the link: no staging, no DMA, and so the least latency.
 
@@ -345,7 +412,11 @@ def empty_copies(count: int) -> Int64s:
 
 def dealt(count: int, streams: int) -> Int64s:
     """Chunks without a kernel that share ``count`` copies out, so that each stream gets several."""
-    starts = np.arange(0, count, max(1, count // (4 * streams)))
+    return _shares(np.arange(0, count, max(1, count // (4 * streams))), count)
+
+
+def _shares(starts: Int64s, count: int) -> Int64s:
+    """Chunks without a kernel, one from each of ``starts`` on, of ``count`` copies in all."""
     chunks = np.zeros((len(starts), CHUNK_COLUMNS), np.int64)
     chunks[:, FIRST_COPY] = starts
     chunks[:, N_COPIES] = np.diff(np.append(starts, count))

@@ -7,6 +7,7 @@ import sys
 from types import SimpleNamespace
 
 import cuda.bindings
+import numpy as np
 import pytest
 
 from kvortex.devices import cuda_available
@@ -108,14 +109,15 @@ def address_of(name: bytes, version: int, flags: int) -> tuple[int, int, int]:
 
 
 def test_the_functions_table() -> None:
-    with installed(FakeDriver(cuGetProcAddress=address_of)) as driver:
+    with installed(FakeDriver(cuGetProcAddress=address_of, cuDriverGetVersion=12070)) as driver:
         table = cu.functions()
         names = [name for name, _, _ in driver.named("cuGetProcAddress")]
         assert names[cu.CTX_PUSH] == b"cuCtxPushCurrent" and names[cu.CTX_POP] == b"cuCtxPopCurrent"
         assert names[cu.EVENT_RECORD] == b"cuEventRecord" and names[cu.STREAM_WAIT] == b"cuStreamWaitEvent"
         assert names[cu.LAUNCH] == b"cuLaunchKernel"
         assert names[cu.COPY_TO_HOST] == b"cuMemcpyDtoHAsync" and names[cu.COPY_TO_DEVICE] == b"cuMemcpyHtoDAsync"
-        assert table.tolist() == [address_of(*arguments)[1] for arguments in driver.named("cuGetProcAddress")]
+        found = [address_of(*arguments)[1] for arguments in driver.named("cuGetProcAddress")]
+        assert table.tolist() == [*found, 0, 0], "a driver older than CUDA 12.8 is not asked for a batch of copies"
         assert not table.flags.writeable and cu.functions() is table
 
 
@@ -125,10 +127,34 @@ def test_a_function_that_the_driver_lacks() -> None:
         cu.functions()
 
 
+@pytest.mark.parametrize("version", [12080, 12090, 13000, 13010])
+def test_a_batch_of_copies_is_asked_for_in_the_form_that_the_driver_has(version: int) -> None:
+    """Asked for a later one, it would give its own, which takes other arguments."""
+    form = 13000 if version >= 13000 else 12080
+    with installed(FakeDriver(cuGetProcAddress=address_of, cuDriverGetVersion=version)) as driver:
+        table = cu.functions()
+        assert driver.named("cuGetProcAddress")[-1] == (b"cuMemcpyBatchAsync", form, 0)
+        at, other = (cu.COPY_BATCH, cu.COPY_BATCH_12) if form == 13000 else (cu.COPY_BATCH_12, cu.COPY_BATCH)
+        assert table[at] == address_of(b"cuMemcpyBatchAsync", form, 0)[1] and table[other] == 0
+
+
+@pytest.mark.parametrize("answer", [(0, 0, 1), (0, None, 1), (500, None, None), (801, 0, 1)])
+def test_a_driver_may_lack_a_batch_of_copies(answer: tuple[int, ...]) -> None:
+    def find(name: bytes, version: int, flags: int) -> tuple[int, ...]:
+        return answer if b"Batch" in name else address_of(name, version, flags)
+
+    with installed(FakeDriver(cuGetProcAddress=find, cuDriverGetVersion=13000)):
+        assert cu.functions()[[cu.COPY_BATCH, cu.COPY_BATCH_12]].tolist() == [0, 0]
+
+
 @pytest.mark.gpu
 def test_the_real_functions() -> None:
     table = cu.functions()
-    assert (table > 0).all() and len(set(table.tolist())) == len(table)
+    optional = table[[cu.COPY_BATCH, cu.COPY_BATCH_12]]
+    always = np.delete(table, [cu.COPY_BATCH, cu.COPY_BATCH_12])
+    assert (always > 0).all() and len(set(always.tolist())) == len(always)
+    version = cu.driver_version()
+    assert (optional > 0).tolist() == [version >= 13000, 12080 <= version < 13000]
 
 
 def test_a_buffer_that_outlives_a_fake_driver_asks_no_driver() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import mmap
 import threading
 
@@ -101,12 +102,18 @@ def test_an_interrupt_while_issuing_gives_the_slots_back(device: Device, monkeyp
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("route", ["staged", "resident"])
-@pytest.mark.parametrize("broken", ["cuLaunchKernel", "cuMemcpyHtoDAsync", "cuEventRecord"])
+@pytest.mark.parametrize(
+    ("route", "broken"),
+    [
+        *itertools.product(["staged", "resident"], ["LAUNCH", "COPY_TO_DEVICE", "EVENT_RECORD"]),
+        ("batched", "COPY_BATCH"),
+        ("batched", "EVENT_RECORD"),
+    ],
+)
 def test_driver_calls_that_fail_while_issuing(broken: str, route: str) -> None:
     """The compiled code calls functions by address: put the address of one that fails."""
+    from kvortex.devices import driver as cu
     from kvortex.devices import open_device
-    from kvortex.devices.driver import _SYMBOLS
 
     cache = PagedCache.plain(open_device("cuda"))
     with cache.engine(transfer_route=route) as engine:
@@ -116,7 +123,8 @@ def test_driver_calls_that_fail_while_issuing(broken: str, route: str) -> None:
         good = executor._functions  # type: ignore[attr-defined]
         bad = good.copy()
         fail = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 1)  # CUDA_ERROR_INVALID_VALUE, whatever the arguments
-        bad[list(_SYMBOLS).index(broken)] = ctypes.cast(fail, ctypes.c_void_p).value
+        which = [cu.COPY_BATCH, cu.COPY_BATCH_12] if broken == "COPY_BATCH" else getattr(cu, broken)
+        bad[which] = ctypes.cast(fail, ctypes.c_void_p).value
         executor._functions = bad  # type: ignore[attr-defined]
         ticket = engine.load_blocks(keys_of(1), [5])
         assert not ticket.wait().any() and isinstance(ticket.error, TransferError)

@@ -14,7 +14,7 @@ from kvortex.transfer.routes import Route
 from tests.engine.test_order import Gate
 from tests.pages import PagedCache, Tensor, assert_same, keys_of
 
-ROUTES = ["staged", "resident", "strided", "mapped", "auto", "turns"]
+ROUTES = ["staged", "resident", "strided", "batched", "mapped", "auto", "turns"]
 SLOTS = 150
 
 
@@ -22,7 +22,18 @@ SLOTS = 150
 def turns(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the route is "turns", each transfer takes another one, and buffers pass from hand to hand."""
     if request.node.callspec.params["route"] == "turns":
-        order = itertools.cycle([Route.RESIDENT, Route.STAGED, Route.STAGED, Route.MAPPED, Route.RESIDENT, Route.STRIDED])
+        order = itertools.cycle(
+            [
+                Route.RESIDENT,
+                Route.STAGED,
+                Route.STAGED,
+                Route.MAPPED,
+                Route.BATCHED,
+                Route.RESIDENT,
+                Route.STRIDED,
+                Route.BATCHED,
+            ]
+        )
         monkeypatch.setattr("kvortex.transfer.cuda.choose", lambda *_, **__: next(order))
 
 

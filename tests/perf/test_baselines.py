@@ -12,6 +12,7 @@ import pytest
 
 import kvortex
 from kvortex.devices import Device, HostDevice
+from kvortex.devices import driver as cu
 from kvortex.devices.cuda import CudaDevice
 from kvortex.errors import DeviceError
 from kvortex.memory.arena import PinnedArena
@@ -22,49 +23,21 @@ from perf.pages import Pages
 from perf.raw import RawCopy
 from tests.fake_gpu import FakeGpu, fake_gpu
 from tests.perf import fake_libraries
+from tests.transfer.recorder import Call
 
 _WORD = ctypes.c_longlong
 
 
-class Batch:
-    """``cuMemcpyBatchAsync`` of a fake GPU, in the form of CUDA 13.0, or of 12.8 with one parameter more."""
-
-    def __init__(self, gpu: FakeGpu, version: int) -> None:
-        self.gpu, self.calls, self.code = gpu, [], 0
-        self._function = ctypes.CFUNCTYPE(ctypes.c_int, *[_WORD] * (8 if version >= 13000 else 9))(self._call)
-        others = gpu.answers["cuGetProcAddress"]
-        mine = ctypes.cast(self._function, ctypes.c_void_p).value
-
-        def find(name: bytes, form: int, flags: int) -> Any:
-            if name != b"cuMemcpyBatchAsync":
-                return others(name, form, flags)
-            assert form == (13000 if version >= 13000 else 12080)
-            return 0, mine, 0
-
-        gpu.answers |= {"cuDriverGetVersion": version, "cuGetProcAddress": find}
-
-    def _call(self, *arguments: int) -> int:
-        self.calls.append(arguments)
-        targets, sources, sizes = ((_WORD * arguments[3]).from_address(address) for address in arguments[:3])
-        assert not _WORD.from_address(arguments[5]).value and arguments[6] == 1, "one set of attributes, from copy 0 on"
-        for target, source, nbytes in zip(targets, sources, sizes, strict=True):
-            self.gpu._copy("a batch", target, source, nbytes)
-        return self.code
-
-    def orders(self) -> list[int]:
-        """The source access order of each call; all else in the attributes is 0."""
-        found = [list((ctypes.c_int * 6).from_address(arguments[4])) for arguments in self.calls]
-        assert not any(any(attributes[1:]) for attributes in found)
-        return [attributes[0] for attributes in found]
+def batches_of(gpu: FakeGpu, name: str = "batch") -> list[Call]:
+    return [call for call in gpu.issued.calls if call.name == name]
 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
-    """A GPU made of RAM with a batched copy, and both libraries."""
+    """A GPU made of RAM, and both libraries."""
     monkeypatch.setitem(sys.modules, "torch", fake_libraries.torch())
     monkeypatch.setitem(sys.modules, "cupy", fake_libraries.cupy())
     with fake_gpu(monkeypatch) as made:
-        made.batch = Batch(made, 13000)  # type: ignore[attr-defined]
         yield made
 
 
@@ -150,30 +123,28 @@ def test_one_call_for_the_whole_batch(gpu: FakeGpu, pages: Pages) -> None:
     made = Batched(pages)
     source, target = pages.halves()
     made.save(source)
-    assert gpu.batch.orders() == [1]  # type: ignore[attr-defined]
     made.load(target)
-    calls = gpu.batch.calls  # type: ignore[attr-defined]
-    assert len(calls) == 2 and all(len(arguments) == 8 for arguments in calls)
-    assert all(arguments[3] == 64 * pages.count and arguments[7] == made.clock.stream != 0 for arguments in calls)
-    assert gpu.issued.names == ["push", "record", "record", "pop"] * 2
+    calls = batches_of(gpu)
+    assert [call.parameters[-7:-1] for call in calls] == [(1, 0, 0, 0, 0, 0), (3, 0, 0, 0, 0, 0)], "the orders of reads"
+    assert all(call.arguments[3] == 64 * pages.count and call.stream == made.clock.stream != 0 for call in calls)
+    assert gpu.issued.names == ["push", "record", "batch", "record", "pop"] * 2
     made.close()
 
 
 def test_the_batched_copy_of_cuda_12_8(gpu: FakeGpu, pages: Pages) -> None:
-    batch = Batch(gpu, 12090)
+    gpu.answers["cuDriverGetVersion"] = 12090
+    cu.functions.cache_clear()
     made = Batched(pages)
     assert made.check() == 0
-    assert [len(arguments) for arguments in batch.calls] == [9, 9]
-    for arguments in batch.calls:
-        assert arguments[7] and arguments[8] == made.clock.stream
+    calls = batches_of(gpu, "batch_12")
+    assert len(calls) == 2 and all(call.arguments[7] and call.stream == made.clock.stream for call in calls)
     made.close()
 
 
 @pytest.mark.parametrize("kind", [PerFragment, Batched])
 def test_an_error_of_the_driver_is_told(kind: type[Baseline], gpu: FakeGpu, pages: Pages) -> None:
     made, source = kind(pages), pages.halves()[0]
-    gpu.batch.code = 700  # type: ignore[attr-defined]
-    gpu.issued.fails = {5: 700}  # the fourth copy
+    gpu.issued.fails = {2 if kind is Batched else 5: 700}  # the batch, or the fourth copy
     with pytest.raises(DeviceError, match=rf"^{kind.name}: CUDA_ERROR_ILLEGAL_ADDRESS \(700\)"):
         made.save(source)
     assert gpu.issued.names[-2:] == ["record", "pop"]
@@ -202,12 +173,13 @@ def test_everything_is_freed(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_what_is_missing_is_named(gpu: FakeGpu, pages: Pages, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu.answers["cuDriverGetVersion"] = 12060
+    cu.functions.cache_clear()
     monkeypatch.setitem(sys.modules, "cupy", None)
     monkeypatch.setattr(sys.modules["torch"].cuda, "is_available", lambda: False)
     notes: dict[str, str] = {}
     [found] = open_baselines(pages, notes)
     assert found.name == "per fragment" and notes[found.name] == PerFragment.how
-    assert notes["batched"] == "not compared: cuMemcpyBatchAsync came with CUDA 12.8, and this driver has CUDA 12.6"
+    assert notes["one batch"] == "not compared: cuMemcpyBatchAsync came with CUDA 12.8, and this driver of CUDA 12.6 has none"
     assert notes["cupy"].startswith("not compared: cupy cannot be imported: ")
     assert notes["torch"] == "not compared: torch sees no GPU"
     found.close()
@@ -215,10 +187,12 @@ def test_what_is_missing_is_named(gpu: FakeGpu, pages: Pages, monkeypatch: pytes
 
 def test_a_driver_that_lacks_the_batched_copy(gpu: FakeGpu, pages: Pages) -> None:
     notes: dict[str, str] = {}
-    gpu.answers["cuGetProcAddress"] = lambda name, *_: (0, None, "CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND")
+    find = gpu.answers["cuGetProcAddress"]
+    gpu.answers["cuGetProcAddress"] = lambda name, *rest: (0, None, 1) if b"Batch" in name else find(name, *rest)
+    cu.functions.cache_clear()
     assert baselines.open_baseline(Batched, pages, notes) is None
-    wanted = "not compared: this driver has no cuMemcpyBatchAsync (status CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND)"
-    assert notes == {"batched": wanted}
+    wanted = "not compared: cuMemcpyBatchAsync came with CUDA 12.8, and this driver of CUDA 13.0 has none"
+    assert notes == {"one batch": wanted}
 
 
 def test_the_host_device_has_one_of_them() -> None:
@@ -263,7 +237,7 @@ def test_all_are_compared_both_ways_at_once(gpu: FakeGpu, monkeypatch: pytest.Mo
 def test_all_are_compared_for_one_block(gpu: FakeGpu) -> None:
     _, rows, _ = latency.measure("cuda", quick=True)
     routes = list(dict.fromkeys(row["route"] for row in rows))
-    assert routes == ["auto", "mapped", "strided", "staged", "resident", *METHODS[2:]]
+    assert routes == ["auto", "mapped", "strided", "batched", "staged", "resident", *METHODS[2:]]
     assert all(row["wrong_bytes"] == 0 for row in rows)
 
 

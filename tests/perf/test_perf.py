@@ -77,7 +77,7 @@ def test_the_other_methods_are_there_or_said_to_be_missing(answer: tuple[str, Pa
         return
     seen = {row.get("method", row.get("route")) for row in result["rows"]}
     for name, how in result["notes"]["methods"].items():
-        assert how.startswith("not compared: ") == (name in ("batched", "cupy", "torch"))
+        assert how.startswith("not compared: ") == (name in ("one batch", "cupy", "torch"))
         assert how.startswith("not compared: ") or name in seen | {"raw", "kvortex"}
     assert "per fragment" in seen
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from kvortex.transfer import issue as nogil
 from kvortex.transfer.layers import cut_layers, cut_sections, plan_layers
-from kvortex.transfer.plan import Int64s, Plan, Pool, plan_direct, plan_staged, split_pieces
+from kvortex.transfer.plan import Int64s, Plan, Pool, plan_batched, plan_direct, plan_staged, split_pieces
 from tests.naive_plan import VRAM
 from tests.transfer.plans import HOST, fragments_of
 from tests.transfer.recorder import Recorder
@@ -50,7 +50,8 @@ class Lane:
         turn, scratch, outcome = np.array([self.turn]), np.zeros(nogil.SCRATCH_CELLS, np.int64), np.zeros(3, np.int64)
         caller, after = (CALLER, [CALLER_EVENT]) if self.after is None else (nogil.NO_STREAM, self.after)
         fixed = (self.cells, self.streams, self.buffers, self.joins, self.copied, turn, caller, np.array(after, np.int64))
-        table = (plan.chunks, plan.copies, plan.pitch, plan.marks, MARK + np.arange(len(plan.marks), dtype=np.int64))
+        marks = MARK + np.arange(len(plan.marks), dtype=np.int64)
+        table = (plan.chunks, plan.copies, plan.batch, plan.pitch, plan.marks, marks)
         nogil.issue(recorder.functions, *fixed, START, DONE, *table, IDS, parameters, pointers, scratch, outcome)
         assert outcome[nogil.ISSUED] == 1
         pushed = len(recorder.calls) > 1
@@ -85,7 +86,16 @@ def layers(n: int = 9) -> Plan:
     return plan_layers(np.arange(n)[::-1].copy(), np.arange(n), sections, pool, 96, 64)
 
 
+def batched(n: int = 9, streams: int = 3) -> Plan:
+    """The same records again, fragment by fragment in one call a stream; a hole in the slots and a segment border."""
+    fragments, _ = fragments_of([60, 40], 100, 0, interleaved=False)
+    slots, pool = np.arange(n) + (np.arange(n) >= 4), Pool(HOST, SLOT_BYTES, 7)
+    return plan_batched(np.arange(n)[::-1].copy(), slots, fragments, np.zeros(2, np.int64), pool, streams, one_call=True)
+
+
 PLANS = {
+    "batched": batched(),
+    "one in a batch": batched(1, 1),
     "layers": layers(),
     "staged": staged(),
     "one record": staged(1),

@@ -4,6 +4,7 @@ after what by streams and events alone."""
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,8 @@ _COUNTS = {
     cu.COPY_LINES: 2,
     cu.STREAM_WAIT_VALUE: 4,
     cu.STREAM_WRITE_VALUE: 4,
+    cu.COPY_BATCH: 8,
+    cu.COPY_BATCH_12: 9,
 }
 _NAMES = {
     cu.CTX_PUSH: "push",
@@ -38,12 +41,15 @@ _NAMES = {
     cu.COPY_LINES: "lines",
     cu.STREAM_WAIT_VALUE: "wait_value",
     cu.STREAM_WRITE_VALUE: "write_value",
+    cu.COPY_BATCH: "batch",
+    cu.COPY_BATCH_12: "batch_12",
 }
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call; ``parameters`` are the kernel's, of a launch, or the rectangle's, of a copy of lines."""
+    """One call; ``parameters`` are the kernel's, of a launch, or the rectangle's, of a copy of lines, or of a batch its target
+    addresses, source addresses and sizes, the six numbers of its attributes and the first copy that they are for."""
 
     name: str
     arguments: tuple[int, ...]
@@ -61,6 +67,8 @@ class Call:
             "lines": lambda a: a[1],
             "wait_value": lambda a: a[0],
             "write_value": lambda a: a[0],
+            "batch": lambda a: a[7],
+            "batch_12": lambda a: a[8],
         }[self.name](self.arguments)
 
 
@@ -83,6 +91,10 @@ class Recorder:
                 parameters = tuple(_WORD.from_address(pointer).value for pointer in pointers)
             if which == cu.COPY_LINES:
                 parameters = tuple((_WORD * 16).from_address(arguments[0]))
+            if which in (cu.COPY_BATCH, cu.COPY_BATCH_12):
+                lists = [tuple((_WORD * arguments[3]).from_address(at)) for at in arguments[:3]]
+                attributes = (ctypes.c_int * 6).from_address(arguments[4])
+                parameters = (*itertools.chain(*lists), *attributes, _WORD.from_address(arguments[5]).value)
             call = Call(_NAMES[which], arguments, parameters)
             self.calls.append(call)
             code = self.fails.get(len(self.calls) - 1, 0)

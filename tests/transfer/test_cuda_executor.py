@@ -12,6 +12,7 @@ from kvortex.devices.cuda import CudaDevice
 from kvortex.errors import ArgumentError, DeviceError, TransferError
 from kvortex.transfer.cuda import DIRECT_BYTES, LEAST_BUFFERS
 from kvortex.transfer.executor import Completion, Direction
+from kvortex.transfer.routes import BATCHED_BYTES
 from tests.fake_driver import Result
 from tests.fake_gpu import FakeGpu, fake_gpu
 from tests.pages import PagedCache, Tensor, assert_same, keys_of
@@ -33,7 +34,7 @@ def cache_of(kind: str) -> PagedCache:
     return PagedCache(device, [Tensor(device, (2, 12, 5, 60)) for _ in range(3)], 1)
 
 
-@pytest.mark.parametrize("route", ["staged", "resident", "strided", "mapped", "auto"])
+@pytest.mark.parametrize("route", ["staged", "resident", "strided", "batched", "mapped", "auto"])
 @pytest.mark.parametrize("staging", [4096, 3 * 4096, 1 << 20])
 @pytest.mark.parametrize("streams", [1, 3])
 @pytest.mark.parametrize("kind", ["direct", "odd", "layers"])
@@ -50,12 +51,12 @@ def test_round_trip(gpu: FakeGpu, kind: str, streams: int, staging: int, route: 
         counted = [(entry.direction, entry.route) for entry in engine.get_stats().routes]
     name = "direct" if kind == "direct" else "mapped" if route == "auto" else route
     assert counted == [("save", name), ("load", name)]
-    used = {"launch", "to_host", "to_device", "lines", "wait_value", "write_value"} & set(gpu.issued.names)
+    used = {"launch", "to_host", "to_device", "lines", "batch", "wait_value", "write_value"} & set(gpu.issued.names)
     copies = {"to_host", "to_device"}
     strided = {"odd": copies | {"lines"}, "layers": {"lines"}}  # of "odd" one tensor is a line by itself
     mapped = {"launch"}
     resident = copies | {"launch", "wait_value", "write_value"}
-    wanted = {"staged": copies | {"launch"}, "resident": resident, "mapped": mapped, "auto": mapped}
+    wanted = {"staged": copies | {"launch"}, "resident": resident, "mapped": mapped, "auto": mapped, "batched": {"batch"}}
     wanted["strided"] = strided.get(kind, set())
     if route in ("staged", "resident") and "lines" in used:  # neighbours in slots that their records do not fill
         used = used - {"lines"} | copies
@@ -78,6 +79,61 @@ def test_no_byte_of_another_block_reaches_the_padding_of_a_slot(gpu: FakeGpu, ro
         for slot in range(10):
             view = arena.view(slot)
             assert (view[:record] == plain).all() and not view[record:].any()
+
+
+@pytest.mark.parametrize(("version", "name"), [(13000, "batch"), (13010, "batch"), (12080, "batch_12"), (12090, "batch_12")])
+def test_one_batch_a_stream_in_the_form_that_the_driver_has(gpu: FakeGpu, version: int, name: str) -> None:
+    """Over as many streams as there are for launches; where their number is less than that, over the least."""
+    gpu.answers["cuDriverGetVersion"] = version
+    for streams in (1, 7):
+        cache = cache_of("layers")
+        with cache.engine(slots=10, num_transfer_streams=streams, transfer_route="batched") as engine:
+            before, wanted = cache.randomize(), max(streams, LEAST_BUFFERS)
+            gpu.issued.calls.clear()
+            assert engine.save_blocks(keys_of(*range(10)), np.arange(10)).wait().all()
+            saves = [call for call in gpu.issued.calls if call.name == name]
+            assert len({call.stream for call in saves}) == len(saves) == wanted
+            poisoned = cache.randomize()
+            assert engine.load_blocks(keys_of(*range(5)), np.arange(5, 10)).wait().all()
+            assert sum(call.name == name for call in gpu.issued.calls) == 2 * wanted
+            assert_same(cache.memory(), cache.expected(poisoned, before, [(at, 5 + at) for at in range(5)]))
+
+
+@pytest.mark.parametrize("lacks", ["old driver", "no such function", "an error"])
+def test_a_driver_without_batches_gets_a_call_for_each_copy(gpu: FakeGpu, lacks: str) -> None:
+    find = gpu.answers["cuGetProcAddress"]
+    answer = (Result(0), 0, 1) if lacks == "no such function" else (Result(1), None, None)
+    if lacks == "old driver":
+        gpu.answers["cuDriverGetVersion"] = 12070
+    else:
+        gpu.answers["cuGetProcAddress"] = lambda name, *rest: answer if b"Batch" in name else find(name, *rest)
+    cache = cache_of("odd")
+    with cache.engine(slots=10, num_transfer_streams=3, transfer_route="batched") as engine:
+        before = cache.randomize()
+        assert engine.save_blocks(keys_of(*range(10)), np.arange(10)).wait().all()
+        assert gpu.issued.names.count("to_host") == 30 and not {"batch", "batch_12", "launch"} & set(gpu.issued.names)
+        poisoned = cache.randomize()
+        assert engine.load_blocks(keys_of(0), [11]).wait().all() and gpu.issued.names.count("to_device") == 3
+        assert_same(cache.memory(), cache.expected(poisoned, before, [(0, 11)]))
+        assert {entry.route for entry in engine.get_stats().routes} == {"batched"}
+
+
+@pytest.mark.parametrize(("known", "wanted"), [(True, [4, 1]), (False, [1] * 5)])
+def test_blocks_that_touch_are_one_copy_where_they_surely_are_one_allocation(
+    gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, known: bool, wanted: list[int]
+) -> None:
+    cache = PagedCache(CudaDevice(), [Tensor(CudaDevice(), (12, 4096), 1)], 0)
+    if not known:
+        monkeypatch.setattr(CudaDevice, "allocation", lambda *_: None)
+    with cache.engine(slots=12, num_transfer_streams=1, transfer_route="batched") as engine:
+        before = cache.randomize()
+        assert engine.save_blocks(keys_of(*range(5)), [3, 4, 5, 6, 0]).wait().all()
+        calls = [call for call in gpu.issued.calls if call.name == "batch"]
+        sizes = [size for call in calls for size in call.parameters[2 * call.arguments[3] : 3 * call.arguments[3]]]
+        assert sizes == [4096 * blocks for blocks in wanted]
+        poisoned = cache.randomize()
+        assert engine.load_blocks(keys_of(1, 4), [9, 10]).wait().all()
+        assert_same(cache.memory(), cache.expected(poisoned, before, [(4, 9), (0, 10)]))
 
 
 def test_opaque_buffers(gpu: FakeGpu) -> None:
@@ -162,7 +218,7 @@ def test_a_transfer_whose_time_cannot_be_read_has_still_been_done(gpu: FakeGpu) 
 
 
 @pytest.mark.parametrize("at", range(40))
-@pytest.mark.parametrize("route", ["staged", "resident"])
+@pytest.mark.parametrize("route", ["staged", "resident", "batched"])
 def test_a_refusal_while_issuing_is_a_failed_transfer_and_nothing_more(gpu: FakeGpu, at: int, route: str) -> None:
     """A resident kernel that was launched gets all its flags, whatever else is refused: it would wait for ever."""
     cache = cache_of("layers")
@@ -305,6 +361,7 @@ def test_an_interrupt_around_the_issue(gpu: FakeGpu, monkeypatch: pytest.MonkeyP
 
 def test_a_busy_stream_is_given_the_route_that_needs_no_multiprocessor(gpu: FakeGpu) -> None:
     cache = PagedCache(CudaDevice(), [Tensor(CudaDevice(), (8, 12, 4, 4096)) for _ in range(2)], 1)
+    copies = {"lines", "batch", "launch"}
     for code, wanted in ((600, "lines"), (0, "launch")):
         gpu.issued.calls.clear()
         gpu.answers["cuStreamQuery"] = lambda _, code=code: (Result(code),)
@@ -313,4 +370,18 @@ def test_a_busy_stream_is_given_the_route_that_needs_no_multiprocessor(gpu: Fake
             assert engine.save_blocks(keys_of(1, 2, 3), [4, 11, 0]).wait().all()
             assert engine.load_blocks(keys_of(2), [7]).wait().all()
             assert_same(cache.memory(), cache.expected(before, before, [(11, 7)]))
-        assert wanted in gpu.issued.names and {"lines", "launch"} & set(gpu.issued.names) == {wanted}
+        assert wanted in gpu.issued.names and copies & set(gpu.issued.names) == {wanted}
+
+
+@pytest.mark.parametrize("version", [13000, 12060])
+def test_long_fragments_that_lie_unevenly_leave_a_busy_gpu_in_batches(gpu: FakeGpu, version: int) -> None:
+    gpu.answers["cuDriverGetVersion"] = version
+    gpu.answers["cuStreamQuery"] = lambda _: (Result(600),)
+    device = CudaDevice()
+    cache = PagedCache(device, [Tensor(device, (12, BATCHED_BYTES + 16 * at), 1) for at in range(3)], 0)
+    with cache.engine() as engine:
+        before = cache.randomize()
+        assert engine.save_blocks(keys_of(1, 2, 3), [4, 11, 0]).wait().all()
+        assert engine.load_blocks(keys_of(2), [7]).wait().all()
+        assert_same(cache.memory(), cache.expected(before, before, [(11, 7)]))
+        assert {entry.route for entry in engine.get_stats().routes} == {"batched" if version == 13000 else "mapped"}

@@ -7,7 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
-from kvortex.transfer.plan import FIRST_BLOCK, FIRST_COPY, FIRST_PIECE, N_BLOCKS, N_COPIES, N_PIECES, Plan
+from kvortex.devices import driver as cu
+from kvortex.transfer.plan import FIRST_BLOCK, FIRST_COPY, FIRST_PIECE, N_BLOCKS, N_COPIES, N_PIECES, Int64s, Plan
 from tests.transfer.issuing import (
     CALLER,
     CALLER_EVENT,
@@ -27,7 +28,8 @@ from tests.transfer.issuing import (
 )
 from tests.transfer.recorder import Call, Recorder, predecessors
 
-WORK = ("launch", "to_host", "to_device", "lines")
+WORK = ("launch", "to_host", "to_device", "lines", "batch", "batch_12")
+STREAM_ORDER, OVERLAP = 1, 1  # CU_MEMCPY_SRC_ACCESS_ORDER_STREAM, CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE of cuda.h
 EVERY = list(itertools.product(PLANS, [True, False], [(1, 0), (3, 0), (3, 2), (20, 7)]))
 
 
@@ -44,6 +46,9 @@ def work_of(lane: Lane, plan: Plan) -> list[Call]:
         k = (lane.turn + at) % lane.count
         stream, base = int(lane.streams[k]), int(lane.buffers[k]) if chunk[N_PIECES] else 0
         copies = []
+        if plan.batch.size:
+            calls.append(batch_of(lane.to_host, plan.batch[:, chunk[FIRST_COPY] : chunk[FIRST_COPY] + chunk[N_COPIES]], stream))
+            continue
         for device, host, *rest in plan.copies[chunk[FIRST_COPY] : chunk[FIRST_COPY] + chunk[N_COPIES]].tolist():
             copies.append(copy_of(lane.to_host, base + device, host, rest, stream))
         launches = []
@@ -65,10 +70,19 @@ def copy_of(to_host: bool, device: int, host: int, rest: list[int], stream: int)
     return Call("lines", (0, stream), (*there, *here, nbytes, lines) if to_host else (*here, *there, nbytes, lines))
 
 
+def batch_of(to_host: bool, rows: Int64s, stream: int) -> Call:
+    device, host, nbytes = rows.tolist()
+    lists = (host, device, nbytes) if to_host else (device, host, nbytes)
+    values = (*itertools.chain(*lists), STREAM_ORDER, 0, 0, 0, 0, OVERLAP, 0)
+    return Call("batch", (0, 0, 0, len(nbytes), 0, 0, 1, stream), values)
+
+
 def without_pointers(call: Call) -> Call:
     """A call without the address of its parameters, whose values are what counts."""
     if call.name == "lines":
         return Call(call.name, (0, call.arguments[1]), call.parameters)
+    if call.name == "batch":
+        return Call(call.name, (0, 0, 0, call.arguments[3], 0, 0, *call.arguments[6:]), call.parameters)
     return Call(call.name, (*call.arguments[:9], 0, *call.arguments[10:]), call.parameters) if call.name == "launch" else call
 
 
@@ -160,7 +174,7 @@ def test_the_copies_of_the_next_transfer_wait_too(to_host: bool) -> None:
     assert wait == Call("wait", (int(lane.streams[2]), int(lane.copied[1]), 0))
 
 
-@pytest.mark.parametrize("name", ["staged", "direct"])
+@pytest.mark.parametrize("name", ["staged", "direct", "batched"])
 def test_one_stream_waits_for_nobody(name: str) -> None:
     lane, _, recorder = issued(name, True, (1, 0))
     assert [call.arguments for call in recorder.calls if call.name == "wait"] == [
@@ -168,8 +182,22 @@ def test_one_stream_waits_for_nobody(name: str) -> None:
     ]  # fmt: skip
 
 
-def test_direct_copies_do_not_wait_for_each_other() -> None:
-    _, _, recorder = issued("direct", True, (3, 0))
+@pytest.mark.parametrize("to_host", [True, False])
+def test_the_batch_of_cuda_12_also_takes_the_address_of_a_failed_copys_index(to_host: bool) -> None:
+    lane, plan, recorder = Lane(3, to_host, 1), PLANS["batched"], Recorder()
+    recorder.functions[cu.COPY_BATCH] = 0
+    assert lane.issue(recorder, plan) == (0, 0)
+    calls = [call for call in recorder.calls if call.name in WORK]
+    assert [call.name for call in calls] == ["batch_12"] * 3 and all(call.arguments[7] for call in calls)
+    others = [Call("batch", (*call.arguments[:7], call.arguments[8]), call.parameters) for call in calls]
+    assert [without_pointers(call) for call in others] == work_of(lane, plan)
+    apart = {call.arguments[7] - call.arguments[5] for call in calls}
+    assert apart == {8}, "what the driver writes there must not be what it reads"
+
+
+@pytest.mark.parametrize("name", ["direct", "batched"])
+def test_direct_copies_do_not_wait_for_each_other(name: str) -> None:
+    _, _, recorder = issued(name, True, (3, 0))
     calls, before = recorder.calls, predecessors(recorder.calls)
     for at, call in enumerate(calls):
         if call.name in WORK:

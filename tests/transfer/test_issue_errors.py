@@ -7,7 +7,7 @@ import pytest
 from tests.transfer.issuing import CALLER_EVENT, DONE, JOIN_STREAM, PLANS, START, Lane
 from tests.transfer.recorder import Recorder, predecessors
 
-WORK = ("launch", "to_host", "to_device")
+WORK = ("launch", "to_host", "to_device", "batch")
 CODE = 719
 
 
@@ -19,7 +19,7 @@ def calls_of(name: str, to_host: bool) -> int:
 
 CASES = [
     pytest.param(name, to_host, at, id=f"{name}-{'save' if to_host else 'load'}-{at}")
-    for name in ("staged", "parts", "direct")
+    for name in ("staged", "parts", "direct", "batched")
     for to_host in (True, False)
     for at in range(calls_of(name, to_host))
 ]

@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from kvortex.transfer.plan import INSTEAD, LINES, N_BLOCKS, PITCH, Plan, Pool, plan_mapped, plan_strided, split_pieces, strides
+from kvortex.transfer.plan import (
+    FIRST_COPY,
+    INSTEAD,
+    LINES,
+    N_BLOCKS,
+    N_COPIES,
+    PITCH,
+    Plan,
+    Pool,
+    plan_batched,
+    plan_mapped,
+    plan_strided,
+    split_pieces,
+    strides,
+)
 from kvortex.transfer.routes import DEEP_BYTES, Route, choose
 from tests.naive_plan import VRAM, Machine
 from tests.transfer.plans import HOST, Case, cases, fragments_of
@@ -16,10 +32,13 @@ def made(case: Case, route: str) -> Plan:
     if route == "strided":
         found = strides(case.fragments, 1 << 31, np.zeros(len(case.fragments), np.int64))
         return plan_strided(case.blocks, case.slots, found, case.pool, case.streams)
+    if route in ("batched", "one by one"):
+        where, one_call = np.zeros(len(case.fragments), np.int64), route == "batched"
+        return plan_batched(case.blocks, case.slots, case.fragments, where, case.pool, case.streams, one_call=one_call)
     return plan_mapped(case.blocks, case.slots, case.pieces, case.pool, case.max_blocks)
 
 
-@pytest.mark.parametrize("route", ["strided", "mapped"])
+@pytest.mark.parametrize("route", ["strided", "batched", "one by one", "mapped"])
 @settings(max_examples=150)
 @given(case=cases())
 def test_every_byte_once(route: str, case: Case) -> None:
@@ -83,6 +102,70 @@ def test_a_block_of_even_layers_is_one_copy() -> None:
     assert plan.copies[:, LINES].tolist() == [8, 8] and plan.copies[:, PITCH].tolist() == [640, 640]
 
 
+def batches(
+    fragments: np.ndarray,
+    blocks: list[int],
+    slots: list[int],
+    pool: Pool,
+    streams: int = 1,
+    allocations: list[int] | None = None,
+) -> list[list[tuple[int, int, int]]]:
+    """Of each call: where in VRAM, where in the pool, and bytes. A call for each copy must move the same."""
+    where = np.zeros(len(fragments), np.int64) if allocations is None else np.array(allocations)
+    made = (np.array(blocks), np.array(slots), fragments, where, pool, streams)
+    plan, each = (plan_batched(*made, one_call=one_call) for one_call in (True, False))
+    copies = [(device - VRAM, host - HOST, nbytes) for device, host, nbytes in plan.batch.T.tolist()]
+    assert not len(plan.copies) and not each.batch.size and (plan.batch.T == each.copies[:, :3]).all()
+    assert (each.copies[:, 3:] == [1, 0, 0]).all() and plan.nbytes == each.nbytes == plan.batch[2].sum()
+    assert plan.chunks[0, FIRST_COPY] == 0 and plan.chunks[:, N_COPIES].sum() == len(copies) and len(plan.chunks) <= streams
+    return [copies[first : first + count] for first, count in plan.chunks[:, [FIRST_COPY, N_COPIES]].tolist()]
+
+
+def test_fragments_that_touch_on_both_sides_are_one_copy_of_a_batch() -> None:
+    pool = Pool(HOST, 128, 100)
+    apart, together = rows(0, 1000, stride=64), rows(0, 64, stride=128)
+    assert batches(apart, [1, 5], [2, 9], pool) == [[(64, 256, 64), (1064, 320, 64), (320, 1152, 64), (1320, 1216, 64)]]
+    assert batches(together, [1, 5], [2, 9], pool) == [[(128, 256, 128), (640, 1152, 128)]]
+    assert batches(together, [5, 1, 6], [3, 9, 4], pool) == [[(640, 384, 256), (128, 1152, 128)]], "over the ends of records"
+    assert batches(together, [5, 6], [4, 3], pool) == [[(768, 384, 128), (640, 512, 128)]], "the other way round in VRAM"
+    assert batches(together, [5, 6], [3, 4], Pool(HOST, 129, 100)) == [[(640, 387, 128), (768, 516, 128)]], "a gap in the pool"
+    assert batches(rows(0, stride=64), [4, 5, 6], [7, 8, 9], Pool(HOST, 64, 100)) == [[(256, 448, 192)]]
+
+
+def test_no_copy_of_a_batch_crosses_a_border_of_memory() -> None:
+    """Neither that of a registration of host memory nor that of an allocation in VRAM."""
+    together, pool = rows(0, 64, stride=128), Pool(HOST, 128, 100)
+    assert batches(together, [1, 2, 3], [4, 5, 6], Pool(HOST, 128, 5)) == [[(128, 512, 128), (256, 640, 256)]]
+    for allocations in ([7, 9], [-1, -1], [7, -1]):
+        wanted = [[(128, 512, 64), (192, 576, 64), (256, 640, 64), (320, 704, 64)]]
+        assert batches(together, [1, 2], [4, 5], pool, allocations=allocations) == wanted
+    outer = rows(0, 64, 128, stride=192)
+    wanted = [[(192, 576, 64), (256, 640, 128), (384, 768, 64), (448, 832, 128)]]
+    assert batches(outer, [1, 2], [3, 4], Pool(HOST, 192, 100), allocations=[7, 9, 9]) == wanted
+    inner = [[(192, 576, 64), (256, 640, 64), (320, 704, 128), (448, 832, 64), (512, 896, 64)]]
+    assert batches(outer, [1, 2], [3, 4], Pool(HOST, 192, 100), allocations=[7, 9, 7]) == inner, "from a record to the next"
+
+
+def test_batches_are_of_about_as_many_bytes_each() -> None:
+    mixed = rows(0, 1000, 2000, 3000, nbytes=100, stride=10_000)
+    mixed[:, 3] = [700, 100, 100, 100]
+    mixed[:, 2] = [0, 700, 800, 900]
+    assert [sum(copy[2] for copy in call) for call in batches(mixed, [0, 1], [0, 1], Pool(HOST, 1000, 9), 2)] == [1000, 1000]
+    even = batches(rows(0, 1000, 2000, 3000, stride=5000), [0, 1, 2], [0, 1, 2], Pool(HOST, 256, 9), 5)
+    assert sorted(len(call) for call in even) == [2, 2, 2, 3, 3]
+    assert len(batches(rows(0, stride=64), [4], [7], Pool(HOST, 64, 9), 5)) == 1, "no call without a copy"
+
+
+def test_planning_two_million_copies_takes_no_loop_over_them() -> None:
+    fragments, _ = fragments_of([64] * 64, 30_000, 0, interleaved=False)
+    rng = np.random.default_rng(0)
+    blocks, slots = rng.permutation(30_000), rng.permutation(30_000)
+    where, pool = np.zeros(64, np.int64), Pool(HOST, 4096, 1 << 24)
+    began = time.perf_counter()
+    plan = plan_batched(blocks, slots, fragments, where, pool, 4, one_call=True)
+    assert time.perf_counter() - began < 2 and plan.batch.shape[1] > 1_900_000
+
+
 def test_neighbours_in_the_pool_are_one_launch() -> None:
     fragments, _ = fragments_of([64, 32], 10, 0, interleaved=False)
     plan = plan_mapped(np.arange(6), np.array([4, 5, 6, 9, 2, 1]), split_pieces(fragments), Pool(HOST, 128, 6), 2)
@@ -105,6 +188,18 @@ def test_which_route() -> None:
     assert choose(lone, 1 << 30, beside_compute=True, **deep) is Route.STAGED, "a launch takes nothing from the next kernel"
     assert choose(lone, 1 << 30, beside_compute=False, **deep) is Route.RESIDENT
     assert choose(lone, 1 << 30, beside_compute=True, buffer_bytes=DEEP_BYTES - 1) is Route.RESIDENT
+    lone[0, [3, 4]] = 64 << 10, 1
+    assert choose(lone, 1 << 30, beside_compute=True, batches=True) is Route.BATCHED, "long, and nowhere evenly spaced"
+    assert choose(lone, 1 << 20, beside_compute=True, batches=True) is Route.BATCHED
+    assert choose(lone, 1 << 30, beside_compute=True, **deep, batches=True) is Route.BATCHED
+    assert choose(lone, 1 << 30, beside_compute=True) is Route.RESIDENT, "a call for each copy is slower"
+    assert choose(lone, 1 << 30, beside_compute=False, batches=True) is Route.RESIDENT
+    assert choose(lone, 1 << 30, beside_compute=True, batches=True, layerwise=True) is Route.RESIDENT
+    shorter = np.concatenate((lone, lone))
+    shorter[1, 3] -= 1
+    assert choose(shorter, 1 << 30, beside_compute=True, batches=True) is Route.RESIDENT
+    even = np.array([[0, 64 << 10, 0, 64 << 10, 64, 1 << 20]], np.int64)
+    assert choose(even, 1 << 30, beside_compute=True, batches=True) is Route.STRIDED
     middle = np.array([[0, 18432, 0, 18432, 64, 1 << 20]], np.int64)
     assert choose(middle, 1 << 30, beside_compute=True) is Route.STRIDED
     assert choose(middle, 1 << 30, beside_compute=True, **deep) is Route.STAGED
