@@ -103,7 +103,7 @@ class PinnedArena:
         slots = min(self.segment_slots, self.slots - self.ready)
         start, nbytes = self.address + self.ready * self.slot_bytes, slots * self.slot_bytes
         if not self._filler.wait(start + nbytes - self.address):
-            return
+            raise PinnedMemoryError("the threads that make the pool resident have stopped")
         self._registered.append(start)  # first, so that an interrupt cannot lose it
         try:
             self._device.pin(start, nbytes)
@@ -121,8 +121,9 @@ class PinnedArena:
         try:
             while self.ready < self.slots and not self._stopped:
                 self._add_segment()
-        except DeviceError as refusal:
-            self.notes.append(f"the pool has {self.ready} of {self.slots} slots: {refusal}")
+        except (DeviceError, PinnedMemoryError) as refusal:
+            if not self._stopped:  # else it is being closed, which is no news
+                self.notes.append(f"the pool has {self.ready} of {self.slots} slots: {refusal}")
             assert self._filler is not None
             self._filler.close()  # no use in faulting the rest in
         finally:

@@ -24,6 +24,7 @@ class Filler:
         self._address, self._nbytes = address, nbytes
         self._turns = itertools.count()  # handing out a number is one step of the interpreter, so it needs no lock
         self._done = [False] * -(-nbytes // TOUCH_BYTES)
+        self._first = 0  # so many parts from the beginning on are done
         self._news = threading.Condition()
         self._stopped = False
         # Daemons: an interpreter that ends stops them through whoever owns the memory, and not by waiting for the whole.
@@ -38,25 +39,37 @@ class Filler:
             thread.start()
 
     def _run(self) -> None:
-        while not self._stopped and (turn := next(self._turns)) < len(self._done):
-            start = turn * TOUCH_BYTES
-            ctypes.memset(self._address + start, 0, min(TOUCH_BYTES, self._nbytes - start))
-            with self._news:
-                self._done[turn] = True
-                self._news.notify_all()
+        try:
+            while not self._stopped and (turn := next(self._turns)) < len(self._done):
+                start = turn * TOUCH_BYTES
+                ctypes.memset(self._address + start, 0, min(TOUCH_BYTES, self._nbytes - start))
+                self._tell(turn)
+        except BaseException:  # a part will never be done, and nobody should wait for it
+            self._stop()
+            raise
 
-    def wait(self, end: int) -> bool:
-        """Blocks until the first ``end`` bytes are resident; False if it was stopped before."""
-        wanted = range(-(-end // TOUCH_BYTES))
+    def _tell(self, turn: int) -> None:
         with self._news:
-            self._news.wait_for(lambda: self._stopped or all(self._done[turn] for turn in wanted))
-        return all(self._done[turn] for turn in wanted)
+            self._done[turn] = True
+            while self._first < len(self._done) and self._done[self._first]:
+                self._first += 1
+            self._news.notify_all()
 
-    def close(self) -> None:
-        """Stops, and waits until no thread writes any more."""
+    def _stop(self) -> None:
         with self._news:
             self._stopped = True
             self._news.notify_all()
+
+    def wait(self, end: int) -> bool:
+        """Blocks until the first ``end`` bytes are resident; False if it was stopped before."""
+        wanted = -(-end // TOUCH_BYTES)
+        with self._news:
+            self._news.wait_for(lambda: self._stopped or self._first >= wanted)
+        return self._first >= wanted
+
+    def close(self) -> None:
+        """Stops, and waits until no thread writes any more."""
+        self._stop()
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
 from collections.abc import Iterator
@@ -161,6 +162,31 @@ def test_closing_in_the_middle(gated: tuple[Gated, PinnedArena]) -> None:
     closer.join(20)
     assert not device.pinned and arena._mapping is None
     assert [word for word, _ in device.log] == ["pin"] * 2 + ["unpin"] * 2
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_threads_that_stop_leave_a_smaller_pool_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SEGMENT_BYTES", 2 * 4096)
+    monkeypatch.setattr("kvortex.memory.filling.TOUCH_BYTES", 4096)
+    device, memset = RecordingDevice(), ctypes.memset
+    bad = [5]
+
+    def fails(address: int, byte: int, nbytes: int) -> int:
+        if address % (2 << 20) == bad[0] * 4096:
+            if bad[0]:
+                assert poll(lambda: len(device.pinned) == bad[0] // 2, time.monotonic() + 20)
+            raise MemoryError("planted")
+        return memset(address, byte, nbytes)
+
+    monkeypatch.setattr("kvortex.memory.filling.ctypes.memset", fails)
+    arena = PinnedArena(device, 7 * 4096, 4096)
+    assert arena.wait(7, 20) and arena.ready == 4 and not arena.growing
+    assert arena.notes[-1] == "the pool has 4 of 7 slots: the threads that make the pool resident have stopped"
+    arena.close()
+    bad[0] = 0
+    with pytest.raises(PinnedMemoryError, match="have stopped"):
+        PinnedArena(device, 7 * 4096, 4096)
+    assert not device.pinned
 
 
 def test_closing_from_the_thread_that_builds(gated: tuple[Gated, PinnedArena], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,3 +98,20 @@ def test_one_that_never_began() -> None:
     mapping = Mapping(HUGE_PAGE)
     Filler(mapping.address, mapping.nbytes).close()
     mapping.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_dies_ends_all_waiting(small: None, mapping: Mapping, monkeypatch: pytest.MonkeyPatch) -> None:
+    memset = ctypes.memset
+
+    def fails(address: int, byte: int, nbytes: int) -> int:
+        if address - mapping.address == 30 * PAGE:
+            raise MemoryError("planted")
+        return memset(address, byte, nbytes)
+
+    monkeypatch.setattr(filling.ctypes, "memset", fails)
+    filler = Filler(mapping.address, mapping.nbytes)
+    filler.start()
+    assert filler.wait(30 * PAGE) or filler._stopped
+    assert not filler.wait(mapping.nbytes)
+    filler.close()
