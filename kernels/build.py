@@ -3,8 +3,8 @@
 A cubin is machine code for one compute capability; any driver of the same CUDA major version loads it, while PTX from
 a toolkit newer than the driver is refused. So PTX never leaves this file: nvJitLink assembles it here.
 
-Cache file: magic, version, length of the entry's name, length of the code (little-endian), SHA-256 of both, the name,
-the code. A file that does not check is built anew.
+Cached (:mod:`kvortex.kernels.cache`) are the length of the entry's name (little-endian), the name, and the code. A file that
+does not check is built anew.
 """
 
 from __future__ import annotations
@@ -14,11 +14,9 @@ import functools
 import hashlib
 import importlib
 import importlib.metadata
-import os
 import pathlib
 import re
 import struct
-import tempfile
 import threading
 import warnings
 from collections.abc import Iterator
@@ -27,16 +25,19 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kvortex.errors import BuildError
+from kvortex.kernels import cache
 
 KERNELS = {
     "gather": "kvortex.kernels.paged",
     "scatter": "kvortex.kernels.paged",
     "gather_resident": "kvortex.kernels.resident",
     "scatter_resident": "kvortex.kernels.resident",
+    "compute": "kvortex.kernels.compute",
 }
-_REGISTERS = {"kvortex.kernels.resident": 128}  # most that a CTA of 512 threads can have
-_MAGIC, _VERSION = b"KVXCUBIN", 1
-_HEADER = struct.Struct("<8sIIQ32s")
+# The most that a CTA of 512 threads can have, and that four of them can.
+_REGISTERS = {"kvortex.kernels.resident": 128, "kvortex.kernels.compute": 32}
+_MAGIC, _VERSION = b"KVXCUBIN", 2
+_ENTRY_BYTES = struct.Struct("<I")
 _COMPILERS = (
     "numba-cuda",
     "numba",
@@ -57,14 +58,6 @@ class Cubin(NamedTuple):
     entry: str
 
 
-def cache_folder() -> pathlib.Path:
-    """Where cubins are kept: ``$KVORTEX_CACHE_DIR``, else ``$XDG_CACHE_HOME/kvortex``, else ``~/.cache/kvortex``."""
-    named = os.environ.get("KVORTEX_CACHE_DIR")
-    if named:
-        return pathlib.Path(named)
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "kvortex"
-
-
 def load(name: str, compute_capability: tuple[int, int]) -> Cubin:
     """The cubin of a kernel: from the cache folder in milliseconds, else compiled (about a second) and cached.
 
@@ -80,9 +73,8 @@ def load(name: str, compute_capability: tuple[int, int]) -> Cubin:
     BuildError
         The kernel does not compile here; the message names what is missing.
     """
-    folder = cache_folder()
     stem = f"{name}-sm_{compute_capability[0]}{compute_capability[1]}"
-    path = folder / f"{stem}-{_fingerprint(compute_capability)[:24]}.cubin"
+    path = cache.cache_folder() / f"{stem}-{_fingerprint(compute_capability)[:24]}.cubin"
     with _lock:
         cubin = _read(path)
         if cubin is None:
@@ -145,31 +137,15 @@ def _fingerprint(compute_capability: tuple[int, int]) -> str:
 
 
 def _read(path: pathlib.Path) -> Cubin | None:
-    try:
-        data = path.read_bytes()
-    except OSError:
+    body = cache.read(path, _MAGIC, _VERSION)
+    if body is None:
         return None
-    if len(data) < _HEADER.size:
-        return None
-    magic, version, n_entry, n_code, digest = _HEADER.unpack_from(data)
-    body = data[_HEADER.size :]
-    if (magic, version) != (_MAGIC, _VERSION) or len(body) != n_entry + n_code or hashlib.sha256(body).digest() != digest:
-        return None
-    return Cubin(body[n_entry:], body[:n_entry].decode())
+    (n_entry,) = _ENTRY_BYTES.unpack_from(body)
+    name = body[_ENTRY_BYTES.size :][:n_entry]
+    return Cubin(body[_ENTRY_BYTES.size + n_entry :], name.decode())
 
 
 def _write(path: pathlib.Path, cubin: Cubin) -> None:
-    """Whole or not at all; a folder that cannot be written costs a compilation at each start, nothing else."""
-    body = cubin.entry.encode() + cubin.code
-    head = _HEADER.pack(_MAGIC, _VERSION, len(cubin.entry.encode()), len(cubin.code), hashlib.sha256(body).digest())
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".cubin-", delete=False) as file:
-            temporary = file.name
-            file.write(head + body)
-        os.replace(temporary, path)
-    except OSError:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+    """A folder that cannot be written costs a compilation at each start, nothing else."""
+    entry = cubin.entry.encode()
+    cache.write(path, _MAGIC, _VERSION, _ENTRY_BYTES.pack(len(entry)) + entry + cubin.code)

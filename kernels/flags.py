@@ -29,3 +29,11 @@ def raise_flag(address):  # type: ignore[no-untyped-def]
 def nap(nanoseconds):  # type: ignore[no-untyped-def]
     """Leaves the multiprocessor to others for about that long."""
     time.sleep(int(nanoseconds) * 1e-9)
+
+
+@statement("atom.relaxed.gpu.global.add.u32 $0, [$1], 1;", "l", "r")
+def take(address):  # type: ignore[no-untyped-def]
+    """Adds 1 to the 32-bit number at ``address``, and gives what it was: no two threads get the same."""
+    cell = ctypes.c_uint32.from_address(int(address))
+    cell.value = cell.value + 1
+    return (cell.value - 1) & 0xFFFFFFFF

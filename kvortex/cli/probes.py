@@ -120,7 +120,7 @@ def _chosen(path: Path) -> str:
 
 def cache() -> Facts:
     """The folder of compiled kernels, and what is in it."""
-    folder: Path = importlib.import_module("kvortex.kernels.build").cache_folder()
+    folder: Path = importlib.import_module("kvortex.kernels.cache").cache_folder()
     cubins = sorted(path.name for path in folder.glob("*.cubin")) if folder.is_dir() else []
     return {"folder": str(folder), "writable": _writable(folder), "cubins": cubins}
 
