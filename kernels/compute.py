@@ -39,10 +39,10 @@ def compute(counter, tiles, turns):  # type: ignore[no-untyped-def]
         cuda.syncthreads()
         busy = taken[0] < types.uint32(tiles)
         cuda.syncthreads()
-        turn = types.int32(0)
+        turn = 0
         while busy and turn < turns:
             a = a * _F32(0.5) + _F32(1.0)
             b = b * _F32(0.25) + _F32(2.0)
-            turn += types.int32(1)
+            turn += 1
     if a + b < _F32(0.0):  # never, which the compiler does not know: it would drop the work otherwise
         take(counter)

@@ -19,6 +19,7 @@ ENV_PREFIX = "KVORTEX_"
 ENV_NOT_OPTIONS = frozenset({"KVORTEX_CACHE_DIR"})  # read by kvortex.kernels.cache, not an option of the engine
 _MOST = 2**63 - 1  # what NumPy, compiled code and the driver count with
 _ROUTES = ("auto", "staged", "resident", "strided", "batched", "mapped")
+_CALIBRATE = ("never", "stored", "once")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 # [0-9] and not \d, which takes the digits of every script.
 _SIZE = re.compile(r"\s*([0-9]{1,99}(?:\.[0-9]{1,99})?)\s*([A-Za-z]*)\s*")
@@ -36,9 +37,16 @@ class KVortexConfig:
     cpu_pool_size_bytes
         Budget of the pinned host pool, in bytes. Never exceeded; what does not fill a whole slot is not allocated.
     gpu_pool_size_bytes
-        Budget of the staging buffers in VRAM, in bytes, shared by both directions. The host device has none.
+        Budget of the staging buffers in VRAM, in bytes, shared by both directions; None for as much as the GPU's profile says.
+        The host device has none.
     num_transfer_streams
-        Streams of each direction (threads on the host device).
+        Streams of each direction; None for as many as the profile says. Threads on the host device; None for 2.
+    staging_buffers
+        Staging buffers of each direction, which share the budget, and at least one a stream; None for the profile's number.
+    calibrate
+        Where the profile comes from: ``"never"`` guesses it from the link; ``"stored"`` takes the one that
+        ``kvortex calibrate`` measured on a GPU of this kind, and guesses where there is none; ``"once"`` measures and stores
+        it where there is none, which takes seconds.
     transfer_route
         How blocks cross the link: ``"staged"``, ``"resident"``, ``"strided"``, ``"batched"`` or ``"mapped"`` (see
         :class:`kvortex.transfer.routes.Route`), or ``"auto"`` to choose for each transfer. The host device has one way.
@@ -61,8 +69,10 @@ class KVortexConfig:
     """
 
     cpu_pool_size_bytes: int = 1 << 30
-    gpu_pool_size_bytes: int = 256 << 20
-    num_transfer_streams: int = 2
+    gpu_pool_size_bytes: int | None = None
+    num_transfer_streams: int | None = None
+    staging_buffers: int | None = None
+    calibrate: str = "stored"
     transfer_route: str = "auto"
     beside_compute: bool | None = None
     enable_numa: bool = True
@@ -78,9 +88,11 @@ class KVortexConfig:
     transfer_timeout_s: float = 60.0
 
     def __post_init__(self) -> None:
-        for name in ("cpu_pool_size_bytes", "gpu_pool_size_bytes", "block_size", "world_size"):
+        for name in ("cpu_pool_size_bytes", "block_size", "world_size"):
             self._integer(name, at_least=1)
-        self._integer("num_transfer_streams", at_least=1, at_most=32)
+        for name, most in (("gpu_pool_size_bytes", _MOST), ("num_transfer_streams", 32), ("staging_buffers", 32)):
+            if getattr(self, name) is not None:
+                self._integer(name, at_least=1, at_most=most)
         self._integer("rank", at_least=0)
         if self.rank >= self.world_size:
             raise ConfigError(f"rank = {self.rank}: must be below world_size = {self.world_size}")
@@ -90,13 +102,15 @@ class KVortexConfig:
             raise ConfigError(f"enable_numa = {shown(self.enable_numa)}: must be true or false")
         if not isinstance(self.beside_compute, bool | None):
             raise ConfigError(f"beside_compute = {shown(self.beside_compute)}: must be true, false or None")
-        for name in ("model", "dtype", "lora", "salt", "device", "transfer_route"):
+        for name in ("model", "dtype", "lora", "salt", "device", "transfer_route", "calibrate"):
             if not isinstance(getattr(self, name), str):
                 raise ConfigError(f"{name} = {shown(getattr(self, name))}: must be a string")
         if not _DEVICE.fullmatch(self.device):
             raise ConfigError(f"device = {shown(self.device)}: must be 'auto', 'host', 'cuda' or 'cuda:N'")
         if self.transfer_route not in _ROUTES:
             raise ConfigError(f"transfer_route = {shown(self.transfer_route)}: must be one of {', '.join(_ROUTES)}")
+        if self.calibrate not in _CALIBRATE:
+            raise ConfigError(f"calibrate = {shown(self.calibrate)}: must be one of {', '.join(_CALIBRATE)}")
         seconds = self.transfer_timeout_s
         # Compared as it is: an int may be too large for a float, and what is above the limit no wait can take.
         if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds <= threading.TIMEOUT_MAX:

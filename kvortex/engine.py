@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import os
 import threading
@@ -39,10 +40,12 @@ from kvortex.memory.arena import PinnedArena
 from kvortex.stats import Counters, EngineStats
 from kvortex.transfer.executor import Completion, Direction, Executor, Failed, poll
 from kvortex.transfer.plan import Int64s, Pool
+from kvortex.transfer.profile import Profile
 from kvortex.transfer.routes import Route
 from kvortex.transfer.ticket import Ticket
 from kvortex.transfer.transfer import Mask, Transfer
 
+_HOST_THREADS = 2  # of each direction, unless num_transfer_streams says how many
 _NO_LAYERS = "layerwise: opaque buffers have no layers that kvortex knows of"
 
 
@@ -502,15 +505,23 @@ def _executor(config: KVortexConfig, layout: KVLayout | None, device: Device, ar
     fragments: npt.NDArray[np.int64] = np.empty((0, 4), np.int64) if layout is None else layout.fragments
     layer_offsets: npt.NDArray[np.int64] = np.zeros(1, np.int64) if layout is None else layout.layer_offsets
     if isinstance(device, CudaDevice):
+        from kvortex.transfer.calibrate import profile_for
         from kvortex.transfer.cuda import CudaExecutor
 
+        profile = _overridden(profile_for(device, config.calibrate, arena.notes), config)
         route = None if config.transfer_route == "auto" else Route(config.transfer_route)
         blocks = 0 if layout is None else layout.num_blocks
-        budget, streams = config.gpu_pool_size_bytes, config.num_transfer_streams
-        return CudaExecutor(device, fragments, layer_offsets, blocks, pool, budget, streams, route, config.beside_compute)
+        budget = config.gpu_pool_size_bytes or profile.staging_bytes
+        return CudaExecutor(device, fragments, layer_offsets, blocks, pool, budget, profile, route, config.beside_compute)
     from kvortex.transfer.host import HostExecutor
 
-    return HostExecutor(fragments, layer_offsets, pool, config.num_transfer_streams)
+    return HostExecutor(fragments, layer_offsets, pool, config.num_transfer_streams or _HOST_THREADS)
+
+
+def _overridden(profile: Profile, config: KVortexConfig) -> Profile:
+    """A profile with what the config says instead."""
+    streams, buffers = config.num_transfer_streams or profile.streams, config.staging_buffers or profile.buffers
+    return dataclasses.replace(profile, streams=streams, buffers=buffers)
 
 
 def _check_given(config: object, layout: object) -> None:

@@ -26,7 +26,7 @@ _SYMBOLS = ("cuCtxPushCurrent", "cuCtxPopCurrent", "cuEventRecord", "cuStreamWai
             "cuMemcpyDtoHAsync", "cuMemcpyHtoDAsync", "cuMemcpy2DAsync", "cuStreamWaitValue32",
             "cuStreamWriteValue32")  # fmt: skip
 _NOT_CAPTURING = "CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE"
-_ENTRIES = {b"gather": 0x6A, b"scatter": 0x5C, b"gather_resident": 0x6B, b"scatter_resident": 0x5D}
+_ENTRIES = {b"gather": 0x6A, b"scatter": 0x5C, b"gather_resident": 0x6B, b"scatter_resident": 0x5D, b"compute": 0xC0}
 
 
 class FakeGpu(FakeDriver):
@@ -65,6 +65,7 @@ class FakeGpu(FakeDriver):
             cuMemcpyHtoD=self._move,
             cuMemcpyDtoH=self._move,
             cuMemsetD8Async=lambda address, byte, n, _: (Result(0 * ctypes.memset(address, byte, n)),),
+            cuMemsetD8=lambda address, byte, n: (Result(0 * ctypes.memset(address, byte, n)),),
             cuEventQuery=lambda _: (Result(self.event_code),),
             cuEventElapsedTime=0.5,
             cuStreamIsCapturing=lambda stream: (Result(0), self.capturing.get(stream, _NOT_CAPTURING)),
@@ -72,6 +73,9 @@ class FakeGpu(FakeDriver):
             cuModuleGetFunction=lambda _, name: (Result(0), _ENTRIES[name]),
             cuGetProcAddress=self._find,
             cuDriverGetVersion=13000,
+            cuDeviceGetPCIBusId=b"ffff:ff:1f.7\0",  # which no machine has
+            cuDeviceGetName=b"A GPU made of RAM\0",
+            cuDeviceTotalMem=8 << 30,
         )
         self.issued = Recorder(also=self._execute)
         self.event_code = 0

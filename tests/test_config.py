@@ -19,8 +19,10 @@ from kvortex.errors import shown
 
 GOOD: dict[str, list[Any]] = {
     "cpu_pool_size_bytes": [1, 4096, 1 << 44],
-    "gpu_pool_size_bytes": [1, 96 << 20],
-    "num_transfer_streams": [1, 3, 32],
+    "gpu_pool_size_bytes": [None, 1, 96 << 20],
+    "num_transfer_streams": [None, 1, 3, 32],
+    "staging_buffers": [None, 1, 8, 32],
+    "calibrate": ["never", "stored", "once"],
     "transfer_route": ["auto", "staged", "strided", "batched", "mapped"],
     "beside_compute": [None, True, False],
     "enable_numa": [True, False],
@@ -37,8 +39,10 @@ GOOD: dict[str, list[Any]] = {
 }
 BAD: dict[str, list[Any]] = {
     "cpu_pool_size_bytes": [0, -1, 1.5, 1e9, "16 GiB", True, None],
-    "gpu_pool_size_bytes": [0, -1, 2.0, None, False],
-    "num_transfer_streams": [0, -1, 33, 3.0, True, None],
+    "gpu_pool_size_bytes": [0, -1, 2.0, False],
+    "num_transfer_streams": [0, -1, 33, 3.0, True],
+    "staging_buffers": [0, -1, 33, 4.0, True, "4"],
+    "calibrate": ["", "always", True, None],
     "transfer_route": ["", "STAGED", "direct", None, 1],
     "beside_compute": [1, 0, "true"],
     "enable_numa": [1, 0, "true", None],
@@ -83,7 +87,7 @@ def test_an_integer_beyond_63_bits_is_refused(name: str, value: int) -> None:
     with pytest.raises(ConfigError, match=f"^{name} = .*must be an integer from") as caught:
         KVortexConfig(**{name: value})
     assert len(str(caught.value)) < 200
-    if name not in ("num_transfer_streams", "rank"):  # which other options keep below that
+    if name not in ("num_transfer_streams", "staging_buffers", "rank"):  # which other options keep below that
         assert getattr(KVortexConfig(**{name: 2**63 - 1}), name) == 2**63 - 1
 
 

@@ -86,6 +86,10 @@ def _run(arguments: argparse.Namespace) -> int:
         from kvortex.cli import replay
 
         return replay.run(arguments)
+    if arguments.command == "calibrate":
+        from kvortex.cli import calibrate
+
+        return calibrate.run(arguments)
     from kvortex.cli import doctor
 
     return doctor.run(arguments)
@@ -100,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_replay(commands)
     _add_doctor(commands)
+    _add_calibrate(commands)
     return parser
 
 
@@ -140,6 +145,16 @@ def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     doctor = commands.add_parser("doctor", help="say what is here, what would run and what is missing", description=about)
     doctor.add_argument("--json", action="store_true", help="as JSON on stdout")
     doctor.add_argument("--build", action="store_true", help="also compile the kernels, for this GPU or else for 9.0")
+
+
+def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    about = (
+        "Measures in a few seconds how fast blocks cross the link by each route, with the GPU idle and beside a computation, "
+        "and keeps what that says for all engines on GPUs of this kind. Best while nothing else runs on the GPU."
+    )
+    calibrate = commands.add_parser("calibrate", help="measure which route serves which transfer best", description=about)
+    calibrate.add_argument("--device", default="auto", help=_DEVICE_HELP)
+    calibrate.add_argument("--json", action="store_true", help="all measurements as JSON on stdout")
 
 
 def _count(text: str) -> int:

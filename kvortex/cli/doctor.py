@@ -12,6 +12,7 @@ from kvortex.cli import console, probes
 from kvortex.cli.versions import REQUIRED, versions
 
 Report = dict[str, Any]
+_TRANSFERS = "transfers_"  # and the name of a GPU: a section
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -44,6 +45,7 @@ def examine(build: bool = False) -> Report:
     count = _probe(probes.gpu_count)
     for ordinal in range(count if isinstance(count, int) else 0):
         report[f"cuda:{ordinal}"] = _probe(functools.partial(probes.gpu, ordinal))
+        report[f"{_TRANSFERS}cuda:{ordinal}"] = _probe(functools.partial(probes.transfers, ordinal))
     report["compiler"] = _probe(probes.compiler)
     report["memory"] = _probe(probes.memory)
     report["kernel_cache"] = _probe(probes.cache)
@@ -101,6 +103,10 @@ def _missing(report: Report) -> list[dict[str, str]]:
         found.append(("kvortex.kernels, which comes with an installation", "pip install . (in the kvortex checkout)"))
     elif not report["kernel_cache"]["writable"]:
         found.append(("a cache folder that can be written", "export KVORTEX_CACHE_DIR=/a/folder/of/yours"))
+    for name in (name for name in report if name.startswith(_TRANSFERS)):
+        if str(_get(report, name, "calibrated")).startswith("no"):
+            gpu = name[len(_TRANSFERS) :]
+            found.append((f"a calibration of {gpu}: how to transfer is guessed", f"kvortex calibrate --device {gpu}"))
     if _get(report, "memory", "transparent_huge_pages") == "never":
         cure = "echo madvise | sudo tee /sys/kernel/mm/transparent_hugepage/enabled"
         found.append(("huge pages, for pinning large pools quickly", cure))

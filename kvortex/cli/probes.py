@@ -10,9 +10,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from kvortex.cli.profiles import facts
 from kvortex.devices import cuda_available
 from kvortex.devices.cuda import CudaDevice
 from kvortex.devices.driver import api, check
+from kvortex.transfer.profile import guess
 
 Facts = dict[str, Any]
 COMPILER_LIBRARIES = ("nvvm", "nvrtc", "nvJitLink")
@@ -51,18 +53,28 @@ def gpu_count() -> int:
 
 def gpu(ordinal: int) -> Facts:
     """One GPU and its link."""
-    facts = CudaDevice(ordinal).describe()
-    folder = _PCI / facts["pci_bus_id"]
+    found = CudaDevice(ordinal).describe()
+    folder = _PCI / found["pci_bus_id"]
     return {
-        "name": facts["gpu"],
-        "compute_capability": facts["compute_capability"],
-        "multiprocessors": facts["multiprocessors"],
-        "memory_bytes": facts["memory_bytes"],
-        "pci_bus_id": facts["pci_bus_id"],
+        "name": found["gpu"],
+        "compute_capability": found["compute_capability"],
+        "multiprocessors": found["multiprocessors"],
+        "memory_bytes": found["memory_bytes"],
+        "pci_bus_id": found["pci_bus_id"],
         "pcie_now": _link(folder, "current"),  # an idle GPU may show less than it can
         "pcie_most": _link(folder, "max"),
-        "numa_node": facts["numa_node"],
+        "numa_node": found["numa_node"],
     }
+
+
+def transfers(ordinal: int) -> Facts:
+    """The profile that engines on a GPU work with: measured on a GPU of this kind, or guessed."""
+    device = CudaDevice(ordinal)
+    profile_store = importlib.import_module("kvortex.transfer.profile_store")
+    stored = profile_store.load(device)
+    profile = stored if stored is not None else guess(device.link_rate, device.multiprocessors)
+    told = "yes" if stored is not None else "no: guessed from the link; run kvortex calibrate"
+    return {"calibrated": told, "file": str(profile_store.path_of(device)) if stored is not None else None, **facts(profile)}
 
 
 def _link(folder: Path, which: str) -> str:
@@ -77,14 +89,14 @@ def _link(folder: Path, which: str) -> str:
 def compiler() -> Facts:
     """The libraries that turn kernels into machine code, wherever cuda-python finds them."""
     load = importlib.import_module("cuda.pathfinder").load_nvidia_dynamic_lib
-    facts: Facts = {}
+    found: Facts = {}
     for name in COMPILER_LIBRARIES:
         try:
-            facts[name] = load(name).abs_path
+            found[name] = load(name).abs_path
         except Exception as error:  # the finder has errors of its own, and the loader's
-            facts[name] = None
-            facts[f"{name}_reason"] = (str(error).splitlines() or [type(error).__name__])[0]
-    return facts
+            found[name] = None
+            found[f"{name}_reason"] = (str(error).splitlines() or [type(error).__name__])[0]
+    return found
 
 
 def nvjitlink_version() -> tuple[int, int]:
@@ -138,16 +150,16 @@ def _writable(folder: Path) -> bool:
 def build(compute_capability: tuple[int, int]) -> Facts:
     """Compiles every kernel, past the cache."""
     module = importlib.import_module("kvortex.kernels.build")
-    facts: Facts = {"compute_capability": ".".join(map(str, compute_capability))}
+    found: Facts = {"compute_capability": ".".join(map(str, compute_capability))}
     for name in module.KERNELS:
         began = time.perf_counter()
         try:
             size = len(module.compile_kernel(name, compute_capability).code)
         except Exception as error:  # one kernel that fails must not hide another that does not
-            facts[name] = " ".join(f"failed: {error}".split())
+            found[name] = " ".join(f"failed: {error}".split())
         else:
-            facts[name] = f"{size} bytes in {time.perf_counter() - began:.1f} s"
-    return facts
+            found[name] = f"{size} bytes in {time.perf_counter() - began:.1f} s"
+    return found
 
 
 def cores() -> int:

@@ -153,6 +153,21 @@ class CudaDevice(Device):
         return node if node >= 0 else None
 
     @property
+    def link_rate(self) -> float | None:
+        """Bytes per second that the link carries one way, packets and all; None where the system does not say.
+
+        Of the fastest link that both ends can have: an idle one may be slower just then.
+        """
+        folder = _pci_folder(self.pci_bus_id)
+        speed, width = _text(folder / "max_link_speed"), _text(folder / "max_link_width")
+        try:
+            transfers, lanes = float((speed or "").split(" ")[0]), int(width or "")  # "32.0 GT/s PCIe"
+        except ValueError:
+            return None
+        coding = 128 / 130 if transfers >= 8 else 8 / 10
+        return transfers * 1e9 * lanes * coding / 8 or None
+
+    @property
     def pci_bus_id(self) -> str:
         """``"0000:0a:00.0"``."""
         text: bytes = check(api().cuDeviceGetPCIBusId(32, self._handle), "cuDeviceGetPCIBusId")

@@ -116,6 +116,11 @@ def driver_version() -> int:
     return int(check(api().cuDriverGetVersion(), "cuDriverGetVersion"))
 
 
+def has_batched_copies() -> bool:
+    """Whether the driver takes many copies in one call."""
+    return bool(functions()[[COPY_BATCH, COPY_BATCH_12]].any())
+
+
 def is_fatal(code: int) -> bool:
     """Whether an error means that the context is gone, so that nothing runs any more.
 

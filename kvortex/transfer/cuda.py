@@ -31,6 +31,8 @@ from kvortex.transfer.layers import (
 )
 from kvortex.transfer.layerwise import LayerSave
 from kvortex.transfer.plan import (
+    BYTES,
+    LINES_OF_RUN,
     OFFSET,
     Int64s,
     Plan,
@@ -43,12 +45,11 @@ from kvortex.transfer.plan import (
     split_pieces,
     strides,
 )
+from kvortex.transfer.profile import Profile
 from kvortex.transfer.resident import FLAG_BYTES
-from kvortex.transfer.routes import Route, choose, resident_ctas
+from kvortex.transfer.routes import Ability, Route, choose, tabulate
 
 MAX_BLOCKS = 2048  # of kvortex.kernels.paged, which needs numba.cuda to import
-LEAST_BUFFERS = 4  # of each direction: one is filled and one leaves, and two are between the kernel and the link
-DIRECT_BYTES = 256 << 10  # contiguous records from this size on go by DMA alone; smaller ones are gathered first
 
 
 def resident_kernels_can_run(device: CudaDevice) -> bool:
@@ -85,12 +86,18 @@ class CudaExecutor(Executor):
         The pinned slots.
     gpu_budget
         Bytes of VRAM for staging buffers.
-    streams
-        Streams, and staging buffers, of each direction.
+    profile
+        What transfers are shaped by; its buffers have equal parts of the budget.
     route
         For all transfers of blocks; None to choose for each.
     beside_compute
         Whether a model computes while blocks move; None to ask the caller's stream each time.
+
+    Attributes
+    ----------
+    route, beside_compute, resident_ctas
+        May be changed between transfers, as measurements do. ``resident_ctas`` are two numbers of CTAs of a resident kernel,
+        with the GPU idle and beside a computing model.
     """
 
     def __init__(
@@ -101,13 +108,14 @@ class CudaExecutor(Executor):
         num_blocks: int,
         pool: Pool,
         gpu_budget: int,
-        streams: int,
+        profile: Profile,
         route: Route | None = None,
         beside_compute: bool | None = None,
     ) -> None:
         self.device = device
-        self._beside_compute = beside_compute
-        self._pool, self._count = pool, streams
+        self.beside_compute = beside_compute
+        self.resident_ctas = profile.resident_ctas, profile.resident_ctas_beside
+        self._profile, self._pool, self._count = profile, pool, profile.streams
         self._fragments, self._layer_offsets = fragments, layer_offsets
         self._functions = cu.functions()
         self._events = Events(device)
@@ -121,20 +129,20 @@ class CudaExecutor(Executor):
         self._cuts: dict[int, Sections] = {}  # by number of groups
         self._allocations = _allocations(device, fragments, num_blocks)
         self._runs = strides(fragments, device.max_pitch, self._allocations)
-        self._batches = bool(self._functions[[cu.COPY_BATCH, cu.COPY_BATCH_12]].any())
+        self._batches = cu.has_batched_copies()
         # A record that is one long piece needs no kernel, whatever else is asked for.
-        one_piece = len(fragments) == 1 and int(fragments[0, 3]) >= DIRECT_BYTES
-        self._route = Route.DIRECT if one_piece else route
-        self._resident = resident_kernels_can_run(device)
+        one_piece = len(fragments) == 1 and int(fragments[0, 3]) >= profile.copy_bytes
+        self.route = Route.DIRECT if one_piece else route
         try:
             self._open(gpu_budget)
+            self._table_of_routes = tabulate(profile.rankings, self._ability())
         except BaseException:
             self.close()
             raise
 
     def _open(self, gpu_budget: int) -> None:
-        staged = len(self._fragments) > 0 and self._route is not Route.DIRECT
-        self._depth = depth = max(self._count, LEAST_BUFFERS)
+        staged = len(self._fragments) > 0 and self.route is not Route.DIRECT
+        self._depth = depth = max(self._count, self._profile.buffers)
         buffers, table, flags = [0] * (2 * depth), 0, 0
         kernels = {direction: (0, 0) for direction in Direction}
         self._pieces = split_pieces(cut_layers(self._fragments, self._layer_offsets))
@@ -161,10 +169,22 @@ class CudaExecutor(Executor):
                 *kernels[direction],
                 self._count,
                 mine,
+                self._profile.staged_ctas,
                 my_flags,
                 table,
                 self._pieces[:, OFFSET],
             )
+
+    def _ability(self) -> Ability:
+        staged = self._depth * self._staging.buffer_bytes if self._staging is not None else 0
+        rectangle = int(self._runs[:, BYTES] @ self._runs[:, LINES_OF_RUN]) // max(1, len(self._runs))
+        return Ability(
+            fragment_bytes=int(self._layer_offsets[-1]) // max(1, len(self._fragments)),
+            strided=rectangle >= self._profile.copy_bytes,
+            batched=self._batches,
+            resident=resident_kernels_can_run(self.device),
+            deep=self._profile.is_deep(staged),
+        )
 
     def _kernel(self, name: str) -> int:
         cubin = build.load(name, self.device.compute_capability)
@@ -180,18 +200,12 @@ class CudaExecutor(Executor):
         nbytes = len(blocks) * int(self._layer_offsets[-1])
         in_groups = layerwise and direction is Direction.SAVE
         busy = in_groups or self._is_busy(caller)  # who saves layer by layer computes meanwhile
-        route = self._route or choose(
-            self._runs,
-            nbytes,
-            beside_compute=busy,
-            resident=self._resident,
-            buffer_bytes=self._staging.buffer_bytes if self._staging is not None else 0,
-            layerwise=layerwise,
-            batches=self._batches,
-        )
+        table = self._table_of_routes
+        route = self.route or choose(table, direction, nbytes, beside_compute=busy, layerwise=layerwise)
         num_layers = len(self._layer_offsets) - 1
         if layerwise and route in (Route.RESIDENT, Route.STAGED, Route.DIRECT):
-            sections = self._sections(group_count(num_layers, int(self._layer_offsets[-1]), len(blocks)))
+            least = self._profile.copy_bytes, self._profile.group_bytes
+            sections = self._sections(group_count(num_layers, int(self._layer_offsets[-1]), len(blocks), *least))
             plan = self._layered_plan(route, blocks, slots, busy, sections)
             if in_groups:
                 return self._layer_save(split_groups(plan), route, sections.group_of)
@@ -222,7 +236,7 @@ class CudaExecutor(Executor):
         if route is Route.DIRECT:
             return plan_direct_layers(blocks, slots, self._fragments[0], sections, self._pool, self._count)
         assert self._staging is not None
-        ctas = resident_ctas(beside_compute=busy) if route is Route.RESIDENT else 0
+        ctas = self.resident_ctas[busy] if route is Route.RESIDENT else 0
         return plan_layers(blocks, slots, sections, self._pool, self._staging.buffer_bytes, MAX_BLOCKS, ctas=ctas)
 
     def _plan(self, route: Route, blocks: Int64s, slots: Int64s, busy: bool) -> Plan:
@@ -237,13 +251,13 @@ class CudaExecutor(Executor):
         if route is Route.MAPPED:
             return plan_mapped(blocks, slots, self._pieces, self._pool, MAX_BLOCKS)
         assert self._staging is not None
-        size, ctas = self._staging.buffer_bytes, resident_ctas(beside_compute=busy) if route is Route.RESIDENT else 0
+        size, ctas = self._staging.buffer_bytes, self.resident_ctas[busy] if route is Route.RESIDENT else 0
         return plan_staged(blocks, slots, self._pieces, self._pool, size, self._depth, MAX_BLOCKS, ctas=ctas)
 
     def _is_busy(self, caller: int) -> bool:
         """Whether a model is computing: as the user says, or mostly when the caller's stream has work on it."""
-        if self._beside_compute is not None:
-            return self._beside_compute
+        if self.beside_compute is not None:
+            return self.beside_compute
         with cu.current(self.device.context) as driver:
             return bool(driver.cuStreamQuery(caller)[0] == driver.CUresult.CUDA_ERROR_NOT_READY)
 

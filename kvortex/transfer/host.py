@@ -25,6 +25,9 @@ _LEAST_RECORDS_A_THREAD = 4
 _LONGEST_END_S = 60.0  # of a thread that has nothing left to do
 _Part: TypeAlias = Callable[[], None]
 
+# Of a group of layers, in one record and in all: below, handing it to a thread outweighs copying it.
+LEAST_COPY_BYTES, LEAST_GROUP_BYTES = 256 << 10, 2 << 20
+
 
 class HostCompletion(Part):
     """A transfer in parts that several threads work on; done when the last one is.
@@ -160,7 +163,8 @@ class HostExecutor(Executor):
             parts = self._parts(copy_paged, (self._fragments,), (blocks,), slots, direction)
             return HostCompletion(self._work, [parts], (), stream)
         fragments = cut_layers(self._fragments, self._layer_offsets)
-        count = group_count(len(self._layer_offsets) - 1, int(self._layer_offsets[-1]), len(blocks))
+        num_layers, record_bytes = len(self._layer_offsets) - 1, int(self._layer_offsets[-1])
+        count = group_count(num_layers, record_bytes, len(blocks), LEAST_COPY_BYTES, LEAST_GROUP_BYTES)
         sections = cut_sections(fragments, self._layer_offsets, count, None)
         edges = sections.first_pieces.tolist()
         groups = [

@@ -18,9 +18,6 @@ from kvortex.transfer.executor import Direction
 from kvortex.transfer.plan import INSTEAD, N_PIECES, Int64s, Plan
 
 THREADS = 512
-# The rest stays with the model. Four launches may run at once, one for each staging buffer: with a quarter of the
-# multiprocessors each, a GEMM beside saves took 0.96 of its time alone on an H100, and 0.99 with all of them each.
-CTAS_PER_MULTIPROCESSOR = 0.25
 ROW_WORDS = 2 * resident.ROW_CELLS  # of an IdBuffer's int32
 RESIDENT_THREADS = 512  # of kvortex.kernels.resident, which needs numba.cuda to import
 
@@ -52,6 +49,9 @@ class Lane:
         Streams that copies are dealt to, and kernels that use no staging buffer.
     buffers
         Addresses of staging buffers, at least ``count``; each has a stream for launches of its own.
+    ctas
+        Most CTAs of a launch that serves one buffer, or none. The rest of the GPU stays with a model, and one launch for each
+        buffer may run at a time.
     flags
         Address of ``2 * resident.FLAG_BYTES`` bytes of VRAM for each buffer, zeroed.
     table, offsets
@@ -66,6 +66,7 @@ class Lane:
         resident_kernel: int,
         count: int,
         buffers: list[int],
+        ctas: int,
         flags: int,
         table: int,
         offsets: Int64s,
@@ -90,7 +91,7 @@ class Lane:
         self.cells[nogil.CONTEXT] = int(device.context)
         self.cells[nogil.KERNEL] = kernel
         self.cells[nogil.THREADS] = THREADS
-        self.cells[nogil.MAX_CTAS] = max(1, round(device.multiprocessors * CTAS_PER_MULTIPROCESSOR))
+        self.cells[nogil.MAX_CTAS] = ctas
         self.cells[nogil.TABLE] = table
         self.cells[nogil.JOIN_STREAM] = join_stream
         self.cells[nogil.CALLER_EVENT] = caller_event

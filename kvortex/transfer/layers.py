@@ -37,8 +37,6 @@ from kvortex.transfer.plan import (
     neighbours,
 )
 
-LEAST_COPY_BYTES = 256 << 10  # of a group in one record: below, the driver's few microseconds a copy outweigh its bytes
-LEAST_GROUP_BYTES = 2 << 20  # of a group in all records: below, a group costs more than it saves
 _LANE = 16
 
 
@@ -57,9 +55,13 @@ def cut_layers(fragments: Int64s, layer_offsets: Int64s) -> Int64s:
     return cut
 
 
-def group_count(num_layers: int, record_bytes: int, records: int) -> int:
-    """Groups that a transfer of so many records is worth."""
-    return max(1, min(num_layers, record_bytes // LEAST_COPY_BYTES, records * record_bytes // LEAST_GROUP_BYTES))
+def group_count(num_layers: int, record_bytes: int, records: int, copy_bytes: int, group_bytes: int) -> int:
+    """Groups that a transfer of so many records is worth.
+
+    ``copy_bytes`` of a group in one record, and ``group_bytes`` of it in all, are the least that outweigh what a copy and a
+    group cost beside their bytes.
+    """
+    return max(1, min(num_layers, record_bytes // copy_bytes, records * record_bytes // group_bytes))
 
 
 def group_layers(layer_offsets: Int64s, count: int) -> Int64s:

@@ -18,6 +18,7 @@ Int32s = npt.NDArray[np.int32]
 
 # Columns of a fragment or piece: address in block 0, block stride, offset in the record, bytes.
 BASE, STRIDE, OFFSET, BYTES = range(4)
+LINES_OF_RUN = 4  # column behind these, of what :func:`strides` gives
 # Columns of a chunk: range of ids, range of pieces, range of copies, and the address that the kernel uses instead of a
 # staging buffer, or 0. n_pieces is 0 where no kernel runs.
 FIRST_BLOCK, N_BLOCKS, FIRST_PIECE, N_PIECES, FIRST_COPY, N_COPIES, INSTEAD = range(CHUNK_COLUMNS := 7)

@@ -1,23 +1,14 @@
-"""Routes: how the bytes of scattered blocks cross the link, and which one serves a transfer best."""
+"""Routes: how the bytes of scattered blocks cross the link, and which one serves a transfer."""
 
 from __future__ import annotations
 
+import bisect
 import enum
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TypeAlias
 
-from kvortex.transfer.plan import BYTES, Int64s
-
-# On an H100, PCIe 5 x16 (perf/results): a strided DMA loses about 40 ns a line, so lines of 16 KiB reach 0.89 of a
-# contiguous DMA and shorter ones much less; up to a few MiB a kernel that writes over the link is done before a gather, a
-# DMA and the gap between them are.
-STRIDED_LINE_BYTES = 16 << 10
-STRIDED_LEAST_LINES = 8
-MAPPED_BYTES = 4 << 20
-# With four staging buffers this long, each launch beside a model brings 256 MiB to the link: as much as it takes in 5 ms.
-DEEP_BYTES = 64 << 20
-DEEP_LINE_BYTES = 32 << 10  # and shorter lines then leave faster that way than by strided DMA
-# Batched copies need long fragments: over 8 streams 49 / 49 GB/s at 32 KiB and 54 / 52 at 128 KiB, but 40 / 5 at 18 KiB.
-BATCHED_BYTES = 64 << 10
-_LINES = 4  # column of kvortex.transfer.plan.strides
+from kvortex.transfer.executor import Direction
 
 
 class Route(enum.Enum):
@@ -47,47 +38,104 @@ class Route(enum.Enum):
     MAPPED = "mapped"
 
 
-def choose(
-    runs: Int64s,
-    nbytes: int,
-    *,
-    beside_compute: bool,
-    resident: bool = True,
-    buffer_bytes: int = 0,
-    layerwise: bool = False,
-    batches: bool = False,
-) -> Route:
-    """The route of one transfer.
+@dataclass(frozen=True)
+class Ranking:
+    """Which routes serve one kind of transfers, the best first.
 
     Parameters
     ----------
-    runs : (R, 6) int64
-        Of :func:`kvortex.transfer.plan.strides`.
-    nbytes
-        Payload of the transfer.
+    direction, beside_compute
+        Of the transfers, and whether the GPU is busy with something else.
+    fragment_bytes, nbytes
+        For transfers from this mean length of a fragment on, and from this payload on.
+    routes
+        Without repetition; ``STAGED``, which always can run, among them.
+    """
+
+    direction: Direction
+    beside_compute: bool
+    fragment_bytes: int
+    nbytes: int
+    routes: tuple[Route, ...]
+
+    def __post_init__(self) -> None:
+        if Route.STAGED not in self.routes or Route.DIRECT in self.routes or len(set(self.routes)) != len(self.routes):
+            raise ValueError(f"a ranking of {[route.value for route in self.routes]}")
+        if self.fragment_bytes < 0 or self.nbytes < 0:
+            raise ValueError("a ranking from less than nothing on")
+
+
+@dataclass(frozen=True)
+class Ability:
+    """What a layout, a device and its staging buffers allow.
+
+    Parameters
+    ----------
+    fragment_bytes
+        Mean length of the layout's fragments.
+    strided
+        Whether fragments lie so evenly that few rectangles hold them.
+    batched
+        Whether the driver takes many copies in one call.
+    resident
+        Whether resident kernels can run.
+    deep
+        Whether staging buffers keep the link busy until the next kernel of a model ends.
+    """
+
+    fragment_bytes: int
+    strided: bool
+    batched: bool
+    resident: bool
+    deep: bool
+
+
+# Direction, beside compute, layer-wise; then payloads from which on a route is the best one that is possible.
+Table: TypeAlias = "dict[tuple[Direction, bool, bool], tuple[list[int], list[Route]]]"
+
+
+def tabulate(rankings: Iterable[Ranking], ability: Ability) -> Table:
+    """What :func:`choose` chooses from: of rankings those for this length of fragments, of routes those that are possible."""
+    all_of_them = list(rankings)
+    table: Table = {}
+    for direction in Direction:
+        for beside in (False, True):
+            mine = [row for row in all_of_them if row.direction is direction and row.beside_compute is beside]
+            length = max(row.fragment_bytes for row in mine if row.fragment_bytes <= ability.fragment_bytes)
+            rows = sorted((row.nbytes, row.routes) for row in mine if row.fragment_bytes == length)
+            for layerwise in (False, True):
+                best = [_possible(routes, ability, beside_compute=beside, layerwise=layerwise)[0] for _, routes in rows]
+                table[direction, beside, layerwise] = [nbytes for nbytes, _ in rows], best
+    return table
+
+
+def _possible(routes: tuple[Route, ...], ability: Ability, *, beside_compute: bool, layerwise: bool) -> list[Route]:
+    """Those that can run. One DMA or batch takes all layers of a block at once, which is no use to who waits for the first."""
+    can = {
+        Route.STRIDED: ability.strided and not layerwise,
+        Route.BATCHED: ability.batched and not layerwise,
+        Route.RESIDENT: ability.resident,
+    }
+    found = [route for route in routes if can.get(route, True)]
+    if beside_compute and not ability.deep:  # the link stands still until the next kernel ends, so only better than nothing
+        behind = found[found.index(Route.STAGED) + 1 :]
+        found.remove(Route.STAGED)
+        found.insert(found.index(Route.MAPPED) if Route.MAPPED in behind else len(found), Route.STAGED)
+    return found
+
+
+def choose(table: Table, direction: Direction, nbytes: int, *, beside_compute: bool, layerwise: bool = False) -> Route:
+    """The route of one transfer of ``nbytes`` of payload.
+
+    Parameters
+    ----------
+    table
+        Of :func:`tabulate`.
+    direction, nbytes
     beside_compute
         Whether the GPU is busy with something else.
-    resident
-        Whether resident kernels can run here.
-    buffer_bytes
-        Of a staging buffer.
     layerwise
-        Whether the first layers are wanted before the last ones; a strided DMA takes all layers of a block at once.
-    batches
-        Whether the driver takes many copies in one call.
+        Whether the first layers are wanted before the last ones.
     """
-    deep = beside_compute and buffer_bytes >= DEEP_BYTES
-    least = DEEP_LINE_BYTES if deep else STRIDED_LINE_BYTES
-    long_lines = runs[:, BYTES].min() >= least and runs[:, _LINES].sum() >= STRIDED_LEAST_LINES * len(runs)
-    if beside_compute and long_lines and not layerwise:
-        return Route.STRIDED
-    if beside_compute and batches and not layerwise and runs[:, BYTES].min() >= BATCHED_BYTES:
-        return Route.BATCHED
-    if nbytes <= MAPPED_BYTES:
-        return Route.MAPPED
-    return Route.RESIDENT if resident and not deep else Route.STAGED
-
-
-def resident_ctas(*, beside_compute: bool) -> int:
-    """CTAs of a resident kernel, each of which keeps a multiprocessor. Two feed the link; four fill it sooner."""
-    return 2 if beside_compute else 4
+    least, routes = table[direction, beside_compute, layerwise]
+    return routes[bisect.bisect_right(least, nbytes) - 1]

@@ -12,7 +12,7 @@ from numba import cuda
 from numba.cuda.core import config
 
 import conftest  # noqa: F401  (makes kvortex.kernels importable)
-from kvortex.kernels import move, paged, resident
+from kvortex.kernels import compute, move, paged, resident
 from tests.kernels.cases import CASES, GUARD, Case
 
 lanes = [0]
@@ -75,6 +75,12 @@ def run_resident(case: Case, direction: str, grid: int, threads: int) -> None:
     assert done.tolist() == [7 + total, total - 1, total], "every thread raises each chunk's flag once, and it wraps"
 
 
+def run_compute(grid: int, threads: int) -> None:
+    counter = np.zeros(1, np.uint32)
+    cuda.jit(compute.compute)[grid, threads](np.uint64(counter.ctypes.data), 7, 3)
+    assert counter.tolist() == [7 + grid], "each tile is taken once, and each CTA asks once in vain"
+
+
 def main() -> int:
     assert config.ENABLE_CUDASIM
     move.store16 = counted
@@ -84,6 +90,8 @@ def main() -> int:
             print(f"simulated {direction}: {case.name}", flush=True)
             run_resident(case, direction, grid=2, threads=64)
             print(f"simulated resident {direction}: {case.name}", flush=True)
+    run_compute(grid=2, threads=8)
+    print("simulated compute", flush=True)
     return 0
 
 

@@ -10,12 +10,11 @@ import pytest
 
 from kvortex.devices.cuda import CudaDevice
 from kvortex.errors import ArgumentError, DeviceError, TransferError
-from kvortex.transfer.cuda import DIRECT_BYTES, LEAST_BUFFERS
 from kvortex.transfer.executor import Completion, Direction
-from kvortex.transfer.routes import BATCHED_BYTES
 from tests.fake_driver import Result
 from tests.fake_gpu import FakeGpu, fake_gpu
 from tests.pages import PagedCache, Tensor, assert_same, keys_of
+from tests.transfer.profiles import H100
 from tests.transfer.submitting import submit_blocks
 
 
@@ -28,7 +27,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
 def cache_of(kind: str) -> PagedCache:
     device = CudaDevice()
     if kind == "direct":
-        return PagedCache(device, [Tensor(device, (12, DIRECT_BYTES), 1)], 0)
+        return PagedCache(device, [Tensor(device, (12, H100.copy_bytes), 1)], 0)
     if kind == "odd":
         return PagedCache(device, [Tensor(device, (12, 333), 1, shift=1), Tensor(device, (2, 12, 77), 1, shift=3)], [0, 1])
     return PagedCache(device, [Tensor(device, (2, 12, 5, 60)) for _ in range(3)], 1)
@@ -40,7 +39,7 @@ def cache_of(kind: str) -> PagedCache:
 @pytest.mark.parametrize("kind", ["direct", "odd", "layers"])
 def test_round_trip(gpu: FakeGpu, kind: str, streams: int, staging: int, route: str) -> None:
     cache = cache_of(kind)
-    options = {"gpu_pool_size_bytes": 2 * LEAST_BUFFERS * staging, "num_transfer_streams": streams, "transfer_route": route}
+    options = {"gpu_pool_size_bytes": 2 * H100.buffers * staging, "num_transfer_streams": streams, "transfer_route": route}
     with cache.engine(slots=10, **options) as engine:
         before = cache.randomize()
         assert engine.save_blocks(keys_of(*range(10)), np.arange(10)[::-1]).wait().all()
@@ -88,7 +87,7 @@ def test_one_batch_a_stream_in_the_form_that_the_driver_has(gpu: FakeGpu, versio
     for streams in (1, 7):
         cache = cache_of("layers")
         with cache.engine(slots=10, num_transfer_streams=streams, transfer_route="batched") as engine:
-            before, wanted = cache.randomize(), max(streams, LEAST_BUFFERS)
+            before, wanted = cache.randomize(), max(streams, H100.buffers)
             gpu.issued.calls.clear()
             assert engine.save_blocks(keys_of(*range(10)), np.arange(10)).wait().all()
             saves = [call for call in gpu.issued.calls if call.name == name]
@@ -378,7 +377,7 @@ def test_long_fragments_that_lie_unevenly_leave_a_busy_gpu_in_batches(gpu: FakeG
     gpu.answers["cuDriverGetVersion"] = version
     gpu.answers["cuStreamQuery"] = lambda _: (Result(600),)
     device = CudaDevice()
-    cache = PagedCache(device, [Tensor(device, (12, BATCHED_BYTES + 16 * at), 1) for at in range(3)], 0)
+    cache = PagedCache(device, [Tensor(device, (12, (64 << 10) + 16 * at), 1) for at in range(3)], 0)
     with cache.engine() as engine:
         before = cache.randomize()
         assert engine.save_blocks(keys_of(1, 2, 3), [4, 11, 0]).wait().all()

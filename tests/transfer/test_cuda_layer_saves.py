@@ -11,13 +11,12 @@ import pytest
 from kvortex.devices.cuda import CudaDevice
 from kvortex.errors import ArgumentError, DeviceError, LayersMissingError, TransferError
 from kvortex.memory.ids import _READY
-from kvortex.transfer import layers as module
-from kvortex.transfer.cuda import LEAST_BUFFERS
 from kvortex.transfer.executor import Direction
 from tests.engine.test_interrupts import Trap
 from tests.fake_driver import Result
 from tests.fake_gpu import FakeGpu, fake_gpu
 from tests.pages import PagedCache, Tensor, assert_same, keys_of
+from tests.transfer.profiles import H100, shape
 from tests.transfer.recorder import Call, predecessors
 
 LAYERS, BLOCKS = 6, 12
@@ -27,8 +26,7 @@ ROUTES = ["staged", "resident", "strided", "batched", "mapped"]
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
-    monkeypatch.setattr(module, "LEAST_COPY_BYTES", 1)
-    monkeypatch.setattr(module, "LEAST_GROUP_BYTES", 1)
+    shape(monkeypatch, copy_bytes=1, group_bytes=1)
     with fake_gpu(monkeypatch) as made:
         # What Python records is put among what compiled code records, so that one account tells what waits for what.
         made.answers["cuEventRecord"] = lambda event, stream: (
@@ -46,7 +44,7 @@ def cache_of(kind: str = "layers") -> PagedCache:
 
 
 def in_pairs(monkeypatch: pytest.MonkeyPatch, cache: PagedCache) -> None:
-    monkeypatch.setattr(module, "LEAST_COPY_BYTES", cache.layout.record_bytes // 3)
+    shape(monkeypatch, copy_bytes=cache.layout.record_bytes // 3, group_bytes=1)
 
 
 def write_layer(cache: PagedCache, layer: int, byte: int) -> None:
@@ -77,7 +75,7 @@ def test_each_group_takes_the_bytes_of_its_moment(
     if grouped == 2:
         in_pairs(monkeypatch, cache)
     together = LAYERS if route in ("strided", "batched", "mapped") and kind != "direct" else grouped
-    with cache.engine(slots=BLOCKS, gpu_pool_size_bytes=2 * LEAST_BUFFERS * staging, transfer_route=route) as engine:
+    with cache.engine(slots=BLOCKS, gpu_pool_size_bytes=2 * H100.buffers * staging, transfer_route=route) as engine:
         cache.randomize()
         ticket = engine.save_blocks(keys_of(*range(9)), np.arange(9), layerwise=True, stream=0x5)
         assert ticket.nbytes == 9 * cache.layout.record_bytes

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from kvortex.devices.cuda import CudaDevice
-from kvortex.transfer import layers as module
-from kvortex.transfer.cuda import LEAST_BUFFERS
 from tests.fake_gpu import FakeGpu, fake_gpu
 from tests.pages import PagedCache, Tensor, assert_same, keys_of
+from tests.transfer.profiles import H100, shape
 from tests.transfer.recorder import Call
 
 LAYERS = 6
@@ -19,8 +18,7 @@ LAYERS = 6
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
-    monkeypatch.setattr(module, "LEAST_COPY_BYTES", 1)
-    monkeypatch.setattr(module, "LEAST_GROUP_BYTES", 1)
+    shape(monkeypatch, copy_bytes=1, group_bytes=1)
     with fake_gpu(monkeypatch) as made:
         yield made
 
@@ -37,7 +35,7 @@ def cache_of(kind: str) -> PagedCache:
 @pytest.mark.parametrize("kind", ["direct", "layers"])
 def test_an_event_a_layer(gpu: FakeGpu, kind: str, staging: int, route: str) -> None:
     cache = cache_of(kind)
-    with cache.engine(slots=12, gpu_pool_size_bytes=2 * LEAST_BUFFERS * staging, transfer_route=route) as engine:
+    with cache.engine(slots=12, gpu_pool_size_bytes=2 * H100.buffers * staging, transfer_route=route) as engine:
         before = cache.randomize()
         assert engine.save_blocks(keys_of(*range(9)), np.arange(9)).wait().all()
         poisoned = cache.randomize()

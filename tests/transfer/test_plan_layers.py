@@ -10,8 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvortex.transfer.layers import (
-    LEAST_COPY_BYTES,
-    LEAST_GROUP_BYTES,
     Sections,
     cut_layers,
     cut_sections,
@@ -149,9 +147,10 @@ def test_groups_are_about_equal(layers: list[int], count: int, edges: list[int])
 
 def test_how_many_groups_pay() -> None:
     record = 32 * 64 << 10
-    assert group_count(32, record, 1000) == record // LEAST_COPY_BYTES == 8
-    assert group_count(4, record, 1000) == 4 and group_count(32, record, 1) == record // LEAST_GROUP_BYTES == 1
-    assert group_count(32, 4096, 1_000_000) == 1
+    least = 256 << 10, 2 << 20
+    assert group_count(32, record, 1000, *least) == 8
+    assert group_count(4, record, 1000, *least) == 4 and group_count(32, record, 1, *least) == 1
+    assert group_count(32, record, 2, *least) == 2 and group_count(32, 4096, 1_000_000, *least) == 1
 
 
 def test_neighbours_of_a_layer_are_one_rectangle() -> None:

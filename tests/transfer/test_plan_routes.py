@@ -23,7 +23,6 @@ from kvortex.transfer.plan import (
     split_pieces,
     strides,
 )
-from kvortex.transfer.routes import DEEP_BYTES, Route, choose
 from tests.naive_plan import VRAM, Machine
 from tests.transfer.plans import HOST, Case, cases, fragments_of
 
@@ -172,34 +171,3 @@ def test_neighbours_in_the_pool_are_one_launch() -> None:
     assert plan.ids.tolist() == [5, 4, 0, 1, 2, 3]
     assert plan.chunks[:, N_BLOCKS].tolist() == [2, 2, 1, 1], "at most two ids a launch, and a segment ends behind slot 5"
     assert plan.chunks[:, INSTEAD].tolist() == [HOST + 128 * slot for slot in (1, 4, 6, 9)]
-
-
-def test_which_route() -> None:
-    def of(fragment: int, lines: int, nbytes: int, busy: bool) -> Route:
-        runs = np.array([[0, fragment, 0, fragment, lines, 1 << 20]], np.int64)
-        return choose(runs, nbytes, beside_compute=busy)
-
-    assert of(32 << 10, 64, 1 << 30, True) is Route.STRIDED and of(32 << 10, 64, 1 << 30, False) is Route.RESIDENT
-    assert of(4 << 10, 64, 1 << 30, True) is Route.RESIDENT and of(32 << 10, 2, 1 << 30, True) is Route.RESIDENT
-    assert of(4 << 10, 64, 2 << 20, False) is Route.MAPPED and of(32 << 10, 64, 2 << 20, True) is Route.STRIDED
-    lone = np.array([[0, 4096, 0, 4096, 64, 1 << 20]], np.int64)
-    assert choose(lone, 1 << 30, beside_compute=False, resident=False) is Route.STAGED
-    deep = {"buffer_bytes": DEEP_BYTES}
-    assert choose(lone, 1 << 30, beside_compute=True, **deep) is Route.STAGED, "a launch takes nothing from the next kernel"
-    assert choose(lone, 1 << 30, beside_compute=False, **deep) is Route.RESIDENT
-    assert choose(lone, 1 << 30, beside_compute=True, buffer_bytes=DEEP_BYTES - 1) is Route.RESIDENT
-    lone[0, [3, 4]] = 64 << 10, 1
-    assert choose(lone, 1 << 30, beside_compute=True, batches=True) is Route.BATCHED, "long, and nowhere evenly spaced"
-    assert choose(lone, 1 << 20, beside_compute=True, batches=True) is Route.BATCHED
-    assert choose(lone, 1 << 30, beside_compute=True, **deep, batches=True) is Route.BATCHED
-    assert choose(lone, 1 << 30, beside_compute=True) is Route.RESIDENT, "a call for each copy is slower"
-    assert choose(lone, 1 << 30, beside_compute=False, batches=True) is Route.RESIDENT
-    assert choose(lone, 1 << 30, beside_compute=True, batches=True, layerwise=True) is Route.RESIDENT
-    shorter = np.concatenate((lone, lone))
-    shorter[1, 3] -= 1
-    assert choose(shorter, 1 << 30, beside_compute=True, batches=True) is Route.RESIDENT
-    even = np.array([[0, 64 << 10, 0, 64 << 10, 64, 1 << 20]], np.int64)
-    assert choose(even, 1 << 30, beside_compute=True, batches=True) is Route.STRIDED
-    middle = np.array([[0, 18432, 0, 18432, 64, 1 << 20]], np.int64)
-    assert choose(middle, 1 << 30, beside_compute=True) is Route.STRIDED
-    assert choose(middle, 1 << 30, beside_compute=True, **deep) is Route.STAGED

@@ -1,0 +1,84 @@
+"""What an engine takes from a profile, and what its config says instead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvortex.devices.cuda import CudaDevice
+from kvortex.errors import DeviceError
+from kvortex.transfer import calibrate as module
+from kvortex.transfer import profile_store as store
+from kvortex.transfer.cuda import CudaExecutor
+from kvortex.transfer.executor import Direction
+from kvortex.transfer.profile import Profile, guess
+from tests.fake_gpu import FakeGpu, fake_gpu
+from tests.pages import PagedCache, keys_of
+
+SMALL = replace(guess(None, 8), buffer_bytes=8192, streams=3, buffers=5, resident_ctas=6, resident_ctas_beside=1, staged_ctas=7)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeGpu]:
+    monkeypatch.setenv("KVORTEX_CACHE_DIR", str(tmp_path))
+    with fake_gpu(monkeypatch) as made:
+        store.save(CudaDevice(), SMALL)
+        yield made
+
+
+def shape_of(gpu: FakeGpu, **options: Any) -> tuple[int, int, int]:
+    """Streams, staging buffers and bytes of one that an engine has each way."""
+    with PagedCache.plain(CudaDevice()).engine(**{"gpu_pool_size_bytes": None, **options}) as engine:
+        executor = engine._executor
+        assert isinstance(executor, CudaExecutor) and executor._staging is not None
+        lane = executor._lanes[Direction.SAVE]
+        assert len(lane.buffers) == len(executor._lanes[Direction.LOAD].buffers) == len(executor._staging.addresses) // 2
+        return lane._count, len(lane.buffers), executor._staging.buffer_bytes
+
+
+def test_a_stored_profile_shapes_transfers(gpu: FakeGpu) -> None:
+    assert shape_of(gpu) == (3, 5, 8192)
+    cache = PagedCache.plain(CudaDevice(), blocks=200)
+    for route, busy, ctas in (("resident", False, 6), ("resident", True, 1), ("staged", True, 7)):
+        with cache.engine(slots=200, transfer_route=route, beside_compute=busy) as engine:
+            gpu.issued.calls.clear()
+            assert engine.save_blocks(keys_of(*range(200)), range(200)).wait().all()
+            assert {call.arguments[1] for call in gpu.issued.calls if call.name == "launch"} == {ctas}
+
+
+def test_the_config_comes_before_the_profile(gpu: FakeGpu) -> None:
+    assert shape_of(gpu, num_transfer_streams=2) == (2, 5, 8192)
+    assert shape_of(gpu, num_transfer_streams=7) == (7, 7, 8192), "each stream has a buffer"
+    assert shape_of(gpu, staging_buffers=4) == (3, 4, 8192)
+    assert shape_of(gpu, staging_buffers=2, num_transfer_streams=1, gpu_pool_size_bytes=4 << 12) == (1, 2, 4096)
+    assert shape_of(gpu, calibrate="never")[:2] == (2, 4)
+
+
+def test_an_engine_that_is_to_measure_does_so_once(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.path_of(CudaDevice()).unlink()
+    measured: list[str] = []
+
+    def once(device: CudaDevice) -> Profile:
+        measured.append(device.name)
+        store.save(device, SMALL)
+        return SMALL
+
+    monkeypatch.setattr(module, "once", once)
+    assert shape_of(gpu)[0] == 2 and not measured
+    assert shape_of(gpu, calibrate="once") == shape_of(gpu, calibrate="once") == shape_of(gpu) == (3, 5, 8192)
+    assert measured == ["cuda:0"]
+
+
+def test_why_nothing_could_be_measured_is_told(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.path_of(CudaDevice()).unlink()
+
+    def refuse(_: CudaDevice) -> Profile:
+        raise DeviceError("planted")
+
+    monkeypatch.setattr(module, "once", refuse)
+    with PagedCache.plain(CudaDevice()).engine(calibrate="once") as engine:
+        assert "not calibrated: planted" in engine.notes
