@@ -20,7 +20,7 @@ from kvortex.transfer.routes import Route
 
 FRAGMENT_BYTES = (4 << 10, 16 << 10, 32 << 10, 128 << 10)
 MIDDLE_BYTES = 16 << 10  # for what hardly depends on it
-PAYLOADS = (1 << 20, 4 << 20, 16 << 20)  # and the largest, which the bench knows
+PAYLOADS = (1 << 20, 4 << 20, 16 << 20)  # or one record, if that is more; and the largest, which the bench knows
 COPY_BYTES = (64 << 10, 128 << 10, 256 << 10, 512 << 10, 1 << 20)
 STREAMS, RESIDENT_CTAS, BESIDE_CTAS = (1, 2, 3), (1, 2, 3, 4, 6, 8), (1, 2, 4)
 CHUNK_PARTS = (4, 2, 1)  # of the staging buffer that is guessed
@@ -168,7 +168,7 @@ def _best_launches_beside(machine: Machine, profile: Profile, link: dict[Directi
 
 def _idle(machine: Machine, profile: Profile, fragment_bytes: int) -> list[Measurement]:
     record = FRAGMENTS * fragment_bytes
-    sizes = sorted({max(record, min(nbytes, machine.nbytes) // record * record) for nbytes in (*PAYLOADS, machine.nbytes)})
+    sizes = sorted({max(record, min(nbytes, machine.nbytes)) for nbytes in (*PAYLOADS, machine.nbytes)})
     table = []
     for direction in Direction:
         for nbytes in sizes:

@@ -58,6 +58,16 @@ def test_the_config_comes_before_the_profile(gpu: FakeGpu) -> None:
     assert shape_of(gpu, calibrate="never")[:2] == (2, 4)
 
 
+@pytest.mark.parametrize(("pool", "route"), [(16 << 20, "staged"), (4 << 20, "resident")])
+def test_deep_buffers_are_for_staging_beside_a_model(gpu: FakeGpu, pool: int, route: str) -> None:
+    """This link moves 4 MB until the next kernel of a model ends, and five of ten buffers share half of the pool."""
+    store.save(CudaDevice(), replace(SMALL, link_rate=1e9))
+    cache = PagedCache.plain(CudaDevice(), blocks=200)
+    with cache.engine(slots=200, gpu_pool_size_bytes=pool, beside_compute=True) as engine:
+        assert engine.save_blocks(keys_of(*range(200)), range(200)).wait().all()
+        assert [entry.route for entry in engine.get_stats().routes] == [route]
+
+
 def test_an_engine_that_is_to_measure_does_so_once(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     store.path_of(CudaDevice()).unlink()
     measured: list[str] = []

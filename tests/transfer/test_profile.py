@@ -123,7 +123,7 @@ def test_a_file_with_anything_else_is_no_profile(gpu: FakeGpu, body: bytes) -> N
     assert store.load(device) is None
 
 
-@pytest.mark.parametrize("damage", ["empty", "truncated", "flipped", "version", "foreign", "longer"])
+@pytest.mark.parametrize("damage", ["empty", "truncated", "changed", "version", "foreign", "longer"])
 def test_a_damaged_file_is_no_profile(gpu: FakeGpu, damage: str) -> None:
     path = store.save(CudaDevice(), MEASURED)
     assert path is not None
@@ -132,8 +132,11 @@ def test_a_damaged_file_is_no_profile(gpu: FakeGpu, damage: str) -> None:
         del data[0 if damage == "empty" else len(data) // 2 :]
     elif damage == "longer":
         data += b" "
+    elif damage == "changed":
+        data = data.replace(b'"streams": 3', b'"streams": 2')
     else:
-        data[{"flipped": -9, "version": 8, "foreign": 0}[damage]] ^= 1
+        data[8 if damage == "version" else 0] ^= 1
+    assert bytes(data) != path.read_bytes()
     path.write_bytes(data)
     assert store.load(CudaDevice()) is None
     assert store.save(CudaDevice(), H100) == path and store.load(CudaDevice()) == H100
@@ -150,7 +153,7 @@ def test_a_folder_that_cannot_be_written(gpu: FakeGpu, monkeypatch: pytest.Monke
 HOLD = """
 import fcntl, sys
 file = open(sys.argv[1], "wb")
-fcntl.flock(file, fcntl.LOCK_EX)
+fcntl.flock(file, fcntl.LOCK_SH)  # which an exclusive lock waits for as well
 print("held", flush=True)
 sys.stdin.read()
 """
