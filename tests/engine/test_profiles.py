@@ -32,7 +32,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeGpu]:
 
 def shape_of(gpu: FakeGpu, **options: Any) -> tuple[int, int, int]:
     """Streams, staging buffers and bytes of one that an engine has each way."""
-    with PagedCache.plain(CudaDevice()).engine(**{"gpu_pool_size_bytes": None, **options}) as engine:
+    with PagedCache.plain(CudaDevice()).engine(**{"gpu_pool_size_bytes": None, "calibrate": "stored", **options}) as engine:
         executor = engine._executor
         assert isinstance(executor, CudaExecutor) and executor._staging is not None
         lane = executor._lanes[Direction.SAVE]
@@ -63,7 +63,7 @@ def test_deep_buffers_are_for_staging_beside_a_model(gpu: FakeGpu, pool: int, ro
     """This link moves 4 MB until the next kernel of a model ends, and five of ten buffers share half of the pool."""
     store.save(CudaDevice(), replace(SMALL, link_rate=1e9))
     cache = PagedCache.plain(CudaDevice(), blocks=200)
-    with cache.engine(slots=200, gpu_pool_size_bytes=pool, beside_compute=True) as engine:
+    with cache.engine(slots=200, gpu_pool_size_bytes=pool, beside_compute=True, calibrate="stored") as engine:
         assert engine.save_blocks(keys_of(*range(200)), range(200)).wait().all()
         assert [entry.route for entry in engine.get_stats().routes] == [route]
 
