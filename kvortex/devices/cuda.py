@@ -44,23 +44,22 @@ class CudaBuffer(DeviceBuffer):
         return self._device.ordinal
 
     def write(self, data: npt.NDArray[Any], offset: int = 0) -> None:
-        data = np.ascontiguousarray(data)
-        self._check_inside(offset, data.nbytes)
+        flat = self._bytes_of(data)
+        first, nbytes = self._inside(offset, flat.size)
         with current(self._device.context) as driver:
-            check(driver.cuMemcpyHtoD(self.address + offset, data.ctypes.data, data.nbytes), "cuMemcpyHtoD")
+            check(driver.cuMemcpyHtoD(self.address + first, flat.ctypes.data, nbytes), "cuMemcpyHtoD")
             check(driver.cuCtxSynchronize(), "cuCtxSynchronize")
 
     def read(self, offset: int = 0, nbytes: int | None = None) -> Bytes:
-        nbytes = self.nbytes - offset if nbytes is None else nbytes
-        self._check_inside(offset, nbytes)
-        data = np.empty(nbytes, np.uint8)
+        first, count = self._inside(offset, nbytes)
+        data = np.empty(count, np.uint8)
         with current(self._device.context) as driver:
             check(driver.cuCtxSynchronize(), "cuCtxSynchronize")
-            check(driver.cuMemcpyDtoH(data.ctypes.data, self.address + offset, nbytes), "cuMemcpyDtoH")
+            check(driver.cuMemcpyDtoH(data.ctypes.data, self.address + first, count), "cuMemcpyDtoH")
         return data
 
     def free(self) -> None:
-        address, self.address = self.address, 0
+        address, self.address, self.nbytes = self.address, 0, 0
         if address:
             with current(self._device.context) as driver:
                 check(driver.cuMemFree(address), "cuMemFree")
