@@ -155,16 +155,11 @@ class CudaDevice(Device):
     def link_rate(self) -> float | None:
         """Bytes per second that the link carries one way, packets and all; None where the system does not say.
 
-        Of the fastest link that both ends can have: an idle one may be slower just then.
+        What both ends can do, and every bridge on the way: an idle link may be slower just then.
         """
         folder = _pci_folder(self.pci_bus_id)
-        speed, width = _text(folder / "max_link_speed"), _text(folder / "max_link_width")
-        try:
-            transfers, lanes = float((speed or "").split(" ")[0]), int(width or "")  # "32.0 GT/s PCIe"
-        except ValueError:
-            return None
-        coding = 128 / 130 if transfers >= 8 else 8 / 10
-        return transfers * 1e9 * lanes * coding / 8 or None
+        own = _most_of_link(folder)
+        return own and min(filter(None, (own, *map(_most_of_link, folder.resolve().parents))))
 
     @property
     def pci_bus_id(self) -> str:
@@ -193,6 +188,17 @@ class CudaDevice(Device):
 
 def _pci_folder(bus_id: str) -> pathlib.Path:
     return pathlib.Path("/sys/bus/pci/devices") / bus_id
+
+
+def _most_of_link(folder: pathlib.Path) -> float | None:
+    """Bytes per second that one end of a link can do."""
+    speed, width = _text(folder / "max_link_speed"), _text(folder / "max_link_width")
+    try:
+        transfers, lanes = float((speed or "").split(" ")[0]), int(width or "")  # "32.0 GT/s PCIe"
+    except ValueError:
+        return None
+    coding = 128 / 130 if transfers >= 8 else 8 / 10
+    return transfers * 1e9 * lanes * coding / 8 or None
 
 
 def _text(path: pathlib.Path) -> str | None:
