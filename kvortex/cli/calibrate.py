@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     for direction in Direction:
         console.table(f"{direction.value}, GB/s", _rows(found, direction))
-    console.table("profile", [*facts(found.profile).items(), ("measured in", f"{found.seconds:.1f} s"), ("kept in", str(path))])
+    console.table("profile", [*facts(found.profile).items(), ("measured in", f"{found.seconds:.1f} s"), ("kept in", str(path or "nowhere"))])
     return 0
 
 
