@@ -1,8 +1,8 @@
 """A GPU made of RAM: the driver of :mod:`tests.fake_driver` with memory behind it, and kernels that are loops.
 
 Work is done while it is issued, which is one of the orders that streams and events allow. So this shows that the right
-bytes are asked for, and what becomes of errors; what waits for what, only a real GPU or :mod:`tests.transfer.recorder`
-can show.
+bytes are asked for, and what becomes of errors; what waits for what, only a real GPU, :mod:`tests.late_gpu` or
+:mod:`tests.transfer.recorder` can show.
 """
 
 from __future__ import annotations
@@ -148,11 +148,12 @@ class FakeGpu(FakeDriver):
 
     def _pump(self) -> None:
         """Lets resident kernels go on as far as flags allow, in the order of their launches."""
-        while self.resident and next(self.resident[0], "end") == "end":
-            self.resident.pop(0)
+        while self.resident and (state := next(self.resident[0], "end")) != "waiting":
+            if state == "end":
+                self.resident.pop(0)
 
     def _serve(self, call: Call) -> Iterator[str]:
-        """A resident kernel, which stops wherever a flag keeps it waiting."""
+        """A resident kernel, which stops behind each block, and wherever a flag keeps it ``"waiting"``."""
         table, n_chunks, pieces, ids, pitch = call.parameters[:5]
         threads, gather = call.arguments[1] * call.arguments[4], call.arguments[0] == _ENTRIES[b"gather_resident"]
         if not self._reach("a kernel's rows", table, 64 * n_chunks):
@@ -169,6 +170,7 @@ class FakeGpu(FakeDriver):
                 for base, stride, offset, nbytes in lines.tolist():
                     pair = staging + b * pitch + offset, base + block * stride
                     self._copy("a resident kernel", *(pair if gather else pair[::-1]), nbytes)
+                yield "moved"
             if self._reach("a kernel's flag", done, 4):
                 cell = ctypes.c_uint32.from_address(done)
                 cell.value += threads
@@ -209,9 +211,9 @@ class FakeGpu(FakeDriver):
 
 
 @contextlib.contextmanager
-def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
+def fake_gpu(monkeypatch: pytest.MonkeyPatch, made: FakeGpu | None = None) -> Iterator[FakeGpu]:
     """Makes ``cuda:0`` a :class:`FakeGpu`, which must not have been made to reach beyond its memory."""
     monkeypatch.setattr(executor.build, "load", lambda name, _: SimpleNamespace(code=b"", entry=name))
-    with installed(FakeGpu()) as gpu:
+    with installed(FakeGpu() if made is None else made) as gpu:
         yield gpu
     assert not gpu.wild and not gpu.resident, "a kernel that never ends"
