@@ -98,8 +98,9 @@ def issue_resident(  # type: ignore[no-untyped-def]
         Staging buffers.
     turn : (1,) int64
         Buffer of the first chunk, the rest follow in a ring; moved on.
-    filled : (2, b) int64
-        Of each buffer the values of its flags; moved on where something was issued.
+    filled : (3, b) int64
+        Of each buffer the values of its flags, and the stream that wrote ``ready`` last, 0 for none; moved on where something
+        was issued.
     offsets : (P,) int64
         Record offsets of the pieces.
     rows : (c, ROW_CELLS) int64
@@ -141,15 +142,19 @@ def issue_resident(  # type: ignore[no-untyped-def]
             break
         at, stream = (first + c) % depth, streams[c % n]
         flag = ring[FLAGS] + 2 * FLAG_BYTES * at
+        # Also after an error: the kernel waits for each of these values, and would wait for ever. One must not be written
+        # before the one that is less, so who cannot wait for the kernel follows on the stream that wrote that.
+        code = call(functions[STREAM_WAIT_VALUE], (stream, flag + FLAG_BYTES, done[c], _GREATER_OR_EQUAL))
+        if code and filled[2, at]:
+            stream = filled[2, at]
         if not error:
-            error = call(functions[STREAM_WAIT_VALUE], (stream, flag + FLAG_BYTES, done[c], _GREATER_OR_EQUAL))
+            error = code
         if not error:
             error = copy_chunk(to_host, functions, copies, chunks[c], buffers[at], stream, scratch)
-        # Also after an error: the kernel waits for each of these, and would wait for ever.
         code = call(functions[STREAM_WRITE_VALUE], (stream, flag, ready[c], 0))
         if not error:
             error = code
-        filled[0, at] = ready[c]
+        filled[0, at], filled[2, at] = ready[c], stream
         filled[1, at] = done[c] if to_host else (done[c] + ring[THREADS]) & _WORD
         while not error and mark < len(marks) and marks[mark] == c + 1:
             # Of a save the copies must have ended, of a load the kernel: each of its threads raises the flag, in the order
