@@ -51,7 +51,7 @@ class FakeGpu(FakeDriver):
         take, give = self._take, self._give
         super().__init__(
             cuDeviceGetCount=1,
-            cuDeviceGetAttribute=lambda name, _: (Result(0), 2**31 - 1 if "PITCH" in str(name) else 8),
+            cuDeviceGetAttribute=lambda name, _: (Result(0), self.max_pitch if "PITCH" in str(name) else 8),
             cuCtxGetStreamPriorityRange=lambda: (Result(0), 0, -5),
             cuMemAlloc=take,
             cuMemAllocFromPoolAsync=take,
@@ -78,6 +78,7 @@ class FakeGpu(FakeDriver):
             cuDeviceTotalMem=8 << 30,
         )
         self.issued = Recorder(also=self._execute)
+        self.max_pitch = 2**31 - 1
         self.event_code = 0
         self.capturing: dict[int, str] = {}
         self.resident: list[Iterator[str]] = []
@@ -111,6 +112,16 @@ class FakeGpu(FakeDriver):
         if not inside:
             self.wild.append(f"{what} reaches [{address:#x}, {address + nbytes:#x})")
         return inside
+
+    def _rectangle(self, cell: tuple[int, ...]) -> tuple[int, int, int, int]:
+        """Source, bytes to its next line, target, and bytes to that's."""
+        (source, from_pitch), (target, to_pitch) = ((cell[at + 3] + cell[at + 4], cell[at + 6]) for at in (0, 7))
+        assert sorted((cell[2], cell[9])) == [1, 2], "one side is the host, the other the device"
+        device, pitch = (source, from_pitch) if cell[2] == 2 else (target, to_pitch)
+        self._reach("a rectangle", device, (cell[15] - 1) * pitch + cell[14])
+        if max(from_pitch, to_pitch) > self.max_pitch:
+            self.wild.append(f"a rectangle of lines {from_pitch} and {to_pitch} bytes apart")
+        return source, from_pitch, target, to_pitch
 
     def _copy(self, what: str, target: int, source: int, nbytes: int) -> None:
         if self._reach(what, target, nbytes) and self._reach(what, source, nbytes):
@@ -180,10 +191,7 @@ class FakeGpu(FakeDriver):
             self._copy("a copy", *call.arguments[:3])
         elif call.name == "lines":
             cell = call.parameters
-            (there, from_pitch), (here, to_pitch) = ((cell[at + 3] + cell[at + 4], cell[at + 6]) for at in (0, 7))
-            assert sorted((cell[2], cell[9])) == [1, 2], "one side is the host, the other the device"
-            device, pitch = (there, from_pitch) if cell[2] == 2 else (here, to_pitch)
-            self._reach("a rectangle", device, (cell[15] - 1) * pitch + cell[14])
+            there, from_pitch, here, to_pitch = self._rectangle(cell)
             for line in range(cell[15]):
                 self._copy("a strided copy", here + line * to_pitch, there + line * from_pitch, cell[14])
         elif call.name in ("batch", "batch_12"):

@@ -151,19 +151,15 @@ class LateGpu(FakeGpu):
         elif name == "launch":
             yield from self._gather(call)
         elif name == "lines":
+            source, from_pitch, target, to_pitch = self._rectangle(call.parameters)
             for line in range(call.parameters[15]):
-                yield from self._by_halves(*self._line(call, line))
+                yield from self._by_halves(target + line * to_pitch, source + line * from_pitch, call.parameters[14])
         elif name in ("batch", "batch_12"):
             count = call.arguments[3]
             for copy in zip(*np.reshape(call.parameters[: 3 * count], (3, count)).tolist(), strict=True):
                 yield from self._by_halves(*copy)
         else:
             yield from self._by_halves(*call.arguments[:3])
-
-    def _line(self, call: Call, line: int) -> tuple[int, int, int]:
-        cell = call.parameters
-        (source, from_pitch), (target, to_pitch) = ((cell[at + 3] + cell[at + 4], cell[at + 6]) for at in (0, 7))
-        return target + line * to_pitch, source + line * from_pitch, cell[14]
 
     def _by_halves(self, target: int, source: int, nbytes: int) -> Iterator[str]:
         half = nbytes // 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import threading
 from typing import Any
@@ -120,6 +121,8 @@ class CudaExecutor(Executor):
         self.device = device
         self.beside_compute = beside_compute
         self.resident_ctas = profile.resident_ctas, profile.resident_ctas_beside
+        if pool.slot_bytes > device.max_pitch:  # then no 2D DMA reaches from one slot into the next
+            pool = dataclasses.replace(pool, segment_slots=1)
         self._profile, self._pool, self._count = profile, pool, profile.streams
         self._fragments, self._layer_offsets = fragments, layer_offsets
         self._functions = cu.functions()
