@@ -136,22 +136,27 @@ def issue_resident(  # type: ignore[no-untyped-def]
         parameters[4] = pitch
         shape = (ring[KERNEL], ctas, 1, 1, ring[THREADS] // ctas, 1, 1, 0, kernel_stream, pointers.ctypes.data, 0)
         error = call(functions[LAUNCH], shape)
-    launched, mark = not error, 0
+    launched, mark, unwritten = not error, 0, False
     for c in range(len(chunks)):
         if not launched:
             break
         at, stream = (first + c) % depth, streams[c % n]
         flag = ring[FLAGS] + 2 * FLAG_BYTES * at
         # Also after an error: the kernel waits for each of these values, and would wait for ever. One must not be written
-        # before the one that is less, so who cannot wait for the kernel follows on the stream that wrote that.
-        code = call(functions[STREAM_WAIT_VALUE], (stream, flag + FLAG_BYTES, done[c], _GREATER_OR_EQUAL))
-        if code and filled[2, at]:
+        # before the one that is less, so who cannot wait for the kernel follows on the stream that wrote that. And nobody
+        # can when the kernel waits for a value that was not to be written: only a later one lets it go on.
+        code = np.int32(0)
+        if not unwritten:
+            code = call(functions[STREAM_WAIT_VALUE], (stream, flag + FLAG_BYTES, done[c], _GREATER_OR_EQUAL))
+        if (code or unwritten) and filled[2, at]:
             stream = filled[2, at]
         if not error:
             error = code
         if not error:
             error = copy_chunk(to_host, functions, copies, chunks[c], buffers[at], stream, scratch)
         code = call(functions[STREAM_WRITE_VALUE], (stream, flag, ready[c], 0))
+        if code:
+            unwritten = True
         if not error:
             error = code
         filled[0, at], filled[2, at] = ready[c], stream
