@@ -13,14 +13,21 @@ import struct
 import tempfile
 
 _HEADER = struct.Struct("<8sIQ32s")
+_NOWHERE = pathlib.Path(os.devnull, "kvortex")
 
 
 def cache_folder() -> pathlib.Path:
-    """Where files are kept: ``$KVORTEX_CACHE_DIR``, else ``$XDG_CACHE_HOME/kvortex``, else ``~/.cache/kvortex``."""
+    """Where files are kept: ``$KVORTEX_CACHE_DIR``, else ``$XDG_CACHE_HOME/kvortex``, else ``~/.cache/kvortex``.
+
+    A folder that nobody can make where the user has no home, as in some containers.
+    """
     named = os.environ.get("KVORTEX_CACHE_DIR")
     if named:
         return pathlib.Path(named)
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "kvortex"
+    try:
+        return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "kvortex"
+    except RuntimeError:
+        return _NOWHERE
 
 
 def read(path: pathlib.Path, magic: bytes, version: int) -> bytes | None:
@@ -49,9 +56,11 @@ def write(path: pathlib.Path, magic: bytes, version: int, body: bytes) -> bool:
             temporary = file.name
             file.write(head + body)
         os.replace(temporary, path)
+        temporary = None
     except OSError:
+        return False
+    finally:  # also after an interrupt
         if temporary is not None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
-        return False
     return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import numbers
 import operator
 import sys
@@ -54,11 +55,14 @@ def _is_sequence(values: Any, name: str) -> bool:
 
 
 def _read_sequence(values: Sequence[Any], name: str) -> npt.NDArray[Any]:
-    for kind in sorted(set(map(type, values)), key=str):
+    items = list(itertools.islice(values, len(values) + 1))  # and no more, should it go on for ever
+    if len(items) != len(values):
+        raise ArgumentError(f"{name} has a length of {len(values)}, and gives another number of integers")
+    for kind in sorted(set(map(type, items)), key=str):
         if issubclass(kind, bool) or not issubclass(kind, (int, np.integer)):
             raise ArgumentError(f"{name} must be 1-d integers; seen among them: {cut(kind.__name__)}")
     try:
-        return np.array(values, np.int64)
+        return np.array(items, np.int64)
     except OverflowError as error:
         raise ArgumentError(f"{name} holds an integer beyond 64 bits: {told(error)}") from error
 

@@ -441,10 +441,13 @@ class _Parts:
         self.pid = os.getpid()
         self.record_bytes = record_bytes
         self.layout = layout  # running transfers touch its tensors: they must outlive the engine's last transfer
+        notes: list[str] = []
+        profile = _profile(config, device, notes)  # before threads fill the pool, which would be measured as well
         with contextlib.ExitStack() as undo:
             self.arena = PinnedArena(device, config.cpu_pool_size_bytes, record_bytes, numa=config.enable_numa)
             undo.callback(self.arena.close)
-            self.executor = _executor(config, layout, device, self.arena)
+            self.arena.notes.extend(notes)
+            self.executor = _executor(config, layout, device, self.arena, profile)
             undo.callback(self.executor.close)
             load_compiled()
             self.index = BlockIndex(self.arena.slots, ready=self.arena.ready)
@@ -500,15 +503,24 @@ class _Parts:
 _KEPT: list[_Parts] = []  # of engines that are gone, whose transfers would not end
 
 
-def _executor(config: KVortexConfig, layout: KVLayout | None, device: Device, arena: PinnedArena) -> Executor:
+def _profile(config: KVortexConfig, device: Device, notes: list[str]) -> Profile | None:
+    """What transfers on a GPU are shaped by; None for the host device."""
+    if not isinstance(device, CudaDevice):
+        return None
+    from kvortex.transfer.calibrate import profile_for
+
+    return _overridden(profile_for(device, config.calibrate, notes), config)
+
+
+def _executor(
+    config: KVortexConfig, layout: KVLayout | None, device: Device, arena: PinnedArena, profile: Profile | None
+) -> Executor:
     pool = Pool(arena.address, arena.slot_bytes, arena.segment_slots)
     fragments: npt.NDArray[np.int64] = np.empty((0, 4), np.int64) if layout is None else layout.fragments
     layer_offsets: npt.NDArray[np.int64] = np.zeros(1, np.int64) if layout is None else layout.layer_offsets
-    if isinstance(device, CudaDevice):
-        from kvortex.transfer.calibrate import profile_for
+    if isinstance(device, CudaDevice) and profile is not None:
         from kvortex.transfer.cuda import CudaExecutor
 
-        profile = _overridden(profile_for(device, config.calibrate, arena.notes), config)
         route = None if config.transfer_route == "auto" else Route(config.transfer_route)
         blocks = 0 if layout is None else layout.num_blocks
         budget = config.gpu_pool_size_bytes or profile.staging_bytes

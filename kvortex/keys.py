@@ -7,6 +7,7 @@ end are the same, so a key that is found names bytes that may be used. Digests a
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -118,12 +119,15 @@ def _as_keys(keys: KeysLike) -> KeyArray:
     if isinstance(keys, (bytes, bytearray, memoryview, str)) or not isinstance(keys, Sequence):
         seen = f"one {type(keys).__name__}"
         raise ArgumentError(f"keys must be an (n, {KEY_BYTES}) uint8 array or sequence of {KEY_BYTES}-byte keys; seen: {seen}")
-    for place, key in enumerate(keys):
+    items = list(itertools.islice(keys, len(keys) + 1))  # and no more, should it go on for ever
+    if len(items) != len(keys):
+        raise ArgumentError(f"keys have a length of {len(keys)}, and give another number of keys")
+    for place, key in enumerate(items):
         if not isinstance(key, bytes) or len(key) != KEY_BYTES:
             seen = f"bytes of length {len(key)}" if isinstance(key, bytes) else type(key).__name__
             raise ArgumentError(f"keys[{place}] must be bytes of length {KEY_BYTES}; seen: {seen}")
     # Joined into a bytearray, so that the array can be written, as every other key array can.
-    return np.frombuffer(bytearray().join(keys), np.uint8).reshape(-1, KEY_BYTES)
+    return np.frombuffer(bytearray().join(items), np.uint8).reshape(-1, KEY_BYTES)
 
 
 def block_keys(

@@ -1,8 +1,8 @@
 """A GPU made of RAM: the driver of :mod:`tests.fake_driver` with memory behind it, and kernels that are loops.
 
 Work is done while it is issued, which is one of the orders that streams and events allow. So this shows that the right
-bytes are asked for, and what becomes of errors; what waits for what, only a real GPU or :mod:`tests.transfer.recorder`
-can show.
+bytes are asked for, and what becomes of errors; what waits for what, only a real GPU, :mod:`tests.late_gpu` or
+:mod:`tests.transfer.recorder` can show.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class FakeGpu(FakeDriver):
         take, give = self._take, self._give
         super().__init__(
             cuDeviceGetCount=1,
-            cuDeviceGetAttribute=lambda name, _: (Result(0), 2**31 - 1 if "PITCH" in str(name) else 8),
+            cuDeviceGetAttribute=lambda name, _: (Result(0), self.max_pitch if "PITCH" in str(name) else 8),
             cuCtxGetStreamPriorityRange=lambda: (Result(0), 0, -5),
             cuMemAlloc=take,
             cuMemAllocFromPoolAsync=take,
@@ -78,6 +78,7 @@ class FakeGpu(FakeDriver):
             cuDeviceTotalMem=8 << 30,
         )
         self.issued = Recorder(also=self._execute)
+        self.max_pitch = 2**31 - 1
         self.event_code = 0
         self.capturing: dict[int, str] = {}
         self.resident: list[Iterator[str]] = []
@@ -111,6 +112,16 @@ class FakeGpu(FakeDriver):
         if not inside:
             self.wild.append(f"{what} reaches [{address:#x}, {address + nbytes:#x})")
         return inside
+
+    def _rectangle(self, cell: tuple[int, ...]) -> tuple[int, int, int, int]:
+        """Source, bytes to its next line, target, and bytes to that's."""
+        (source, from_pitch), (target, to_pitch) = ((cell[at + 3] + cell[at + 4], cell[at + 6]) for at in (0, 7))
+        assert sorted((cell[2], cell[9])) == [1, 2], "one side is the host, the other the device"
+        device, pitch = (source, from_pitch) if cell[2] == 2 else (target, to_pitch)
+        self._reach("a rectangle", device, (cell[15] - 1) * pitch + cell[14])
+        if max(from_pitch, to_pitch) > self.max_pitch:
+            self.wild.append(f"a rectangle of lines {from_pitch} and {to_pitch} bytes apart")
+        return source, from_pitch, target, to_pitch
 
     def _copy(self, what: str, target: int, source: int, nbytes: int) -> None:
         if self._reach(what, target, nbytes) and self._reach(what, source, nbytes):
@@ -148,11 +159,12 @@ class FakeGpu(FakeDriver):
 
     def _pump(self) -> None:
         """Lets resident kernels go on as far as flags allow, in the order of their launches."""
-        while self.resident and next(self.resident[0], "end") == "end":
-            self.resident.pop(0)
+        while self.resident and (state := next(self.resident[0], "end")) != "waiting":
+            if state == "end":
+                self.resident.pop(0)
 
     def _serve(self, call: Call) -> Iterator[str]:
-        """A resident kernel, which stops wherever a flag keeps it waiting."""
+        """A resident kernel, which stops behind each block, and wherever a flag keeps it ``"waiting"``."""
         table, n_chunks, pieces, ids, pitch = call.parameters[:5]
         threads, gather = call.arguments[1] * call.arguments[4], call.arguments[0] == _ENTRIES[b"gather_resident"]
         if not self._reach("a kernel's rows", table, 64 * n_chunks):
@@ -169,6 +181,7 @@ class FakeGpu(FakeDriver):
                 for base, stride, offset, nbytes in lines.tolist():
                     pair = staging + b * pitch + offset, base + block * stride
                     self._copy("a resident kernel", *(pair if gather else pair[::-1]), nbytes)
+                yield "moved"
             if self._reach("a kernel's flag", done, 4):
                 cell = ctypes.c_uint32.from_address(done)
                 cell.value += threads
@@ -178,10 +191,7 @@ class FakeGpu(FakeDriver):
             self._copy("a copy", *call.arguments[:3])
         elif call.name == "lines":
             cell = call.parameters
-            (there, from_pitch), (here, to_pitch) = ((cell[at + 3] + cell[at + 4], cell[at + 6]) for at in (0, 7))
-            assert sorted((cell[2], cell[9])) == [1, 2], "one side is the host, the other the device"
-            device, pitch = (there, from_pitch) if cell[2] == 2 else (here, to_pitch)
-            self._reach("a rectangle", device, (cell[15] - 1) * pitch + cell[14])
+            there, from_pitch, here, to_pitch = self._rectangle(cell)
             for line in range(cell[15]):
                 self._copy("a strided copy", here + line * to_pitch, there + line * from_pitch, cell[14])
         elif call.name in ("batch", "batch_12"):
@@ -209,9 +219,9 @@ class FakeGpu(FakeDriver):
 
 
 @contextlib.contextmanager
-def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
+def fake_gpu(monkeypatch: pytest.MonkeyPatch, made: FakeGpu | None = None) -> Iterator[FakeGpu]:
     """Makes ``cuda:0`` a :class:`FakeGpu`, which must not have been made to reach beyond its memory."""
     monkeypatch.setattr(executor.build, "load", lambda name, _: SimpleNamespace(code=b"", entry=name))
-    with installed(FakeGpu()) as gpu:
+    with installed(FakeGpu() if made is None else made) as gpu:
         yield gpu
     assert not gpu.wild and not gpu.resident, "a kernel that never ends"

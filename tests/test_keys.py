@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import subprocess
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -230,3 +233,38 @@ def test_as_keys_refuses_and_says_what_it_saw(keys: object, seen: str) -> None:
 def test_importing_keys_does_not_import_numba() -> None:
     code = "import sys, kvortex.keys; sys.exit('numba' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class Endless(Sequence[Any]):
+    """Says that it has three items, and goes on for ever."""
+
+    def __init__(self, item: Any) -> None:
+        self._item = item
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, at: Any) -> Any:
+        return self._item
+
+
+class Short(Endless):
+    def __getitem__(self, at: Any) -> Any:
+        if at > 1:
+            raise IndexError
+        return self._item
+
+
+@pytest.mark.parametrize("kind", [Endless, Short])
+def test_sequences_that_do_not_know_their_length(kind: type[Endless]) -> None:
+    with pytest.raises(ArgumentError, match="keys have a length of 3, and give another number of keys"):
+        as_keys(kind(bytes(32)))
+    with pytest.raises(ArgumentError, match="token_ids has a length of 3, and gives another number of integers"):
+        block_keys(NAMESPACE, kind(7))
+
+
+def test_keys_that_come_one_by_one_are_refused_unread() -> None:
+    """They may never end."""
+    for keys in (itertools.repeat(bytes(32)), (bytes(32) for _ in range(3)), {bytes(32)}):
+        with pytest.raises(ArgumentError, match="keys must be an"):
+            as_keys(keys)  # type: ignore[arg-type]

@@ -43,7 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     for direction in Direction:
         console.table(f"{direction.value}, GB/s", _rows(found, direction))
-    console.table("profile", [*facts(found.profile).items(), ("measured in", f"{found.seconds:.1f} s"), ("kept in", str(path))])
+    ending = ("measured in", f"{found.seconds:.1f} s"), ("kept in", str(path or "nowhere"))
+    console.table("profile", [*facts(found.profile).items(), *ending])
     return 0
 
 

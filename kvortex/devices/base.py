@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvortex.errors import ArgumentError
+from kvortex.arguments import LARGEST, integer, refuse_masked
+from kvortex.errors import ArgumentError, cut
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -27,19 +28,40 @@ class DeviceBuffer(ABC):
 
     @abstractmethod
     def write(self, data: npt.NDArray[Any], offset: int = 0) -> None:
-        """Copies a C-contiguous host array to ``offset`` bytes into the buffer; returns when the bytes are there."""
+        """Copies a host array, in C order, to ``offset`` bytes into the buffer; returns when the bytes are there.
+
+        Raises
+        ------
+        ArgumentError
+            The array holds objects or is masked, or it does not lie inside the buffer.
+        """
 
     @abstractmethod
     def read(self, offset: int = 0, nbytes: int | None = None) -> Bytes:
-        """Copies bytes to a new host array, (nbytes,) uint8; sees all work issued to the device before the call."""
+        """Copies bytes to a new host array, (nbytes,) uint8; sees all work issued to the device before the call.
+
+        ``nbytes`` is None for all that is behind ``offset``. ArgumentError where that does not lie inside the buffer.
+        """
 
     @abstractmethod
     def free(self) -> None:
         """Gives the memory back. A second call does nothing."""
 
-    def _check_inside(self, offset: int, nbytes: int) -> None:
-        if offset < 0 or nbytes < 0 or offset + nbytes > self.nbytes:
-            raise ArgumentError(f"bytes [{offset}, {offset + nbytes}) are not inside a buffer of {self.nbytes} bytes")
+    def _inside(self, offset: Any, nbytes: Any) -> tuple[int, int]:
+        """Both as integers; ``nbytes`` None for all that is behind ``offset``."""
+        first = integer(offset, "offset", -LARGEST)
+        count = self.nbytes - first if nbytes is None else integer(nbytes, "nbytes", -LARGEST)
+        if first < 0 or count < 0 or first + count > self.nbytes:
+            raise ArgumentError(f"bytes [{first}, {first + count}) are not inside a buffer of {self.nbytes} bytes")
+        return first, count
+
+    def _bytes_of(self, data: Any) -> Bytes:
+        """The bytes of a host array in C order, (n,); without a copy where it is contiguous."""
+        array = np.asanyarray(data)
+        refuse_masked(array, "data")
+        if array.dtype.hasobject:
+            raise ArgumentError(f"data must be an array of numbers; seen: dtype {cut(str(array.dtype))}")
+        return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
 class Device(ABC):

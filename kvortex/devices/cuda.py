@@ -44,23 +44,22 @@ class CudaBuffer(DeviceBuffer):
         return self._device.ordinal
 
     def write(self, data: npt.NDArray[Any], offset: int = 0) -> None:
-        data = np.ascontiguousarray(data)
-        self._check_inside(offset, data.nbytes)
+        flat = self._bytes_of(data)
+        first, nbytes = self._inside(offset, flat.size)
         with current(self._device.context) as driver:
-            check(driver.cuMemcpyHtoD(self.address + offset, data.ctypes.data, data.nbytes), "cuMemcpyHtoD")
+            check(driver.cuMemcpyHtoD(self.address + first, flat.ctypes.data, nbytes), "cuMemcpyHtoD")
             check(driver.cuCtxSynchronize(), "cuCtxSynchronize")
 
     def read(self, offset: int = 0, nbytes: int | None = None) -> Bytes:
-        nbytes = self.nbytes - offset if nbytes is None else nbytes
-        self._check_inside(offset, nbytes)
-        data = np.empty(nbytes, np.uint8)
+        first, count = self._inside(offset, nbytes)
+        data = np.empty(count, np.uint8)
         with current(self._device.context) as driver:
             check(driver.cuCtxSynchronize(), "cuCtxSynchronize")
-            check(driver.cuMemcpyDtoH(data.ctypes.data, self.address + offset, nbytes), "cuMemcpyDtoH")
+            check(driver.cuMemcpyDtoH(data.ctypes.data, self.address + first, count), "cuMemcpyDtoH")
         return data
 
     def free(self) -> None:
-        address, self.address = self.address, 0
+        address, self.address, self.nbytes = self.address, 0, 0
         if address:
             with current(self._device.context) as driver:
                 check(driver.cuMemFree(address), "cuMemFree")
@@ -156,16 +155,11 @@ class CudaDevice(Device):
     def link_rate(self) -> float | None:
         """Bytes per second that the link carries one way, packets and all; None where the system does not say.
 
-        Of the fastest link that both ends can have: an idle one may be slower just then.
+        What both ends can do, and every bridge on the way: an idle link may be slower just then.
         """
         folder = _pci_folder(self.pci_bus_id)
-        speed, width = _text(folder / "max_link_speed"), _text(folder / "max_link_width")
-        try:
-            transfers, lanes = float((speed or "").split(" ")[0]), int(width or "")  # "32.0 GT/s PCIe"
-        except ValueError:
-            return None
-        coding = 128 / 130 if transfers >= 8 else 8 / 10
-        return transfers * 1e9 * lanes * coding / 8 or None
+        own = _most_of_link(folder)
+        return own and min(filter(None, (own, *map(_most_of_link, folder.resolve().parents))))
 
     @property
     def pci_bus_id(self) -> str:
@@ -194,6 +188,17 @@ class CudaDevice(Device):
 
 def _pci_folder(bus_id: str) -> pathlib.Path:
     return pathlib.Path("/sys/bus/pci/devices") / bus_id
+
+
+def _most_of_link(folder: pathlib.Path) -> float | None:
+    """Bytes per second that one end of a link can do."""
+    speed, width = _text(folder / "max_link_speed"), _text(folder / "max_link_width")
+    try:
+        transfers, lanes = float((speed or "").split(" ")[0]), int(width or "")  # "32.0 GT/s PCIe"
+    except ValueError:
+        return None
+    coding = 128 / 130 if transfers >= 8 else 8 / 10
+    return transfers * 1e9 * lanes * coding / 8 or None
 
 
 def _text(path: pathlib.Path) -> str | None:

@@ -40,14 +40,13 @@ class HostBuffer(DeviceBuffer):
         self.nbytes = nbytes
 
     def write(self, data: npt.NDArray[Any], offset: int = 0) -> None:
-        flat = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
-        self._check_inside(offset, flat.size)
-        self.array[offset : offset + flat.size] = flat
+        flat = self._bytes_of(data)
+        first, nbytes = self._inside(offset, flat.size)
+        self.array[first : first + nbytes] = flat
 
     def read(self, offset: int = 0, nbytes: int | None = None) -> Bytes:
-        nbytes = self.nbytes - offset if nbytes is None else nbytes
-        self._check_inside(offset, nbytes)
-        return self.array[offset : offset + nbytes].copy()
+        first, count = self._inside(offset, nbytes)
+        return self.array[first : first + count].copy()
 
     def free(self) -> None:
         self.array, self.nbytes = np.empty(0, np.uint8), 0

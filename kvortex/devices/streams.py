@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 from typing import Any
 
-from kvortex.errors import ArgumentError, shown
+from kvortex.errors import ArgumentError, cut, shown, told
 
 
 def cuda_stream_handle(stream: Any) -> int:
@@ -21,8 +21,17 @@ def cuda_stream_handle(stream: Any) -> int:
     Raises
     ------
     ArgumentError
-        It is none of these.
+        It is none of these, or raises whatever it likes, which is the error's cause then.
     """
+    try:
+        return _read(stream)
+    except ArgumentError:
+        raise
+    except Exception as error:
+        raise ArgumentError(f"{cut(type(stream).__name__)} cannot be read as a CUDA stream: {told(error)}") from error
+
+
+def _read(stream: Any) -> int:
     if stream is None:
         return 0
     if isinstance(stream, bool):
@@ -47,7 +56,7 @@ def _handle(value: Any, stream: Any) -> int:
     if convert is None and not isinstance(value, numbers.Number):  # a float is a number, and no handle
         convert = getattr(value, "__int__", None)
     try:
-        handle = -1 if convert is None else int(convert())
+        handle = -1 if convert is None or isinstance(value, bool) else int(convert())
     except TypeError:  # an array
         handle = -1
     if not 0 <= handle < 1 << 63:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from kvortex.layout.overlap import find_overlap
 from kvortex.layout.tensors import TensorSpec, tensor_spec
 
 _OptionalAxes = int | Sequence[int | None] | None
+_MORE = 100  # axes than there can be, to be told how many there are; they may go on for ever
 _PROTOCOLS = ("__dlpack__", "__cuda_array_interface__", "__array_interface__")
 
 
@@ -236,16 +238,19 @@ def _items(given: Any, what: str, is_one: Callable[[Any], bool]) -> list[tuple[s
     if is_one(given):
         return [("tensor 0", given)]
     try:
+        # No more than there can be, should it go on for ever.
         if isinstance(given, Mapping):
-            items = [(f"tensor {shown(name)}", item) for name, item in given.items()]
+            items = [(f"tensor {shown(name)}", item) for name, item in islice(given.items(), MAX_FRAGMENTS + 1)]
         elif _is_collection(given):
-            items = [(f"tensor {index}", item) for index, item in enumerate(given)]
+            items = [(f"tensor {index}", item) for index, item in enumerate(islice(given, MAX_FRAGMENTS + 1))]
         else:
             items = [("tensor 0", given)]  # no array and no collection: read it, for the message that says so
     except Exception as error:
         raise LayoutError(f"{what} cannot be read: {told(error)}") from error
     if not items:
         raise LayoutError(f"{what} is empty; a layout needs at least one tensor")
+    if len(items) > MAX_FRAGMENTS:
+        raise LayoutError(f"{what} holds more than {MAX_FRAGMENTS} tensors")
     return items
 
 
@@ -280,9 +285,10 @@ def _axes(given: Any, what: str, count: int) -> list[Any]:
     if not _is_collection(given):
         return [given] * count
     try:
-        axes = list(given)
+        axes = list(islice(given, count + _MORE))
     except Exception as error:
         raise LayoutError(f"{what}={shown(given)} cannot be read: {told(error)}") from error
     if len(axes) != count:
-        raise LayoutError(f"{what} names {len(axes)} axes for {count} tensors; give one axis, or one for each tensor")
+        names = len(axes) if len(axes) < count + _MORE else f"{len(axes)} or more"
+        raise LayoutError(f"{what} names {names} axes for {count} tensors; give one axis, or one for each tensor")
     return axes

@@ -139,7 +139,7 @@ class PinnedArena:
     def wait(self, slots: int, timeout: float) -> bool:
         """Blocks until so many slots are ready, or no more will be; False after ``timeout`` seconds."""
         with self._news:
-            return self._news.wait_for(lambda: self.ready >= slots or not self.growing, timeout)
+            return self._news.wait_for(lambda: self.ready >= slots or not self.growing, min(timeout, threading.TIMEOUT_MAX))
 
     def _allocate(self, refusal: DeviceError) -> None:
         """Some platforms (Confidential Computing, some containers) refuse registration and allow allocation."""
@@ -171,7 +171,8 @@ class PinnedArena:
 
     def close(self) -> None:
         """Unpins and frees. Nothing may be in flight. A second call does nothing."""
-        if threading.current_thread() is self._builder:  # the collector came by there, in the middle of a segment
+        mine = self._filler is not None and self._filler.is_current()
+        if mine or threading.current_thread() is self._builder:  # the collector came by there, in the middle of a segment
             threading.Thread(target=self.close, name="kvortex-arena-close", daemon=True).start()
             return
         self._stopped = True

@@ -67,8 +67,12 @@ class Filler:
             self._news.wait_for(lambda: self._stopped or self._first >= wanted)
         return self._first >= wanted
 
+    def is_current(self) -> bool:
+        """Whether the calling thread is one of those that write."""
+        return threading.current_thread() in self._threads
+
     def close(self) -> None:
-        """Stops, and waits until no thread writes any more."""
+        """Stops, and waits until no thread writes any more. Not to be called by one of them."""
         self._stop()
         for thread in self._threads:
             if thread.ident is not None:

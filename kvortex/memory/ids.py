@@ -57,10 +57,10 @@ class IdPool:
 
     def _allocate(self, capacity: int) -> tuple[int, int]:
         """Addresses of pinned memory and of VRAM; what was had before one of them failed is kept until the end."""
-        self._all.append(self._device.allocate_pinned(capacity * 4))
-        address = self._all[-1]
-        self._mirrors.append(self._device.allocate(capacity * 4))
-        return address, self._mirrors[-1].address
+        # By name, and not as the last entry: another thread may have added one of its own since.
+        self._all.append(address := self._device.allocate_pinned(capacity * 4))
+        self._mirrors.append(mirror := self._device.allocate(capacity * 4))
+        return address, mirror.address
 
     def take(self, count: int) -> IdBuffer:
         """A buffer for at least ``count`` ids; sizes are powers of four, so that few sizes serve all transfers."""

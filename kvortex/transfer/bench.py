@@ -13,7 +13,7 @@ from kvortex.devices import driver as cu
 from kvortex.devices.cuda import CudaDevice
 from kvortex.errors import DeviceError, TransferError, TransferTimeoutError
 from kvortex.memory.arena import PinnedArena
-from kvortex.transfer.cuda import CudaExecutor
+from kvortex.transfer.cuda import CudaExecutor, resident_kernels_can_run
 from kvortex.transfer.executor import Completion, Direction, poll
 from kvortex.transfer.load import Load
 from kvortex.transfer.plan import Int64s, Pool
@@ -70,9 +70,9 @@ class Bench:
 
     def routes(self) -> tuple[Route, ...]:
         """Those that can run here."""
-        if not cu.has_batched_copies():
-            return Route.STAGED, Route.RESIDENT, Route.STRIDED, Route.MAPPED
-        return Route.STAGED, Route.RESIDENT, Route.STRIDED, Route.BATCHED, Route.MAPPED
+        can = {Route.RESIDENT: resident_kernels_can_run(self._device), Route.BATCHED: cu.has_batched_copies()}
+        every = Route.STAGED, Route.RESIDENT, Route.STRIDED, Route.BATCHED, Route.MAPPED
+        return tuple(route for route in every if can.get(route, True))
 
     def link(self, profile: Profile, direction: Direction) -> float:
         """Bytes per second of one contiguous DMA."""
@@ -110,7 +110,10 @@ class Bench:
         running: list[Completion] = []
         ends: list[float] = []
         load.wait(alone)
+        deadline = time.monotonic() + _LONGEST_WAIT_S
         while not load.passed(last):
+            if time.monotonic() > deadline:
+                raise TransferTimeoutError(f"a computation of milliseconds did not end in {_LONGEST_WAIT_S} s")
             while len(running) < 2:
                 running.append(start())
             if running[0].query():

@@ -10,12 +10,13 @@ from functools import partial
 from typing import Protocol, TypeVar
 
 from kvortex.devices.cuda import CudaDevice
-from kvortex.errors import KVortexError
+from kvortex.errors import DeviceError, KVortexError
 from kvortex.transfer import profile_store as store
 from kvortex.transfer.bench import FRAGMENTS, Bench
+from kvortex.transfer.cuda import launches_block
 from kvortex.transfer.executor import Direction
 from kvortex.transfer.measurements import Measurement, first_of_the_best, least_short, long_enough, rank
-from kvortex.transfer.profile import Profile, guess
+from kvortex.transfer.profile import Profile, guess, most_resident_ctas
 from kvortex.transfer.routes import Route
 
 FRAGMENT_BYTES = (4 << 10, 16 << 10, 32 << 10, 128 << 10)
@@ -82,8 +83,10 @@ def calibrate(device: CudaDevice, tell: Callable[[str], None] = lambda _: None) 
     TransferError
         A route moved wrong bytes, or the GPU failed.
     DeviceError, PinnedMemoryError, BuildError
-        Memory or kernels cannot be had.
+        Memory or kernels cannot be had, or launches wait for the end of their kernels.
     """
+    if launches_block():
+        raise DeviceError("CUDA_LAUNCH_BLOCKING is set: launches then wait for their kernels, and figures mean nothing")
     start = guess(device.link_rate, device.multiprocessors)
     with Bench(device, start, FRAGMENTS * max(FRAGMENT_BYTES)) as bench:
         return measure(bench, start, tell)
@@ -128,12 +131,13 @@ def _medians(keys: Iterable[_T], run: Callable[[_T], float]) -> dict[_T, float]:
 
 
 def _idle_rate(machine: Machine, profile: Profile) -> float:
-    """Of the largest transfer by resident kernel, in the slower direction."""
+    """Of the largest transfer by resident kernel, or by staging where that cannot run, in the slower direction."""
     return min(_medians(Direction, partial(_one_way, machine, profile)).values())
 
 
 def _one_way(machine: Machine, profile: Profile, direction: Direction) -> float:
-    return machine.idle(profile, direction, MIDDLE_BYTES, machine.nbytes, Route.RESIDENT)
+    route = Route.RESIDENT if Route.RESIDENT in machine.routes() else Route.STAGED
+    return machine.idle(profile, direction, MIDDLE_BYTES, machine.nbytes, route)
 
 
 def _copies(machine: Machine, profile: Profile, nbytes: int, direction: Direction) -> float:
@@ -151,7 +155,10 @@ def _best_buffers(machine: Machine, profile: Profile) -> Profile:
 
 
 def _best_ctas(machine: Machine, profile: Profile) -> Profile:
-    shapes = [replace(profile, resident_ctas=ctas) for ctas in RESIDENT_CTAS if ctas <= machine.multiprocessors]
+    if Route.RESIDENT not in machine.routes():
+        return profile
+    most = most_resident_ctas(machine.multiprocessors)
+    shapes = [replace(profile, resident_ctas=ctas) for ctas in RESIDENT_CTAS if ctas <= most]
     return first_of_the_best({shape: _idle_rate(machine, shape) for shape in shapes}, _EQUAL)
 
 
@@ -160,8 +167,10 @@ def _best_launches_beside(machine: Machine, profile: Profile, link: dict[Directi
         found = {d: machine.beside(shape, d, MIDDLE_BYTES, route) for d in Direction}
         return [(rate / link[d], slowdown) for d, (rate, slowdown) in found.items()]
 
-    few = [replace(profile, resident_ctas_beside=ctas) for ctas in BESIDE_CTAS if ctas <= machine.multiprocessors]
-    profile = least_short({shape: cost(shape, Route.RESIDENT) for shape in few})
+    if Route.RESIDENT in machine.routes():
+        most = most_resident_ctas(machine.multiprocessors)
+        few = [replace(profile, resident_ctas_beside=ctas) for ctas in BESIDE_CTAS if ctas <= most]
+        profile = least_short({shape: cost(shape, Route.RESIDENT) for shape in few})
     parts = [replace(profile, staged_ctas=max(1, machine.multiprocessors // part)) for part in STAGED_PARTS]
     return least_short({shape: cost(shape, Route.STAGED) for shape in parts})
 
@@ -199,22 +208,23 @@ def profile_for(device: CudaDevice, when: str, notes: list[str]) -> Profile:
     when
         ``calibrate`` of :class:`kvortex.KVortexConfig`.
     notes
-        Gets why nothing was measured, where that was asked for.
+        Gets why nothing was measured, or kept, where that was asked for.
     """
     found = store.load(device) if when != "never" else None
     if found is None and when == "once":
         try:
-            found = once(device)
+            found = once(device, notes)
         except KVortexError as error:  # an engine works without
             notes.append(f"not calibrated: {error}")
     return found if found is not None else guess(device.link_rate, device.multiprocessors)
 
 
-def once(device: CudaDevice) -> Profile:
-    """The profile that is stored, by another process meanwhile perhaps; else it is measured, and stored."""
+def once(device: CudaDevice, notes: list[str]) -> Profile:
+    """The profile that is stored, by another process meanwhile perhaps; else it is measured, and stored if it can be."""
     with store.alone(device):
         found = store.load(device)
         if found is None:
             found = calibrate(device).profile
-            store.save(device, found)
+            if store.save(device, found) is None:
+                notes.append(f"calibrated, and {store.path_of(device)} cannot be written: each engine will measure anew")
         return found

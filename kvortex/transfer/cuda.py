@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import threading
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 from kvortex.devices import driver as cu
 from kvortex.devices.cuda import CudaDevice
 from kvortex.devices.streams import cuda_stream_handle
-from kvortex.errors import ArgumentError, DeviceError
+from kvortex.errors import ArgumentError, ConfigError, DeviceError
 from kvortex.kernels import build
 from kvortex.memory.ids import IdBuffer, IdPool
 from kvortex.memory.staging import StagingRing
@@ -52,9 +53,14 @@ from kvortex.transfer.routes import Ability, Route, choose, tabulate
 MAX_BLOCKS = 2048  # of kvortex.kernels.paged, which needs numba.cuda to import
 
 
+def launches_block() -> bool:
+    """Whether the driver was told to return from a launch only when its kernel has ended."""
+    return os.environ.get("CUDA_LAUNCH_BLOCKING", "0") not in ("", "0")
+
+
 def resident_kernels_can_run(device: CudaDevice) -> bool:
     """Whether launches return before their kernels end, which a resident kernel needs: its copies are issued after it."""
-    return os.environ.get("CUDA_LAUNCH_BLOCKING", "0") in ("", "0") and device.has_stream_flags
+    return device.has_stream_flags and not launches_block()
 
 
 def _allocations(device: CudaDevice, fragments: Int64s, num_blocks: int) -> Int64s:
@@ -115,6 +121,8 @@ class CudaExecutor(Executor):
         self.device = device
         self.beside_compute = beside_compute
         self.resident_ctas = profile.resident_ctas, profile.resident_ctas_beside
+        if pool.slot_bytes > device.max_pitch:  # then no 2D DMA reaches from one slot into the next
+            pool = dataclasses.replace(pool, segment_slots=1)
         self._profile, self._pool, self._count = profile, pool, profile.streams
         self._fragments, self._layer_offsets = fragments, layer_offsets
         self._functions = cu.functions()
@@ -133,6 +141,9 @@ class CudaExecutor(Executor):
         # A record that is one long piece needs no kernel, whatever else is asked for.
         one_piece = len(fragments) == 1 and int(fragments[0, 3]) >= profile.copy_bytes
         self.route = Route.DIRECT if one_piece else route
+        if self.route is Route.RESIDENT and not resident_kernels_can_run(device):
+            why = "CUDA_LAUNCH_BLOCKING is set" if launches_block() else "this GPU's streams cannot wait for memory"
+            raise ConfigError(f"transfer_route = 'resident': its kernel would wait for ever, since {why}; use 'auto'")
         try:
             self._open(gpu_budget)
             self._table_of_routes = tabulate(profile.rankings, self._ability())

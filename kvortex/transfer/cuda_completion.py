@@ -33,8 +33,8 @@ class Events:
         if self._free:
             return self._free.pop()
         with cu.current(self._device.context) as driver:
-            self._all.append(int(cu.check(driver.cuEventCreate(0), "cuEventCreate")))
-        return self._all[-1]
+            self._all.append(event := int(cu.check(driver.cuEventCreate(0), "cuEventCreate")))
+        return event
 
     def give(self, event: int) -> None:
         self._free.append(event)

@@ -98,7 +98,7 @@ class Lane:
         self._caller_event = np.array([caller_event], np.int64)
         self.cells[nogil.TO_HOST] = direction is Direction.SAVE
         self._ring = np.array([kernel_stream, kernel_event, resident_kernel, 0, flags], np.int64)
-        self._filled = np.zeros((2, len(buffers)), np.int64)
+        self._filled = np.zeros((3, len(buffers)), np.int64)
         self._turns = {kind: np.zeros(1, np.int64) for kind in _Kind}
         self._holder: _Kind | None = None  # of the staging buffers
         self._parameters = np.zeros(max(nogil.PARAMETERS, resident.PARAMETERS), np.int64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ _CHUNK_S = 0.6e-3  # of a staging buffer, against a few microseconds from each t
 _GROUP_COPIES = 8  # as much as the end of one group and the beginning of the next are worth
 
 KERNEL_S = 4e-3  # the kernels of models end after less than that, mostly
+_RESIDENT_PART = 4  # of the multiprocessors at most are for one resident kernel
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Profile:
     Raises
     ------
     ValueError
-        A number is not above 0, or there are transfers that no ranking is for.
+        A number is not above 0 or no number, or there are transfers that no ranking is for, or two are.
     """
 
     measured: bool
@@ -69,14 +71,19 @@ class Profile:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            if field.name not in ("measured", "rankings") and not getattr(self, field.name) > 0:
-                raise ValueError(f"{field.name} = {getattr(self, field.name)}")
+            value = getattr(self, field.name)
+            if field.type == "int" and not isinstance(value, int):
+                raise ValueError(f"{field.name} = {value}")
+            if field.name not in ("measured", "rankings") and not 0 < value < math.inf:
+                raise ValueError(f"{field.name} = {value}")
         for direction in Direction:
             for beside in (False, True):
                 mine = [row for row in self.rankings if row.direction is direction and row.beside_compute is beside]
                 lengths = {row.fragment_bytes for row in mine}
                 if 0 not in lengths or lengths != {row.fragment_bytes for row in mine if row.nbytes == 0}:
                     raise ValueError(f"rankings of {direction.value}s that some transfers are not in")
+                if len({(row.fragment_bytes, row.nbytes) for row in mine}) < len(mine):
+                    raise ValueError(f"rankings of {direction.value}s that some transfers are in twice")
 
     @property
     def staging_bytes(self) -> int:
@@ -99,7 +106,7 @@ def to_plain(profile: Profile) -> dict[str, Any]:
 
 
 def from_plain(plain: Any) -> Profile:
-    """The reverse of :func:`to_plain`; ValueError, TypeError or KeyError for anything else."""
+    """The reverse of :func:`to_plain`; ValueError, TypeError, KeyError or OverflowError for anything else."""
     rankings = tuple(
         Ranking(Direction(direction), bool(beside), int(fragment), int(nbytes), tuple(Route(route) for route in routes))
         for direction, beside, fragment, nbytes, routes in plain["rankings"]
@@ -128,10 +135,20 @@ def guess(link: float | None, multiprocessors: int) -> Profile:
         buffers=4,
         buffer_bytes=max(4096, _round(_CHUNK_S * rate)),
         staged_ctas=max(1, multiprocessors // 4),
-        resident_ctas=4,
-        resident_ctas_beside=2,
+        resident_ctas=min(4, most_resident_ctas(multiprocessors)),
+        resident_ctas_beside=min(2, most_resident_ctas(multiprocessors)),
         rankings=_guessed_rankings(*(_round(seconds * rate) for seconds in (_WORTH * _LINE_S, _WORTH * _BATCHED_S, _START_S))),
     )
+
+
+def most_resident_ctas(multiprocessors: int) -> int:
+    """CTAs that a resident kernel may have.
+
+    They wait for each other through the link, so all of them must find room at once, and each takes a multiprocessor to
+    itself. Kernels of both directions, and of another engine, that had half of their CTAs each on a GPU too small for all
+    would wait for ever.
+    """
+    return max(1, multiprocessors // _RESIDENT_PART)
 
 
 def _round(nbytes: float) -> int:

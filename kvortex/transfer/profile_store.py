@@ -37,7 +37,7 @@ def load(device: CudaDevice) -> Profile | None:
     body = cache.read(path_of(device), _MAGIC, _VERSION)
     try:
         return None if body is None else from_plain(json.loads(body))
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return None
 
 
@@ -52,7 +52,6 @@ def alone(device: CudaDevice) -> Iterator[None]:
     """Keeps processes from measuring at the same time, which would tell each of them about the others.
 
     Where the folder cannot be written, or after a minute, they do. A process that ends lets go in any case.
-
     """
     path = path_of(device).with_suffix(".lock")
     with contextlib.ExitStack() as stack:

@@ -98,8 +98,9 @@ def issue_resident(  # type: ignore[no-untyped-def]
         Staging buffers.
     turn : (1,) int64
         Buffer of the first chunk, the rest follow in a ring; moved on.
-    filled : (2, b) int64
-        Of each buffer the values of its flags; moved on where something was issued.
+    filled : (3, b) int64
+        Of each buffer the values of its flags, and the stream that wrote ``ready`` last, 0 for none; moved on where something
+        was issued.
     offsets : (P,) int64
         Record offsets of the pieces.
     rows : (c, ROW_CELLS) int64
@@ -135,21 +136,30 @@ def issue_resident(  # type: ignore[no-untyped-def]
         parameters[4] = pitch
         shape = (ring[KERNEL], ctas, 1, 1, ring[THREADS] // ctas, 1, 1, 0, kernel_stream, pointers.ctypes.data, 0)
         error = call(functions[LAUNCH], shape)
-    launched, mark = not error, 0
+    launched, mark, unwritten = not error, 0, False
     for c in range(len(chunks)):
         if not launched:
             break
         at, stream = (first + c) % depth, streams[c % n]
         flag = ring[FLAGS] + 2 * FLAG_BYTES * at
-        if not error:
-            error = call(functions[STREAM_WAIT_VALUE], (stream, flag + FLAG_BYTES, done[c], _GREATER_OR_EQUAL))
-        if not error:
-            error = copy_chunk(to_host, functions, copies, chunks[c], buffers[at], stream, scratch)
-        # Also after an error: the kernel waits for each of these, and would wait for ever.
-        code = call(functions[STREAM_WRITE_VALUE], (stream, flag, ready[c], 0))
+        # Also after an error: the kernel waits for each of these values, and would wait for ever. One must not be written
+        # before the one that is less, so who cannot wait for the kernel follows on the stream that wrote that. And nobody
+        # can when the kernel waits for a value that was not to be written: only a later one lets it go on.
+        code = np.int32(0)
+        if not unwritten:
+            code = call(functions[STREAM_WAIT_VALUE], (stream, flag + FLAG_BYTES, done[c], _GREATER_OR_EQUAL))
+        if (code or unwritten) and filled[2, at]:
+            stream = filled[2, at]
         if not error:
             error = code
-        filled[0, at] = ready[c]
+        if not error:
+            error = copy_chunk(to_host, functions, copies, chunks[c], buffers[at], stream, scratch)
+        code = call(functions[STREAM_WRITE_VALUE], (stream, flag, ready[c], 0))
+        if code:
+            unwritten = True
+        if not error:
+            error = code
+        filled[0, at], filled[2, at] = ready[c], stream
         filled[1, at] = done[c] if to_host else (done[c] + ring[THREADS]) & _WORD
         while not error and mark < len(marks) and marks[mark] == c + 1:
             # Of a save the copies must have ended, of a load the kernel: each of its threads raises the flag, in the order

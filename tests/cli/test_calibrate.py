@@ -72,7 +72,7 @@ def test_a_folder_that_cannot_be_written_is_told(
     monkeypatch.setenv("KVORTEX_CACHE_DIR", str(tmp_path / "file" / "folder"))
     assert main(["calibrate"]) == 0
     out, err = capsys.readouterr()
-    assert "cannot be written; set KVORTEX_CACHE_DIR" in err and rows(out)["kept in"] == "None"
+    assert "cannot be written; set KVORTEX_CACHE_DIR" in err and rows(out)["kept in"] == "nowhere"
 
 
 @pytest.mark.usefixtures("gpu")

@@ -137,6 +137,7 @@ BAD = {
     "torch with a word": With("cuda_stream", "5"),
     "a handle that is a float": With("handle", 2.5),
     "a pointer of a function": With("ptr", print),
+    "a protocol with a bool": Protocol((0, True)),
 }
 
 
@@ -144,6 +145,34 @@ BAD = {
 def test_what_is_no_stream_is_refused(name: str) -> None:
     with pytest.raises(ArgumentError, match="is no (CUDA )?stream|expected \\(0, handle\\)"):
         cuda_stream_handle(BAD[name])
+
+
+class Raises:
+    """As a stream of a library whose GPU is lost."""
+
+    def __init__(self, name: str, error: BaseException) -> None:
+        self._name, self._error = name, error
+
+    def __getattr__(self, name: str) -> Any:
+        if name == self._name:
+            raise self._error
+        raise AttributeError(name)
+
+
+class RaisesWhenCalled:
+    def __cuda_stream__(self) -> Any:
+        raise RuntimeError("the stream was destroyed")
+
+
+@pytest.mark.parametrize("name", ["__cuda_stream__", "cuda_stream", "ptr", "handle", "__int__"])
+def test_whatever_a_foreign_stream_raises_is_a_refusal(name: str) -> None:
+    with pytest.raises(ArgumentError, match="Raises cannot be read as a CUDA stream: ZeroDivisionError: lost") as caught:
+        cuda_stream_handle(Raises(name, ZeroDivisionError("lost")))
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    with pytest.raises(ArgumentError, match="RuntimeError: the stream was destroyed"):
+        cuda_stream_handle(RaisesWhenCalled())
+    with pytest.raises(KeyboardInterrupt):
+        cuda_stream_handle(Raises(name, KeyboardInterrupt()))
 
 
 def test_a_refusal_names_the_type_and_the_way_out() -> None:

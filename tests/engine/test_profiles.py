@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from kvortex.devices.cuda import CudaDevice
-from kvortex.errors import DeviceError
+from kvortex.errors import ConfigError, DeviceError
 from kvortex.transfer import calibrate as module
 from kvortex.transfer import profile_store as store
 from kvortex.transfer.cuda import CudaExecutor
@@ -72,7 +72,7 @@ def test_an_engine_that_is_to_measure_does_so_once(gpu: FakeGpu, monkeypatch: py
     store.path_of(CudaDevice()).unlink()
     measured: list[str] = []
 
-    def once(device: CudaDevice) -> Profile:
+    def once(device: CudaDevice, _: list[str]) -> Profile:
         measured.append(device.name)
         store.save(device, SMALL)
         return SMALL
@@ -86,9 +86,36 @@ def test_an_engine_that_is_to_measure_does_so_once(gpu: FakeGpu, monkeypatch: py
 def test_why_nothing_could_be_measured_is_told(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     store.path_of(CudaDevice()).unlink()
 
-    def refuse(_: CudaDevice) -> Profile:
+    def refuse(*_: object) -> Profile:
         raise DeviceError("planted")
 
     monkeypatch.setattr(module, "once", refuse)
     with PagedCache.plain(CudaDevice()).engine(calibrate="once") as engine:
         assert "not calibrated: planted" in engine.notes
+
+
+def test_nothing_else_goes_on_while_it_measures(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads that fill the pool, and the driver that registers it, would be measured as well, and kept."""
+    taken: list[int] = []
+    monkeypatch.setattr(module, "profile_for", lambda *_: taken.append(len(gpu.registered)) or SMALL)
+    with PagedCache.plain(CudaDevice()).engine(calibrate="once"):
+        assert taken == [0] and len(gpu.registered) == 1
+
+
+@pytest.mark.parametrize("lacks", ["launches that return", "flags"])
+def test_resident_kernels_are_refused_where_they_would_hang(
+    gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, lacks: str
+) -> None:
+    if lacks == "flags":
+        monkeypatch.setattr(CudaDevice, "attribute", lambda *arguments: "64_BIT_STREAM" not in str(arguments[1]))
+    else:
+        monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")
+    cache = PagedCache.plain(CudaDevice(), blocks=200)
+    with pytest.raises(ConfigError, match="transfer_route = 'resident': its kernel would wait for ever"):
+        cache.engine(transfer_route="resident")
+    assert not gpu.registered
+    with cache.engine(slots=200) as engine:
+        assert engine.save_blocks(keys_of(*range(200)), range(200)).wait().all()
+        assert engine.save_blocks(keys_of(300), [0], layerwise=True).abort()
+        assert "resident" not in {entry.route for entry in engine.get_stats().routes}
+    assert not gpu.resident and "wait_value" not in gpu.issued.names

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 import subprocess
 import sys
 import weakref
@@ -13,6 +14,7 @@ import pytest
 
 from kvortex.errors import LayoutError
 from kvortex.layout import KVLayout, TensorSpec
+from kvortex.layout import layout as module
 
 BASE = 0x7F12_3400_0000  # no memory is there: nothing but arithmetic may touch it
 
@@ -39,6 +41,15 @@ def test_one_tuple_one_spec_and_a_mapping():
     assert KVLayout.from_pointers([list(numbers)]).fingerprint == alone.fingerprint
     foreign = (np.int64(BASE), [np.int32(10), 64], np.array([64, 1]), np.uint8(1))
     assert KVLayout.from_pointers(foreign).fragments.tolist() == alone.fragments.tolist()
+
+
+def test_what_goes_on_for_ever_is_refused(monkeypatch):
+    monkeypatch.setattr(module, "MAX_FRAGMENTS", 1000)
+    array = np.zeros((2, 4, 8), np.float32)
+    with pytest.raises(LayoutError, match="arrays holds more than 1000 tensors"):
+        KVLayout.from_arrays(itertools.repeat(array), 1)
+    with pytest.raises(LayoutError, match="block_axis names 101 or more axes for 1 tensors"):
+        KVLayout.from_arrays([array], itertools.repeat(1))
 
 
 def test_generators_of_arrays():

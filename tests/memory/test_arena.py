@@ -12,6 +12,7 @@ import pytest
 
 from kvortex.errors import ConfigError, PinnedMemoryError
 from kvortex.memory import arena as module
+from kvortex.memory import filling
 from kvortex.memory.arena import SLOT_ALIGNMENT, PinnedArena
 from kvortex.transfer.executor import poll
 from tests.memory.recording import RecordingDevice
@@ -202,6 +203,39 @@ def test_closing_from_the_thread_that_builds(gated: tuple[Gated, PinnedArena], m
     device.may.set()
     assert poll(lambda: arena._mapping is None, time.monotonic() + 20)
     assert not device.pinned
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_closing_from_a_thread_that_fills(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It cannot wait for itself; the memory goes all the same, when it has ended."""
+    monkeypatch.setattr(module, "SEGMENT_BYTES", 4096)
+    monkeypatch.setattr(filling, "TOUCH_BYTES", 4096)
+    memset, made = ctypes.memset, threading.Event()
+    arenas: list[PinnedArena] = []
+
+    def closes(address: int, byte: int, nbytes: int) -> int:
+        if threading.current_thread().name == "kvortex-fill" and address % (1 << 21) == 5 * 4096:
+            assert made.wait(20)
+            arenas[0].close()
+        return memset(address, byte, nbytes)
+
+    monkeypatch.setattr(filling.ctypes, "memset", closes)
+    device = RecordingDevice()
+    arenas.append(PinnedArena(device, 8 * 4096, 4096))
+    made.set()
+    assert poll(lambda: arenas[0]._mapping is None, time.monotonic() + 20) and not device.pinned
+
+
+def test_a_wait_without_an_end(gated: tuple[Gated, PinnedArena]) -> None:
+    device, arena = gated
+    waiter = threading.Thread(target=lambda: ended.append(arena.wait(arena.slots, float("inf"))))
+    ended: list[bool] = []
+    waiter.start()
+    waiter.join(0.05)
+    assert waiter.is_alive(), "and no error"
+    device.may.set()
+    waiter.join(20)
+    assert ended == [True]
 
 
 def test_an_interrupt_while_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:

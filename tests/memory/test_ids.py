@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -139,6 +140,28 @@ def test_threads_never_share_a_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not wrong and len(device._pinned) <= 12
     pool.close()
     assert not device._pinned
+
+
+class Meddling(list):  # type: ignore[type-arg]
+    """Lets another thread in right behind an ``append``, which is where the interpreter may."""
+
+    def __init__(self, other: Callable[[], object]) -> None:
+        self._other: Callable[[], object] | None = other
+
+    def append(self, item: object) -> None:
+        super().append(item)
+        other, self._other = self._other, None
+        if other is not None:
+            other()
+
+
+@pytest.mark.parametrize("which", ["_all", "_mirrors"])
+def test_a_thread_in_the_middle_of_another_gets_memory_of_its_own(monkeypatch: pytest.MonkeyPatch, which: str) -> None:
+    pool, found = IdPool(RecordingDevice()), []
+    monkeypatch.setattr(pool, which, Meddling(lambda: found.append(pool.take(100_000))))
+    found.append(pool.take(100_000))
+    (first, second) = found
+    assert first.address != second.address and first.mirror != second.mirror
 
 
 @pytest.mark.gpu

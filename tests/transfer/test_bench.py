@@ -13,7 +13,7 @@ import pytest
 from kvortex.devices import driver as cu
 from kvortex.devices import open_device
 from kvortex.devices.cuda import CudaDevice
-from kvortex.errors import DeviceError, KVortexError, TransferError
+from kvortex.errors import DeviceError, KVortexError, TransferError, TransferTimeoutError
 from kvortex.transfer import bench as module
 from kvortex.transfer import calibrate as calibration
 from kvortex.transfer import load as loads
@@ -142,8 +142,26 @@ def test_beside_a_computation(bench: Bench, gpu: FakeGpu) -> None:
     assert {arguments[1:7] for arguments in launched} == {(8, 1, 1, loads.THREADS, 1, 1)}
 
 
-def test_routes_that_are_there(bench: Bench, gpu: FakeGpu) -> None:
+def test_a_computation_that_never_ends(bench: Bench, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_LONGEST_WAIT_S", 0.01)
+    waits = Load.wait
+
+    def stops(load: Load, event: int) -> None:
+        waits(load, event)
+        if len(load._events) > 5:  # everything is queued
+            gpu.event_code = 600
+
+    monkeypatch.setattr(Load, "wait", stops)
+    with pytest.raises(TransferTimeoutError, match=r"did not end in 0.01 s"):
+        bench.beside(profile_of(CudaDevice()), Direction.SAVE, FRAGMENT, Route.STAGED)
+    gpu.event_code = 0
+
+
+def test_routes_that_are_there(bench: Bench, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(bench.routes()) == set(EVERY)
+    with monkeypatch.context() as patch:
+        patch.setattr(bench._device, "has_stream_flags", False)
+        assert set(bench.routes()) == set(EVERY) - {Route.RESIDENT}
     gpu.answers["cuDriverGetVersion"] = 12060
     cu.functions.cache_clear()
     assert set(bench.routes()) == set(EVERY) - {Route.BATCHED}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -160,6 +162,28 @@ def test_what_is_hopeless_is_measured_once_and_never_beside_a_computation() -> N
     assert not any(run[0] == "beside" and run[3] is Route.MAPPED for run in machine.runs)
 
 
+def test_a_gpu_without_resident_kernels() -> None:
+    machine = Invented(without=(Route.RESIDENT,), staged_ctas=16)
+    found = measure(machine, H100)
+    assert not any(Route.RESIDENT in run for run in machine.runs) and found.profile.staged_ctas == 8
+    assert not any(Route.RESIDENT in row.routes for row in found.profile.rankings)
+
+
+@pytest.mark.parametrize(("multiprocessors", "most"), [(1, 1), (7, 1), (8, 2), (16, 4), (64, 8)])
+def test_resident_kernels_of_both_directions_and_another_engine_find_room_at_once(multiprocessors: int, most: int) -> None:
+    """However much more of them would be of use."""
+    profile = found_on(multiprocessors=multiprocessors, ctas=8, ctas_beside=8)
+    assert profile.resident_ctas <= most and profile.resident_ctas_beside <= most
+    assert max(1, multiprocessors // 4) >= most
+
+
+def test_nothing_is_measured_where_launches_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel of the resident route would wait for copies that nobody issues before its launch returns."""
+    monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")
+    with pytest.raises(DeviceError, match="CUDA_LAUNCH_BLOCKING is set"):
+        module.calibrate(None)  # type: ignore[arg-type]
+
+
 def test_it_tells_how_far_it_is() -> None:
     told: list[str] = []
     measure(Invented(), H100, told.append)
@@ -194,9 +218,22 @@ def test_what_another_process_has_measured_meanwhile_is_not_measured_again(
     measured: list[CudaDevice], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = CudaDevice()
-    answers = iter([None, replace(H100, streams=7)])
+    answers: Iterator[Profile | None] = iter([None, replace(H100, streams=7)])
     monkeypatch.setattr(store, "load", lambda _: next(answers))
     assert profile_for(device, "once", []).streams == 7 and not measured
+
+
+@pytest.mark.usefixtures("gpu")
+def test_what_is_measured_and_cannot_be_kept_is_told(
+    measured: list[CudaDevice], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Else each engine would take seconds to start, and nobody would know why."""
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("KVORTEX_CACHE_DIR", str(tmp_path / "file"))
+    notes: list[str] = []
+    for times in (1, 2):
+        assert profile_for(CudaDevice(), "once", notes).streams == 5 and len(measured) == times == len(notes)
+    assert notes[0].startswith("calibrated, and ") and notes[0].endswith("cannot be written: each engine will measure anew")
 
 
 @pytest.mark.usefixtures("gpu")

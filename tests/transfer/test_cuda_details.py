@@ -14,6 +14,7 @@ from kvortex.devices.cuda import CudaDevice
 from kvortex.errors import EngineClosedError, LayoutError
 from kvortex.memory.ids import IdPool
 from kvortex.transfer import issue as nogil
+from kvortex.transfer.cuda_completion import Events
 from kvortex.transfer.executor import Direction
 from tests.fake_driver import Result
 from tests.fake_gpu import FakeGpu, fake_gpu
@@ -40,6 +41,21 @@ def test_ids_are_given_back_to_the_pool(cache: PagedCache, monkeypatch: pytest.M
         for turn in range(3):
             assert engine.save_blocks(keys_of(turn), [turn]).wait().all()
         assert len(given) == 3 and len({id(buffer) for buffer in given}) == 1, "the same one again and again"
+
+
+def test_events_that_are_taken_in_the_middle_of_another_taking_are_others(gpu: FakeGpu) -> None:
+    """By a finaliser, which may run between any two steps."""
+    events, found = Events(CudaDevice()), []
+
+    class Meddling(list):  # type: ignore[type-arg]
+        def append(self, item: object) -> None:
+            super().append(item)
+            if not found:
+                found.append(0)
+                found.append(events.take())
+
+    events._all = Meddling()
+    assert events.take() not in found and len(events._all) == 2
 
 
 def test_a_callers_buffers_are_never_joined(gpu: FakeGpu, cache: PagedCache) -> None:

@@ -80,6 +80,21 @@ def test_no_byte_of_another_block_reaches_the_padding_of_a_slot(gpu: FakeGpu, ro
             assert (view[:record] == plain).all() and not view[record:].any()
 
 
+@pytest.mark.parametrize("layerwise", [False, True])
+@pytest.mark.parametrize("route", ["staged", "resident", "strided"])
+def test_lines_too_far_apart_for_a_rectangle(gpu: FakeGpu, route: str, layerwise: bool) -> None:
+    """Slots of several GiB, whose beginnings alone are used; and fragments as far from each other."""
+    gpu.max_pitch = 8191
+    device = CudaDevice()
+    cache = PagedCache(device, [Tensor(device, (3, 12, 333), 1, pad={0: 8192}), Tensor(device, (2, 12, 77), 1)], 1)
+    with cache.engine(slots=10, transfer_route=route, max_block_bytes=8192, cpu_pool_size_bytes=10 * 8192) as engine:
+        before = cache.randomize()
+        assert engine.save_blocks(keys_of(*range(10)), np.arange(10)).wait().all()
+        poisoned = cache.randomize()
+        assert engine.load_blocks(keys_of(*range(10)), np.arange(10), layerwise=layerwise).wait().all()
+        assert_same(cache.memory(), cache.expected(poisoned, before, [(at, at) for at in range(10)]))
+
+
 @pytest.mark.parametrize(("version", "name"), [(13000, "batch"), (13010, "batch"), (12080, "batch_12"), (12090, "batch_12")])
 def test_one_batch_a_stream_in_the_form_that_the_driver_has(gpu: FakeGpu, version: int, name: str) -> None:
     """Over as many streams as there are for launches; where their number is less than that, over the least."""

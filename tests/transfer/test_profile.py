@@ -45,6 +45,8 @@ def test_the_guess_for_an_h100_is_what_was_measured_on_one() -> None:
 def test_any_gpu_can_be_guessed(link: float | None, multiprocessors: int) -> None:
     profile = guess(link, multiprocessors)
     assert 1 <= profile.staged_ctas <= multiprocessors and profile.buffer_bytes >= 4096
+    for ctas in (profile.resident_ctas, profile.resident_ctas_beside):
+        assert ctas == 1 or 4 * ctas <= multiprocessors, "those of four kernels, which find no room only in part"
     assert profile == from_plain(json.loads(json.dumps(to_plain(profile))))
 
 
@@ -55,7 +57,7 @@ def test_more_streams_than_buffers_have_a_buffer_each() -> None:
 @pytest.mark.parametrize("name", ["link_rate", "copy_bytes", "group_bytes", "streams", "buffers", "buffer_bytes", "staged_ctas",
                                   "resident_ctas", "resident_ctas_beside"])  # fmt: skip
 def test_a_number_that_cannot_be(name: str) -> None:
-    for value in (0, -1, float("nan")):
+    for value in (0, -1, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=f"^{name} = "):
             replace(H100, **{name: value})
 
@@ -68,6 +70,9 @@ def test_a_profile_knows_what_to_do_with_any_transfer() -> None:
                 replace(H100, rankings=rest)
     with pytest.raises(ValueError, match="rankings of saves"):
         replace(H100, rankings=())
+    again = replace(H100.rankings[3], routes=(Route.STAGED,))
+    with pytest.raises(ValueError, match="rankings of saves that some transfers are in twice"):
+        replace(H100, rankings=(*H100.rankings, again))
 
 
 def test_what_is_kept_comes_back(gpu: FakeGpu) -> None:
@@ -95,6 +100,17 @@ def test_another_link_has_another_profile(gpu: FakeGpu, monkeypatch: pytest.Monk
     (tmp_path / "max_link_width").write_text("16\n")
     assert store.load(CudaDevice()) is None
     assert CudaDevice().link_rate == pytest.approx(63.0e9, rel=1e-3)
+    port = tmp_path / "port"
+    (port / "gpu").mkdir(parents=True)
+    for name in ("max_link_speed", "max_link_width"):
+        (port / "gpu" / name).write_text((tmp_path / name).read_text())
+    (tmp_path / "link").symlink_to(port / "gpu")
+    monkeypatch.setattr(devices, "_pci_folder", lambda _: tmp_path / "link")
+    assert CudaDevice().link_rate == pytest.approx(63.0e9, rel=1e-3)
+    (port / "max_link_speed").write_text("32.0 GT/s PCIe\n")
+    (port / "max_link_width").write_text("8\n")
+    assert CudaDevice().link_rate == pytest.approx(31.5e9, rel=1e-3), "a slot of fewer lanes"
+    monkeypatch.setattr(devices, "_pci_folder", lambda _: tmp_path)
     (tmp_path / "max_link_speed").write_text("5.0 GT/s PCIe\n")
     assert CudaDevice().link_rate == pytest.approx(8e9)
     for speed, width in (("Unknown", "16"), ("8.0 GT/s", "none"), ("", ""), ("8.0 GT/s", "0")):
@@ -112,6 +128,10 @@ BODIES = [
     *(plain(streams=0), plain(streams="2"), plain(more=1), plain(link_rate=None)),
     *(plain(rankings=[]), plain(rankings=None), plain(rankings=[["save", False, 0]])),
     plain(rankings=[["save", False, 0, 0, ["teleport", "staged"]]]),
+    *(plain(streams=2.5), plain(streams=2.0), plain(resident_ctas=float("inf")), plain(link_rate=float("inf"))),
+    plain(rankings=[*to_plain(MEASURED)["rankings"], ["save", False, float("inf"), 0, ["staged"]]]),
+    plain(rankings=[*to_plain(MEASURED)["rankings"], ["save", False, 0, 0, ["staged"]]]),
+    b"[" * 100_000,
 ]
 
 
