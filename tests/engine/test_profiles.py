@@ -44,7 +44,7 @@ def test_a_stored_profile_shapes_transfers(gpu: FakeGpu) -> None:
     assert shape_of(gpu) == (3, 5, 8192)
     cache = PagedCache.plain(CudaDevice(), blocks=200)
     for route, busy, ctas in (("resident", False, 6), ("resident", True, 1), ("staged", True, 7)):
-        with cache.engine(slots=200, transfer_route=route, beside_compute=busy) as engine:
+        with cache.engine(slots=200, transfer_route=route, beside_compute=busy, calibrate="stored") as engine:
             gpu.issued.calls.clear()
             assert engine.save_blocks(keys_of(*range(200)), range(200)).wait().all()
             assert {call.arguments[1] for call in gpu.issued.calls if call.name == "launch"} == {ctas}
