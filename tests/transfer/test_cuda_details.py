@@ -13,7 +13,7 @@ from kvortex.devices import driver as cu
 from kvortex.devices.cuda import CudaDevice
 from kvortex.errors import EngineClosedError, LayoutError
 from kvortex.memory.ids import IdPool
-from kvortex.transfer import issue as nogil
+from kvortex.transfer import holding
 from kvortex.transfer.cuda_completion import Events
 from kvortex.transfer.executor import Direction
 from tests.fake_driver import Result
@@ -71,7 +71,7 @@ def test_a_callers_buffers_are_never_joined(gpu: FakeGpu, cache: PagedCache) -> 
 
 
 def test_two_threads_do_not_issue_on_one_lane_at_once(cache: PagedCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    inside, most, real = [0], [0], nogil.issue
+    inside, most, real = [0], [0], holding.issue_holding
     pause = threading.Event()
 
     def counted(*arguments: Any) -> None:
@@ -81,7 +81,7 @@ def test_two_threads_do_not_issue_on_one_lane_at_once(cache: PagedCache, monkeyp
         real(*arguments)
         inside[0] -= 1
 
-    monkeypatch.setattr(nogil, "issue", counted)
+    monkeypatch.setattr(holding, "issue_holding", counted)
     with cache.engine(transfer_route="staged") as engine:
         threads = [
             threading.Thread(
