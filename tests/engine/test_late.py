@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 import random
+import threading
 import time
 from collections.abc import Generator, Iterator
 from typing import Any
@@ -213,7 +215,7 @@ class Sometimes(dict[int, int]):
         return 2
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("kind", SHAPES)
 def test_a_driver_that_refuses_now_and_then_spoils_nothing_else(
     monkeypatch: pytest.MonkeyPatch, kind: str, seed: int
@@ -228,3 +230,22 @@ def test_a_driver_that_refuses_now_and_then_spoils_nothing_else(
             gpu.issued.fails = sometimes = Sometimes(gpu, seed)
             live(gpu, cache, engine, seed)
             assert sometimes.refused > 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_owners_in_threads_of_their_own(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    shape(monkeypatch, copy_bytes=1, group_bytes=1)
+    at_random(monkeypatch, seed)
+    with fake_gpu(monkeypatch, LateGpu(seed)) as gpu:
+        cache = cache_of()
+        with engine_of(cache) as engine:
+            models = [Model(gpu, cache, engine, number, {}) for number in range(OWNERS)]
+            threads = [threading.Thread(target=collections.deque, args=(model.live(40), 0)) for model in models]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(60)
+            assert all(poll(ticket.done, time.monotonic() + 5) for model in models for ticket in model.tickets)
+            gpu.finish()
+            assert not gpu.left and not any(model.wrong for model in models)
+            assert sum(model.checked for model in models) > 100
