@@ -202,14 +202,17 @@ def test_no_order_of_work_gives_wrong_bytes(monkeypatch: pytest.MonkeyPatch, kin
 
 
 class Sometimes(dict[int, int]):
-    """Codes of calls that are refused, one in a hundred. One that lets a kernel go on has to be taken: nothing else could."""
+    """Codes of calls that are refused: of any, or of those of one name, with a probability. One that lets a kernel go on has
+    to be taken: nothing else could."""
 
-    def __init__(self, gpu: LateGpu, seed: int) -> None:
+    def __init__(self, gpu: LateGpu, seed: int, name: str | None = None, probability: float = 0.01) -> None:
         super().__init__()
         self._gpu, self._random, self.refused = gpu, random.Random(seed), 0
+        self._name, self._probability = name, probability
 
     def get(self, at: int, default: Any = None) -> Any:
-        if self._gpu.issued.calls[at].name in ("write_value", "pop") or self._random.random() > 0.01:
+        name = self._gpu.issued.calls[at].name
+        if name in ("write_value", "pop") or self._name not in (None, name) or self._random.random() > self._probability:
             return 0
         self.refused += 1
         return 2
@@ -230,6 +233,19 @@ def test_a_driver_that_refuses_now_and_then_spoils_nothing_else(
             gpu.issued.fails = sometimes = Sometimes(gpu, seed)
             live(gpu, cache, engine, seed)
             assert sometimes.refused > 0
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_flags_never_go_back(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Where a stream could not be made to wait for a resident kernel, it must not write before one that could."""
+    shape(monkeypatch, copy_bytes=1, group_bytes=1)
+    at_random(monkeypatch, seed)
+    with fake_gpu(monkeypatch, LateGpu(seed)) as gpu:
+        cache = cache_of(1500)
+        with engine_of(cache, transfer_route="resident", num_transfer_streams=3, gpu_pool_size_bytes=8 * 4096) as engine:
+            gpu.issued.fails = sometimes = Sometimes(gpu, seed, "wait_value", 0.05)
+            live(gpu, cache, engine, seed)
+            assert sometimes.refused > 5
 
 
 @pytest.mark.parametrize("seed", range(3))
