@@ -95,7 +95,8 @@ class KVortexEngine:
         Raises
         ------
         ConfigError
-            A budget is too small, there is neither a layout nor ``max_block_bytes``, or ``config`` is none.
+            A budget is too small, there is neither a layout nor ``max_block_bytes``, ``transfer_route`` cannot run on this
+            GPU, or ``config`` is none.
         LayoutError
             The layout's tensors are on another device, or ``layout`` is none.
         DeviceUnavailableError, DeviceError, BuildError, PinnedMemoryError
@@ -172,7 +173,8 @@ class KVortexEngine:
         block_ids : (n,) integers
             Different pages.
         data_ptrs, sizes : (n,) integers
-            Addresses and lengths in bytes.
+            Addresses and lengths in bytes. What an earlier block left in a slot behind a shorter buffer stays there, as the
+            bytes of evicted blocks do; loads give no more than was saved.
         stream
             Stream that writes the pages: the save waits for what is on it now. An int handle or a stream object of
             cuda.core, CuPy, Numba or torch; None for the legacy default stream. The caller must not overwrite the pages

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import enum
 import threading
 
 import numpy as np
@@ -12,9 +11,10 @@ from kvortex.devices import driver as cu
 from kvortex.devices.cuda import CudaDevice
 from kvortex.errors import DeviceError
 from kvortex.memory.ids import IdBuffer
+from kvortex.transfer import holding, resident
 from kvortex.transfer import issue as nogil
-from kvortex.transfer import resident
 from kvortex.transfer.executor import Direction
+from kvortex.transfer.holding import FLAGS, NOTHING, STREAMS
 from kvortex.transfer.plan import INSTEAD, N_PIECES, Int64s, Plan
 
 THREADS = 512
@@ -22,18 +22,11 @@ ROW_WORDS = 2 * resident.ROW_CELLS  # of an IdBuffer's int32
 RESIDENT_THREADS = 512  # of kvortex.kernels.resident, which needs numba.cuda to import
 
 
-class _Kind(enum.Enum):
-    """What keeps the next chunk out of a staging buffer that is in use."""
-
-    RESIDENT = "flags"
-    STAGED = "the order of the buffer's stream"
-    FREE = "nothing: no staging buffer is used"
-
-
-def _kind(plan: Plan) -> _Kind:
+def _kind(plan: Plan) -> int:
+    """Of :mod:`kvortex.transfer.holding`."""
     if plan.ctas:
-        return _Kind.RESIDENT
-    return _Kind.STAGED if len(plan.chunks) and plan.chunks[0, N_PIECES] and not plan.chunks[0, INSTEAD] else _Kind.FREE
+        return FLAGS
+    return STREAMS if len(plan.chunks) and plan.chunks[0, N_PIECES] and not plan.chunks[0, INSTEAD] else NOTHING
 
 
 class Lane:
@@ -99,8 +92,8 @@ class Lane:
         self.cells[nogil.TO_HOST] = direction is Direction.SAVE
         self._ring = np.array([kernel_stream, kernel_event, resident_kernel, 0, flags], np.int64)
         self._filled = np.zeros((3, len(buffers)), np.int64)
-        self._turns = {kind: np.zeros(1, np.int64) for kind in _Kind}
-        self._holder: _Kind | None = None  # of the staging buffers
+        self._turns = {kind: np.zeros(1, np.int64) for kind in (NOTHING, STREAMS, FLAGS)}
+        self._holder = np.array([NOTHING], np.int64)  # of the staging buffers
         self._parameters = np.zeros(max(nogil.PARAMETERS, resident.PARAMETERS), np.int64)
         self._pointers = self._parameters.ctypes.data + 8 * np.arange(len(self._parameters), dtype=np.int64)
         self._scratch = np.zeros(nogil.SCRATCH_CELLS, np.int64)
@@ -124,22 +117,15 @@ class Lane:
             if caller != nogil.NO_STREAM:
                 after = self._caller_event
             kind = _kind(plan)
-            if kind is not _Kind.FREE:
-                if self._holder not in (None, kind):
-                    nogil.hand_over(functions, self.cells, *self._all, self._scratch, outcome)
-                    if outcome[nogil.ERROR]:  # nothing was issued, and the events, never recorded, count as passed
-                        outcome[nogil.ISSUED] = 1
-                        return
-                self._holder = kind
-            if kind is _Kind.RESIDENT:
+            if kind == FLAGS:
                 self._issue_resident(functions, plan, caller, after, events, ids, outcome)
                 return
             # Batches of short copies need many streams: at 32 KiB 8 of them brought 49 GB/s on an H100, and one 32 / 30.
-            used = self._count if kind is _Kind.FREE and not plan.batch.size else len(self.streams)
+            used = self._count if kind == NOTHING and not plan.batch.size else len(self.streams)
             address = ids.address if ids is not None else 0
             if ids is not None:
                 ids.ids[: len(plan.ids)] = plan.ids
-            nogil.issue(
+            arguments = (
                 functions,
                 self.cells,
                 self.streams[:used],
@@ -163,6 +149,7 @@ class Lane:
                 self._scratch,
                 outcome,
             )
+            holding.issue_holding(kind, self._holder, *self._all, arguments)
 
     def _issue_resident(
         self,
@@ -178,16 +165,17 @@ class Lane:
         words = ROW_WORDS * len(plan.chunks)
         ids.ids[words : words + len(plan.ids)] = plan.ids
         rows = ids.ids[:words].view(np.int64).reshape(-1, resident.ROW_CELLS)
-        self._ring[resident.THREADS] = plan.ctas * RESIDENT_THREADS
-        resident.issue_resident(
+        ring = self._ring.copy()
+        ring[resident.THREADS] = plan.ctas * RESIDENT_THREADS
+        arguments = (
             functions,
             self.cells,
-            self._ring,
+            ring,
             plan.ctas,
             self.streams[: self._count],
             self.buffers,
             self.joins[: self._count],
-            self._turns[_Kind.RESIDENT],
+            self._turns[FLAGS],
             self._filled,
             self.offsets,
             caller,
@@ -206,6 +194,7 @@ class Lane:
             self._scratch,
             outcome,
         )
+        holding.issue_resident_holding(self._holder, *self._all, arguments)
 
     def _open(self, count: int, *, behind: bool) -> None:
         with cu.current(self._device.context) as driver:

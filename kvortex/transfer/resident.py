@@ -88,7 +88,7 @@ def issue_resident(  # type: ignore[no-untyped-def]
     Parameters
     ----------
     functions, lane, caller, after, start, chunks, copies, pitch, marks, events, scratch, outcome
-        As of :func:`kvortex.transfer.issue.issue`.
+        As of :func:`kvortex.transfer.issue.issue`; marks of loads only.
     ring : (RING_CELLS,) int64
         Stream and event of the kernel, the kernel, its threads in a CTA times ``ctas``, and the flags in VRAM.
     ctas : int
@@ -162,15 +162,9 @@ def issue_resident(  # type: ignore[no-untyped-def]
         filled[0, at], filled[2, at] = ready[c], stream
         filled[1, at] = done[c] if to_host else (done[c] + ring[THREADS]) & _WORD
         while not error and mark < len(marks) and marks[mark] == c + 1:
-            # Of a save the copies must have ended, of a load the kernel: each of its threads raises the flag, in the order
-            # of chunks.
-            if to_host:
-                error = join(functions, lane, streams, joins, 0, min(n, c + 1))
-            else:
-                value = (done[c] + ring[THREADS]) & _WORD
-                error = call(
-                    functions[STREAM_WAIT_VALUE], (lane[JOIN_STREAM], flag + FLAG_BYTES, value, _GREATER_OR_EQUAL)
-                )
+            # When the kernel is through with the chunk: each of its threads raises the flag, in the order of chunks.
+            value = (done[c] + ring[THREADS]) & _WORD
+            error = call(functions[STREAM_WAIT_VALUE], (lane[JOIN_STREAM], flag + FLAG_BYTES, value, _GREATER_OR_EQUAL))
             if not error:
                 error = call(functions[EVENT_RECORD], (events[mark], lane[JOIN_STREAM]))
             mark += 1

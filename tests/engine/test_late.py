@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 import random
+import threading
 import time
 from collections.abc import Generator, Iterator
 from typing import Any
@@ -200,20 +202,23 @@ def test_no_order_of_work_gives_wrong_bytes(monkeypatch: pytest.MonkeyPatch, kin
 
 
 class Sometimes(dict[int, int]):
-    """Codes of calls that are refused, one in a hundred. One that lets a kernel go on has to be taken: nothing else could."""
+    """Codes of calls that are refused: of any, or of those of one name, with a probability. One that lets a kernel go on has
+    to be taken: nothing else could."""
 
-    def __init__(self, gpu: LateGpu, seed: int) -> None:
+    def __init__(self, gpu: LateGpu, seed: int, name: str | None = None, probability: float = 0.01) -> None:
         super().__init__()
         self._gpu, self._random, self.refused = gpu, random.Random(seed), 0
+        self._name, self._probability = name, probability
 
     def get(self, at: int, default: Any = None) -> Any:
-        if self._gpu.issued.calls[at].name in ("write_value", "pop") or self._random.random() > 0.01:
+        name = self._gpu.issued.calls[at].name
+        if name in ("write_value", "pop") or self._name not in (None, name) or self._random.random() > self._probability:
             return 0
         self.refused += 1
         return 2
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("kind", SHAPES)
 def test_a_driver_that_refuses_now_and_then_spoils_nothing_else(
     monkeypatch: pytest.MonkeyPatch, kind: str, seed: int
@@ -228,3 +233,35 @@ def test_a_driver_that_refuses_now_and_then_spoils_nothing_else(
             gpu.issued.fails = sometimes = Sometimes(gpu, seed)
             live(gpu, cache, engine, seed)
             assert sometimes.refused > 0
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_flags_never_go_back(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Where a stream could not be made to wait for a resident kernel, it must not write before one that could."""
+    shape(monkeypatch, copy_bytes=1, group_bytes=1)
+    at_random(monkeypatch, seed)
+    with fake_gpu(monkeypatch, LateGpu(seed)) as gpu:
+        cache = cache_of(1500)
+        with engine_of(cache, transfer_route="resident", num_transfer_streams=3, gpu_pool_size_bytes=8 * 4096) as engine:
+            gpu.issued.fails = sometimes = Sometimes(gpu, seed, "wait_value", 0.05)
+            live(gpu, cache, engine, seed)
+            assert sometimes.refused > 5
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_owners_in_threads_of_their_own(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    shape(monkeypatch, copy_bytes=1, group_bytes=1)
+    at_random(monkeypatch, seed)
+    with fake_gpu(monkeypatch, LateGpu(seed)) as gpu:
+        cache = cache_of()
+        with engine_of(cache) as engine:
+            models = [Model(gpu, cache, engine, number, {}) for number in range(OWNERS)]
+            threads = [threading.Thread(target=collections.deque, args=(model.live(40), 0)) for model in models]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(60)
+            assert all(poll(ticket.done, time.monotonic() + 5) for model in models for ticket in model.tickets)
+            gpu.finish()
+            assert not gpu.left and not any(model.wrong for model in models)
+            assert sum(model.checked for model in models) > 100

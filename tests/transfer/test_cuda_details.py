@@ -11,9 +11,9 @@ import pytest
 
 from kvortex.devices import driver as cu
 from kvortex.devices.cuda import CudaDevice
-from kvortex.errors import EngineClosedError, LayoutError
-from kvortex.memory.ids import IdPool
-from kvortex.transfer import issue as nogil
+from kvortex.errors import EngineClosedError, LayoutError, TransferError
+from kvortex.memory.ids import _READY, IdPool
+from kvortex.transfer import holding
 from kvortex.transfer.cuda_completion import Events
 from kvortex.transfer.executor import Direction
 from tests.fake_driver import Result
@@ -58,6 +58,29 @@ def test_events_that_are_taken_in_the_middle_of_another_taking_are_others(gpu: F
     assert events.take() not in found and len(events._all) == 2
 
 
+def test_what_was_lent_comes_back_once(gpu: FakeGpu, cache: PagedCache) -> None:
+    """Whoever finds that a transfer has ended, or gives it up, and whoever does so after that."""
+    with cache.engine() as engine:
+        executor = engine._executor
+        completion = executor.prepare_blocks(Direction.SAVE, np.array([1]), np.array([1]), None)
+        completion.cancel()
+        completion.cancel()
+        assert completion.query() and isinstance(completion.error, TransferError)
+        assert sorted(executor._events._free) == sorted(set(executor._events._all))
+        assert len({id(ids) for kind in executor._ids._free.values() for ids in kind}) == sum(n for _, n in _READY)
+        assert sum(map(len, executor._ids._free.values())) == sum(n for _, n in _READY)
+
+
+def test_a_layer_wise_load_beside_a_model_has_the_ctas_for_that(gpu: FakeGpu, cache: PagedCache) -> None:
+    for beside, wanted in ((False, 4), (True, 2)):
+        with cache.engine(transfer_route="resident", beside_compute=beside) as engine:
+            engine._executor.resident_ctas = 4, 2
+            assert engine.save_blocks(keys_of(0), [0]).wait().all()
+            gpu.issued.calls.clear()
+            assert engine.load_blocks(keys_of(0), [1], layerwise=True).wait().all()
+            assert [call.arguments[1] for call in gpu.issued.calls if call.name == "launch"] == [wanted]
+
+
 def test_a_callers_buffers_are_never_joined(gpu: FakeGpu, cache: PagedCache) -> None:
     """They may lie side by side and yet in two allocations, which no DMA may cross."""
     nbytes = -(-cache.layout.record_bytes // 4096) * 4096  # a slot's, so that neighbours touch
@@ -71,7 +94,7 @@ def test_a_callers_buffers_are_never_joined(gpu: FakeGpu, cache: PagedCache) -> 
 
 
 def test_two_threads_do_not_issue_on_one_lane_at_once(cache: PagedCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    inside, most, real = [0], [0], nogil.issue
+    inside, most, real = [0], [0], holding.issue_holding
     pause = threading.Event()
 
     def counted(*arguments: Any) -> None:
@@ -81,7 +104,7 @@ def test_two_threads_do_not_issue_on_one_lane_at_once(cache: PagedCache, monkeyp
         real(*arguments)
         inside[0] -= 1
 
-    monkeypatch.setattr(nogil, "issue", counted)
+    monkeypatch.setattr(holding, "issue_holding", counted)
     with cache.engine(transfer_route="staged") as engine:
         threads = [
             threading.Thread(

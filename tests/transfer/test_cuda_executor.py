@@ -350,9 +350,9 @@ def test_streams_under_capture_are_refused(gpu: FakeGpu) -> None:
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_an_interrupt_around_the_issue(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
     """A signal that comes inside the compiled call is told when that returns, with everything on its way."""
-    from kvortex.transfer import issue as nogil
+    from kvortex.transfer import holding
 
-    real = nogil.issue
+    real = holding.issue_holding
 
     def interrupted(*arguments: Any) -> None:
         if when == "after":
@@ -360,7 +360,7 @@ def test_an_interrupt_around_the_issue(gpu: FakeGpu, monkeypatch: pytest.MonkeyP
         raise KeyboardInterrupt
 
     with cache_of("layers").engine() as engine:
-        monkeypatch.setattr(nogil, "issue", interrupted)
+        monkeypatch.setattr(holding, "issue_holding", interrupted)
         gpu.event_code = 600
         with pytest.raises(KeyboardInterrupt):
             engine.save_blocks(keys_of(1), [1])

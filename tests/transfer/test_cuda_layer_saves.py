@@ -333,9 +333,9 @@ def test_an_interrupt_at_any_line(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch,
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_an_interrupt_around_the_issue(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
-    from kvortex.transfer import issue as nogil
+    from kvortex.transfer import holding
 
-    real = nogil.issue
+    real = holding.issue_holding
 
     def interrupted(*arguments: Any) -> None:
         if when == "after":
@@ -346,7 +346,7 @@ def test_an_interrupt_around_the_issue(gpu: FakeGpu, monkeypatch: pytest.MonkeyP
     with cache.engine(slots=BLOCKS, transfer_route="staged") as engine:
         ticket = engine.save_blocks(keys_of(1), [1], layerwise=True)
         ticket.save_layer(0)
-        monkeypatch.setattr(nogil, "issue", interrupted)
+        monkeypatch.setattr(holding, "issue_holding", interrupted)
         gpu.event_code = 600
         with pytest.raises(KeyboardInterrupt):
             ticket.save_layer(1)

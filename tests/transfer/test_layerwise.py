@@ -6,6 +6,7 @@ import gc
 import random
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -243,6 +244,46 @@ def test_a_stream_waits_until_another_thread_has_started_a_group() -> None:
     save.add_to("s", 10.0, 2)
     thread.join()
     assert parts[1].waiters == ["s"]
+
+
+def test_nothing_is_asked_of_the_stream_of_a_layer_once_the_save_has_failed() -> None:
+    save, parts = save_of()
+    save.abort(TransferError("given up"))
+    for layer in range(6):
+        announce(save, layer, "bad" if layer % 2 else "s")
+    assert [part.log for part in parts] == [[], [], []] and not save._announced
+
+
+class Meddling(dict):  # type: ignore[type-arg]
+    """Lets others in right behind the n-th ``setdefault``, or in front of it."""
+
+    def __init__(self, number: int, others: Callable[[], object], *, front: bool) -> None:
+        self._left, self._others, self._front = number, others, front
+
+    def setdefault(self, *arguments: Any) -> Any:
+        self._left -= 1
+        if self._front and self._left == 0:
+            self._others()
+        found = super().setdefault(*arguments)
+        if not self._front and self._left == 0:
+            self._others()
+        return found
+
+
+def test_two_who_both_see_a_whole_group_start_it_once() -> None:
+    save, parts = save_of()
+    save._announced = Meddling(1, lambda: announce(save, 1), front=False)
+    announce(save, 0)
+    assert started(parts) == [1, 0, 0]
+
+
+def test_a_layer_that_two_announce_at_once_counts_for_one() -> None:
+    """The other hears of it, and its stream is waited for too: nobody can say who came first."""
+    save, parts = save_of()
+    save._announced = Meddling(1, lambda: announce(save, 2, "first"), front=True)
+    with pytest.raises(ArgumentError, match="layer 2 was announced already"):
+        announce(save, 2, "second")
+    assert parts[1].log == ["second", "first", "start"]
 
 
 @pytest.mark.parametrize("abort", [False, True])

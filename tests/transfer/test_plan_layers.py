@@ -44,6 +44,11 @@ def put(case: Case, layers: Int64s, groups: int, *, ctas: int = 0) -> tuple[Plan
     return plan, sections, machine, (vram, host)
 
 
+def test_sections_are_as_far_apart_in_a_buffer_as_16_byte_lanes_want_them() -> None:
+    pieces = split_pieces(fragments_of([33, 20], 4, 0, interleaved=False)[0])
+    assert cut_sections(pieces, np.array([0, 33, 53]), 2, 64).pitch == 48
+
+
 @settings(max_examples=150)
 @given(st.data(), cases(), st.integers(1, 7))
 def test_a_load(data: st.DataObject, case: Case, groups: int) -> None:

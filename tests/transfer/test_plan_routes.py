@@ -150,6 +150,8 @@ def test_batches_are_of_about_as_many_bytes_each() -> None:
     mixed[:, 3] = [700, 100, 100, 100]
     mixed[:, 2] = [0, 700, 800, 900]
     assert [sum(copy[2] for copy in call) for call in batches(mixed, [0, 1], [0, 1], Pool(HOST, 1000, 9), 2)] == [1000, 1000]
+    mixed[:, 3], mixed[:, 2] = [100, 100, 100, 700], [0, 100, 200, 300]
+    assert [sum(copy[2] for copy in call) for call in batches(mixed, [0], [0], Pool(HOST, 1000, 9), 2)] == [300, 700]
     even = batches(rows(0, 1000, 2000, 3000, stride=5000), [0, 1, 2], [0, 1, 2], Pool(HOST, 256, 9), 5)
     assert sorted(len(call) for call in even) == [2, 2, 2, 3, 3]
     assert len(batches(rows(0, stride=64), [4], [7], Pool(HOST, 64, 9), 5)) == 1, "no call without a copy"
