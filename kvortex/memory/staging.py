@@ -24,6 +24,7 @@ class StagingRing:
     Attributes
     ----------
     addresses : list of int
+        One buffer behind another.
     buffer_bytes : int
 
     Raises
@@ -48,9 +49,10 @@ class StagingRing:
             properties.location.id = device.ordinal
             self._pool = check(driver.cuMemPoolCreate(properties), "cuMemPoolCreate")
             try:
-                for _ in range(count):
-                    what = f"staging buffer of {self.buffer_bytes} bytes (gpu_pool_size_bytes = {budget})"
-                    self.addresses.append(int(check(driver.cuMemAllocFromPoolAsync(self.buffer_bytes, self._pool, 0), what)))
+                what = f"{count} staging buffers of {self.buffer_bytes} bytes (gpu_pool_size_bytes = {budget})"
+                nbytes = count * self.buffer_bytes  # in one piece, so that a DMA may reach from one buffer into the next
+                first = int(check(driver.cuMemAllocFromPoolAsync(nbytes, self._pool, 0), what))
+                self.addresses += [first + at * self.buffer_bytes for at in range(count)]
                 check(driver.cuStreamSynchronize(0), "cuStreamSynchronize")
             except BaseException:
                 self.close()
@@ -61,8 +63,8 @@ class StagingRing:
         if self._pool is None:
             return
         with contextlib.suppress(DeviceError), current(self._device.context):
-            for address in self.addresses:
-                api().cuMemFreeAsync(address, 0)
+            if self.addresses:
+                api().cuMemFreeAsync(self.addresses[0], 0)
             api().cuStreamSynchronize(0)
             api().cuMemPoolDestroy(self._pool)
         self.addresses.clear()

@@ -16,6 +16,7 @@ from kvortex.devices.streams import cuda_stream_handle
 from kvortex.errors import ArgumentError, ConfigError, DeviceError
 from kvortex.kernels import build
 from kvortex.memory.ids import IdBuffer, IdPool
+from kvortex.memory.arena import SLOT_ALIGNMENT
 from kvortex.memory.staging import StagingRing
 from kvortex.transfer.cuda_completion import CudaCompletion, Events
 from kvortex.transfer.executor import Completion, Direction, Executor
@@ -164,7 +165,7 @@ class CudaExecutor(Executor):
             self._table = self.device.allocate(self._pieces.nbytes)
             self._table.write(self._pieces)
             table = self._table.address
-            self._flags = self.device.allocate(2 * FLAG_BYTES * len(buffers))
+            self._flags = self.device.allocate(2 * 2 * 2 * FLAG_BYTES)  # of each direction's two buffers
             self._flags.write(np.zeros(self._flags.nbytes, np.uint8))
             flags = self._flags.address
             kernels = {
@@ -173,18 +174,34 @@ class CudaExecutor(Executor):
             }
         for at, direction in enumerate(Direction):
             mine = buffers[at * depth : (at + 1) * depth]
-            my_flags = flags + 2 * FLAG_BYTES * depth * at
+            my_flags = flags + 2 * 2 * FLAG_BYTES * at
             self._lanes[direction] = Lane(
                 self.device,
                 direction,
                 *kernels[direction],
                 self._count,
                 mine,
+                self._halves(mine),
                 self._profile.staged_ctas,
                 my_flags,
                 table,
                 self._pieces[:, OFFSET],
             )
+
+    def _halves(self, buffers: list[int]) -> list[int]:
+        """The staging buffers of a direction as a resident kernel uses them: two, so that a DMA is as long as can be.
+
+        From one DMA to the next the link stands still for microseconds, and with flags in between for longer. One buffer on
+        the link and one that is filled, or emptied, are enough.
+        """
+        if self._staging is None:
+            return buffers
+        nbytes = len(buffers) * self._staging.buffer_bytes
+        self._half_bytes = nbytes // 2 // SLOT_ALIGNMENT * SLOT_ALIGNMENT
+        if not self._half_bytes:
+            self._half_bytes = nbytes
+            return buffers[:1]
+        return [buffers[0], buffers[0] + self._half_bytes]
 
     def _ability(self) -> Ability:
         staged = self._depth * self._staging.buffer_bytes if self._staging is not None else 0
@@ -221,7 +238,7 @@ class CudaExecutor(Executor):
             if in_groups:
                 return self._layer_save(split_groups(plan), route, sections.group_of)
             return CudaCompletion(self, direction, plan, caller, route, sections.group_of)
-        plan = self._plan(route, blocks, slots, busy)
+        plan = self._plan(direction, route, blocks, slots, busy)
         if in_groups:  # the other routes take all layers at once
             return self._layer_save([plan], route, np.zeros(num_layers, np.int64))
         return CudaCompletion(self, direction, plan, caller, route)
@@ -239,7 +256,7 @@ class CudaExecutor(Executor):
 
     def _sections(self, count: int) -> Sections:
         if count not in self._cuts:  # two threads may both do it, to the same end
-            limit = self._staging.buffer_bytes if self._staging is not None else None
+            limit = min(self._staging.buffer_bytes, self._half_bytes) if self._staging is not None else None
             self._cuts[count] = cut_sections(self._pieces, self._layer_offsets, count, limit)
         return self._cuts[count]
 
@@ -248,9 +265,10 @@ class CudaExecutor(Executor):
             return plan_direct_layers(blocks, slots, self._fragments[0], sections, self._pool, self._count)
         assert self._staging is not None
         ctas = self.resident_ctas[busy] if route is Route.RESIDENT else 0
-        return plan_layers(blocks, slots, sections, self._pool, self._staging.buffer_bytes, MAX_BLOCKS, ctas=ctas)
+        size = self._half_bytes if ctas else self._staging.buffer_bytes
+        return plan_layers(blocks, slots, sections, self._pool, size, MAX_BLOCKS, ctas=ctas)
 
-    def _plan(self, route: Route, blocks: Int64s, slots: Int64s, busy: bool) -> Plan:
+    def _plan(self, direction: Direction, route: Route, blocks: Int64s, slots: Int64s, busy: bool) -> Plan:
         if route is Route.DIRECT:
             base, stride, _, size = (int(cell) for cell in self._fragments[0])
             return plan_direct(base + blocks * stride, np.full(len(blocks), size), slots, self._pool, self._count)
@@ -262,8 +280,11 @@ class CudaExecutor(Executor):
         if route is Route.MAPPED:
             return plan_mapped(blocks, slots, self._pieces, self._pool, MAX_BLOCKS)
         assert self._staging is not None
-        size, ctas = self._staging.buffer_bytes, self.resident_ctas[busy] if route is Route.RESIDENT else 0
-        return plan_staged(blocks, slots, self._pieces, self._pool, size, self._depth, MAX_BLOCKS, ctas=ctas)
+        if route is Route.RESIDENT:
+            options: dict[str, Any] = {"ctas": self.resident_ctas[busy], "to_host": direction is Direction.SAVE}
+            return plan_staged(blocks, slots, self._pieces, self._pool, self._half_bytes, 2, MAX_BLOCKS, **options)
+        size = self._staging.buffer_bytes
+        return plan_staged(blocks, slots, self._pieces, self._pool, size, self._depth, MAX_BLOCKS)
 
     def _is_busy(self, caller: int) -> bool:
         """Whether a model is computing: as the user says, or mostly when the caller's stream has work on it."""

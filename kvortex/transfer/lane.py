@@ -42,11 +42,13 @@ class Lane:
         Streams that copies are dealt to, and kernels that use no staging buffer.
     buffers
         Addresses of staging buffers, at least ``count``; each has a stream for launches of its own.
+    halves
+        The same memory as a resident kernel uses it.
     ctas
         Most CTAs of a launch that serves one buffer, or none. The rest of the GPU stays with a model, and one launch for each
         buffer may run at a time.
     flags
-        Address of ``2 * resident.FLAG_BYTES`` bytes of VRAM for each buffer, zeroed.
+        Address of ``2 * resident.FLAG_BYTES`` bytes of VRAM for each of ``halves``, zeroed.
     table, offsets
         Address of the pieces in VRAM, and their record offsets.
     """
@@ -59,6 +61,7 @@ class Lane:
         resident_kernel: int,
         count: int,
         buffers: list[int],
+        halves: list[int],
         ctas: int,
         flags: int,
         table: int,
@@ -80,6 +83,7 @@ class Lane:
         self.streams, self.joins, self._copied = self._all[0, :-1], self._all[1, :-1], np.array(copied, np.int64)
         self._count = count
         self.buffers, self.offsets = np.array(buffers, np.int64), np.ascontiguousarray(offsets)
+        self._halves = np.array(halves, np.int64)
         self.cells = np.zeros(nogil.LANE_CELLS, np.int64)
         self.cells[nogil.CONTEXT] = int(device.context)
         self.cells[nogil.KERNEL] = kernel
@@ -91,7 +95,7 @@ class Lane:
         self._caller_event = np.array([caller_event], np.int64)
         self.cells[nogil.TO_HOST] = direction is Direction.SAVE
         self._ring = np.array([kernel_stream, kernel_event, resident_kernel, 0, flags], np.int64)
-        self._filled = np.zeros((3, len(buffers)), np.int64)
+        self._filled = np.zeros((3, len(halves)), np.int64)
         self._turns = {kind: np.zeros(1, np.int64) for kind in (NOTHING, STREAMS, FLAGS)}
         self._holder = np.array([NOTHING], np.int64)  # of the staging buffers
         self._parameters = np.zeros(max(nogil.PARAMETERS, resident.PARAMETERS), np.int64)
@@ -173,7 +177,7 @@ class Lane:
             ring,
             plan.ctas,
             self.streams[: self._count],
-            self.buffers,
+            self._halves,
             self.joins[: self._count],
             self._turns[FLAGS],
             self._filled,

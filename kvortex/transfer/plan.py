@@ -116,6 +116,7 @@ def plan_staged(
     max_blocks: int,
     *,
     ctas: int = 0,
+    to_host: bool = True,
 ) -> Plan:
     """A transfer through staging buffers.
 
@@ -133,9 +134,11 @@ def plan_staged(
     max_blocks
         Most ids that one launch takes.
     ctas
-        CTAs of one kernel for the whole plan, or 0 for a launch a chunk. With one kernel a chunk costs no launch, so the
-        first ones are small, for the link to start at once, and the last ones too, for the end not to wait for a long gather
-        or scatter.
+        CTAs of one kernel for the whole plan, or 0 for a launch a chunk. With one kernel a chunk costs no launch, so those
+        at one end are small.
+    to_host
+        Which end: the first ones of a save, for the link not to wait for a long gather, or the last ones of a load, for the
+        end not to wait for a long scatter.
     """
     order = np.argsort(slots)
     ids, slots = blocks[order].astype(np.int32), slots[order]
@@ -145,7 +148,7 @@ def plan_staged(
     else:
         per_chunk = buffer_bytes // pool.slot_bytes
         if ctas:
-            starts = _ramp(len(slots), per_chunk)
+            starts = _ramp(len(slots), per_chunk, to_host)
         else:
             count = max(buffers, -(-len(slots) // min(per_chunk, max_blocks)))  # none much shorter than the others
             starts = np.arange(0, len(slots), -(-len(slots) // count))
@@ -153,14 +156,14 @@ def plan_staged(
     return Plan(ids, chunks, copies, record_bytes * len(slots), pool.slot_bytes, ctas)
 
 
-def _ramp(count: int, per_chunk: int) -> Int64s:
-    """First records of chunks of at most ``per_chunk``, which double from a 32nd of that, and halve again at the end."""
+def _ramp(count: int, per_chunk: int, upwards: bool) -> Int64s:
+    """First records of chunks of at most ``per_chunk``, which double from a 32nd of that; or halve down to it."""
     slope = np.maximum(1, per_chunk >> np.arange(_DOUBLINGS, 0, -1))
-    while len(slope) and 2 * slope.sum() > count:
+    while len(slope) and slope.sum() > count:
         slope = slope[:-1]
-    middle = count - 2 * int(slope.sum())
-    body = [per_chunk] * (middle // per_chunk) + [middle % per_chunk] * (middle % per_chunk > 0)
-    sizes = np.array([*slope, *body, *slope[::-1]], np.int64)
+    left = count - int(slope.sum())
+    body = [per_chunk] * (left // per_chunk) + [left % per_chunk] * (left % per_chunk > 0)
+    sizes = np.array([*slope, *body] if upwards else [*body[::-1], *slope[::-1]], np.int64)
     starts: Int64s = np.cumsum(sizes) - sizes
     return starts
 

@@ -42,7 +42,7 @@ def test_close_gives_everything_back_once() -> None:
         addresses = list(ring.addresses)
         ring.close()
         ring.close()
-        assert [address for address, _ in driver.named("cuMemFreeAsync")] == addresses and not ring.addresses
+        assert [address for address, _ in driver.named("cuMemFreeAsync")] == addresses[:1] and not ring.addresses
         assert len(driver.named("cuMemPoolDestroy")) == 1
         assert len(driver.named("cuCtxPushCurrent")) == len(driver.named("cuCtxPopCurrent"))
 
@@ -51,8 +51,7 @@ def test_close_gives_everything_back_once() -> None:
     ("function", "spare", "freed"),
     [
         ("cuMemAllocFromPoolAsync", 0, 0),
-        ("cuMemAllocFromPoolAsync", 2, 2),
-        ("cuStreamSynchronize", 0, 3),
+        ("cuStreamSynchronize", 0, 1),
     ],
 )
 def test_a_refusal_gives_back_what_was_had(function: str, spare: int, freed: int) -> None:
@@ -67,7 +66,7 @@ def test_a_refusal_gives_back_what_was_had(function: str, spare: int, freed: int
 def test_a_refusal_names_the_option() -> None:
     with installed(FakeDriver()) as driver:
         driver.fails["cuMemAllocFromPoolAsync"] = (2, 0)
-        with pytest.raises(DeviceError, match=r"staging buffer of 4096 bytes \(gpu_pool_size_bytes = 12288\)"):
+        with pytest.raises(DeviceError, match=r"3 staging buffers of 4096 bytes \(gpu_pool_size_bytes = 12288\)"):
             StagingRing(DEVICE, 3 * 4096, 3)
 
 
@@ -80,14 +79,14 @@ def test_no_pool_at_all() -> None:
 
 
 @pytest.mark.gpu
-def test_real_buffers_are_apart() -> None:
+def test_real_buffers_lie_one_behind_another() -> None:
     from kvortex.devices import driver as cu
     from kvortex.devices.cuda import CudaDevice
 
     ring = StagingRing(CudaDevice(), 3 * 65536 + 100, 3)
     assert ring.buffer_bytes == 65536
-    spans = sorted(ring.addresses)
-    assert all(b - a >= 65536 for a, b in zip(spans[:-1], spans[1:], strict=True))
+    first, second, third = ring.addresses
+    assert (second - first, third - second) == (65536, 65536)
     with cu.current(CudaDevice().context) as driver:
         for address in ring.addresses:
             cu.check(driver.cuMemsetD8(address, 7, 65536), "cuMemsetD8")

@@ -53,7 +53,7 @@ def test_nothing_of_the_second_runs_before_the_end_of_the_first(
         calls, before = gpu.issued.calls, predecessors(gpu.issued.calls)
         first, second = ({at for at in range(*span) if calls[at].name in WORK} for span in ((0, halves[0]), tuple(halves)))
         # The rows that a resident kernel reads are sent ahead of everything, to memory of their own.
-        assert len(first) > 8 and all(first <= before[at] for at in second)
+        assert len(first) >= 6 and all(first <= before[at] for at in second)
 
 
 def test_transfers_of_one_route_overlap(gpu: FakeGpu, cache: PagedCache) -> None:
