@@ -76,11 +76,11 @@ class Lane:
         except BaseException:
             self.close()
             raise
-        *streams, kernel_stream, join_stream = self._streams
-        *copied, caller_event = self._events[len(self._streams) - 1 :]
-        kernel_event = self._events[len(streams)]
-        self._all = np.array([[*streams, kernel_stream], self._events[: len(streams) + 1]], np.int64)
-        self.streams, self.joins, self._copied = self._all[0, :-1], self._all[1, :-1], np.array(copied, np.int64)
+        *streams, kernel_stream, flag_stream, join_stream = self._streams
+        joins, (kernel_event, flag_event, caller_event) = self._events[: len(streams)], self._events[len(streams) :][:3]
+        self._all = np.array([[*streams, kernel_stream], [*joins, kernel_event]], np.int64)
+        self.streams, self.joins = self._all[0, :-1], self._all[1, :-1]
+        self._copied = np.array(self._events[len(streams) + 3 :], np.int64)
         self._count = count
         self.buffers, self.offsets = np.array(buffers, np.int64), np.ascontiguousarray(offsets)
         self._halves = np.array(halves, np.int64)
@@ -94,8 +94,8 @@ class Lane:
         self.cells[nogil.CALLER_EVENT] = caller_event
         self._caller_event = np.array([caller_event], np.int64)
         self.cells[nogil.TO_HOST] = direction is Direction.SAVE
-        self._ring = np.array([kernel_stream, kernel_event, resident_kernel, 0, flags], np.int64)
-        self._filled = np.zeros((3, len(halves)), np.int64)
+        self._ring = np.array([kernel_stream, kernel_event, resident_kernel, 0, flags, flag_stream, flag_event], np.int64)
+        self._filled = np.zeros((2, len(halves)), np.int64)
         self._turns = {kind: np.zeros(1, np.int64) for kind in (NOTHING, STREAMS, FLAGS)}
         self._holder = np.array([NOTHING], np.int64)  # of the staging buffers
         self._parameters = np.zeros(max(nogil.PARAMETERS, resident.PARAMETERS), np.int64)
@@ -176,9 +176,9 @@ class Lane:
             self.cells,
             ring,
             plan.ctas,
-            self.streams[: self._count],
+            self.streams[:1],
             self._halves,
-            self.joins[: self._count],
+            self.joins[:1],
             self._turns[FLAGS],
             self._filled,
             self.offsets,
@@ -206,12 +206,12 @@ class Lane:
             # High priority: a short gather must not queue behind a model's kernels. Loads before saves,
             # since a model waits for them. (A smaller number is a higher priority.)
             priority = min(high + 1, low) if behind else high
-            for _ in range(count + 2):
+            for _ in range(count + 3):
                 # Non-blocking: not ordered with the legacy default stream but through events.
                 flags = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
                 self._streams.append(int(cu.check(driver.cuStreamCreateWithPriority(flags, priority), "cuStreamCreate")))
             no_timing = driver.CUevent_flags.CU_EVENT_DISABLE_TIMING
-            for _ in range(2 * count + 2):
+            for _ in range(2 * count + 3):
                 self._events.append(int(cu.check(driver.cuEventCreate(no_timing), "cuEventCreate")))
 
     def query(self) -> int:

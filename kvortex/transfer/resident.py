@@ -1,9 +1,13 @@
 """Issuing a plan around one resident kernel, in one call that holds no GIL.
 
-The kernel (:mod:`kvortex.kernels.resident`) is launched first; the copies follow on other streams. Each staging buffer has
+The kernel (:mod:`kvortex.kernels.resident`) is launched first; the copies follow on another stream. Each staging buffer has
 two flags in VRAM, which only grow: ``ready`` counts its DMAs, ``done`` counts threads of kernels that are through with it.
-A save's DMA waits for ``done`` and raises ``ready``, which lets the kernel fill the buffer again; a load's DMA waits until
-the kernel has emptied the buffer, fills it, and raises ``ready``.
+A save's DMA waits for ``done``, and when it has ended ``ready`` is raised, which lets the kernel fill the buffer again; a
+load's DMA waits until the kernel has emptied the buffer, fills it, and then ``ready`` is raised.
+
+Copies are on one stream: two DMAs at once would share the link and end together, and nothing would be left to do meanwhile.
+``ready`` is written on a stream of its own. Where the copies' stream writes it, the link stands still for longer between
+two copies (docs/transfers.md).
 
 Nothing can wait for what is issued behind it: everything is issued in the order in which it can run. So a stream that
 shares a hardware queue with another one is slower, and never stuck.
@@ -42,7 +46,7 @@ from kvortex.transfer.issue import (
 from kvortex.transfer.plan import FIRST_BLOCK, FIRST_PIECE, N_BLOCKS, N_PIECES
 
 # Cells of ``ring``: what a lane has for resident kernels beside its other cells.
-STREAM, EVENT, KERNEL, THREADS, FLAGS = range(RING_CELLS := 5)
+STREAM, EVENT, KERNEL, THREADS, FLAGS, FLAG_STREAM, COPIED = range(RING_CELLS := 7)
 FLAG_BYTES = 64  # a sector and more to each, so that who polls one does not slow who raises another
 PARAMETERS = 5
 ROW_CELLS = 8  # of kvortex.kernels.resident, which needs numba.cuda to import
@@ -90,17 +94,17 @@ def issue_resident(  # type: ignore[no-untyped-def]
     functions, lane, caller, after, start, chunks, copies, pitch, marks, events, scratch, outcome
         As of :func:`kvortex.transfer.issue.issue`; marks of loads only.
     ring : (RING_CELLS,) int64
-        Stream and event of the kernel, the kernel, its threads in a CTA times ``ctas``, and the flags in VRAM.
+        Stream and event of the kernel, the kernel, its threads in a CTA times ``ctas``, the flags in VRAM, the stream that
+        writes ``ready``, and the event that it waits for each time.
     ctas : int
-    streams, joins : (s,) int64
-        For copies, and the event that joins each.
+    streams, joins : (1,) int64
+        For copies, and the event that joins it.
     buffers : (b,) int64
         Staging buffers.
     turn : (1,) int64
         Buffer of the first chunk, the rest follow in a ring; moved on.
-    filled : (3, b) int64
-        Of each buffer the values of its flags, and the stream that wrote ``ready`` last, 0 for none; moved on where something
-        was issued.
+    filled : (2, b) int64
+        Of each buffer the values of its flags; moved on where something was issued.
     offsets : (P,) int64
         Record offsets of the pieces.
     rows : (c, ROW_CELLS) int64
@@ -110,7 +114,7 @@ def issue_resident(  # type: ignore[no-untyped-def]
     parameters, pointers : (PARAMETERS,) int64
         Values of the kernel's parameters, and their addresses.
     """
-    n, depth, first = len(streams), len(buffers), turn[0]
+    stream, depth, first = streams[0], len(buffers), turn[0]
     to_host = lane[TO_HOST] != 0
     ready, done = np.empty(len(chunks), np.int64), np.empty(len(chunks), np.int64)
     _write_rows(to_host, ring, buffers, first, filled, offsets, chunks, rows, ready, done)
@@ -140,26 +144,24 @@ def issue_resident(  # type: ignore[no-untyped-def]
     for c in range(len(chunks)):
         if not launched:
             break
-        at, stream = (first + c) % depth, streams[c % n]
+        at = (first + c) % depth
         flag = ring[FLAGS] + 2 * FLAG_BYTES * at
-        # Also after an error: the kernel waits for each of these values, and would wait for ever. One must not be written
-        # before the one that is less, so who cannot wait for the kernel follows on the stream that wrote that. And nobody
-        # can when the kernel waits for a value that was not to be written: only a later one lets it go on.
-        code = np.int32(0)
-        if not unwritten:
-            code = call(functions[STREAM_WAIT_VALUE], (stream, flag + FLAG_BYTES, done[c], _GREATER_OR_EQUAL))
-        if (code or unwritten) and filled[2, at]:
-            stream = filled[2, at]
         if not error:
-            error = code
+            error = call(functions[STREAM_WAIT_VALUE], (stream, flag + FLAG_BYTES, done[c], _GREATER_OR_EQUAL))
         if not error:
             error = copy_chunk(to_host, functions, copies, chunks[c], buffers[at], stream, scratch)
-        code = call(functions[STREAM_WRITE_VALUE], (stream, flag, ready[c], 0))
+        if not error:
+            error = call(functions[EVENT_RECORD], (ring[COPIED], stream))
+        if not error:
+            error = call(functions[STREAM_WAIT], (ring[FLAG_STREAM], ring[COPIED], 0))
+        # Also after an error: the kernel waits for each of these values, and would wait for ever. One stream writes them all,
+        # so none comes before the one that is less, nor before the copies that came before.
+        code = call(functions[STREAM_WRITE_VALUE], (ring[FLAG_STREAM], flag, ready[c], 0))
         if code:
             unwritten = True
         if not error:
             error = code
-        filled[0, at], filled[2, at] = ready[c], stream
+        filled[0, at] = ready[c]
         filled[1, at] = done[c] if to_host else (done[c] + ring[THREADS]) & _WORD
         while not error and mark < len(marks) and marks[mark] == c + 1:
             # When the kernel is through with the chunk: each of its threads raises the flag, in the order of chunks.
@@ -168,7 +170,10 @@ def issue_resident(  # type: ignore[no-untyped-def]
             if not error:
                 error = call(functions[EVENT_RECORD], (events[mark], lane[JOIN_STREAM]))
             mark += 1
-    last = join(functions, lane, streams, joins, 0, n)
+    if unwritten:  # a later value lets a kernel go on, and of the last one there is none
+        for at in range(depth):
+            call(functions[STREAM_WRITE_VALUE], (ring[FLAG_STREAM], ring[FLAGS] + 2 * FLAG_BYTES * at, filled[0, at], 0))
+    last = join(functions, lane, streams, joins, 0, 1)
     code = call(functions[EVENT_RECORD], (ring[EVENT], kernel_stream))
     if not code:
         code = call(functions[STREAM_WAIT], (lane[JOIN_STREAM], ring[EVENT], 0))
