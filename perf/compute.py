@@ -1,8 +1,10 @@
 """How fast do blocks move while the GPU computes, and what does that cost the computation?
 
 A loop of passes runs on a stream of default priority, without a pause. In one span of it blocks are saved, or loaded, two
-transfers at a time; the rate is that of what ended meanwhile. The slowdown is the time of this span against the mean of the
-spans before and after, where nothing moves. One contiguous DMA at a time, beside the same loop, is what the ratio is of.
+transfers at a time; the rate is that of what ended meanwhile, but for the first few, which fill staging buffers. The slowdown
+is the time of this span against the mean of the spans before and after, where nothing moves; clocks wander by a percent or
+two from span to span, so spans are short and rounds are many. One contiguous DMA at a time, beside the same loop, is what the
+ratio is of; ``raw_slowdown`` is what that costs, and shows how well any slowdown can be told.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from perf.raw import RawCopy
 from perf.report import Report, progress
 
 FRAGMENT_BYTES = (4 << 10, 18 << 10, 32 << 10)
-ROUTES = ("auto", "resident", "staged")
+ROUTES = ("auto",)  # transfer_route
+PRIMING = 3  # transfers that are not counted
 STAGING_BYTES = 1 << 30  # short fragments need long staging buffers to go on while a kernel of the model runs
 KEYS = ("load", "fragment_kib", "route", "direction")
 BETTER = {"rate": "higher", "ratio": "higher", "slowdown": "lower"}
@@ -35,7 +38,7 @@ def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]]
     device = kvortex.open_device(device_name)
     if not isinstance(device, CudaDevice):
         raise DeviceUnavailableError("this measurement needs a GPU")
-    payload, seconds, rounds = (32 << 20, 0.05, 1) if quick else (512 << 20, 0.1, 4)
+    payload, seconds, rounds = (32 << 20, 0.05, 1) if quick else (512 << 20, 0.08, 10)
     rows = []
     raw = RawCopy(device, payload)
     for name in LOADS:
@@ -94,8 +97,8 @@ def _beside(
         loop.start()
         while loop.running(Loop.BEFORE):
             pass
-        move()  # the first of a row waits for a multiprocessor; what counts is how it goes on
-        move()
+        for _ in range(PRIMING):  # what counts is how it goes on
+            move()
         nbytes, began = 0, time.perf_counter()
         ended = began
         while loop.running(Loop.BESIDE):
@@ -111,13 +114,14 @@ def _beside(
 
 
 def draw(axes: Any, report: Report) -> None:
-    """Share of a contiguous DMA against the loop's slowdown, a mark a row."""
-    colours = dict(zip(ROUTES, ("#27608f", "#d0792a", "#5c8a3a"), strict=True))
+    """Share of a contiguous DMA against the loop's slowdown, a mark a row: filled for saves."""
+    colours = dict(zip((4, 18, 32), ("#27608f", "#d0792a", "#5c8a3a"), strict=True))
     marks = dict(zip(LOADS, ("s", "^", "o"), strict=True))
     for row in report.rows:
-        axes.plot(row["slowdown"], row["ratio"], marks[row["load"]], color=colours[row["route"]], alpha=0.8)
-    for route, colour in colours.items():
-        axes.plot([], [], "o", color=colour, label=route)
+        fill = "full" if row["direction"] == "save" else "none"
+        axes.plot(row["slowdown"], row["ratio"], marks[row["load"]], color=colours[row["fragment_kib"]], fillstyle=fill)
+    for kib, colour in colours.items():
+        axes.plot([], [], "o", color=colour, label=f"{kib} KiB")
     for load, mark in marks.items():
         axes.plot([], [], mark, color="black", label=load)
     axes.axhline(0.9, color="black", linewidth=0.6, linestyle=":")

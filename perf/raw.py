@@ -32,11 +32,14 @@ class RawCopy:
         self._arena = PinnedArena(device, nbytes + 4095, nbytes)
         self._buffer = device.allocate(nbytes)
         self._turn = 0
-        self._clocks: list[CudaClock] = []
+        # A stream for each direction: on a stream that has copied both ways a copy may wait as long as another stream copies
+        # the other way without a pause, and that is for ever where two directions are measured at once.
+        self._clocks: dict[bool, list[CudaClock]] = {}
         if isinstance(device, CudaDevice):
             self._functions = cu.functions()
-            self._clocks = [CudaClock(device)]
-            self._clocks += [CudaClock(device, self._clocks[0].stream) for _ in range(IN_FLIGHT - 1)]
+            for to_host in (True, False):
+                first = CudaClock(device)
+                self._clocks[to_host] = [first, *(CudaClock(device, first.stream) for _ in range(IN_FLIGHT - 1))]
         else:
             self._worker = HostStream()
 
@@ -45,15 +48,16 @@ class RawCopy:
         size = self.nbytes if nbytes is None else nbytes
         if not self._clocks:
             return HostClock().seconds(lambda: ctypes.memmove(*self._pair(to_host), size))
-        self._issue(self._clocks[0], to_host, size)
-        return self._clocks[0].elapsed()
+        clock = self._clocks[to_host][0]
+        self._issue(clock, to_host, size)
+        return clock.elapsed()
 
     def start(self, *, to_host: bool) -> Callable[[], bool]:
-        """Starts a copy behind the one before it; the result says whether it has ended. Two may run at a time."""
+        """Starts a copy behind the one before it; the result says whether it has ended. Two may run at a time, all one way."""
         if not self._clocks:
             self._worker.enqueue(lambda: ctypes.memmove(*self._pair(to_host), self.nbytes))
             return self._worker.record().query
-        clock = self._clocks[self._turn % IN_FLIGHT]
+        clock = self._clocks[to_host][self._turn % IN_FLIGHT]
         self._turn += 1
         self._issue(clock, to_host, self.nbytes)
         return clock.done
@@ -81,10 +85,11 @@ class RawCopy:
 
     def close(self) -> None:
         """Frees the memory, stream and events."""
-        for clock in reversed(self._clocks):  # the stream belongs to the first one
-            clock.close()
+        for clocks in self._clocks.values():
+            for clock in reversed(clocks):  # the stream belongs to the first one
+                clock.close()
         if not self._clocks:
             self._worker.close()
-        self._clocks = []
+        self._clocks = {}
         self._arena.close()
         self._buffer.free()

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import kvortex
+from kvortex.devices.cuda import CudaDevice
 from kvortex.errors import ArgumentError
+from kvortex.transfer import profile_store
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("numpy", "numba", "numba-cuda", "cuda-bindings", "cuda-core")
@@ -24,10 +26,12 @@ FOREIGN = ("torch", "cupy")  # told where a measurement imported them
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Device, driver, versions, commit and date of a measurement."""
+    """Device, driver, versions, commit and date of a measurement, and whether transfers follow a measured profile."""
+    opened = kvortex.open_device(device)
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "device": kvortex.open_device(device).describe(),
+        "device": opened.describe(),
+        "calibrated": isinstance(opened, CudaDevice) and profile_store.load(opened) is not None,
         "python": platform.python_version(),
         "kvortex": kvortex.__version__,
         "commit": commit(ROOT),

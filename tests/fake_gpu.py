@@ -24,7 +24,8 @@ from tests.transfer.recorder import Call, Recorder
 
 _SYMBOLS = ("cuCtxPushCurrent", "cuCtxPopCurrent", "cuEventRecord", "cuStreamWaitEvent", "cuLaunchKernel",
             "cuMemcpyDtoHAsync", "cuMemcpyHtoDAsync", "cuMemcpy2DAsync", "cuStreamWaitValue32",
-            "cuStreamWriteValue32")  # fmt: skip
+            "cuStreamWriteValue32", "cuCtxGetCurrent", "cuCtxSetCurrent", "cuThreadExchangeStreamCaptureMode", "cuEventQuery",
+            "cuEventElapsedTime", "cuStreamQuery", "cuStreamIsCapturing")  # fmt: skip
 _NOT_CAPTURING = "CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE"
 _ENTRIES = {b"gather": 0x6A, b"scatter": 0x5C, b"gather_resident": 0x6B, b"scatter_resident": 0x5D, b"compute": 0xC0}
 
@@ -77,7 +78,7 @@ class FakeGpu(FakeDriver):
             cuDeviceGetName=b"A GPU made of RAM\0",
             cuDeviceTotalMem=8 << 30,
         )
-        self.issued = Recorder(also=self._execute)
+        self.issued = Recorder(also=self._execute, answer=self._asked)
         self.max_pitch = 2**31 - 1
         self.event_code = 0
         self.capturing: dict[int, str] = {}
@@ -104,6 +105,21 @@ class FakeGpu(FakeDriver):
                 return Result(0), 0, 1
             which = cu.COPY_BATCH if version >= 13000 else cu.COPY_BATCH_12
         return Result(0), int(self.issued.functions[which]), 0
+
+    def _asked(self, which: int, a: int, b: int, c: int) -> int:
+        """A question of compiled code, as if cuda-python had asked it."""
+        name = _SYMBOLS[which]
+        if name == "cuEventElapsedTime":
+            code, milliseconds = self.cuEventElapsedTime(b, c)
+            ctypes.c_float.from_address(a).value = milliseconds or 0.0
+        elif name == "cuStreamIsCapturing":
+            code, status = self.cuStreamIsCapturing(a)
+            ctypes.c_int.from_address(b).value = status != _NOT_CAPTURING
+        else:
+            code, *_ = getattr(self, name)(a)
+            if name == "cuCtxGetCurrent":
+                ctypes.c_int64.from_address(a).value = 0
+        return int(code)
 
     def _reach(self, what: str, address: int, nbytes: int) -> bool:
         """Whether a range lies in one piece of memory of this GPU."""
@@ -221,6 +237,7 @@ class FakeGpu(FakeDriver):
 @contextlib.contextmanager
 def fake_gpu(monkeypatch: pytest.MonkeyPatch, made: FakeGpu | None = None) -> Iterator[FakeGpu]:
     """Makes ``cuda:0`` a :class:`FakeGpu`, which must not have been made to reach beyond its memory."""
+    monkeypatch.setattr("kvortex.transfer.lane._AT_ONCE", 1 << 62)  # or what was issued could not be looked at at once
     monkeypatch.setattr(executor.build, "load", lambda name, _: SimpleNamespace(code=b"", entry=name))
     with installed(FakeGpu() if made is None else made) as gpu:
         yield gpu

@@ -22,6 +22,13 @@ _SYMBOLS = {
     "cuMemcpy2DAsync": 3020,
     "cuStreamWaitValue32": 11070,
     "cuStreamWriteValue32": 11070,
+    "cuCtxGetCurrent": 4000,
+    "cuCtxSetCurrent": 4000,
+    "cuThreadExchangeStreamCaptureMode": 10010,
+    "cuEventQuery": 2000,
+    "cuEventElapsedTime": 2000,
+    "cuStreamQuery": 2000,
+    "cuStreamIsCapturing": 10000,
 }
 # And one that a driver may lack: cuMemcpyBatchAsync, which came with CUDA 12.8 and has a parameter less since 13.0.
 _BATCH_SINCE, _BATCH_CHANGED = 12080, 13000
@@ -40,6 +47,13 @@ _FATAL = frozenset({4, 201, 214, 220, 226, 700, 702, 709, 710, 714, 715, 716, 71
     COPY_LINES,
     STREAM_WAIT_VALUE,
     STREAM_WRITE_VALUE,
+    CTX_GET,
+    CTX_SET,
+    CAPTURE_MODE,
+    EVENT_QUERY,
+    EVENT_ELAPSED,
+    STREAM_QUERY,
+    STREAM_CAPTURING,
     COPY_BATCH,
     COPY_BATCH_12,
 ) = range(len(_SYMBOLS) + 2)
@@ -135,7 +149,8 @@ class current:  # noqa: N801
     Other threads may be capturing a CUDA graph meanwhile. In the default mode our queries and allocations would then be
     refused, and would spoil their capture; none of ours can end up in it, so the mode is relaxed.
 
-    A class and no generator, which takes twice as long: one short transfer comes by here nine times.
+    A class and no generator, which takes twice as long. What a transfer asks more than once goes by
+    :mod:`kvortex.devices.asking`.
     """
 
     __slots__ = ("_context", "_driver", "_mode")

@@ -10,18 +10,19 @@ from typing import Any
 
 import numpy as np
 
+from kvortex.devices import asking
 from kvortex.devices import driver as cu
 from kvortex.devices.cuda import CudaDevice
 from kvortex.devices.streams import cuda_stream_handle
 from kvortex.errors import ArgumentError, ConfigError, DeviceError
 from kvortex.kernels import build
-from kvortex.memory.ids import IdBuffer, IdPool
 from kvortex.memory.arena import SLOT_ALIGNMENT
+from kvortex.memory.ids import IdBuffer, IdPool
 from kvortex.memory.staging import StagingRing
 from kvortex.transfer.cuda_completion import CudaCompletion, Events
 from kvortex.transfer.executor import Completion, Direction, Executor
 from kvortex.transfer.issue import NO_STREAM
-from kvortex.transfer.lane import ROW_WORDS, Lane
+from kvortex.transfer.lane import ROW_WORDS, Job, Lane
 from kvortex.transfer.layers import (
     Sections,
     cut_layers,
@@ -34,7 +35,10 @@ from kvortex.transfer.layers import (
 from kvortex.transfer.layerwise import LayerSave
 from kvortex.transfer.plan import (
     BYTES,
+    FIRST,
+    LAST,
     LINES_OF_RUN,
+    NONE,
     OFFSET,
     Int64s,
     Plan,
@@ -126,7 +130,7 @@ class CudaExecutor(Executor):
             pool = dataclasses.replace(pool, segment_slots=1)
         self._profile, self._pool, self._count = profile, pool, profile.streams
         self._fragments, self._layer_offsets = fragments, layer_offsets
-        self._functions = cu.functions()
+        self._functions = cu.functions().copy()  # which compiled code knows as an array like all others
         self._events = Events(device)
         self._guard = threading.RLock()
         self._ids: IdPool | None = None
@@ -281,7 +285,10 @@ class CudaExecutor(Executor):
             return plan_mapped(blocks, slots, self._pieces, self._pool, MAX_BLOCKS)
         assert self._staging is not None
         if route is Route.RESIDENT:
-            options: dict[str, Any] = {"ctas": self.resident_ctas[busy], "to_host": direction is Direction.SAVE}
+            small = LAST
+            if direction is Direction.SAVE:  # the link has something to do where another one has not ended yet
+                small = NONE if self._ask(cu.STREAM_QUERY, self._lanes[direction].copy_stream) == asking.NOT_READY else FIRST
+            options = {"ctas": self.resident_ctas[busy], "small": small}
             return plan_staged(blocks, slots, self._pieces, self._pool, self._half_bytes, 2, MAX_BLOCKS, **options)
         size = self._staging.buffer_bytes
         return plan_staged(blocks, slots, self._pieces, self._pool, size, self._depth, MAX_BLOCKS)
@@ -290,8 +297,7 @@ class CudaExecutor(Executor):
         """Whether a model is computing: as the user says, or mostly when the caller's stream has work on it."""
         if self.beside_compute is not None:
             return self.beside_compute
-        with cu.current(self.device.context) as driver:
-            return bool(driver.cuStreamQuery(caller)[0] == driver.CUresult.CUDA_ERROR_NOT_READY)
+        return self._ask(cu.STREAM_QUERY, caller) == asking.NOT_READY
 
     def prepare_buffers(
         self, direction: Direction, addresses: Int64s, sizes: Int64s, slots: Int64s, stream: Any
@@ -300,13 +306,12 @@ class CudaExecutor(Executor):
         return CudaCompletion(self, direction, plan, cuda_stream_handle(stream), Route.DIRECT)
 
     def check_stream(self, stream: Any) -> None:
-        handle = cuda_stream_handle(stream)
-        with cu.current(self.device.context) as driver:
-            code, status = driver.cuStreamIsCapturing(handle)
-        if code == driver.CUresult.CUDA_ERROR_STREAM_CAPTURE_IMPLICIT:
+        status = np.zeros(1, np.int64)
+        code = self._ask(cu.STREAM_CAPTURING, cuda_stream_handle(stream), status.ctypes.data)
+        if code == asking.CAPTURE_IMPLICIT:
             raise ArgumentError("the default stream cannot be waited for while another stream is being captured; pass stream=")
         cu.check((code,), "the stream of the caller")
-        if status != driver.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE:
+        if status[0]:
             raise ArgumentError("the stream is being captured into a CUDA graph; a transfer cannot be part of one")
 
     def lend(self, plan: Plan) -> tuple[Int64s, IdBuffer | None]:
@@ -332,7 +337,7 @@ class CudaExecutor(Executor):
         with self._guard:
             return self._events.take()
 
-    def issue(
+    def job(
         self,
         direction: Direction,
         plan: Plan,
@@ -341,30 +346,34 @@ class CudaExecutor(Executor):
         events: Int64s,
         ids: IdBuffer | None,
         outcome: Int64s,
-    ) -> None:
-        """Puts a plan on the streams of its direction. See :meth:`Lane.issue`."""
-        self._lanes[direction].issue(self._functions, plan, caller, after, events, ids, outcome)
+    ) -> Job:
+        """What :meth:`submit` takes. See :meth:`kvortex.transfer.lane.Lane.job`."""
+        return self._lanes[direction].job(self._functions, plan, caller, after, events, ids, outcome)
+
+    def submit(self, direction: Direction, job: Job, *, at_once: bool) -> None:
+        """Puts a plan on the streams of its direction, or leaves it to a thread that does."""
+        self._lanes[direction].submit(job, at_once=at_once)
+
+    def record(self, event: int, stream: int) -> int:
+        """Records an event on a caller's stream; the driver's code."""
+        return self._ask(cu.EVENT_RECORD, event, stream)
 
     def query_event(self, event: int) -> int:
         """0 when an event has passed, else the code that says otherwise."""
-        try:
-            with cu.current(self.device.context) as driver:
-                return int(driver.cuEventQuery(event)[0])
-        except DeviceError as refusal:
-            return refusal.code
+        return self._ask(cu.EVENT_QUERY, event)
 
     def query_streams(self, direction: Direction) -> int:
         """0 when nothing of a direction runs any more, else the code that says otherwise."""
-        try:
-            return self._lanes[direction].query()
-        except DeviceError as refusal:
-            return refusal.code
+        return next((code for stream in self._lanes[direction].every_stream if (code := self._ask(cu.STREAM_QUERY, stream))), 0)
 
     def elapsed(self, start: int, done: int) -> float:
         """Seconds between two events that have passed; 0.0 where the driver cannot say."""
-        with cu.current(self.device.context) as driver:
-            code, milliseconds = driver.cuEventElapsedTime(start, done)
-        return 0.0 if int(code) else float(milliseconds) * 1e-3
+        milliseconds = np.zeros(1, np.float32)
+        code = self._ask(cu.EVENT_ELAPSED, milliseconds.ctypes.data, start, done)
+        return 0.0 if code else float(milliseconds[0]) * 1e-3
+
+    def _ask(self, which: int, a: int, b: int = 0, c: int = 0) -> int:
+        return asking.ask(self._functions, int(self.device.context), which, a, b, c)
 
     def recycle(self, events: list[int], ids: IdBuffer | None) -> None:
         """Takes back what a finished transfer used."""

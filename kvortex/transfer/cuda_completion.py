@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,9 +12,10 @@ import numpy as np
 from kvortex.devices import driver as cu
 from kvortex.devices.cuda import CudaDevice
 from kvortex.devices.streams import cuda_stream_handle
-from kvortex.errors import DeviceError, TransferError
+from kvortex.errors import DeviceError, TransferError, TransferTimeoutError
 from kvortex.transfer import issue as nogil
-from kvortex.transfer.executor import Direction, Part
+from kvortex.transfer.executor import Direction, Part, poll
+from kvortex.transfer.lane import Job, is_short
 from kvortex.transfer.plan import Int64s, Plan
 from kvortex.transfer.routes import Route
 
@@ -69,15 +71,25 @@ class CudaCompletion(Part):
     ) -> None:
         self.route, self._group_of = route.value, group_of
         self._executor, self._direction, self._plan, self._caller = executor, direction, plan, caller
-        self.outcome = np.zeros(3, np.int64)
+        self.outcome = np.zeros(nogil.OUTCOME_CELLS, np.int64)
+        self._job: Job | None = None
         self._lock = threading.RLock()
         self._finished = False
         self._followed: list[int] = []  # events, recorded
         self._events, self._ids = executor.lend(plan)
 
     def start(self) -> None:
+        at_once, caller = is_short(self._plan), self._caller
+        if not at_once and caller != nogil.NO_STREAM:  # what is on it now counts, and not when another thread issues the plan
+            self._followed.append(self._executor.lend_event())
+            code, caller = self._executor.record(self._followed[-1], caller), nogil.NO_STREAM
+            if code:
+                self.outcome[nogil.ERROR], self.outcome[nogil.ISSUED], self.started = code, 1, True
+                return
         after = np.array(self._followed, np.int64)
-        self._executor.issue(self._direction, self._plan, self._caller, after, self._events, self._ids, self.outcome)
+        # Kept here, since another thread may read its arrays.
+        self._job = self._executor.job(self._direction, self._plan, caller, after, self._events, self._ids, self.outcome)
+        self._executor.submit(self._direction, self._job, at_once=at_once)
         self.started = True
 
     def follow(self, stream: Any) -> None:
@@ -91,7 +103,7 @@ class CudaCompletion(Part):
                 cu.check(driver.cuEventRecord(self._followed[-1], handle), "cuEventRecord on the stream of a layer")
 
     def cancel(self) -> None:
-        if not self.outcome[nogil.ISSUED]:
+        if not self.outcome[nogil.ISSUED] and not self.outcome[nogil.QUEUED]:
             self._finish(TransferError("the call was interrupted before anything was issued"))
         self.started = True
 
@@ -119,6 +131,9 @@ class CudaCompletion(Part):
             self._finish(error)
             return True
 
+    def _is_issued(self) -> bool:
+        return self._finished or bool(self.outcome[nogil.ISSUED])
+
     def _finish(self, error: TransferError | None) -> None:
         with self._lock:
             if not self._finished:
@@ -127,6 +142,8 @@ class CudaCompletion(Part):
 
     def add_to(self, stream: Any, timeout: float, layer: int | None = None) -> None:
         handle = cuda_stream_handle(stream)
+        if not poll(self._is_issued, time.monotonic() + timeout):
+            raise TransferTimeoutError(f"a {self._direction.value} was not issued after {timeout} s")
         # After an error layers may have no event of their own; the last one stands for all then.
         at = 1
         if layer is not None and self._group_of is not None and not self.outcome[nogil.ERROR]:

@@ -41,8 +41,9 @@ from kvortex.transfer.plan import (
 
 # Cells of ``lane``: numbers that stay the same for a direction.
 CONTEXT, KERNEL, THREADS, MAX_CTAS, TABLE, JOIN_STREAM, CALLER_EVENT, TO_HOST = range(LANE_CELLS := 8)
-# Cells of ``outcome``: whether everything was attempted, the first error of the work, the first of the events behind it.
-ISSUED, ERROR, LAST = range(3)
+# Cells of ``outcome``: whether everything was attempted, the first error of the work, the first of the events behind it, and
+# whether it is left for another thread to issue.
+ISSUED, ERROR, LAST, QUEUED = range(OUTCOME_CELLS := 4)
 NO_STREAM = -1  # in the place of the caller's, where only events are waited for
 PARAMETERS = 6
 PIECE_ROW_BYTES = 8 * (BYTES + 1)
@@ -215,7 +216,7 @@ def issue(  # type: ignore[no-untyped-def]
         Values of the kernel's parameters, and their addresses. The driver copies them at each launch.
     scratch : (SCRATCH_CELLS,) int64
         Nothing that outlives the call.
-    outcome : (3,) int64
+    outcome : (OUTCOME_CELLS,) int64
         Gets ``ISSUED`` = 1, the first error code of the work, and that of the events behind it; 0 for none. When the last
         is 0, ``done`` follows everything that was issued, also after an error. Told through an array, because an
         interrupt that comes during the call takes the place of its return value.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import threading
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -11,15 +11,26 @@ from kvortex.devices import driver as cu
 from kvortex.devices.cuda import CudaDevice
 from kvortex.errors import DeviceError
 from kvortex.memory.ids import IdBuffer
-from kvortex.transfer import holding, resident
 from kvortex.transfer import issue as nogil
+from kvortex.transfer import resident
 from kvortex.transfer.executor import Direction
 from kvortex.transfer.holding import FLAGS, NOTHING, STREAMS
 from kvortex.transfer.plan import INSTEAD, N_PIECES, Int64s, Plan
+from kvortex.transfer.submitting import RESIDENT, STREAMED, Submitter
 
 THREADS = 512
 ROW_WORDS = 2 * resident.ROW_CELLS  # of an IdBuffer's int32
 RESIDENT_THREADS = 512  # of kvortex.kernels.resident, which needs numba.cuda to import
+
+
+Job: TypeAlias = "tuple[int, tuple[Any, ...]]"  # of kvortex.transfer.submitting
+_AT_ONCE = 32  # calls of the driver, of a few microseconds in all, that are not worth waking a thread for
+
+
+def is_short(plan: Plan) -> bool:
+    """Whether a plan takes so few calls of the driver that its caller had best make them."""
+    copies = len(plan.copies) + plan.batch.shape[1] // 4
+    return bool(3 * len(plan.chunks) + copies <= _AT_ONCE)
 
 
 def _kind(plan: Plan) -> int:
@@ -30,7 +41,7 @@ def _kind(plan: Plan) -> int:
 
 
 class Lane:
-    """Streams, staging buffers and kernels of one direction. The lock keeps the plans of two threads apart.
+    """Streams, staging buffers and kernels of one direction, and who issues plans to them, one at a time.
 
     Parameters
     ----------
@@ -67,12 +78,13 @@ class Lane:
         table: int,
         offsets: Int64s,
     ) -> None:
-        self.lock = threading.RLock()
         self._device = device
+        self._submitter: Submitter | None = None
         self._streams: list[int] = []
         self._events: list[int] = []
         try:
             self._open(len(buffers), behind=direction is Direction.SAVE)
+            self._submitter = Submitter(f"kvortex-{direction.value}")
         except BaseException:
             self.close()
             raise
@@ -102,7 +114,7 @@ class Lane:
         self._pointers = self._parameters.ctypes.data + 8 * np.arange(len(self._parameters), dtype=np.int64)
         self._scratch = np.zeros(nogil.SCRATCH_CELLS, np.int64)
 
-    def issue(
+    def job(
         self,
         functions: Int64s,
         plan: Plan,
@@ -111,51 +123,51 @@ class Lane:
         events: Int64s,
         ids: IdBuffer | None,
         outcome: Int64s,
-    ) -> None:
-        """Puts a plan on the GPU, after what is on ``caller`` now, or, with ``NO_STREAM``, after the events ``after``;
-        ``outcome`` tells how that went.
+    ) -> Job:
+        """All that it takes to put a plan on the GPU, after what is on ``caller`` then, or, with ``NO_STREAM``, after the
+        events ``after``; ``outcome`` will tell how that went.
 
         ``events`` are recorded before, after, and at each mark. See :func:`kvortex.transfer.issue.issue`.
         """
-        with self.lock:
-            if caller != nogil.NO_STREAM:
-                after = self._caller_event
-            kind = _kind(plan)
-            if kind == FLAGS:
-                self._issue_resident(functions, plan, caller, after, events, ids, outcome)
-                return
-            # Batches of short copies need many streams: at 32 KiB 8 of them brought 49 GB/s on an H100, and one 32 / 30.
-            used = self._count if kind == NOTHING and not plan.batch.size else len(self.streams)
-            address = ids.address if ids is not None else 0
-            if ids is not None:
-                ids.ids[: len(plan.ids)] = plan.ids
-            arguments = (
-                functions,
-                self.cells,
-                self.streams[:used],
-                self.buffers[:used],
-                self.joins[:used],
-                self._copied[:used],
-                self._turns[kind],
-                caller,
-                after,
-                events[0],
-                events[1],
-                plan.chunks,
-                plan.copies,
-                plan.batch,
-                plan.pitch,
-                plan.marks,
-                events[2:],
-                address,
-                self._parameters,
-                self._pointers,
-                self._scratch,
-                outcome,
-            )
-            holding.issue_holding(kind, self._holder, *self._all, arguments)
+        if caller != nogil.NO_STREAM:
+            after = self._caller_event
+        kind = _kind(plan)
+        if kind == FLAGS:
+            return RESIDENT, self._resident_job(functions, plan, caller, after, events, ids, outcome)
+        # Batches of short copies need many streams: at 32 KiB 8 of them brought 49 GB/s on an H100, and one 32 / 30.
+        used = self._count if kind == NOTHING and not plan.batch.size else len(self.streams)
+        address = ids.address if ids is not None else 0
+        if ids is not None:
+            ids.ids[: len(plan.ids)] = plan.ids
+        return STREAMED, (
+            kind,
+            self._holder,
+            *self._all,
+            functions,
+            self.cells,
+            self.streams[:used],
+            self.buffers[:used],
+            self.joins[:used],
+            self._copied[:used],
+            self._turns[kind],
+            caller,
+            after,
+            events[0],
+            events[1],
+            plan.chunks,
+            plan.copies,
+            plan.batch,
+            plan.pitch,
+            plan.marks,
+            events[2:],
+            address,
+            self._parameters,
+            self._pointers,
+            self._scratch,
+            outcome,
+        )
 
-    def _issue_resident(
+    def _resident_job(
         self,
         functions: Int64s,
         plan: Plan,
@@ -164,14 +176,16 @@ class Lane:
         events: Int64s,
         ids: IdBuffer | None,
         outcome: Int64s,
-    ) -> None:
+    ) -> tuple[Any, ...]:
         assert ids is not None
         words = ROW_WORDS * len(plan.chunks)
         ids.ids[words : words + len(plan.ids)] = plan.ids
         rows = ids.ids[:words].view(np.int64).reshape(-1, resident.ROW_CELLS)
         ring = self._ring.copy()
         ring[resident.THREADS] = plan.ctas * RESIDENT_THREADS
-        arguments = (
+        return (
+            self._holder,
+            *self._all,
             functions,
             self.cells,
             ring,
@@ -198,7 +212,11 @@ class Lane:
             self._scratch,
             outcome,
         )
-        holding.issue_resident_holding(self._holder, *self._all, arguments)
+
+    def submit(self, job: Job, *, at_once: bool) -> None:
+        """Issues a job, now or soon. See :meth:`kvortex.transfer.submitting.Submitter.submit`."""
+        assert self._submitter is not None
+        self._submitter.submit(*job, at_once=at_once)
 
     def _open(self, count: int, *, behind: bool) -> None:
         with cu.current(self._device.context) as driver:
@@ -214,12 +232,20 @@ class Lane:
             for _ in range(2 * count + 3):
                 self._events.append(int(cu.check(driver.cuEventCreate(no_timing), "cuEventCreate")))
 
-    def query(self) -> int:
-        """0 when no stream has work left, else the first code that says otherwise."""
-        with cu.current(self._device.context) as driver:
-            return next((code for s in self._streams if (code := int(driver.cuStreamQuery(s)[0]))), 0)
+    @property
+    def copy_stream(self) -> int:
+        """Handle of the stream that copies of a resident kernel are on."""
+        return self._streams[0]
+
+    @property
+    def every_stream(self) -> tuple[int, ...]:
+        """Handles of all its streams."""
+        return tuple(self._streams)
 
     def close(self) -> None:
+        """Frees all. Nothing may be in flight."""
+        if self._submitter is not None:
+            self._submitter.close()
         with contextlib.suppress(DeviceError), cu.current(self._device.context) as driver:
             while self._events:
                 driver.cuEventDestroy(self._events.pop())

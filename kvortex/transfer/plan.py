@@ -26,6 +26,7 @@ FIRST_BLOCK, N_BLOCKS, FIRST_PIECE, N_PIECES, FIRST_COPY, N_COPIES, INSTEAD = ra
 # lines, and bytes from line to line in VRAM and in the host's memory.
 DEVICE_SIDE, HOST_SIDE, COPY_BYTES, LINES, PITCH, HOST_PITCH = range(COPY_COLUMNS := 6)
 
+NONE, FIRST, LAST = range(3)  # chunks that are small
 _DOUBLINGS = 5
 PIECE_BYTES = 4096  # two turns of a warp with four 16-byte loads in flight in each lane
 
@@ -116,7 +117,7 @@ def plan_staged(
     max_blocks: int,
     *,
     ctas: int = 0,
-    to_host: bool = True,
+    small: int = 0,
 ) -> Plan:
     """A transfer through staging buffers.
 
@@ -134,11 +135,11 @@ def plan_staged(
     max_blocks
         Most ids that one launch takes.
     ctas
-        CTAs of one kernel for the whole plan, or 0 for a launch a chunk. With one kernel a chunk costs no launch, so those
-        at one end are small.
-    to_host
-        Which end: the first ones of a save, for the link not to wait for a long gather, or the last ones of a load, for the
-        end not to wait for a long scatter.
+        CTAs of one kernel for the whole plan, or 0 for a launch a chunk. With one kernel a chunk costs no launch, so chunks
+        at one end may be small.
+    small
+        Which end: ``FIRST``, for the link not to wait for a long gather, ``LAST``, for the end not to wait for a long
+        scatter, or ``NONE``.
     """
     order = np.argsort(slots)
     ids, slots = blocks[order].astype(np.int32), slots[order]
@@ -148,7 +149,7 @@ def plan_staged(
     else:
         per_chunk = buffer_bytes // pool.slot_bytes
         if ctas:
-            starts = _ramp(len(slots), per_chunk, to_host)
+            starts = _ramp(len(slots), per_chunk, small)
         else:
             count = max(buffers, -(-len(slots) // min(per_chunk, max_blocks)))  # none much shorter than the others
             starts = np.arange(0, len(slots), -(-len(slots) // count))
@@ -156,14 +157,14 @@ def plan_staged(
     return Plan(ids, chunks, copies, record_bytes * len(slots), pool.slot_bytes, ctas)
 
 
-def _ramp(count: int, per_chunk: int, upwards: bool) -> Int64s:
-    """First records of chunks of at most ``per_chunk``, which double from a 32nd of that; or halve down to it."""
-    slope = np.maximum(1, per_chunk >> np.arange(_DOUBLINGS, 0, -1))
+def _ramp(count: int, per_chunk: int, small: int) -> Int64s:
+    """First records of chunks of at most ``per_chunk``, which double from a 32nd of that; or halve down to it; or neither."""
+    slope = np.maximum(1, per_chunk >> np.arange(_DOUBLINGS if small else 0, 0, -1))
     while len(slope) and slope.sum() > count:
         slope = slope[:-1]
     left = count - int(slope.sum())
     body = [per_chunk] * (left // per_chunk) + [left % per_chunk] * (left % per_chunk > 0)
-    sizes = np.array([*slope, *body] if upwards else [*body[::-1], *slope[::-1]], np.int64)
+    sizes = np.array([*slope, *body] if small == FIRST else [*body[::-1], *slope[::-1]], np.int64)
     starts: Int64s = np.cumsum(sizes) - sizes
     return starts
 

@@ -160,7 +160,10 @@ def _round(nbytes: float) -> int:
 def _guessed_rankings(line: int, batched: int, little: int) -> tuple[Ranking, ...]:
     """From lengths of lines of a 2D DMA and of copies in a batch that are worth it, and a payload that is not worth staging."""
     mapped, staged, resident, by_lines, by_copies = Route.MAPPED, Route.STAGED, Route.RESIDENT, Route.STRIDED, Route.BATCHED
-    idle = {0: ((mapped, resident, staged), (resident, staged, mapped))}
+    idle = {
+        0: ((mapped, resident, staged), (resident, staged, mapped)),
+        line: ((by_lines, mapped, resident, staged), (resident, staged, mapped)),
+    }
     beside = {
         0: ((mapped, resident, staged), (staged, resident)),
         line: ((by_lines, mapped, resident, staged), (staged, by_lines, resident)),

@@ -47,7 +47,8 @@ class Lane:
         """The two codes."""
         parameters = np.zeros(nogil.PARAMETERS, np.int64)
         pointers = parameters.ctypes.data + 8 * np.arange(nogil.PARAMETERS, dtype=np.int64)
-        turn, scratch, outcome = np.array([self.turn]), np.zeros(nogil.SCRATCH_CELLS, np.int64), np.zeros(3, np.int64)
+        turn, outcome = np.array([self.turn]), np.zeros(nogil.OUTCOME_CELLS, np.int64)
+        scratch = np.zeros(nogil.SCRATCH_CELLS, np.int64)
         caller, after = (CALLER, [CALLER_EVENT]) if self.after is None else (nogil.NO_STREAM, self.after)
         fixed = (self.cells, self.streams, self.buffers, self.joins, self.copied, turn, caller, np.array(after, np.int64))
         marks = MARK + np.arange(len(plan.marks), dtype=np.int64)

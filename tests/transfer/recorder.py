@@ -30,6 +30,8 @@ _COUNTS = {
     cu.COPY_BATCH: 8,
     cu.COPY_BATCH_12: 9,
 }
+_KEPT: list[Any] = []  # what is called by address when a test that failed has left an engine to the collector
+QUESTIONS = range(cu.CTX_GET, cu.STREAM_CAPTURING + 1)
 _NAMES = {
     cu.CTX_PUSH: "push",
     cu.CTX_POP: "pop",
@@ -74,13 +76,21 @@ class Call:
 
 class Recorder:
     """``functions`` is what ``kvortex.devices.driver.functions`` gives; ``fails`` maps a call's position to an error code;
-    ``also`` is called with every call that does not fail."""
+    ``also`` is called with every call that does not fail. Questions, which change nothing, are not taken down: ``answer`` gets
+    their number and arguments, and gives the code."""
 
-    def __init__(self, fails: dict[int, int] | None = None, also: Callable[[Call], None] | None = None) -> None:
+    def __init__(
+        self,
+        fails: dict[int, int] | None = None,
+        also: Callable[[Call], None] | None = None,
+        answer: Callable[..., int] = lambda *_: 0,
+    ) -> None:
         self.calls: list[Call] = []
         self.fails, self._also = fails or {}, also
-        self._keep = [self._function(at) for at in range(len(_COUNTS))]
-        addresses = [ctypes.cast(function, ctypes.c_void_p).value or 0 for function in self._keep]
+        made = {at: self._function(at) for at in _COUNTS} | {at: _question(at, answer) for at in QUESTIONS}
+        functions = [made[at] for at in range(len(made))]
+        _KEPT.append(functions)
+        addresses = [ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions]
         self.functions: Int64s = np.array(addresses, np.int64)
 
     def _function(self, which: int) -> Any:
@@ -107,6 +117,10 @@ class Recorder:
     @property
     def names(self) -> list[str]:
         return [call.name for call in self.calls]
+
+
+def _question(which: int, answer: Callable[..., int]) -> Any:
+    return ctypes.CFUNCTYPE(ctypes.c_int, *[_WORD] * 3)(lambda *arguments: answer(which, *arguments))
 
 
 def predecessors(calls: list[Call], fails: dict[int, int] | None = None) -> list[set[int]]:

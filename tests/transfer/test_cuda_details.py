@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,12 +14,12 @@ from kvortex.devices import driver as cu
 from kvortex.devices.cuda import CudaDevice
 from kvortex.errors import EngineClosedError, LayoutError, TransferError
 from kvortex.memory.ids import _READY, IdPool
-from kvortex.transfer import holding
 from kvortex.transfer.cuda_completion import Events
 from kvortex.transfer.executor import Direction
 from tests.fake_driver import Result
 from tests.fake_gpu import FakeGpu, fake_gpu
 from tests.pages import PagedCache, Tensor, keys_of
+from tests.transfer.recorder import Call
 from tests.transfer.submitting import submit_blocks
 
 
@@ -93,18 +94,19 @@ def test_a_callers_buffers_are_never_joined(gpu: FakeGpu, cache: PagedCache) -> 
         assert len(sides) == 2 and abs(sides[1][0] - sides[0][0]) == nbytes, "neighbours, which one DMA could have moved"
 
 
-def test_two_threads_do_not_issue_on_one_lane_at_once(cache: PagedCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    inside, most, real = [0], [0], holding.issue_holding
-    pause = threading.Event()
+def test_two_threads_do_not_issue_on_one_lane_at_once(gpu: FakeGpu, cache: PagedCache) -> None:
+    inside, most, execute = [0], [0], gpu.issued._also
+    assert execute is not None
 
-    def counted(*arguments: Any) -> None:
-        inside[0] += 1
-        most[0] = max(most[0], inside[0])
-        pause.wait(0.05)
-        real(*arguments)
-        inside[0] -= 1
+    def watched(call: Call) -> None:
+        if call.name == "push":
+            inside[0] += 1
+            most[0] = max(most[0], inside[0])
+            time.sleep(0.02)
+        inside[0] -= call.name == "pop"
+        execute(call)
 
-    monkeypatch.setattr(holding, "issue_holding", counted)
+    gpu.issued._also = watched
     with cache.engine(transfer_route="staged") as engine:
         threads = [
             threading.Thread(

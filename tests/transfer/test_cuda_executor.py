@@ -217,7 +217,7 @@ def test_a_context_that_is_gone_ends_the_transfer(gpu: FakeGpu) -> None:
         gpu.event_code = 600
         ticket = engine.save_blocks(keys_of(1), [1])
         assert not ticket.done()
-        gpu.fails["cuCtxPushCurrent"] = (709, 0)
+        gpu.fails["cuCtxSetCurrent"] = (709, 0)
         assert not ticket.wait().any() and "CONTEXT_IS_DESTROYED" in str(ticket.error)
         assert engine.get_stats().reserved_blocks == 0
         gpu.fails.clear()
@@ -328,7 +328,7 @@ def test_a_question_that_fails_is_no_end(gpu: FakeGpu, code: int) -> None:
         ticket = engine.save_blocks(keys_of(1), [1])
         assert not ticket.done() and engine.get_stats().reserved_blocks == 1
         gpu.event_code = 0
-        gpu.fails["cuCtxPushCurrent"] = (900, 0)
+        gpu.fails["cuCtxSetCurrent"] = (900, 0)
         assert not ticket.done()
         gpu.fails.clear()
         assert ticket.wait().all()
@@ -349,9 +349,9 @@ def test_streams_under_capture_are_refused(gpu: FakeGpu) -> None:
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_an_interrupt_around_the_issue(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
     """A signal that comes inside the compiled call is told when that returns, with everything on its way."""
-    from kvortex.transfer import holding
+    from kvortex.transfer import submitting
 
-    real = holding.issue_holding
+    real = submitting._streamed
 
     def interrupted(*arguments: Any) -> None:
         if when == "after":
@@ -359,7 +359,7 @@ def test_an_interrupt_around_the_issue(gpu: FakeGpu, monkeypatch: pytest.MonkeyP
         raise KeyboardInterrupt
 
     with cache_of("layers").engine() as engine:
-        monkeypatch.setattr(holding, "issue_holding", interrupted)
+        monkeypatch.setattr(submitting, "_streamed", interrupted)
         gpu.event_code = 600
         with pytest.raises(KeyboardInterrupt):
             engine.save_blocks(keys_of(1), [1])
@@ -373,16 +373,16 @@ def test_an_interrupt_around_the_issue(gpu: FakeGpu, monkeypatch: pytest.MonkeyP
 
 
 def test_a_busy_stream_is_given_the_route_that_needs_no_multiprocessor(gpu: FakeGpu) -> None:
-    cache = PagedCache(CudaDevice(), [Tensor(CudaDevice(), (8, 12, 4, 4096)) for _ in range(2)], 1)
-    copies = {"lines", "batch", "launch"}
+    cache = PagedCache(CudaDevice(), [Tensor(CudaDevice(), (8, 24, 4, 4096)) for _ in range(2)], 1)
+    copies, blocks = {"lines", "batch", "launch"}, np.arange(20)  # 5 MiB, for which a kernel is worth it
     for code, wanted in ((600, "lines"), (0, "launch")):
         gpu.issued.calls.clear()
         gpu.answers["cuStreamQuery"] = lambda _, code=code: (Result(code),)
-        with cache.engine() as engine:
+        with cache.engine(slots=24) as engine:
             before = cache.randomize()
-            assert engine.save_blocks(keys_of(1, 2, 3), [4, 11, 0]).wait().all()
-            assert engine.load_blocks(keys_of(2), [7]).wait().all()
-            assert_same(cache.memory(), cache.expected(before, before, [(11, 7)]))
+            assert engine.save_blocks(keys_of(*blocks), blocks).wait().all()
+            assert engine.load_blocks(keys_of(*blocks), 23 - blocks).wait().all()
+            assert_same(cache.memory(), cache.expected(before, before, [(at, 23 - at) for at in blocks.tolist()]))
         assert wanted in gpu.issued.names and copies & set(gpu.issued.names) == {wanted}
 
 

@@ -334,9 +334,9 @@ def test_an_interrupt_at_any_line(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch,
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_an_interrupt_around_the_issue(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
-    from kvortex.transfer import holding
+    from kvortex.transfer import submitting
 
-    real = holding.issue_holding
+    real = submitting._streamed
 
     def interrupted(*arguments: Any) -> None:
         if when == "after":
@@ -347,7 +347,7 @@ def test_an_interrupt_around_the_issue(gpu: FakeGpu, monkeypatch: pytest.MonkeyP
     with cache.engine(slots=BLOCKS, transfer_route="staged") as engine:
         ticket = engine.save_blocks(keys_of(1), [1], layerwise=True)
         ticket.save_layer(0)
-        monkeypatch.setattr(holding, "issue_holding", interrupted)
+        monkeypatch.setattr(submitting, "_streamed", interrupted)
         gpu.event_code = 600
         with pytest.raises(KeyboardInterrupt):
             ticket.save_layer(1)

@@ -7,19 +7,23 @@ import time
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kvortex.transfer.plan import (
     COPY_BYTES,
     DEVICE_SIDE,
+    FIRST,
     FIRST_BLOCK,
     FIRST_COPY,
     HOST_PITCH,
     HOST_SIDE,
     INSTEAD,
+    LAST,
     LINES,
     N_BLOCKS,
     N_COPIES,
     N_PIECES,
+    NONE,
     PITCH,
     Plan,
     Pool,
@@ -30,9 +34,12 @@ from tests.naive_plan import VRAM, Machine
 from tests.transfer.plans import HOST, Case, cases, fragments_of
 
 
-def plan_of(case: Case) -> Plan:
+KINDS = [{}, *({"ctas": 3, "small": small} for small in (NONE, FIRST, LAST))]  # a launch a chunk, and one kernel
+
+
+def plan_of(case: Case, kind: dict[str, int] | None = None) -> Plan:
     pieces, buffer = case.pieces, case.buffer_bytes
-    return plan_staged(case.blocks, case.slots, pieces, case.pool, buffer, case.streams, case.max_blocks)
+    return plan_staged(case.blocks, case.slots, pieces, case.pool, buffer, case.streams, case.max_blocks, **(kind or {}))
 
 
 def machine_of(case: Case, seed: int) -> Machine:
@@ -43,11 +50,11 @@ def machine_of(case: Case, seed: int) -> Machine:
 
 
 @settings(max_examples=150)
-@given(cases())
-def test_a_save_puts_every_byte_of_every_record_once_into_its_slot(case: Case) -> None:
+@given(cases(), st.sampled_from(KINDS))
+def test_a_save_puts_every_byte_of_every_record_once_into_its_slot(case: Case, kind: dict[str, int]) -> None:
     machine = machine_of(case, 1)
     vram, host = machine.vram.copy(), machine.host.copy()
-    plan = plan_of(case)
+    plan = plan_of(case, kind)
     machine.run(plan, to_host=True)
     assert (machine.vram == vram).all() and plan.nbytes == case.record_bytes * len(case.slots)
     free = np.ones(len(host), bool)
@@ -61,11 +68,11 @@ def test_a_save_puts_every_byte_of_every_record_once_into_its_slot(case: Case) -
 
 
 @settings(max_examples=150)
-@given(cases())
-def test_a_load_puts_every_byte_of_every_record_once_into_its_page(case: Case) -> None:
+@given(cases(), st.sampled_from(KINDS))
+def test_a_load_puts_every_byte_of_every_record_once_into_its_page(case: Case, kind: dict[str, int]) -> None:
     machine = machine_of(case, 2)
     vram, host = machine.vram.copy(), machine.host.copy()
-    machine.run(plan_of(case), to_host=False)
+    machine.run(plan_of(case, kind), to_host=False)
     assert (machine.host == host).all()
     wanted, writes = vram.copy(), np.zeros(len(vram), np.int64)
     for block, slot in zip(case.blocks.tolist(), case.slots.tolist(), strict=True):
@@ -180,3 +187,21 @@ def test_planning_a_hundred_thousand_blocks_takes_no_loop_over_them(buffer_bytes
     assert time.perf_counter() - began < 0.5
     assert plan.nbytes == n * 32 * 4096 and plan.copies[:, COPY_BYTES].sum() >= plan.nbytes
     assert (np.diff(plan.copies[:, HOST_SIDE]) > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("small", "wanted"),
+    [
+        (NONE, [36, 64, 64, 64]),
+        (FIRST, [2, 4, 8, 16, 32, 64, 64, 38]),
+        (LAST, [38, 64, 64, 32, 16, 8, 4, 2]),
+    ],
+)
+def test_with_one_kernel_chunks_are_small_at_one_end(small: int, wanted: list[int]) -> None:
+    """The first of a save are gathered, and the last of a load scattered, while the link stands still."""
+    pool, pieces = Pool(HOST, 4096, 1 << 20), split_pieces(np.array([[VRAM, 4096, 0, 4096]]))
+    at = np.arange(228)
+    plan = plan_staged(at, at, pieces, pool, 64 * 4096, 2, 2048, ctas=4, small=small)
+    assert plan.chunks[:, N_BLOCKS].tolist() == wanted and plan.ctas == 4
+    few = plan_staged(at[:5], at[:5], pieces, pool, 64 * 4096, 2, 2048, ctas=4, small=small).chunks[:, N_BLOCKS].tolist()
+    assert few == {NONE: [5], FIRST: [2, 3], LAST: [3, 2]}[small]

@@ -28,6 +28,8 @@ def test_what_is_guessed_of_an_idle_gpu() -> None:
     every = {"strided": True, "batched": True, "deep": True}
     assert of(4 * KIB, MUCH, False, **every) is of(64 * KIB, MUCH, False, **every) is Route.RESIDENT
     assert of(4 * KIB, MUCH, False, resident=False) is Route.STAGED
+    assert of(16 * KIB, 2 << 20, False, strided=True) is Route.STRIDED and of(16 * KIB, 2 << 20, False) is Route.MAPPED
+    assert of(4 * KIB, 4 << 20, False, strided=True) is Route.MAPPED, "lines are short"
     assert of(4 * KIB, 4 << 20, False) is Route.MAPPED and of(4 * KIB, (4 << 20) + 1, False) is Route.RESIDENT
 
 

@@ -1,0 +1,59 @@
+"""Short questions to the driver, each in one call of compiled code.
+
+Through cuda-python a question takes five calls: the context and the capture mode are set before and put back behind it. Each of
+them gives the GIL up, and where other threads want it, that is five times their switch interval.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+from kvortex.devices.driver import CAPTURE_MODE, CTX_GET, CTX_SET
+from kvortex.devices.native import call
+
+NOT_READY = 600  # CUDA_ERROR_NOT_READY
+CAPTURE_IMPLICIT = 906  # CUDA_ERROR_STREAM_CAPTURE_IMPLICIT
+_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED: see kvortex.devices.driver.current
+_SAVED, _MODE = range(_CELLS := 2)
+Functions: TypeAlias = npt.NDArray[np.int64]
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _ask(functions, context, which, a, b, c, cells):  # type: ignore[no-untyped-def]
+    code = call(functions[CTX_GET], (cells[_SAVED:].ctypes.data,))
+    if code:
+        return code
+    foreign = cells[_SAVED] != context
+    if foreign:
+        code = call(functions[CTX_SET], (context,))
+        if code:
+            return code
+    cells[_MODE] = _RELAXED
+    unset = call(functions[CAPTURE_MODE], (cells[_MODE:].ctypes.data,))
+    code = call(functions[which], (a, b, c))  # of which a function takes as many as it has parameters
+    if not unset:
+        call(functions[CAPTURE_MODE], (cells[_MODE:].ctypes.data,))
+    if foreign:
+        call(functions[CTX_SET], (cells[_SAVED],))
+    return code
+
+
+def ask(functions: Functions, context: int, which: int, a: int, b: int = 0, c: int = 0) -> int:
+    """Calls a function of the driver that does not block, and gives its code.
+
+    Parameters
+    ----------
+    functions
+        Of :func:`kvortex.devices.driver.functions`.
+    context
+        In which; the calling thread gets its own one back.
+    which
+        Index of a function of up to three integers.
+    a, b, c
+        Its arguments.
+    """
+    return int(_ask(functions, context, which, a, b, c, np.zeros(_CELLS, np.int64)))

@@ -1,0 +1,49 @@
+"""A mutex and a semaphore of the C library, for compiled code that holds no GIL."""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+
+_WORDS = 16  # 128 bytes: more than a pthread_mutex_t or a sem_t has anywhere
+_RECURSIVE = 1  # PTHREAD_MUTEX_RECURSIVE of Linux
+
+
+def _address(name: str) -> int:
+    return ctypes.cast(getattr(ctypes.CDLL(None), name), ctypes.c_void_p).value or 0
+
+
+class Mutex:
+    """A lock whose owner may take it again: a thread that calls back into Python while it holds it does no harm.
+
+    Attributes
+    ----------
+    cells : (3,) int64
+        Its address, and those of ``pthread_mutex_lock`` and ``pthread_mutex_unlock``.
+    """
+
+    def __init__(self) -> None:
+        libc = ctypes.CDLL(None)
+        self._memory, attributes = np.zeros(_WORDS, np.int64), np.zeros(_WORDS, np.int64)
+        at, how = ctypes.c_void_p(self._memory.ctypes.data), ctypes.c_void_p(attributes.ctypes.data)
+        libc.pthread_mutexattr_init(how)
+        libc.pthread_mutexattr_settype(how, _RECURSIVE)
+        libc.pthread_mutex_init(at, how)
+        self.cells = np.array([at.value or 0, _address("pthread_mutex_lock"), _address("pthread_mutex_unlock")], np.int64)
+
+
+class Semaphore:
+    """Counts what there is to do; a thread that waits for some takes no time.
+
+    Attributes
+    ----------
+    cells : (3,) int64
+        Its address, and those of ``sem_wait`` and ``sem_post``.
+    """
+
+    def __init__(self) -> None:
+        self._memory = np.zeros(_WORDS, np.int64)
+        at = ctypes.c_void_p(self._memory.ctypes.data)
+        ctypes.CDLL(None).sem_init(at, 0, 0)
+        self.cells = np.array([at.value or 0, _address("sem_wait"), _address("sem_post")], np.int64)
