@@ -33,7 +33,6 @@ from kvortex.transfer.plan import (
 from tests.naive_plan import VRAM, Machine
 from tests.transfer.plans import HOST, Case, cases, fragments_of
 
-
 KINDS = [{}, *({"ctas": 3, "small": small} for small in (NONE, FIRST, LAST))]  # a launch a chunk, and one kernel
 
 
