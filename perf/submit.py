@@ -28,7 +28,7 @@ def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]]
     payload, rounds = (8 << 20, 3) if quick else (1 << 30, 15)
     rows = []
     for fragment_bytes in FRAGMENT_BYTES:
-        for route in routes_of(device):
+        for route in routes_of(device) if fragment_bytes == FRAGMENT_BYTES[-1] else ("auto",):
             progress(f"fragments of {fragment_bytes >> 10} KiB, {route}")
             pages = Pages(device, fragment_bytes, payload, transfer_route=route)
             try:
