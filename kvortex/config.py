@@ -64,6 +64,10 @@ class KVortexConfig:
         Bytes of the largest opaque buffer (``save_blocks(keys, data_ptrs, sizes)``). Needed only without a layout.
     model, dtype, rank, world_size, lora, salt
         Parts of the key namespace: blocks of engines that differ in one of them never share a key.
+    record_trace
+        File that the engine's requests are recorded in, as by :meth:`kvortex.KVortexEngine.record`; where it is there already,
+        ``name-2.jsonl`` and so on. None for what the environment's ``KVORTEX_RECORD_TRACE`` says when the engine is made,
+        so that engines can be recorded whose code is not at hand; empty for none whatever that says.
     transfer_timeout_s
         Deadline in seconds of every wait that names none of its own.
     """
@@ -85,6 +89,7 @@ class KVortexConfig:
     world_size: int = 1
     lora: str = ""
     salt: str = ""
+    record_trace: str | None = None
     transfer_timeout_s: float = 60.0
 
     def __post_init__(self) -> None:
@@ -105,6 +110,8 @@ class KVortexConfig:
         for name in ("model", "dtype", "lora", "salt", "device", "transfer_route", "calibrate"):
             if not isinstance(getattr(self, name), str):
                 raise ConfigError(f"{name} = {shown(getattr(self, name))}: must be a string")
+        if not isinstance(self.record_trace, str | None):
+            raise ConfigError(f"record_trace = {shown(self.record_trace)}: must be a string, the path of a file, or None")
         if not _DEVICE.fullmatch(self.device):
             raise ConfigError(f"device = {shown(self.device)}: must be 'auto', 'host', 'cuda' or 'cuda:N'")
         if self.transfer_route not in _ROUTES:
@@ -200,7 +207,7 @@ def _named(names: list[str]) -> str:
 
 def _value(name: str, value: Any, source: str) -> Any:
     kind = _FIELDS[name]
-    if not isinstance(value, str) or kind == "str":
+    if not isinstance(value, str) or kind.startswith("str"):
         return value
     try:
         return _read(name, kind, value)

@@ -35,6 +35,7 @@ GOOD: dict[str, list[Any]] = {
     "world_size": [1, 8],
     "lora": ["", "adapter"],
     "salt": ["", "tenant-7"],
+    "record_trace": ["", None, "trace.jsonl"],
     "transfer_timeout_s": [0.001, 1, 3600.0],
 }
 BAD: dict[str, list[Any]] = {
@@ -55,6 +56,7 @@ BAD: dict[str, list[Any]] = {
     "world_size": [0, -1, 1.0, True, None],
     "lora": [None, 3],
     "salt": [None, b""],
+    "record_trace": [b"trace.jsonl", 3, True],
     "transfer_timeout_s": [0, 0.0, -1.0, float("inf"), float("nan"), True, "60", None],
 }
 CASES = [(name, value) for name, values in BAD.items() for value in values]
@@ -141,6 +143,7 @@ def test_mapping_parses_strings() -> None:
             "beside_compute": "yes",
             "transfer_timeout_s": "2.5",
             "model": "16",  # names stay names
+            "record_trace": "17",
             "block_size": 32,
         }
     )
@@ -149,7 +152,7 @@ def test_mapping_parses_strings() -> None:
     assert config.num_transfer_streams == 4
     assert config.enable_numa is False and config.beside_compute is True
     assert config.transfer_timeout_s == 2.5
-    assert config.model == "16"
+    assert config.model == "16" and config.record_trace == "17"
     assert config.block_size == 32
 
 

@@ -67,7 +67,9 @@ class Server:
         return loaded
 
 
-def open_engine(pages: Pages, pool_blocks: int, block_size: int, option: str) -> KVortexEngine:
+def open_engine(
+    pages: Pages, pool_blocks: int, block_size: int, option: str, policy: str = "lru", record_trace: str | None = None
+) -> KVortexEngine:
     """An engine with a pool of so many blocks; errors about its size name ``option``, which is what the user can change."""
     slot_bytes = -(-pages.layout.record_bytes // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
     if pool_blocks * slot_bytes > _MOST_BYTES:
@@ -78,6 +80,7 @@ def open_engine(pages: Pages, pool_blocks: int, block_size: int, option: str) ->
         block_size=block_size,
         model="kvortex-cli",
         dtype="bf16",
+        record_trace=record_trace,
     )
     try:
         engine = KVortexEngine.create(config, pages.layout)
@@ -89,7 +92,7 @@ def open_engine(pages: Pages, pool_blocks: int, block_size: int, option: str) ->
 
 def warm_up(pages: Pages, option: str) -> None:
     """Compiles or loads all that serving needs, in an engine of its own, so that nobody measures compilers."""
-    with open_engine(pages, 1, 1, option) as engine:
+    with open_engine(pages, 1, 1, option, record_trace="") as engine:
         server, keys = Server(engine, pages), engine.block_keys(range(1))
         for _ in range(2):  # the first saves, the second loads
             server.serve(keys, np.zeros(1, np.int64))

@@ -4,46 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from kvortex.cli import main, replay
+from kvortex.cli import main, replay_data
 from kvortex.devices import Device
 from tests.cli import plant
 from tests.cli.screen import FarDevice, rows
+from tests.conversations import MOONCAKE, conversations, write
 from tests.naive import replay_lru
 
-TRACE = Path(__file__).resolve().parents[2] / "../shared/data/mooncake_conversation_trace.jsonl"
 SMALL = ["--record-bytes", "1KiB", "--device", "host"]
-
-
-def conversations(count: int, seed: int = 0) -> list[list[int]]:
-    """Full blocks of requests: an id always has the same predecessor."""
-    rng = np.random.default_rng(seed)
-    requests: list[list[int]] = []
-    fresh = 1
-    for _ in range(count):
-        request = [0]
-        if requests and rng.random() < 0.8:
-            old = requests[-int(rng.integers(1, min(len(requests), 8) + 1))]
-            request = old[: int(rng.integers(1, len(old) + 1))]
-        grow = int(rng.integers(0, 8))
-        requests.append(request + list(range(fresh, fresh + grow)))
-        fresh += grow
-    return requests
-
-
-def write(path: Path, requests: Sequence[Sequence[int]]) -> str:
-    """As a trace: each request ends with a block of one token, which is not full."""
-    with path.open("w") as file:
-        for at, ids in enumerate(requests):
-            record = {"timestamp": at, "input_length": 512 * len(ids) + 1, "output_length": 1, "hash_ids": [*ids, 10**6 + at]}
-            file.write(json.dumps(record) + "\n")
-    return str(path)
 
 
 @pytest.mark.parametrize("blocks", [1, 7, 30, 1000])
@@ -70,13 +43,13 @@ def test_hits_are_the_references(device: Device, tmp_path: Path, blocks: int, ca
     assert ("left out" in table) == (blocks < max(map(len, requests)))
 
 
-@pytest.mark.skipif(not TRACE.exists(), reason="the Mooncake conversation trace is not beside the checkout")
+@pytest.mark.skipif(not MOONCAKE.exists(), reason="the Mooncake conversation trace is not beside the checkout")
 @pytest.mark.parametrize("blocks", [300, 3000])
 def test_a_recorded_trace_hits_as_the_reference_does(blocks: int, capsys: pytest.CaptureFixture[str]) -> None:
-    with TRACE.open() as lines:
+    with MOONCAKE.open() as lines:
         records = [json.loads(line) for line, _ in zip(lines, range(1000), strict=False)]
     expected = replay_lru([record["hash_ids"][: record["input_length"] // 512] for record in records], blocks)
-    assert main(["replay", str(TRACE), "--limit", "1000", "--blocks", str(blocks), "--json", "-", "--device", "host"]) == 0
+    assert main(["replay", str(MOONCAKE), "--limit", "1000", "--blocks", str(blocks), "--json", "-", "--device", "host"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["hits"] == expected and sum(expected) > 0
     assert report["wrong_bytes"] == report["failed_blocks"] == 0
@@ -104,7 +77,7 @@ def test_requests_without_a_full_block(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_memory_that_is_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     requests = conversations(40)
-    monkeypatch.setattr(replay, "open_device", lambda name: FarDevice())
+    monkeypatch.setattr(replay_data, "open_device", lambda name: FarDevice())
     assert main(["replay", write(tmp_path / "t", requests), "--blocks", "40", "--json", "-", *SMALL]) == 0
     assert json.loads(capsys.readouterr().out)["hits"] == replay_lru(requests, 40)
 
@@ -134,8 +107,8 @@ def test_faults_are_found(
         (["--json", "/no/such/folder/x.json"], "--json /no/such/folder/x.json: no file can be written there"),
         (["--device", "tpu"], "'tpu' is no device"),
         (["--record-bytes", "1KiB", "--blocks", "100000000000"], "bytes of host memory"),
-        (["--record-bytes", "1KiB", "--blocks", "100000000000"], "lower --blocks"),
-        (["--blocks", str(2**63 - 1)], "--blocks: 9223372036854775807 blocks of 16384 bytes are more than any machine has"),
+        (["--record-bytes", "1KiB", "--blocks", "100000000000"], "lower --pool-blocks"),
+        (["--blocks", str(2**63 - 1)], "--pool-blocks: 9223372036854775807 blocks of 16384 bytes are more than any machine has"),
         (["--record-bytes", "2TiB"], "must be a multiple of 1024, 1099511627776 at most"),
         (["--record-bytes", "9" * 90 + "TiB"], "must be a multiple of 1024"),
         (["--json", ""], "--json '': names no file"),
