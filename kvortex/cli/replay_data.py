@@ -35,7 +35,7 @@ def play(
     began, device = time.perf_counter(), open_device(device_name)
     console.note(f"replay on {device.name}: compiling, where this is the first time")
     rows = []
-    with console.Progress("requests", len(policies) * len(sizes) * len(trace) + len(sizes)) as progress:
+    with console.Progress("replaying", len(policies) * len(sizes) * len(trace) + len(sizes)) as progress:
         for policy in policies:
             for size in sizes:
                 rows.append(_replay(trace, policy, size, record_bytes, device, progress))

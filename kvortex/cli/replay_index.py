@@ -15,7 +15,7 @@ def play(trace: Trace, policies: list[str], sizes: list[int]) -> tuple[dict[str,
     """What all runs have in common, and a row for each."""
     began = time.perf_counter()
     console.note("replay on the index alone: compiling, where this is the first time")
-    with console.Progress("requests", (len(policies) * len(batches(trace)) + 1) * len(sizes)) as progress:
+    with console.Progress("replaying", (len(policies) * len(batches(trace)) + 1) * len(sizes)) as progress:
         bounds = bounds_of(trace, sizes, progress)
         rows = [_row(trace, run) for run in sweep(trace, policies, sizes, progress.advance)]
     facts = {"device": None, "bound": bounds}

@@ -69,7 +69,7 @@ def push(ring: Ring, words: Rows, kind: int, time: int) -> bool:
 @njit(nogil=True, cache=True)
 def is_ready(ring: Ring, tail: int) -> bool:
     """Whether the call that begins with that row is there as a whole."""
-    return fetch_add(ring.ready, tail & (ring.ready.size - 1), 0) == tail + 1
+    return bool(fetch_add(ring.ready, tail & (ring.ready.size - 1), 0) == tail + 1)
 
 
 @njit(nogil=True, cache=True)

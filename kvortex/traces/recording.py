@@ -40,10 +40,10 @@ class Recording:
         keys of a load or a save that nobody had checked. Numbers count up from 0 in the order in which keys appear.
         ``output_length`` is 0: an engine is not told.
 
-    Threads: calls may come from any thread; their order in the file is that in which their keys were copied. Memory: 8 MiB
-    of keys that wait, 2 MiB to find them by, 6 MiB of lines, and 65 MiB to tell 2**20 keys apart, touched as far as they are used. What cannot
-    wait is left out and counted, and the next line says how many calls were; a key that was forgotten comes back
-    as a new one. A forked child records nothing.
+    Threads: calls may come from any thread; their order in the file is that in which their keys were copied. Memory: 10 MiB
+    for calls that wait, 6 MiB for lines, and 65 MiB to tell 2**20 keys apart, touched as far as they are used. What cannot
+    wait is left out and counted, and the next line says how many calls were (``dropped``); a key that was forgotten comes
+    back as a new one. A forked child records nothing.
     """
 
     def __init__(
@@ -200,9 +200,10 @@ def _create(path: str) -> int:
     try:
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     except FileExistsError:
-        raise ArgumentError(f"{_short(path)}: is there already, and no trace is written over it; choose another name") from None
+        raise ArgumentError(f"{_short(path)}: is there already, and no trace is written over it; take another name") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in it
-        raise ArgumentError(f"{_short(path)}: no trace can be written there: {getattr(error, 'strerror', None) or error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise ArgumentError(f"{_short(path)}: no trace can be written there: {reason}") from None
 
 
 @functools.cache

@@ -32,7 +32,7 @@ def test_full_blocks_only(tmp_path: Path) -> None:
 
 def test_blocks_of_another_size_and_calls_that_are_missing(tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
-    lines = [line(block_size=16, input_length=48), line(block_size=16, input_length=47, dropped=3), line(block_size=16, dropped=2)]
+    lines = [line(block_size=16, input_length=48), line(block_size=16, input_length=47, dropped=3), line(block_size=16)]
     path.write_text("\n".join(lines[:2]))
     trace = read_trace(path)
     assert trace.requests() == [[4, 5, 9], [4, 5]] and trace.block_tokens == 16 and trace.dropped == 3
