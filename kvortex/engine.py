@@ -33,7 +33,7 @@ from kvortex.errors import (
     shown,
 )
 from kvortex.flight import Flight
-from kvortex.index import PENDING, BlockIndex, Reservation, load_compiled
+from kvortex.index import DECLINED, PENDING, BlockIndex, Reservation, load_compiled
 from kvortex.keys import KeyArray, KeysLike, Namespace, as_keys, block_keys
 from kvortex.layout import KVLayout
 from kvortex.memory.arena import PinnedArena
@@ -168,7 +168,8 @@ class KVortexEngine:
         stream: Any = None,
         layerwise: bool = False,
     ) -> Ticket:
-        """Starts saving blocks, and returns at once. A block that is in the cache already is not moved.
+        """Starts saving blocks, and returns at once. A block that is in the cache already is not moved, nor is one that has not
+        been offered as often as ``config.admit_after`` says; that is no error, and the mask tells.
 
         ``save_blocks(keys, block_ids)`` saves pages of the layout; ``save_blocks(keys, data_ptrs, sizes)`` saves opaque
         contiguous buffers of the device.
@@ -213,6 +214,8 @@ class KVortexEngine:
             transfer = self._flight.open(Direction.SAVE, len(keys), call)
             transfer.layers = self.layout.num_layers if layerwise and self.layout is not None else 0
             found = self._reserve(keys, lengths, transfer)
+            transfer.mask[found.status == DECLINED] = False
+            self._counters.decline(int((found.status == DECLINED).sum()))
             for owner in np.unique(found.owners[found.status == PENDING]).tolist():
                 at = np.flatnonzero((found.status == PENDING) & (found.owners == owner))
                 save = self._flight.find(owner)
@@ -483,7 +486,8 @@ class _Parts:
             self.executor = _executor(config, layout, device, self.arena, profile)
             undo.callback(self.executor.close)
             load_compiled()
-            self.index = BlockIndex(self.arena.slots, ready=self.arena.ready)
+            policy, admit_after = config.eviction_policy, config.admit_after
+            self.index = BlockIndex(self.arena.slots, policy, admit_after=admit_after, ready=self.arena.ready)
             self.counters = Counters()
             self.flight = Flight(self.index, self.counters)
             undo.pop_all()

@@ -141,6 +141,8 @@ def _add_replay(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     replay.add_argument("--limit", type=_count, metavar="N", help="only the first N requests")
     replay.add_argument("--policy", metavar="NAME[,NAME...]",
                         help="which blocks are evicted; all for every policy that there is; default lru")
+    replay.add_argument("--admit-after", type=_counts, metavar="N[,N...]",
+                        help="blocks are stored at the n-th offer, 1 to 255; default 1")
     replay.add_argument("--pool-blocks", "--blocks", type=_counts, metavar="N[,N...]",
                         help="blocks that the pool holds; default 3000")
     replay.add_argument("--no-data", action="store_true",

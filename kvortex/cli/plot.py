@@ -7,8 +7,9 @@ import io
 from typing import Any
 
 from kvortex.errors import ArgumentError
+from kvortex.traces.sweep import label
 
-_MARKERS = "osD^vP*Xh<>"
+_LOOKS = ("o-", "s--", "^-.", "d:")
 
 
 def check_installed() -> None:
@@ -33,18 +34,23 @@ def draw(title: str, runs: list[dict[str, Any]], bounds: list[dict[str, Any]]) -
     ----------
     title
     runs
-        Each with ``policy``, ``pool_blocks`` and ``prefix_hit_rate``.
+        Each with ``policy``, ``admit_after``, ``pool_blocks`` and ``prefix_hit_rate``.
     bounds
         Each with ``pool_blocks`` and ``hit_rate``.
     """
-    figure = importlib.import_module("matplotlib.figure").Figure(figsize=(8, 4.5), layout="constrained")
+    figure = importlib.import_module("matplotlib.figure").Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
     if bounds:
         points = sorted((row["pool_blocks"], row["hit_rate"]) for row in bounds)
-        axes.plot(*_percent(points), "k--", marker="_", linewidth=1, label="Belady's MIN: no policy can have more")
-    for at, policy in enumerate(dict.fromkeys(run["policy"] for run in runs)):
-        points = sorted((run["pool_blocks"], run["prefix_hit_rate"]) for run in runs if run["policy"] == policy)
-        axes.plot(*_percent(points), marker=_MARKERS[at % len(_MARKERS)], markersize=5, linewidth=1.2, label=policy)
+        axes.plot(*_percent(points), "k:", marker="_", linewidth=1, label="the most there is (Belady)")
+    lines: dict[tuple[str, int], list[tuple[int, float]]] = {}
+    for run in runs:
+        lines.setdefault((run["policy"], run["admit_after"]), []).append((run["pool_blocks"], run["prefix_hit_rate"]))
+    policies, offers = (list(dict.fromkeys(names)) for names in zip(*lines, strict=True))
+    for (policy, admit_after), points in lines.items():  # a colour a policy, a line's look an admission
+        look = _LOOKS[offers.index(admit_after) % len(_LOOKS)]
+        color = f"C{policies.index(policy) % 10}"
+        axes.plot(*_percent(sorted(points)), look, color=color, markersize=5, linewidth=1.2, label=label(policy, admit_after))
     axes.set_xscale("log")
     sizes = sorted({run["pool_blocks"] for run in runs})
     axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
@@ -54,7 +60,7 @@ def draw(title: str, runs: list[dict[str, Any]], bounds: list[dict[str, Any]]) -
     axes.set_xlabel("blocks in the pool")
     axes.set_ylabel("prefix hits, % of all blocks asked for")
     axes.set_title(title, fontsize=10)
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8)  # beside the lines, of which there may be many
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=110)
     return image.getvalue()

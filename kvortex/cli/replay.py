@@ -12,8 +12,9 @@ from kvortex.cli.output import check_writable, write, write_json
 from kvortex.cli.versions import versions
 from kvortex.errors import ArgumentError, cut, shown
 from kvortex.traces.format import Trace, read_trace
+from kvortex.traces.sweep import Grid, label
 
-_POOL_BLOCKS = [3000]
+_POOL_BLOCKS = 3000
 _RECORD_BYTES = 16 << 10
 _ALL = "all"
 
@@ -23,7 +24,7 @@ Tell = Callable[[str], None]
 
 def run(arguments: argparse.Namespace) -> int:
     """The command; 1 where a byte was wrong or a transfer failed."""
-    policies, sizes = _policies(arguments.policy), arguments.pool_blocks or _POOL_BLOCKS
+    grid = Grid(_policies(arguments.policy), arguments.admit_after or (1,), arguments.pool_blocks or (_POOL_BLOCKS,))
     _check(arguments)
     trace = read_trace(arguments.trace, arguments.limit)
     if trace.dropped:
@@ -31,13 +32,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.no_data:
         from kvortex.cli import replay_index
 
-        facts, runs = replay_index.play(trace, policies, sizes)
+        facts, runs = replay_index.play(trace, grid)
     else:
         from kvortex.cli import replay_data
 
-        facts, runs = replay_data.play(
-            trace, policies, sizes, arguments.record_bytes or _RECORD_BYTES, arguments.device or "auto"
-        )
+        facts, runs = replay_data.play(trace, grid, arguments.record_bytes or _RECORD_BYTES, arguments.device or "auto")
     report = _report(arguments, trace, facts, runs)
     name = f"{os.path.basename(arguments.trace)}, {'index only' if arguments.no_data else facts['device']['device']}"
     if arguments.plot:
@@ -107,10 +106,10 @@ def _show(title: str, report: Row, runs: list[Row]) -> None:
         console.table(title, _rows(report))
         return
     sizes = list(dict.fromkeys(row["pool_blocks"] for row in runs))
-    rates = {(row["policy"], row["pool_blocks"]): row["prefix_hit_rate"] for row in runs}
-    lines = [
-        [policy, *(f"{rates[policy, size]:.2%}" for size in sizes)] for policy in dict.fromkeys(row["policy"] for row in runs)
-    ]
+    rates: dict[str, dict[int, float]] = {}
+    for row in runs:
+        rates.setdefault(label(row["policy"], row["admit_after"]), {})[row["pool_blocks"]] = row["prefix_hit_rate"]
+    lines = [[policy, *(f"{of[size]:.2%}" for size in sizes)] for policy, of in rates.items()]
     bounds = {row["pool_blocks"]: row["hit_rate"] for row in report["bound"]}
     lines.append(["at most (Belady)", *(f"{bounds[size]:.2%}" for size in sizes)])
     console.grid(f"{title}: prefix hits by blocks in the pool", ["policy", *map(str, sizes)], lines)
@@ -133,7 +132,7 @@ def _rows(report: Row) -> list[tuple[str, str]]:
     size = f" of {console.amount(report['record_bytes'])}" if data else ", no data"
     rows = [
         ("requests", f"{report['requests']} in {report['seconds']:.1f} s"),
-        ("policy", report["policy"]),
+        ("policy", label(report["policy"], report["admit_after"])),
         ("pool", f"{report['pool_blocks']} blocks{size}"),
         ("block references", str(report["block_references"])),
         ("prefix hits", f"{report['prefix_hits']} ({report['prefix_hit_rate']:.1%})"),

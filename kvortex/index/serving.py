@@ -12,13 +12,14 @@ from numba import njit
 
 from kvortex.errors import ArgumentError, IndexStateError
 from kvortex.index import core
+from kvortex.index._lines import Words
 from kvortex.index.core import ANY_LENGTH, NEW, OK, Slots, Table
 from kvortex.index.table import BlockIndex
 from kvortex.keys import KeyArray
 
 
 @njit(nogil=True, cache=True)
-def _serve(t: Table, words: npt.NDArray[np.uint64], starts: Slots, most: int, hits: Slots) -> tuple[int, int]:
+def _serve(t: Table, words: Words, starts: Slots, most: int, hits: Slots) -> tuple[int, int]:
     """Fill ``hits``; (OK, 0), or what went wrong and with which request."""
     longest = 0
     for request in range(hits.size):
@@ -80,7 +81,7 @@ def serve(index: BlockIndex, keys: KeyArray, starts: npt.NDArray[np.int64], most
     ArgumentError
         A request names a key twice. Those before it have been served.
     """
-    words, hits = keys.view(np.uint64), np.zeros(len(starts) - 1, np.int64)
+    words, hits = keys.view(np.int64), np.zeros(len(starts) - 1, np.int64)
     with index._lock:
         fault, request = _serve(index._table, words, starts, most, hits)
     if fault == core.DUPLICATE:

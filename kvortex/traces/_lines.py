@@ -70,12 +70,12 @@ def write_lines(ring: Ring, names: Names, opening: Text, block_size: int, out: T
     ids = np.empty(1, np.int64)
     while is_ready(ring, tail):
         header = rows[tail & (size - 1)]
-        count, kind = np.int64(header[COUNT]), np.int64(header[KIND])
+        count, kind = header[COUNT], header[KIND]
         if at + _PER_LINE + _PER_KEY * count > out.size:
             break
         counters[CALL] += 1
-        counters[LAST_TIME] = max(counters[LAST_TIME], np.int64(header[TIME]))  # a line's is never before the last one's
-        counters[LOST_CALLS] += np.int64(header[LOST])
+        counters[LAST_TIME] = max(counters[LAST_TIME], header[TIME])  # a line's is never before the last one's
+        counters[LOST_CALLS] += header[LOST]
         if ids.size < count:
             ids = np.empty(count, np.int64)
         own = 0

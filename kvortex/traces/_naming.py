@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from kvortex.index._hash import bucket_count, find, insert, remove
+from kvortex.index._hash import Buckets, find, fingerprint, insert, new_buckets, remove, tag_of
 from kvortex.traces._ring import CHECK, LOAD, Rows
 
 Numbers = npt.NDArray[np.int64]
@@ -30,7 +30,7 @@ class Names(NamedTuple):
     """All arrays of a naming; ``capacity`` keys, more than one call can have."""
 
     keys: Rows  # (capacity, 4)
-    buckets: npt.NDArray[np.int32]  # see kvortex.index._hash
+    buckets: Buckets  # (2 x capacity,)
     numbers: Numbers  # (capacity,)
     calls: Numbers  # (capacity,): the last call that named the key
     flags: Flags  # (capacity,)
@@ -38,10 +38,10 @@ class Names(NamedTuple):
 
 
 def new_names(capacity: int) -> Names:
-    """An empty table: 49 bytes a key, and 8 to 16 for the hash table."""
+    """An empty table: 65 bytes a key."""
     return Names(
-        np.zeros((capacity, 4), np.uint64),
-        np.zeros(bucket_count(capacity), np.int32),
+        np.zeros((capacity, 4), np.int64),
+        new_buckets(capacity),
         np.zeros(capacity, np.int64),
         np.zeros(capacity, np.int64),
         np.zeros(capacity, np.uint8),
@@ -52,7 +52,8 @@ def new_names(capacity: int) -> Names:
 @njit(nogil=True, cache=True)
 def name(names: Names, rows: Rows, row: int) -> int:
     """Entry of a key, a new one where it is not known."""
-    entry: int = find(names.buckets, names.keys, rows, row)
+    tag = tag_of(fingerprint(rows, row))
+    entry: int = find(names.buckets, names.keys, tag, rows, row)
     if entry >= 0:
         names.flags[entry] |= _AGAIN
         return entry
@@ -62,7 +63,7 @@ def name(names: Names, rows: Rows, row: int) -> int:
     names.flags[entry], names.calls[entry] = 0, 0
     names.numbers[entry] = names.counters[NEXT]
     names.counters[NEXT] += 1
-    insert(names.buckets, names.keys, entry)
+    insert(names.buckets, tag, entry)
     return entry
 
 
@@ -79,7 +80,7 @@ def _entry(names: Names) -> int:
         hand = (hand + 1) % flags.size
     counters[HAND] = (hand + 1) % flags.size
     counters[FORGOTTEN] += 1
-    remove(names.buckets, names.keys, hand)
+    remove(names.buckets, tag_of(fingerprint(names.keys, hand)), hand)
     return int(hand)
 
 

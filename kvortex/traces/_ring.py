@@ -17,7 +17,7 @@ from numba import njit
 
 from kvortex.traces._atomics import compare_and_set, exchange, fetch_add
 
-Rows = npt.NDArray[np.uint64]
+Rows = npt.NDArray[np.int64]
 Marks = npt.NDArray[np.int64]
 
 # Rows ever taken by calls, rows ever given back by the reader, calls refused in all, and since the last that was not. Each
@@ -39,7 +39,7 @@ class Ring(NamedTuple):
 
 def new_ring(rows: int) -> Ring:
     """An empty ring of so many rows, a power of two: 40 bytes a row."""
-    return Ring(np.zeros((rows, 4), np.uint64), np.zeros(rows, np.int64), np.zeros(_MARKS, np.int64))
+    return Ring(np.zeros((rows, 4), np.int64), np.zeros(rows, np.int64), np.zeros(_MARKS, np.int64))
 
 
 @njit(nogil=True, cache=True)

@@ -128,7 +128,7 @@ class _Writer:
     def push(self, kind: int, keys: KeyArray) -> None:
         if self.stopped or self._pid != os.getpid():
             return
-        words = keys.view(np.uint64)
+        words = keys.view(np.int64)
         if not (words.flags.writeable and words.flags.aligned):  # another array type would be compiled again
             words = words.copy()
         _ring.push(self.ring, words, kind, int((time.monotonic() - self._began) * 1e3))
@@ -210,5 +210,5 @@ def _create(path: str) -> int:
 def _load_compiled() -> None:
     """Loads all that is compiled, or compiles it: not in the first call that is recorded."""
     ring, names, out = _ring.new_ring(8), _naming.new_names(8), np.empty(_lines.room(8), np.uint8)
-    _ring.push(ring, np.zeros((2, 4), np.uint64), CHECK, 0)
+    _ring.push(ring, np.zeros((2, 4), np.int64), CHECK, 0)
     _lines.write_lines(ring, names, _lines.opening(16), 16, out)

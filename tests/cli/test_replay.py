@@ -18,6 +18,7 @@ from kvortex.traces.format import read_trace
 from tests.cli import plant
 from tests.cli.screen import FarDevice, rows
 from tests.conversations import MOONCAKE, conversations, write
+from tests.naive import replay as naive_replay
 from tests.naive import replay_lru
 
 SMALL = ["--record-bytes", "1KiB", "--device", "host"]
@@ -138,7 +139,7 @@ def test_what_cannot_be_done_is_said(
 
 NO_DATA = [
     (["--record-bytes", "1KiB"], "--record-bytes with --no-data: nothing is moved then; leave one of them out"),
-    (["--pool-blocks", str(2**30 + 1)], "capacity = 1073741825: must be an integer from 1 to 1073741824"),
+    (["--admit-after", "1,256"], "admit_after = 256: must be an integer from 1 to 255"),
     (["--json", "x.out", "--plot", "x.out"], "--plot x.out: is the file of --json, which would be lost"),
 ]
 
@@ -154,19 +155,23 @@ def test_what_cannot_be_done_without_data(
     assert [path.name for path in tmp_path.iterdir()] == ["t"]
 
 
-@pytest.mark.parametrize("blocks", [1, 7, 30, 1000])
-def test_without_data_the_hits_are_the_same(tmp_path: Path, blocks: int, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(("blocks", "admit_after"), [(1, 1), (7, 2), (30, 1), (30, 2), (1000, 3)])
+def test_without_data_the_hits_are_the_same(
+    tmp_path: Path, policy: str, blocks: int, admit_after: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     requests = conversations(120)
-    command = ["replay", write(tmp_path / "trace.jsonl", requests), "--pool-blocks", str(blocks)]
+    command = ["replay", write(tmp_path / "trace.jsonl", requests), "--pool-blocks", str(blocks), "--policy", policy]
+    command += ["--admit-after", str(admit_after)]
     reports = []
     for options in (["--no-data"], SMALL):
         assert main([*command, *options, "--json", "-"]) == 0
         reports.append(json.loads(capsys.readouterr().out))
     index, data = reports
-    assert index["hits"] == data["hits"] == replay_lru(requests, blocks)
+    assert index["hits"] == data["hits"] == naive_replay(requests, blocks, policy, admit_after)
     alike = set(index) - {"command", "device", "seconds"}
     assert {name: index[name] for name in alike} == {name: data[name] for name in alike}
-    assert index["device"] is None and index["policy"] == "lru" and index["distinct_blocks"] == len({*sum(requests, [])})
+    assert index["device"] is None and index["policy"] == policy and index["distinct_blocks"] == len({*sum(requests, [])})
     (bounds,) = index["bound"]
     assert bounds["hits"] == bound(read_trace(tmp_path / "trace.jsonl"), blocks) >= index["prefix_hits"]
 
@@ -203,10 +208,17 @@ def test_the_plot_shows_every_policy_and_the_bound(monkeypatch: pytest.MonkeyPat
 
     shown: list[Any] = []
     monkeypatch.setattr(Figure, "savefig", lambda self, file, **_: shown.append(self.axes[0]))
-    runs = [{"policy": name, "pool_blocks": n, "prefix_hit_rate": n / 100} for name in ("a", "b") for n in (30, 10)]
+    points = [(30, 0.3), (10, 0.1)]
+    runs = [
+        {"policy": name, "admit_after": offers, "pool_blocks": n, "prefix_hit_rate": rate}
+        for name, offers in (("a", 1), ("a", 2), ("b", 1))
+        for n, rate in points
+    ]
     plot.draw("title", runs, [{"pool_blocks": 30, "hit_rate": 0.9}, {"pool_blocks": 10, "hit_rate": 0.2}])
     lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in shown[0].get_lines()}
-    assert lines["a"] == lines["b"] == ([10, 30], [10.0, 30.0])
+    assert lines["a"] == lines["a, offer 2"] == lines["b"] == ([10, 30], [10.0, 30.0])
+    looks = {line.get_label(): (line.get_color(), line.get_linestyle(), line.get_marker()) for line in shown[0].get_lines()}
+    assert len(set(looks.values())) == 4 and looks["a"][0] == looks["a, offer 2"][0] != looks["b"][0]
     assert [points for label, points in lines.items() if "Belady" in label] == [([10, 30], [20.0, 90.0])]
 
 

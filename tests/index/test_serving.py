@@ -13,10 +13,11 @@ from tests.conversations import conversations
 
 
 @pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("admit_after", [1, 2])
 @pytest.mark.parametrize("capacity", [1, 7, 30, 1000])
-def test_it_does_what_an_engine_asks_for(policy: str, capacity: int) -> None:
+def test_it_does_what_an_engine_asks_for(policy: str, admit_after: int, capacity: int) -> None:
     trace = Trace.of(conversations(200))
-    one, other = BlockIndex(capacity, policy), BlockIndex(capacity, policy)
+    one, other = (BlockIndex(capacity, policy, admit_after=admit_after) for _ in range(2))
     hits = []
     for first, end in zip(trace.starts.tolist(), trace.starts[1:].tolist(), strict=False):
         keys = trace.keys[first : min(end, first + capacity)]
