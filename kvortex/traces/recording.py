@@ -113,6 +113,7 @@ class _Writer:
         self.ring = _ring.new_ring(ring_rows)
         self._out = np.empty(_lines.room(ring_rows), np.uint8)
         self._opening, self._block_size = _lines.opening(block_size), block_size
+        # A forked child has the ring, and no thread that would empty it: what is recorded there goes nowhere.
         self._pid, self._began = os.getpid(), time.monotonic()
         self._stop = threading.Lock()
         self._stop.acquire()
@@ -126,7 +127,7 @@ class _Writer:
         self._thread.start()
 
     def push(self, kind: int, keys: KeyArray) -> None:
-        if self.stopped or self._pid != os.getpid():
+        if self.stopped:
             return
         words = keys.view(np.int64)
         if not (words.flags.writeable and words.flags.aligned):  # another array type would be compiled again

@@ -69,6 +69,7 @@ def test_no_policy_is_above_the_bound_of_any_trace() -> None:
         requests = unchained(np.random.default_rng(seed))
         for capacity in range(1, 5):
             gaps.append(bound(Trace.of(requests), capacity) - most_hits(requests, capacity))
+            assert bound(Trace.of(requests), capacity) == naive_min(requests, capacity)
     assert min(gaps) == 0 < max(gaps)  # a block behind a gap counts for the bound, and for no replay
 
 

@@ -106,7 +106,7 @@ def test_what_an_engine_is_asked_for(device: Device, tmp_path: Path) -> None:
     assert read_trace(tmp_path / "t").requests() == ids_of(tmp_path / "t")
 
 
-@pytest.mark.parametrize("names", [40, 64, 4096])
+@pytest.mark.parametrize("names", [32, 40, 64, 4096])
 def test_numbers_are_the_naive_references(names: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_EVERY_S", 1e-3)
     rng, naive, expected = np.random.default_rng(names), NaiveNames(names), []

@@ -33,14 +33,16 @@ def test_pushes_beside_each_other_and_beside_the_reader(rows: int, count: int) -
     ring, names, out = _ring.new_ring(rows), _naming.new_names(4096), np.empty(_lines.room(rows), np.uint8)
     keys = [np.arange(1 + KEYS * 4 * one, 1 + KEYS * 4 * (one + 1), dtype=np.int64).reshape(-1, 4) for one in range(THREADS)]
     stop = np.zeros(1, np.int64)
-    push_many(ring, keys[0], 0, stop)  # compiled
+    push_many(ring, keys[0], 0, stop)  # compiled, while there are two cores for that
+    _lines.write_lines(ring, names, _lines.opening(16), 16, out)
     refused: list[int] = []
     threads = [threading.Thread(target=lambda own=own: refused.append(push_many(ring, own, count, stop))) for own in keys]
     for thread in threads:
         thread.start()
     lines: list[list[int]] = []
-    dropped, calls, deadline = 0, 1, time.monotonic() + 60
-    while (calls or any(thread.is_alive() for thread in threads)) and time.monotonic() < deadline:
+    dropped, calls, alive, deadline = 0, 1, True, time.monotonic() + 60
+    while (calls or alive) and time.monotonic() < deadline:
+        alive = any(thread.is_alive() for thread in threads)  # first, so that the last calls are taken too
         nbytes, calls = _lines.write_lines(ring, names, _lines.opening(16), 16, out)
         for line in out[:nbytes].tobytes().splitlines():
             record = json.loads(line)
