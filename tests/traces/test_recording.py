@@ -122,6 +122,17 @@ def test_numbers_are_the_naive_references(names: int, tmp_path: Path, monkeypatc
     assert (recording.forgotten > 0) == (names < 4096) and len(set(sum(expected, []))) > 500
 
 
+def test_a_key_of_the_call_itself_is_not_forgotten(tmp_path: Path) -> None:
+    naive, expected = NaiveNames(4), []
+    with Recording(tmp_path / "t", 16, ring_rows=4, names=4) as recording:
+        for keys in ([1, 2, 3], [4], [1, 2, 3], [4], [1, 9], [1], [2]):  # when the 9 comes, all four have been named again
+            recording.note(CHECK, keys_of(*keys))
+            while pending(recording):
+                time.sleep(0.01)
+            expected.append(naive.line(CHECK, keys))
+    assert ids_of(tmp_path / "t") == expected and expected[4:] == [[0, 4], [0], [5]]
+
+
 def test_times_and_long_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
