@@ -12,6 +12,9 @@ anything else. No device is needed. Rows of each ``what``:
 - ``threads``: look-ups by 8 threads at once; ``other_ms`` is one thread's time for a batch, ``ratio`` the gain of all together.
 - ``spin``: how fast a Python thread counts while another calls the index without a pause; ``ratio`` is to its rate alone.
 
+The last two have rows of ``arithmetic`` that touches neither memory nor the GIL, measured by turns with the others: what other
+programs left of the processor's cores meanwhile.
+
 ``wrong_bytes`` counts wrong answers.
 """
 
@@ -22,7 +25,7 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,7 +36,7 @@ from kvortex.index import NEW, POLICIES, BlockIndex, load_compiled
 from perf.baselines.dictionary import DictIndex
 from perf.gil import Spinners
 from perf.report import Report, progress
-from perf.walks import Walks
+from perf.walks import Walks, reckon
 
 BATCH = 8192
 ENTRIES = 1_000_000
@@ -129,8 +132,8 @@ def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]]
         rows += _at_size(size, batch, rounds)
     progress(f"{THREADS} threads, and a thread that counts")
     filled = Filled(entries, "lru", batch, dicts=False)
-    for part in (batch,) if quick else (batch, batch // 8, batch // 64):
-        rows.append(_threads(filled, part, 2 if quick else 7, 0.02 if quick else 0.5))
+    parts = (batch,) if quick else (batch, batch // 8, batch // 64)
+    rows += _threads(filled, parts, 2 if quick else 9, 0.02 if quick else 0.3)
     rows += _spin(filled, 1 if quick else 7, 0.05 if quick else 0.5)
     rows[-1]["wrong_bytes"] += _damaged(filled.index)
     per_entry = {policy: BlockIndex(entries, policy).nbytes / entries for policy in POLICIES}
@@ -194,33 +197,38 @@ def _at_size(entries: int, batch: int, rounds: int) -> list[dict[str, Any]]:
     return [_row("entries", name, filled, clock.ms(name), by_itself[name], **more) for name in MISSES]
 
 
-def _threads(filled: Filled, part: int, rounds: int, seconds: float) -> dict[str, Any]:
-    """Look-ups of batches of ``part`` keys by one thread and by many, by turns."""
-    batches = [filled.resident()[:part] for _ in range(16)]
-    one, all_ = [], []
+def _threads(filled: Filled, parts: Sequence[int], rounds: int, seconds: float) -> list[dict[str, Any]]:
+    """Look-ups of batches of some numbers of keys by one thread and by many, by turns."""
+    work: dict[int, Callable[[int], object]] = {0: lambda turn: reckon(1_000_000)}
+    for part in parts:
+        batches = [filled.resident()[:part] for _ in range(16)]
+        work[part] = lambda turn, batches=batches: filled.expect(filled.index.lookup(batches[turn % 16]).all())
+    found: dict[tuple[int, int], list[float]] = {}
     for _ in range(rounds):
-        one.append(_keys_per_second(filled, batches, 1, seconds))
-        all_.append(_keys_per_second(filled, batches, THREADS, seconds))
-    alone, together = statistics.median(one), statistics.median(all_)
-    row = _row("threads", "lookup", filled, part / together * 1e3, part / alone * 1e3)
-    return row | {"batch": part, "threads": THREADS, "ns_per_key": 1e9 / together}
+        for part, call in work.items():
+            for threads in (1, THREADS):
+                found.setdefault((part, threads), []).append(_calls_per_second(call, threads, seconds))
+    rows = []
+    for part in work:
+        # The gain of a round, whose two halves had about the same machine to themselves.
+        gain = statistics.median(many / one for one, many in zip(found[part, 1], found[part, THREADS], strict=True))
+        alone = 1e3 / statistics.median(found[part, 1])
+        row = _row("threads", "lookup" if part else "arithmetic", filled, alone / gain, alone)
+        rows.append(row | {"batch": part, "threads": THREADS, "ns_per_key": alone / gain / part * 1e6 if part else 0.0})
+    return rows
 
 
-def _keys_per_second(filled: Filled, batches: list[KeyArray], threads: int, seconds: float) -> float:
+def _calls_per_second(call: Callable[[int], object], threads: int, seconds: float) -> float:
     done, start = [0] * threads, threading.Barrier(threads + 1)
     stop = threading.Event()
 
-    def look(me: int) -> None:
-        right = True
+    def go_on(me: int) -> None:
         start.wait()
-        at = me
         while not stop.is_set():
-            right &= bool(filled.index.lookup(batches[at % len(batches)]).all())
-            done[me] += len(batches[0])
-            at += 1
-        filled.expect(right)
+            call(me + done[me])
+            done[me] += 1
 
-    workers = [threading.Thread(target=look, args=(me,)) for me in range(threads)]
+    workers = [threading.Thread(target=go_on, args=(me,)) for me in range(threads)]
     for worker in workers:
         worker.start()
     start.wait()
@@ -235,21 +243,22 @@ def _keys_per_second(filled: Filled, batches: list[KeyArray], threads: int, seco
 
 def _spin(filled: Filled, rounds: int, seconds: float) -> list[dict[str, Any]]:
     """One thread counts alone, and while another looks up, or stores and evicts, without a pause."""
-    found: dict[str, list[float]] = {"lookup": [], "reserve+commit": []}
+    found: dict[str, list[float]] = {"arithmetic": [], "lookup": [], "reserve+commit": []}
     there, clock = filled.resident(), Clock()
     # Made before, and so many that the first is gone when the last was stored.
     fresh = itertools.cycle([filled.fresh() for _ in range(len(filled.keys) // filled.batch + 8)])
-    work = {
+    work: dict[str, Callable[[], object]] = {
+        "arithmetic": lambda: clock.time("arithmetic", lambda: reckon(int(seconds * 1e9))),
         "lookup": lambda: clock.time("lookup", lambda: filled.index.lookup(there)),
         "reserve+commit": lambda: _evicting(filled, clock, next(fresh)),
     }
     with Spinners(1) as spinner:
-        for name, call in work.items():
-            for _ in range(rounds):
+        for _ in range(rounds):
+            for name, call in work.items():
                 alone = _rate(spinner, lambda: time.sleep(seconds))
                 ends = time.perf_counter() + seconds
 
-                def busy(call: Callable[[], Any] = call, ends: float = ends) -> None:
+                def busy(call: Callable[[], object] = call, ends: float = ends) -> None:
                     while time.perf_counter() < ends:
                         call()
 

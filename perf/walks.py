@@ -35,6 +35,15 @@ def _chase(lines: Cells, start: int, steps: int) -> int:
     return at
 
 
+@njit(nogil=True, cache=True)
+def reckon(steps: int) -> int:
+    """Arithmetic in registers without the GIL: what other programs leave of the processor."""
+    x = 1
+    for _ in range(steps):
+        x = (x * 6364136223846793005 + 1442695040888963407) & 0x7FFFFFFFFFFF
+    return x
+
+
 class Walks:
     """Random lines of memory like the index's: as many bytes, aligned and on huge pages as those are.
 
