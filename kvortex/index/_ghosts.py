@@ -17,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from kvortex.index._atomics import prefetch
+from kvortex.index._compiled import compiled
 from kvortex.index._hash import ROW_BITS, ROW_MASK, Buckets, home, insert, new_buckets, remove, tag_of
 from kvortex.index._memory import zeros
 
@@ -40,16 +42,22 @@ def new_ghosts(rows: int, rings: int) -> Ghosts:
     memory = zeros((rows + rings) * 16).reshape(-1, 16)
     links = memory.view(np.int32)
     links[rows:, _PREV] = links[rows:, _NEXT] = np.arange(rows, rows + rings)
-    return Ghosts(memory.view(np.int64), links, new_buckets(rows), np.zeros(_COUNTS + rings, np.int64))
+    return Ghosts(memory.view(np.int64), links, new_buckets(2 * rows), np.zeros(_COUNTS + rings, np.int64))
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def length(g: Ghosts, ring: int) -> int:
     """Keys in a ring."""
     return g.head[_COUNTS + ring]  # type: ignore[no-any-return]
 
 
-@njit(nogil=True, cache=True)
+@compiled
+def prefetch_seek(g: Ghosts, print_: int) -> None:
+    """:func:`seek` will soon be asked for this key."""
+    prefetch(g.buckets, home(tag_of(print_), g.buckets.size))
+
+
+@compiled
 def seek(g: Ghosts, print_: int) -> int:
     """Row of a key, or -1."""
     buckets, prints, tag = g.buckets, g.prints, tag_of(print_)
@@ -67,13 +75,13 @@ def seek(g: Ghosts, print_: int) -> int:
             at = 0
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def mark_of(g: Ghosts, row: int) -> int:
     """The number that a key was given."""
     return g.prints[row, 0] & MOST_MARK  # type: ignore[no-any-return]
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def add(g: Ghosts, ring: int, print_: int, mark: int) -> None:
     """Remembers a key that is not here, as the newest of a ring; there must be room."""
     head, prints, links = g.head, g.prints, g.links
@@ -94,7 +102,7 @@ def add(g: Ghosts, ring: int, print_: int, mark: int) -> None:
     insert(g.buckets, tag_of(print_), row)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def take(g: Ghosts, ring: int, row: int) -> None:
     """Forgets the key of a row, which is in this ring."""
     head, prints, links = g.head, g.prints, g.links
@@ -107,11 +115,15 @@ def take(g: Ghosts, ring: int, row: int) -> None:
     head[_COUNTS + ring] -= 1
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def take_oldest(g: Ghosts, ring: int) -> None:
     """Forgets the oldest key of a ring, which must not be empty."""
     joint = g.links.shape[0] - (g.head.size - _COUNTS) + ring
-    take(g, ring, np.int64(g.links[joint, _NEXT]))
+    row = int(g.links[joint, _NEXT])
+    after = int(g.links[row, _NEXT])  # goes next, most likely
+    prefetch_seek(g, g.prints[after, 0] >> MARK_BITS)
+    prefetch(g.links, int(g.links[after, _NEXT]))
+    take(g, ring, row)
 
 
 @njit(nogil=True, cache=True)

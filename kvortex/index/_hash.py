@@ -1,18 +1,18 @@
 """Open addressing over 32-byte keys: linear probing, and deletion that shifts entries back, so there are no tombstones.
 
-A bucket is one int64: 31 bits of the key's hash above ``row + 1``, or 0 where it is empty. There are twice as many buckets as
-rows, so at most half are full and every probe ends at an empty one. A probe reads neighbouring buckets, eight to a cache line,
-and goes to a row only where the hash agrees; and since a search starts where those same bits say, deletion needs no key.
-Deletion is Knuth's algorithm R (The Art of Computer Programming, volume 3, section 6.4).
+A bucket is one int64: 31 bits of the key's hash above ``row + 1``, or 0 where it is empty. There are at least twice as many
+buckets as rows, so at most half are full and every probe ends at an empty one. A probe reads neighbouring buckets, eight to
+a cache line, and goes to a row only where the hash agrees; and since a search starts where those same bits say, deletion
+needs no key. Deletion is Knuth's algorithm R (The Art of Computer Programming, volume 3, section 6.4).
 """
 
 from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
-from kvortex.index._atomics import store_item
+from kvortex.index._atomics import load, load_item, prefetch, store_item
+from kvortex.index._compiled import compiled
 from kvortex.index._lines import Words
 from kvortex.index._memory import zeros
 
@@ -31,14 +31,15 @@ _TAG_SHIFT = PRINT_BITS - _TAG_BITS
 ROW_MASK = (1 << ROW_BITS) - 1
 
 Buckets = npt.NDArray[np.int64]
+Words1 = npt.NDArray[np.int64]
 
 
-def new_buckets(rows: int) -> Buckets:
-    """Empty buckets for so many rows."""
-    return zeros(2 * max(rows, 1) * 8).view(np.int64)
+def new_buckets(count: int) -> Buckets:
+    """So many empty buckets, at least twice as many as there can be rows, or 2."""
+    return zeros(max(count, 2) * 8).view(np.int64)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def fingerprint(words: Words, row: int) -> int:
     """55 bits of a hash of ``words[row]``, of which the first four words are the key.
 
@@ -58,25 +59,25 @@ def fingerprint(words: Words, row: int) -> int:
     return np.int64(h >> _TOP)  # type: ignore[return-value]
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def tag_of(print_: int) -> int:
     """The part of a fingerprint that a bucket holds."""
     return print_ >> _TAG_SHIFT
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def home(tag: int, buckets: int) -> int:
     """Where the search for a tag starts in so many buckets."""
     return (tag * buckets) >> _TAG_BITS
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def same(a: Words, i: int, b: Words, j: int) -> bool:
     """Whether row ``i`` of ``a`` and row ``j`` of ``b`` are one key."""
     return a[i, 0] == b[j, 0] and a[i, 1] == b[j, 1] and a[i, 2] == b[j, 2] and a[i, 3] == b[j, 3]  # type: ignore[no-any-return]
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def find(buckets: Buckets, lines: Words, tag: int, keys: Words, row: int) -> int:
     """Line whose key is ``keys[row]``, or -1. Reserved slots are found too."""
     at = home(tag, buckets.size)
@@ -85,15 +86,83 @@ def find(buckets: Buckets, lines: Words, tag: int, keys: Words, row: int) -> int
         if entry == 0:
             return -1
         if entry >> ROW_BITS == tag:
-            slot = np.int64((entry & ROW_MASK) - 1)
+            slot = int((entry & ROW_MASK) - 1)
             if same(lines, slot, keys, row):
-                return slot  # type: ignore[return-value]
+                return slot
         at += 1
         if at == buckets.size:
             at = 0
 
 
-@njit(nogil=True, cache=True)
+GROUP = 32  # keys whose cache lines are on their way at once
+
+
+@compiled
+def find_group(buckets: Buckets, lines: Words, keys: Words, row: int, prints: Words1, slots: Words1, at: int) -> int:
+    """:func:`find` for up to ``GROUP`` keys from ``keys[row]`` on; how many.
+
+    Fingerprints and lines (or -1) go to ``prints`` and ``slots`` from ``at`` on. All buckets are on their way before the first
+    is read, and all lines before the first key is compared, so that the group waits about as long as one key would. Others may
+    write meanwhile, see _reads: then what is found may be wrong, and the search ends nevertheless.
+    """
+    count = min(GROUP, keys.shape[0] - row)
+    for j in range(count):
+        prints[at + j] = fingerprint(keys, row + j)
+        prefetch(buckets, home(tag_of(prints[at + j]), buckets.size))
+    for j in range(count):
+        slots[at + j] = _candidate(buckets, tag_of(prints[at + j]))
+        if slots[at + j] >= 0:
+            prefetch(lines, slots[at + j])
+    for j in range(count):
+        slot = slots[at + j]
+        if slot >= 0 and not _is_at(lines, slot, keys, row + j):
+            slots[at + j] = _find_slowly(buckets, lines, tag_of(prints[at + j]), keys, row + j)
+    return count  # type: ignore[no-any-return,unused-ignore]
+
+
+@compiled
+def _candidate(buckets: Buckets, tag: int) -> int:
+    """First line whose bucket has the tag, or -1."""
+    at = home(tag, buckets.size)
+    for _ in range(buckets.size):
+        entry = load_item(buckets, at)
+        if entry == 0:
+            return -1
+        if entry >> ROW_BITS == tag:
+            return int((entry & ROW_MASK) - 1)
+        at += 1
+        if at == buckets.size:
+            at = 0
+    return -1
+
+
+@compiled
+def _find_slowly(buckets: Buckets, lines: Words, tag: int, keys: Words, row: int) -> int:
+    """:func:`find`, while others may write."""
+    at = home(tag, buckets.size)
+    for _ in range(buckets.size):
+        entry = load_item(buckets, at)
+        if entry == 0:
+            return -1
+        slot = int((entry & ROW_MASK) - 1)
+        if entry >> ROW_BITS == tag and _is_at(lines, slot, keys, row):
+            return slot
+        at += 1
+        if at == buckets.size:
+            at = 0
+    return -1
+
+
+@compiled
+def _is_at(lines: Words, slot: int, keys: Words, row: int) -> bool:
+    """Whether a line's key is ``keys[row]``, while others may write."""
+    for j in range(4):  # noqa: SIM110 - compiled
+        if load(lines, slot, j) != keys[row, j]:
+            return False
+    return True
+
+
+@compiled
 def insert(buckets: Buckets, tag: int, row: int) -> None:
     """Enter a row, which must not be in the table."""
     at = home(tag, buckets.size)
@@ -104,7 +173,7 @@ def insert(buckets: Buckets, tag: int, row: int) -> None:
     store_item(buckets, at, (tag << ROW_BITS) | (row + 1))
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def remove(buckets: Buckets, tag: int, row: int) -> None:
     """Take out a row, which must be in the table, and move later entries of its run back to close the gap."""
     count = buckets.size
@@ -129,7 +198,7 @@ def remove(buckets: Buckets, tag: int, row: int) -> None:
     store_item(buckets, hole, 0)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _distance(start: int, at: int, count: int) -> int:
     """Steps from one bucket on to another."""
     return at - start if at >= start else at - start + count

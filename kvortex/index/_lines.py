@@ -25,8 +25,9 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from kvortex.index._atomics import prefetch
+from kvortex.index._compiled import compiled, inlined
 from kvortex.index._memory import zeros
 
 Words = npt.NDArray[np.int64]
@@ -52,19 +53,28 @@ def new_lines(slots: int, joints: int) -> tuple[Words, Cells, Shorts]:
     return memory.view(np.int64), cells, memory.view(np.int16)
 
 
-@njit(nogil=True, cache=True)
+@inlined
 def is_empty(cells: Cells, joint: int) -> bool:
     """Whether a ring has no line but its joint."""
     return cells[joint, NEXT] == joint  # type: ignore[no-any-return]
 
 
-@njit(nogil=True, cache=True)
+@inlined
 def oldest(cells: Cells, joint: int) -> int:
     """The line that has been in a ring for the longest; the ring is not empty."""
     return np.int64(cells[joint, NEXT])  # type: ignore[return-value]
 
 
-@njit(nogil=True, cache=True)
+@inlined
+def pop_oldest(cells: Cells, joint: int) -> int:
+    """Takes the oldest line out of a ring, which is not empty; the next one is on its way then."""
+    line = oldest(cells, joint)
+    unlink(cells, line)
+    prefetch(cells, np.int64(cells[joint, NEXT]))
+    return line
+
+
+@inlined
 def link_newest(cells: Cells, joint: int, line: int) -> None:
     """Puts a line that is in no ring into one."""
     newest = cells[joint, PREV]
@@ -74,7 +84,7 @@ def link_newest(cells: Cells, joint: int, line: int) -> None:
     cells[joint, PREV] = line
 
 
-@njit(nogil=True, cache=True)
+@inlined
 def unlink(cells: Cells, line: int) -> None:
     """Takes a line out of the ring that it is in."""
     before, after = cells[line, PREV], cells[line, NEXT]
@@ -82,7 +92,7 @@ def unlink(cells: Cells, line: int) -> None:
     cells[after, PREV] = before
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def count_ring(cells: Cells, joint: int, seen: npt.NDArray[np.uint8], mark: int) -> int:
     """Lines of a ring, each marked in ``seen``; or ``-1 - line`` of the first whose links are wrong, or that was marked."""
     count, at = 0, joint

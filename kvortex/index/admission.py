@@ -14,9 +14,8 @@ Memory: four ghosts of 32 bytes a slot, or nothing where n is 1.
 
 from __future__ import annotations
 
-from numba import njit
-
 from kvortex.index import _ghosts
+from kvortex.index._compiled import compiled
 from kvortex.index._ghosts import MOST_MARK, Ghosts, new_ghosts
 
 MOST_OFFERS = MOST_MARK
@@ -29,7 +28,7 @@ def new_offers(slots: int, admit_after: int) -> Ghosts:
     return new_ghosts(min(_KEYS_A_SLOT * slots, _MOST_KEYS) if admit_after > 1 else 0, 1)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def admits(offers: Ghosts, print_: int, admit_after: int) -> bool:
     """Whether the offer that is made now is the ``admit_after``-th. Changes nothing."""
     if admit_after <= 1:
@@ -38,7 +37,7 @@ def admits(offers: Ghosts, print_: int, admit_after: int) -> bool:
     return (_ghosts.mark_of(offers, row) if row >= 0 else 0) + 1 >= admit_after
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def settle(offers: Ghosts, print_: int, admitted: bool, slots: int) -> None:
     """Forgets a key that is admitted, and remembers one more offer of another. ``slots`` are there now."""
     row, count = _ghosts.seek(offers, print_), 0

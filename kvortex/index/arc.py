@@ -9,11 +9,11 @@ from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from kvortex.index import _ghosts
+from kvortex.index._compiled import compiled, inlined
 from kvortex.index._hash import fingerprint
-from kvortex.index._lines import MARK, count_ring, is_empty, link_newest, oldest, ring, unlink
+from kvortex.index._lines import MARK, count_ring, is_empty, link_newest, oldest, pop_oldest, ring
 from kvortex.index._order import FRESH, OWN, SLOTS, THERE, Order
 
 _FROM_B1, _FROM_B2, _NO_GHOST = 1, 2, 3  # origins beside FRESH
@@ -58,7 +58,7 @@ class ARC:
         return [ring(order.cells, first), ring(order.cells, first + 1)]
 
 
-@njit(nogil=True, cache=True)
+@inlined
 def miss(order: Order, print_: int) -> int:
     """Moves *p*, and forgets ghosts, as the class says; where the key comes from."""
     head, ghosts, c = order.head, order.ghosts, order.head[THERE]
@@ -81,22 +81,21 @@ def miss(order: Order, print_: int) -> int:
     return FRESH
 
 
-@njit(nogil=True, cache=True)
+@inlined
 def evict(order: Order, origin: int) -> int:
     """The paper's REPLACE."""
     cells, head = order.cells, order.head
     t1, t2 = head[SLOTS], head[SLOTS] + 1
     wanted = origin == _NO_GHOST or head[_T1] > head[_P] or (origin == _FROM_B2 and head[_T1] == head[_P])
     first = is_empty(cells, t2) or (wanted and not is_empty(cells, t1))
-    slot: int = oldest(cells, t1 if first else t2)
-    unlink(cells, slot)
+    slot: int = pop_oldest(cells, t1 if first else t2)
     leave(order, slot)
     if origin != _NO_GHOST:
         _remember(order, _B1 if first else _B2, slot)
     return slot
 
 
-@njit(nogil=True, cache=True)
+@inlined
 def _remember(order: Order, ring_: int, slot: int) -> None:
     ghosts = order.ghosts
     if _ghosts.length(ghosts, _B1) + _ghosts.length(ghosts, _B2) >= order.head[THERE]:
@@ -104,7 +103,7 @@ def _remember(order: Order, ring_: int, slot: int) -> None:
     _ghosts.add(ghosts, ring_, fingerprint(order.words, slot), ring_)
 
 
-@njit(nogil=True, cache=True)
+@inlined
 def expect(order: Order, slot: int, origin: int) -> None:
     """Counts a reserved slot in its list."""
     second = origin in (_FROM_B1, _FROM_B2)
@@ -112,13 +111,13 @@ def expect(order: Order, slot: int, origin: int) -> None:
     order.head[_T2 if second else _T1] += 1
 
 
-@njit(nogil=True, cache=True)
+@inlined
 def leave(order: Order, slot: int) -> None:
     """Not counted any more."""
     order.head[_T1 + order.shorts[slot, MARK]] -= 1
 
 
-@njit(nogil=True, cache=True)
+@inlined
 def use(order: Order, slot: int) -> None:
     """A slot in no list belongs to T2 from now on."""
     if order.shorts[slot, MARK] == 0:
@@ -127,13 +126,13 @@ def use(order: Order, slot: int) -> None:
         order.head[_T2] += 1
 
 
-@njit(nogil=True, cache=True)
+@inlined
 def link(order: Order, slot: int) -> None:
     """As the newest of its list."""
     link_newest(order.cells, order.head[SLOTS] + order.shorts[slot, MARK], slot)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def damage(order: Order, linked: npt.NDArray[np.uint8]) -> int:
     """See :func:`kvortex.index.policies.damage`."""
     cells, shorts, head = order.cells, order.shorts, order.head

@@ -1,7 +1,9 @@
 """The compiled operations of the index: one call a batch, over flat arrays, without the GIL.
 
 Each function is handed a :class:`Table`, and checks everything before it changes anything, so a batch that is refused
-has left no trace. Nothing here locks; :class:`kvortex.index.BlockIndex` does.
+has left no trace. Nothing here locks; :class:`kvortex.index.BlockIndex` does. What only looks is in ``_reads.py``, and may run
+beside these: they say by ``begin_write`` and ``end_write`` when it would see things half done, and nothing in between
+allocates, raises or returns.
 
 Numba's cache on disk notices a change of this file, but not of the others of this folder, whose code ends up in
 these functions: who edits those must touch this file too, or clear the cache.
@@ -16,8 +18,10 @@ import numpy.typing as npt
 from numba import njit
 
 from kvortex.index import admission, policies
+from kvortex.index._atomics import prefetch, store
+from kvortex.index._compiled import compiled, inlined
 from kvortex.index._ghosts import Ghosts
-from kvortex.index._hash import Buckets, find, fingerprint, insert, new_buckets, remove, same, tag_of
+from kvortex.index._hash import Buckets, find, find_group, fingerprint, home, insert, new_buckets, remove, same, tag_of
 from kvortex.index._lines import (
     CLAIMED,
     DOOMED,
@@ -33,7 +37,9 @@ from kvortex.index._lines import (
     Words,
     new_lines,
 )
+from kvortex.index._memory import zeros
 from kvortex.index._order import Order
+from kvortex.index._reads import Sequence, begin_write, end_write
 
 # What reserve found of a key: it was nowhere, it is in a reserved slot, it is resident, or it was nowhere and is not admitted.
 NEW, PENDING, DECLINED = FREE, RESERVED, 9
@@ -46,6 +52,8 @@ ADMIT_AFTER = 5
 # What a call found wrong.
 OK, FULL, DUPLICATE, RANGE, STATUS, LENGTH, AGAIN = 0, 1, 2, 3, 4, 5, 6
 ANY_LENGTH = -1
+_BUCKETS_A_SLOT = 4  # a quarter full: evicting and entering a key then seldom moves others
+_ROOM_GROUP = 128  # keys that get their slots before the first is entered
 
 Slots = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.uint8]
@@ -58,9 +66,10 @@ class Table(NamedTuple):
     words: Words  # (capacity + joints, 8): a line for each slot, see _lines
     cells: Cells  # the same memory
     shorts: Shorts  # the same memory
-    buckets: Buckets  # (2 x capacity,): where keys are
+    buckets: Buckets  # (4 x capacity,): where keys are
     stack: Stack  # (capacity,): the first N_FREE entries are the free slots, the next one last
     counters: Slots  # (6,)
+    sequence: Sequence  # (8,): a cache line for the number that is odd while a writer works
     order: Order  # the policy's; has the lines too
     offers: Ghosts  # what was not admitted
 
@@ -73,47 +82,14 @@ def new_table(capacity: int, policy: type[policies.Policy], ready: int, admit_af
     counters = np.array([ready, 0, 0, 0, capacity - ready, admit_after], np.int64)
     order = policies.new_order(policy, lines, capacity, ready)
     offers = admission.new_offers(capacity, admit_after)
-    return Table(*lines, new_buckets(capacity), stack, counters, order, offers)
+    return Table(*lines, new_buckets(_BUCKETS_A_SLOT * capacity), stack, counters, zeros(64).view(np.int64), order, offers)
 
 
-# Inside loops there are only single arrays: reaching into the table, or handing it on, counts references to arrays each
-# time, which costs more than the search for a key does.
-
-
-@njit(nogil=True, cache=True)
-def _resident(buckets: Buckets, words: Words, shorts: Shorts, keys: Words, row: int) -> int:
-    """Slot of a key that is visible, or -1."""
-    slot = find(buckets, words, tag_of(fingerprint(keys, row)), keys, row)
-    return slot if slot >= 0 and shorts[slot, STATE] == RESIDENT else -1
-
-
-@njit(nogil=True, cache=True)
-def lookup(t: Table, keys: Words, found: npt.NDArray[np.bool_]) -> None:
-    """Fill ``found``."""
-    buckets, words, shorts = t.buckets, t.words, t.shorts
+@compiled
+def repeated(keys: Words, prints: Slots, rows: Stack) -> tuple[int, int]:
+    """Two rows that are the same key, or (-1, -1); O(n) by ``rows``, a table of row + 1 that is all 0."""
+    size = rows.size
     for i in range(keys.shape[0]):
-        found[i] = _resident(buckets, words, shorts, keys, i) >= 0
-
-
-@njit(nogil=True, cache=True)
-def match(t: Table, keys: Words) -> int:
-    """Length of the leading run of resident keys."""
-    buckets, words, shorts = t.buckets, t.words, t.shorts
-    run = 0
-    while run < keys.shape[0] and _resident(buckets, words, shorts, keys, run) >= 0:
-        run += 1
-    return run
-
-
-@njit(nogil=True, cache=True)
-def repeated(keys: Words, prints: Slots) -> tuple[int, int]:
-    """Two rows that are the same key, or (-1, -1); O(n) by a small table of row + 1."""
-    n = keys.shape[0]
-    size = 4
-    while size < 2 * n:
-        size *= 2
-    rows = np.zeros(size, np.int32)
-    for i in range(n):
         at = prints[i] & (size - 1)
         while rows[at] != 0:
             row = int(rows[at]) - 1
@@ -132,19 +108,37 @@ def reserve(
 
     (OK, 0, 0), (DUPLICATE, row, row), (LENGTH, row, bytes there) or (FULL, slots asked for, slots evictable).
     """
+    size = 4
+    while size < 2 * slots.size:
+        size *= 2
+    prints, rows = np.empty(slots.size, np.int64), np.zeros(size, np.int32)
+    return _reserve(t, keys, prints, rows, lengths, owner, slots, status, owners, taken)  # type: ignore[no-any-return]
+
+
+@compiled
+def _reserve(
+    t: Table,
+    keys: Words,
+    prints: Slots,
+    rows: Stack,
+    lengths: Slots,
+    owner: int,
+    slots: Slots,
+    status: Flags,
+    owners: Slots,
+    taken: Slots,
+) -> tuple[int, int, int]:
     words, cells, shorts, buckets, counters = t.words, t.cells, t.shorts, t.buckets, t.counters
     offers, admit_after = t.offers, t.counters[ADMIT_AFTER]
     n = keys.shape[0]
-    prints = np.empty(n, np.int64)
-    for i in range(n):
-        prints[i] = fingerprint(keys, i)
-    first, second = repeated(keys, prints)
+    find_all(buckets, words, keys, prints, slots)
+    first, second = repeated(keys, prints, rows)
     if first >= 0:
         return DUPLICATE, first, second
     new, spared = 0, 0
     for i in range(n):
-        slot = find(buckets, words, tag_of(prints[i]), keys, i)
-        slots[i], owners[i] = slot, owner
+        slot = slots[i]
+        owners[i] = owner
         if slot < 0:
             status[i] = NEW if admission.admits(offers, prints[i], admit_after) else DECLINED
             new += status[i] == NEW
@@ -164,19 +158,30 @@ def reserve(
             if slots[i] < 0:
                 admission.settle(offers, prints[i], status[i] == NEW, there)
     _use(t.order, slots, status)
-    _take(t, keys, prints, lengths, owner, slots, status, taken)
+    if new > 0:
+        begin_write(t.sequence)
+        _take(t, keys, prints, lengths, owner, slots, status, taken)
+        end_write(t.sequence)
     _release_used(t.order, slots, status)
     counters[N_RESERVED] += new
     return OK, 0, 0
 
 
-@njit(nogil=True, cache=True)
+@compiled
+def find_all(buckets: Buckets, words: Words, keys: Words, prints: Slots, slots: Slots) -> None:
+    """Fill the fingerprints of all keys, and their slots or -1."""
+    row = 0
+    while row < keys.shape[0]:
+        row += find_group(buckets, words, keys, row, prints, slots, row)
+
+
+@compiled
 def slots_there(t: Table) -> int:
     """Slots that are there: free, reserved or resident."""
     return t.stack.size - t.counters[N_ABSENT]  # type: ignore[no-any-return]
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _use(order: Order, slots: Slots, status: Flags) -> None:
     """Pins what is resident until the others have their slots, and counts it as used."""
     cells = order.cells
@@ -189,7 +194,7 @@ def _use(order: Order, slots: Slots, status: Flags) -> None:
         policies.use(order, slots[i])
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _release_used(order: Order, slots: Slots, status: Flags) -> None:
     cells = order.cells
     for i in range(slots.size - 1, -1, -1):
@@ -200,34 +205,59 @@ def _release_used(order: Order, slots: Slots, status: Flags) -> None:
             policies.unpin(order, slots[i])
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _take(
     t: Table, keys: Words, prints: Slots, lengths: Slots, owner: int, slots: Slots, status: Flags, taken: Slots
 ) -> None:
     """A slot for each NEW key, that of the next evicted record where none is free."""
-    words, shorts, buckets, stack, counters, order = t.words, t.shorts, t.buckets, t.stack, t.counters, t.order
-    for i in range(slots.size):
+    row = 0
+    while row < slots.size:
+        end = min(row + _ROOM_GROUP, slots.size)
+        _make_room(t, prints, slots, status, row, end)
+        for i in range(row, end):
+            if status[i] == NEW:
+                _enter(t, keys, prints, i, slots[i], lengths[i], owner)
+                taken[i] = slots[i]
+        row = end
+
+
+@compiled
+def _make_room(t: Table, prints: Slots, slots: Slots, status: Flags, row: int, end: int) -> None:
+    """Slots for the NEW keys of a group. Who was evicted is still in the buckets, which are on their way."""
+    words, buckets, stack, counters, order = t.words, t.buckets, t.stack, t.counters, t.order
+    for i in range(row, end):
+        if status[i] == NEW:
+            policies.prefetch_miss(order, prints[i])
+    for i in range(row, end):
         if status[i] != NEW:
             continue
         origin = policies.miss(order, prints[i])
         if counters[N_FREE] > 0:
             counters[N_FREE] -= 1
-            slot = np.int64(stack[counters[N_FREE]])
+            slot = int(stack[counters[N_FREE]])
         else:
             slot = policies.evict(order, origin)
-            remove(buckets, tag_of(fingerprint(words, slot)), slot)
             counters[N_EVICTIONS] += 1
+            prefetch(buckets, home(tag_of(fingerprint(words, slot)), buckets.size))
         policies.expect(order, slot, origin)
-        for j in range(4):
-            words[slot, j] = keys[i, j]
-        shorts[slot, STATE] = RESERVED
-        words[slot, SIZE] = lengths[i]
-        words[slot, OWNER] = owner
-        insert(buckets, tag_of(prints[i]), slot)
-        slots[i] = taken[i] = slot
+        slots[i] = slot
 
 
-@njit(nogil=True, cache=True)
+@inlined
+def _enter(t: Table, keys: Words, prints: Slots, row: int, slot: int, length: int, owner: int) -> None:
+    """Reserves a slot for ``keys[row]``; whose record was in it cannot be found any more."""
+    words, shorts, buckets = t.words, t.shorts, t.buckets
+    if shorts[slot, STATE] == RESIDENT:
+        remove(buckets, tag_of(fingerprint(words, slot)), slot)
+    store(shorts, slot, STATE, RESERVED)
+    for j in range(4):
+        store(words, slot, j, keys[row, j])
+    words[slot, SIZE] = length
+    words[slot, OWNER] = owner
+    insert(buckets, tag_of(prints[row]), slot)
+
+
+@compiled
 def grow(t: Table, ready: int) -> None:
     """The first ``ready`` slots are there from now on; those that were there before stay so."""
     counters, stack = t.counters, t.stack
@@ -239,7 +269,7 @@ def grow(t: Table, ready: int) -> None:
     policies.grow(t.order, slots_there(t))
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _claim(shorts: Shorts, capacity: int, slots: Slots) -> tuple[int, int]:
     """Mark reserved slots as this batch's own; on the first that is not, take all marks back and say where."""
     for i in range(slots.size):
@@ -253,21 +283,21 @@ def _claim(shorts: Shorts, capacity: int, slots: Slots) -> tuple[int, int]:
             fault = STATUS
         if fault != OK:
             for j in range(i):
-                shorts[slots[j], STATE] = RESERVED
+                store(shorts, slots[j], STATE, RESERVED)
             return fault, i
-        shorts[slot, STATE] = CLAIMED
+        store(shorts, slot, STATE, CLAIMED)
     return OK, 0
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _free(words: Words, shorts: Shorts, stack: Stack, counters: Slots, slot: int) -> None:
-    shorts[slot, STATE] = FREE
+    store(shorts, slot, STATE, FREE)
     words[slot, SIZE] = 0
     stack[counters[N_FREE]] = slot
     counters[N_FREE] += 1
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def commit(t: Table, slots: Slots, once: Flags) -> tuple[int, int]:
     """(OK, 0); (AGAIN, 0) where ``once`` is set; or (RANGE, DUPLICATE or STATUS, position)."""
     if once[0]:
@@ -276,15 +306,17 @@ def commit(t: Table, slots: Slots, once: Flags) -> tuple[int, int]:
     fault, at = _claim(shorts, t.stack.size, slots)
     if fault != OK:
         return fault, at
+    begin_write(t.sequence)
     for i in range(slots.size - 1, -1, -1):
-        shorts[slots[i], STATE] = RESIDENT
+        store(shorts, slots[i], STATE, RESIDENT)
         policies.admit(order, slots[i])
+    end_write(t.sequence)
     t.counters[N_RESERVED] -= slots.size
     once[0] = 1
     return OK, 0
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def abort(t: Table, slots: Slots, once: Flags) -> tuple[int, int]:
     """(OK, 0); (AGAIN, 0) where ``once`` is set; or (RANGE, DUPLICATE or STATUS, position)."""
     if once[0]:
@@ -293,10 +325,12 @@ def abort(t: Table, slots: Slots, once: Flags) -> tuple[int, int]:
     fault, at = _claim(shorts, stack.size, slots)
     if fault != OK:
         return fault, at
+    begin_write(t.sequence)
     for i in range(slots.size - 1, -1, -1):  # last first, so that the stack hands them out in their old order
         remove(buckets, tag_of(fingerprint(words, slots[i])), slots[i])
         policies.abandon(order, slots[i])
         _free(words, shorts, stack, counters, slots[i])
+    end_write(t.sequence)
     counters[N_RESERVED] -= slots.size
     once[0] = 1
     return OK, 0
@@ -305,9 +339,15 @@ def abort(t: Table, slots: Slots, once: Flags) -> tuple[int, int]:
 @njit(nogil=True, cache=True)
 def acquire(t: Table, keys: Words, lengths: Slots, slots: Slots) -> tuple[int, int, int]:
     """Fill ``slots``, and pin them; (OK, 0, 0), or (LENGTH, row, bytes there) with every slot -1."""
-    words, cells, shorts, buckets, order = t.words, t.cells, t.shorts, t.buckets, t.order
+    return _acquire(t, keys, np.empty(slots.size, np.int64), lengths, slots)  # type: ignore[no-any-return]
+
+
+@compiled
+def _acquire(t: Table, keys: Words, prints: Slots, lengths: Slots, slots: Slots) -> tuple[int, int, int]:
+    words, cells, shorts, order = t.words, t.cells, t.shorts, t.order
+    find_all(t.buckets, words, keys, prints, slots)
     for i in range(keys.shape[0]):
-        slot = _resident(buckets, words, shorts, keys, i)
+        slot = slots[i] if slots[i] >= 0 and shorts[slots[i], STATE] == RESIDENT else -1
         if slot >= 0 and lengths[i] != ANY_LENGTH and words[slot, SIZE] != lengths[i]:
             slots[:] = -1
             return LENGTH, i, words[slot, SIZE]
@@ -326,7 +366,7 @@ def acquire(t: Table, keys: Words, lengths: Slots, slots: Slots) -> tuple[int, i
     return OK, 0, 0
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _overdrawn(cells: Cells, capacity: int, slots: Slots) -> tuple[int, int]:
     """Whether every slot has as many pins as it is named here; (OK, 0), or (RANGE or STATUS, position)."""
     # Taking the pins off for a trial counts slots that are named several times, wherever they stand.
@@ -348,7 +388,7 @@ def _overdrawn(cells: Cells, capacity: int, slots: Slots) -> tuple[int, int]:
     return fault, 0 if fault == OK else tried
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def release(t: Table, slots: Slots, once: Flags) -> tuple[int, int]:
     """(OK, 0); (AGAIN, 0) where ``once`` is set; or (RANGE or STATUS, position)."""
     if once[0]:
@@ -373,12 +413,13 @@ def release(t: Table, slots: Slots, once: Flags) -> tuple[int, int]:
     return OK, 0
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def drop(t: Table, keys: Words) -> int:
     """Forget resident keys; how many there were."""
     words, cells, shorts, buckets = t.words, t.cells, t.shorts, t.buckets
     stack, counters, order = t.stack, t.counters, t.order
     dropped = 0
+    begin_write(t.sequence)
     for i in range(keys.shape[0] - 1, -1, -1):
         tag = tag_of(fingerprint(keys, i))
         slot = find(buckets, words, tag, keys, i)
@@ -388,7 +429,8 @@ def drop(t: Table, keys: Words) -> int:
         remove(buckets, tag, slot)
         policies.forget(order, slot)
         if cells[slot, PINS] > 0:
-            shorts[slot, STATE] = DOOMED
+            store(shorts, slot, STATE, DOOMED)
         else:
             _free(words, shorts, stack, counters, slot)
+    end_write(t.sequence)
     return dropped

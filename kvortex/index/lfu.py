@@ -11,10 +11,10 @@ from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
-from kvortex.index._atomics import lowest_bit
-from kvortex.index._lines import MARK, count_ring, is_empty, link_newest, oldest, ring, unlink
+from kvortex.index._atomics import lowest_bit, prefetch
+from kvortex.index._compiled import compiled, inlined
+from kvortex.index._lines import MARK, NEXT, count_ring, is_empty, link_newest, oldest, ring, unlink
 from kvortex.index._order import OWN, SLOTS, Order
 
 MOST_USES = 1023
@@ -48,20 +48,20 @@ class LFU:
         return [found for uses in range(MOST_USES + 1) if (found := ring(order.cells, first + uses))]
 
 
-@njit(nogil=True, cache=True)
+@inlined
 def expect(order: Order, slot: int) -> None:
     """A first use, at the commit."""
     order.shorts[slot, MARK] = 1
 
 
-@njit(nogil=True, cache=True)
+@inlined
 def use(order: Order, slot: int) -> None:
     """One more use of a slot that is in no ring."""
     if order.shorts[slot, MARK] < MOST_USES:
         order.shorts[slot, MARK] += 1
 
 
-@njit(nogil=True, cache=True)
+@inlined
 def link(order: Order, slot: int) -> None:
     """As the newest of its uses."""
     uses = np.int64(order.shorts[slot, MARK])
@@ -69,7 +69,7 @@ def link(order: Order, slot: int) -> None:
     order.head[OWN + (uses >> _BITS)] |= np.int64(1) << (uses & ((1 << _BITS) - 1))
 
 
-@njit(nogil=True, cache=True)
+@inlined
 def leave(order: Order, slot: int) -> None:
     """Out of its ring."""
     uses = np.int64(order.shorts[slot, MARK])
@@ -78,7 +78,7 @@ def leave(order: Order, slot: int) -> None:
         order.head[OWN + (uses >> _BITS)] &= ~(np.int64(1) << (uses & ((1 << _BITS) - 1)))
 
 
-@njit(nogil=True, cache=True)
+@inlined
 def evict(order: Order) -> int:
     """The oldest of the fewest uses."""
     word = OWN
@@ -87,10 +87,11 @@ def evict(order: Order) -> int:
     uses = ((word - OWN) << _BITS) + lowest_bit(order.head[word])
     slot: int = oldest(order.cells, order.head[SLOTS] + uses)
     leave(order, slot)
+    prefetch(order.cells, np.int64(order.cells[order.head[SLOTS] + uses, NEXT]))
     return slot
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def damage(order: Order, linked: npt.NDArray[np.uint8]) -> int:
     """See :func:`kvortex.index.policies.damage`."""
     cells, shorts, head = order.cells, order.shorts, order.head

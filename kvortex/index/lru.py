@@ -6,9 +6,9 @@ from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
-from kvortex.index._lines import count_ring, link_newest, oldest, ring, unlink
+from kvortex.index._compiled import compiled, inlined
+from kvortex.index._lines import count_ring, link_newest, pop_oldest, ring
 from kvortex.index._order import SLOTS, Order
 
 
@@ -37,21 +37,20 @@ class LRU:
         return [ring(order.cells, int(order.head[SLOTS]))]
 
 
-@njit(nogil=True, cache=True)
+@inlined
 def link(order: Order, slot: int) -> None:
     """As the newest."""
     link_newest(order.cells, order.head[SLOTS], slot)
 
 
-@njit(nogil=True, cache=True)
+@inlined
 def evict(order: Order) -> int:
     """The oldest."""
-    slot: int = oldest(order.cells, order.head[SLOTS])
-    unlink(order.cells, slot)
+    slot: int = pop_oldest(order.cells, order.head[SLOTS])
     return slot
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def damage(order: Order, linked: npt.NDArray[np.uint8]) -> int:
     """See :func:`kvortex.index.policies.damage`."""
     count: int = count_ring(order.cells, order.head[SLOTS], linked, 1)

@@ -30,7 +30,8 @@ import numpy as np
 from numba import njit
 
 from kvortex.index import arc, lfu, lru, s3fifo
-from kvortex.index._ghosts import is_whole, new_ghosts
+from kvortex.index._compiled import compiled, inlined
+from kvortex.index._ghosts import is_whole, new_ghosts, prefetch_seek
 from kvortex.index._lines import PINS, RESIDENT, STATE, Cells, Shorts, Words, unlink
 from kvortex.index._order import FRESH, KIND, OWN, THERE, Order
 from kvortex.index.arc import ARC
@@ -73,13 +74,13 @@ def new_order(policy: type[Policy], lines: tuple[Words, Cells, Shorts], slots: i
     return Order(*lines, head, new_ghosts(policy.ghosts(slots), policy.ghost_rings))
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def grow(order: Order, there: int) -> None:
     """So many slots are there from now on."""
     order.head[THERE] = there
 
 
-@njit(nogil=True, cache=True)
+@inlined
 def miss(order: Order, print_: int) -> int:
     """A key of that fingerprint, which is nowhere, is to be stored: its origin."""
     kind, origin = order.head[KIND], FRESH
@@ -90,7 +91,15 @@ def miss(order: Order, print_: int) -> int:
     return origin
 
 
-@njit(nogil=True, cache=True)
+@inlined
+def prefetch_miss(order: Order, print_: int) -> None:
+    """``miss`` will soon be told of this key."""
+    kind = order.head[KIND]
+    if kind in (_S3FIFO, _ARC):
+        prefetch_seek(order.ghosts, print_)
+
+
+@inlined
 def evict(order: Order, origin: int) -> int:
     """The slot that goes, to make room for a key of that origin. There must be one that may."""
     kind = order.head[KIND]
@@ -106,7 +115,7 @@ def evict(order: Order, origin: int) -> int:
     return slot
 
 
-@njit(nogil=True, cache=True)
+@inlined
 def expect(order: Order, slot: int, origin: int) -> None:
     """``slot`` is reserved for a key of that origin."""
     kind = order.head[KIND]
@@ -118,7 +127,7 @@ def expect(order: Order, slot: int, origin: int) -> None:
         lfu.expect(order, slot)
 
 
-@njit(nogil=True, cache=True)
+@inlined
 def abandon(order: Order, slot: int) -> None:
     """``slot``, which was reserved, is free again."""
     kind = order.head[KIND]
@@ -128,7 +137,7 @@ def abandon(order: Order, slot: int) -> None:
         arc.leave(order, slot)
 
 
-@njit(nogil=True, cache=True)
+@inlined
 def admit(order: Order, slot: int) -> None:
     """``slot`` holds a committed record and may be evicted from now on."""
     kind = order.head[KIND]
@@ -142,7 +151,7 @@ def admit(order: Order, slot: int) -> None:
         lru.link(order, slot)
 
 
-@njit(nogil=True, cache=True)
+@inlined
 def pin(order: Order, slot: int) -> None:
     """``slot`` gets its first pin."""
     kind = order.head[KIND]
@@ -152,7 +161,7 @@ def pin(order: Order, slot: int) -> None:
         unlink(order.cells, slot)
 
 
-@njit(nogil=True, cache=True)
+@inlined
 def use(order: Order, slot: int) -> None:
     """``slot``, which is pinned, was asked for again."""
     kind = order.head[KIND]
@@ -164,7 +173,7 @@ def use(order: Order, slot: int) -> None:
         lfu.use(order, slot)
 
 
-@njit(nogil=True, cache=True)
+@inlined
 def unpin(order: Order, slot: int) -> None:
     """``slot`` has lost its last pin."""
     kind = order.head[KIND]
@@ -174,7 +183,7 @@ def unpin(order: Order, slot: int) -> None:
         admit(order, slot)
 
 
-@njit(nogil=True, cache=True)
+@inlined
 def forget(order: Order, slot: int) -> None:
     """The record in ``slot`` is gone, and was not evicted. Its pins, if it has any, are still counted."""
     kind = order.head[KIND]

@@ -9,11 +9,11 @@ from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from kvortex.index import _ghosts
+from kvortex.index._compiled import compiled, inlined
 from kvortex.index._hash import fingerprint
-from kvortex.index._lines import MARK, PINS, count_ring, is_empty, link_newest, oldest, ring, unlink
+from kvortex.index._lines import MARK, PINS, count_ring, is_empty, link_newest, oldest, pop_oldest, ring, unlink
 from kvortex.index._order import FRESH, OWN, SLOTS, THERE, Order
 
 _GHOST = 1  # origin: was evicted from the small queue lately
@@ -58,13 +58,13 @@ class S3FIFO:
         return [ring(order.cells, small), ring(order.cells, small + 1)]
 
 
-@njit(nogil=True, cache=True)
+@inlined
 def _share(order: Order) -> int:
     """Of the small queue."""
     return max(np.int64(1), order.head[THERE] // 10)  # type: ignore[call-overload,no-any-return]
 
 
-@njit(nogil=True, cache=True)
+@inlined
 def miss(order: Order, print_: int) -> int:
     """Whether the key is a ghost, which it is no longer."""
     row = _ghosts.seek(order.ghosts, print_)
@@ -74,33 +74,33 @@ def miss(order: Order, print_: int) -> int:
     return _GHOST
 
 
-@njit(nogil=True, cache=True)
+@inlined
 def expect(order: Order, slot: int, origin: int) -> None:
     """Counts a reserved slot in its queue."""
     order.shorts[slot, MARK] = _IN_MAIN if origin == _GHOST else 0
     order.head[_MAIN if origin == _GHOST else _SMALL] += 1
 
 
-@njit(nogil=True, cache=True)
+@inlined
 def leave(order: Order, slot: int) -> None:
     """Not counted any more, and out of its queue if ``slot`` is in one."""
     order.head[_MAIN if order.shorts[slot, MARK] & _IN_MAIN else _SMALL] -= 1
 
 
-@njit(nogil=True, cache=True)
+@inlined
 def link(order: Order, slot: int) -> None:
     """As the newest of its queue."""
     link_newest(order.cells, order.head[SLOTS] + (order.shorts[slot, MARK] & _IN_MAIN != 0), slot)
 
 
-@njit(nogil=True, cache=True)
+@inlined
 def use(order: Order, slot: int) -> None:
     """One more, up to three."""
     if order.shorts[slot, MARK] & _USES < _USES:
         order.shorts[slot, MARK] += 1
 
 
-@njit(nogil=True, cache=True)
+@inlined
 def unpin(order: Order, slot: int) -> None:
     """Back into its queue, if eviction came by meanwhile."""
     if order.shorts[slot, MARK] & _PARKED:
@@ -108,7 +108,7 @@ def unpin(order: Order, slot: int) -> None:
         link(order, slot)
 
 
-@njit(nogil=True, cache=True)
+@inlined
 def forget(order: Order, slot: int) -> None:
     """Out of its queue, if it is in one."""
     leave(order, slot)
@@ -116,15 +116,14 @@ def forget(order: Order, slot: int) -> None:
         unlink(order.cells, slot)
 
 
-@njit(nogil=True, cache=True)
+@inlined
 def evict(order: Order) -> int:
     """See the class."""
     cells, shorts, head = order.cells, order.shorts, order.head
     small, main = head[SLOTS], head[SLOTS] + 1
     while True:
         from_small = is_empty(cells, main) or (head[_SMALL] >= _share(order) and not is_empty(cells, small))
-        slot: int = oldest(cells, small if from_small else main)
-        unlink(cells, slot)
+        slot: int = pop_oldest(cells, small if from_small else main)
         if cells[slot, PINS] > 0:
             shorts[slot, MARK] |= _PARKED
         elif from_small and shorts[slot, MARK] & _USES > 1:
@@ -142,7 +141,7 @@ def evict(order: Order) -> int:
             return slot
 
 
-@njit(nogil=True, cache=True)
+@inlined
 def _remember(order: Order, slot: int) -> None:
     ghosts, most = order.ghosts, order.head[THERE] - _share(order)
     if most == 0:
@@ -152,7 +151,7 @@ def _remember(order: Order, slot: int) -> None:
     _ghosts.add(ghosts, 0, fingerprint(order.words, slot), 0)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def damage(order: Order, linked: npt.NDArray[np.uint8]) -> int:
     """See :func:`kvortex.index.policies.damage`."""
     cells, shorts, head = order.cells, order.shorts, order.head

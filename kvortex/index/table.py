@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvortex.errors import ArgumentError, ConfigError, IndexStateError, PoolFullError, shown
-from kvortex.index import core
+from kvortex.index import _reads, core
 from kvortex.index._check import PROBLEMS, first_problem
 from kvortex.index._lines import DOOMED, FREE, PINS, RESERVED, RESIDENT, SIZE, STATE
 from kvortex.index.admission import MOST_OFFERS
@@ -83,11 +83,12 @@ class BlockIndex:
     Notes
     -----
     Threads: every method may be called from any thread, and each is atomic: it happens entirely before or after any
-    other. A call is one compiled function that runs without the GIL, under one lock. Arrays that are handed in must
-    not be written to by others during the call, and are not kept; arrays that are returned are new.
+    other. A call is one compiled function that runs without the GIL, under one lock; :meth:`lookup` and :meth:`match` take
+    that only where writers kept them from seeing one state of the table, so any number of them run at once. Arrays that are
+    handed in must not be written to by others during the call, and are not kept; arrays that are returned are new.
 
     Keys are an (n, 32) uint8 array or a sequence of 32-byte ``bytes``; slots are 1-d integers. Other things raise
-    ArgumentError. Memory: 84 bytes a slot (a line of 64, two buckets of 8, free stack 4), under S3-FIFO 29 more, under ARC
+    ArgumentError. Memory: 100 bytes a slot (a line of 64, four buckets of 8, free stack 4), under S3-FIFO 29 more, under ARC
     32, and 128 more where ``admit_after`` is above 1; and at most 66 KiB that do not depend on the capacity.
     """
 
@@ -102,12 +103,14 @@ class BlockIndex:
         # Re-entrant, because the garbage collector may run a finaliser that releases a pin in a thread that is just
         # taking the lock. The compiled call is all that the lock guards, and no Python runs inside that.
         self._lock = threading.RLock()
+        table = self._table
+        self._view = (table.sequence, table.buckets, table.words, table.shorts)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays of the index."""
         table = self._table
-        own = (table.words, table.buckets, table.stack, table.counters, table.order.head)
+        own = (table.words, table.buckets, table.stack, table.counters, table.sequence, table.order.head)
         ghosts = [array for each in (table.order.ghosts, table.offers) for array in (each.prints, each.buckets, each.head)]
         return sum(array.nbytes for array in own) + sum(array.nbytes for array in ghosts)
 
@@ -121,15 +124,21 @@ class BlockIndex:
         """Which keys are resident, as (n,) bool. Changes nothing, not even the eviction order."""
         words = _words(keys)
         found = np.empty(len(words), np.bool_)
-        with self._lock:
-            core.lookup(self._table, words, found)
+        if not _reads.lookup(*self._view, words, found):
+            with self._lock:  # no writer is at work now
+                done = _reads.lookup(*self._view, words, found)
+            assert done
         return found
 
     def match(self, keys: KeysLike) -> int:
         """How many keys from the first on are resident without a gap. Changes nothing."""
         words = _words(keys)
-        with self._lock:
-            return int(core.match(self._table, words))
+        run = int(_reads.match(*self._view, words))
+        if run < 0:
+            with self._lock:
+                run = int(_reads.match(*self._view, words))
+            assert run >= 0
+        return run
 
     def reserve(
         self, keys: KeysLike, nbytes: int | npt.ArrayLike = 0, *, owner: int = 0, taken: npt.NDArray[np.int64] | None = None
@@ -361,5 +370,7 @@ def load_compiled() -> None:
     index.commit(np.array([0]), once=once)
     index.abort(np.array([1]), once=np.zeros(1, np.uint8))
     index.lookup(keys)
+    index.match(keys)
+    index.drop(keys)
     held = index.acquire(keys, sizes, taken=np.full(2, -1))
     index.release(held[held >= 0], once=np.zeros(1, np.uint8))
