@@ -13,6 +13,7 @@ from numba import njit
 from kvortex.errors import ArgumentError, IndexStateError
 from kvortex.index import core
 from kvortex.index._lines import Words
+from kvortex.index._reads import match
 from kvortex.index.core import ANY_LENGTH, NEW, OK, Slots, Table
 from kvortex.index.table import BlockIndex
 from kvortex.keys import KeyArray
@@ -30,7 +31,7 @@ def _serve(t: Table, words: Words, starts: Slots, most: int, hits: Slots) -> tup
     for request in range(hits.size):
         first, count = starts[request], min(starts[request + 1] - starts[request], most)
         keys = words[first : first + count]
-        run = core.match(t, keys)
+        run = match(t.sequence, t.buckets, t.words, t.shorts, keys)  # nobody writes beside it
         hits[request] = run
         if run > 0:
             held = slots[:run]

@@ -41,7 +41,7 @@ def new_names(capacity: int) -> Names:
     """An empty table: 65 bytes a key."""
     return Names(
         np.zeros((capacity, 4), np.int64),
-        new_buckets(capacity),
+        new_buckets(2 * capacity),
         np.zeros(capacity, np.int64),
         np.zeros(capacity, np.int64),
         np.zeros(capacity, np.uint8),
