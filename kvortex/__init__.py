@@ -28,11 +28,13 @@ if TYPE_CHECKING:
         PoolFullError,
         PoolTimeoutError,
         ReentrantCallError,
+        TraceError,
         TransferError,
         TransferTimeoutError,
     )
     from kvortex.layout import KVLayout, TensorSpec, blocks_of_slots, slot_mapping
     from kvortex.stats import EngineStats
+    from kvortex.traces.recording import Recording
     from kvortex.transfer.ticket import Ticket
 
 __version__ = "0.1.0"
@@ -57,9 +59,11 @@ __all__ = [
     "PinnedMemoryError",
     "PoolFullError",
     "PoolTimeoutError",
+    "Recording",
     "ReentrantCallError",
     "TensorSpec",
     "Ticket",
+    "TraceError",
     "TransferError",
     "TransferTimeoutError",
     "blocks_of_slots",
@@ -74,6 +78,7 @@ _HOMES = {
     "KVLayout": "kvortex.layout",
     "KVortexConfig": "kvortex.config",
     "KVortexEngine": "kvortex.engine",
+    "Recording": "kvortex.traces.recording",
     "TensorSpec": "kvortex.layout",
     "Ticket": "kvortex.transfer.ticket",
     "blocks_of_slots": "kvortex.layout",

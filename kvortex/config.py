@@ -20,6 +20,7 @@ ENV_NOT_OPTIONS = frozenset({"KVORTEX_CACHE_DIR"})  # read by kvortex.kernels.ca
 _MOST = 2**63 - 1  # what NumPy, compiled code and the driver count with
 _ROUTES = ("auto", "staged", "resident", "strided", "batched", "mapped")
 _CALIBRATE = ("never", "stored", "once")
+_POLICIES = ("arc", "lfu", "lru", "s3fifo")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 # [0-9] and not \d, which takes the digits of every script.
 _SIZE = re.compile(r"\s*([0-9]{1,99}(?:\.[0-9]{1,99})?)\s*([A-Za-z]*)\s*")
@@ -53,6 +54,12 @@ class KVortexConfig:
     beside_compute
         Whether a model computes on the GPU while blocks move, which ``transfer_route = "auto"`` then spares; None to take
         work on the caller's stream as the sign of it.
+    eviction_policy
+        Which block goes when a slot is needed: ``"lru"``, ``"s3fifo"``, ``"arc"`` or ``"lfu"``; see
+        :data:`kvortex.index.POLICIES`.
+    admit_after
+        A block that is not in the cache is saved at the n-th ``save_blocks`` that asks for it, 1 to 255; before, the save's
+        mask says that it is not there. From 2 on, what is asked for only once takes no slot and crosses no link.
     enable_numa
         Bind the host pool to the GPU's NUMA node where the machine has several.
     device
@@ -64,6 +71,10 @@ class KVortexConfig:
         Bytes of the largest opaque buffer (``save_blocks(keys, data_ptrs, sizes)``). Needed only without a layout.
     model, dtype, rank, world_size, lora, salt
         Parts of the key namespace: blocks of engines that differ in one of them never share a key.
+    record_trace
+        File that the engine's requests are recorded in, as by :meth:`kvortex.KVortexEngine.record`; where it is there already,
+        ``name-2.jsonl`` and so on. None for what the environment's ``KVORTEX_RECORD_TRACE`` says when the engine is made,
+        so that engines can be recorded whose code is not at hand; empty for none whatever that says.
     transfer_timeout_s
         Deadline in seconds of every wait that names none of its own.
     """
@@ -75,6 +86,8 @@ class KVortexConfig:
     calibrate: str = "stored"
     transfer_route: str = "auto"
     beside_compute: bool | None = None
+    eviction_policy: str = "lru"
+    admit_after: int = 1
     enable_numa: bool = True
     device: str = "auto"
     block_size: int = 16
@@ -85,6 +98,7 @@ class KVortexConfig:
     world_size: int = 1
     lora: str = ""
     salt: str = ""
+    record_trace: str | None = None
     transfer_timeout_s: float = 60.0
 
     def __post_init__(self) -> None:
@@ -93,6 +107,7 @@ class KVortexConfig:
         for name, most in (("gpu_pool_size_bytes", _MOST), ("num_transfer_streams", 32), ("staging_buffers", 32)):
             if getattr(self, name) is not None:
                 self._integer(name, at_least=1, at_most=most)
+        self._integer("admit_after", at_least=1, at_most=255)
         self._integer("rank", at_least=0)
         if self.rank >= self.world_size:
             raise ConfigError(f"rank = {self.rank}: must be below world_size = {self.world_size}")
@@ -102,15 +117,19 @@ class KVortexConfig:
             raise ConfigError(f"enable_numa = {shown(self.enable_numa)}: must be true or false")
         if not isinstance(self.beside_compute, bool | None):
             raise ConfigError(f"beside_compute = {shown(self.beside_compute)}: must be true, false or None")
-        for name in ("model", "dtype", "lora", "salt", "device", "transfer_route", "calibrate"):
+        for name in ("model", "dtype", "lora", "salt", "device", "transfer_route", "calibrate", "eviction_policy"):
             if not isinstance(getattr(self, name), str):
                 raise ConfigError(f"{name} = {shown(getattr(self, name))}: must be a string")
+        if not isinstance(self.record_trace, str | None):
+            raise ConfigError(f"record_trace = {shown(self.record_trace)}: must be a string, the path of a file, or None")
         if not _DEVICE.fullmatch(self.device):
             raise ConfigError(f"device = {shown(self.device)}: must be 'auto', 'host', 'cuda' or 'cuda:N'")
         if self.transfer_route not in _ROUTES:
             raise ConfigError(f"transfer_route = {shown(self.transfer_route)}: must be one of {', '.join(_ROUTES)}")
         if self.calibrate not in _CALIBRATE:
             raise ConfigError(f"calibrate = {shown(self.calibrate)}: must be one of {', '.join(_CALIBRATE)}")
+        if self.eviction_policy not in _POLICIES:
+            raise ConfigError(f"eviction_policy = {shown(self.eviction_policy)}: must be one of {', '.join(_POLICIES)}")
         seconds = self.transfer_timeout_s
         # Compared as it is: an int may be too large for a float, and what is above the limit no wait can take.
         if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds <= threading.TIMEOUT_MAX:
@@ -200,7 +219,7 @@ def _named(names: list[str]) -> str:
 
 def _value(name: str, value: Any, source: str) -> Any:
     kind = _FIELDS[name]
-    if not isinstance(value, str) or kind == "str":
+    if not isinstance(value, str) or kind.startswith("str"):
         return value
     try:
         return _read(name, kind, value)

@@ -33,11 +33,13 @@ from kvortex.errors import (
     shown,
 )
 from kvortex.flight import Flight
-from kvortex.index import PENDING, BlockIndex, Reservation, load_compiled
+from kvortex.index import DECLINED, PENDING, BlockIndex, Reservation, load_compiled
 from kvortex.keys import KeyArray, KeysLike, Namespace, as_keys, block_keys
 from kvortex.layout import KVLayout
 from kvortex.memory.arena import PinnedArena
 from kvortex.stats import Counters, EngineStats
+from kvortex.traces.recording import CHECK, LOAD, SAVE, Recording
+from kvortex.traces.recordings import Recordings
 from kvortex.transfer.executor import Completion, Direction, Executor, Failed, poll
 from kvortex.transfer.plan import Int64s, Pool
 from kvortex.transfer.profile import Profile
@@ -79,6 +81,7 @@ class KVortexEngine:
         self._parts = parts
         self._index, self._executor, self._flight, self._counters = parts.index, parts.executor, parts.flight, parts.counters
         self._calls: dict[int, weakref.ref[_Call]] = {}
+        self._recordings = Recordings(config.block_size)
         self._closed = False
 
     @classmethod
@@ -96,7 +99,7 @@ class KVortexEngine:
         ------
         ConfigError
             A budget is too small, there is neither a layout nor ``max_block_bytes``, ``transfer_route`` cannot run on this
-            GPU, or ``config`` is none.
+            GPU, ``record_trace`` cannot be written, or ``config`` is none.
         LayoutError
             The layout's tensors are on another device, or ``layout`` is none.
         DeviceUnavailableError, DeviceError, BuildError, PinnedMemoryError
@@ -110,7 +113,9 @@ class KVortexEngine:
             raise ConfigError("max_block_bytes = None: an engine without a layout needs the size of its largest buffer")
         parts = _Parts(config, layout, device, record_bytes)
         try:
-            return cls(config, layout, device, parts)
+            engine = cls(config, layout, device, parts)
+            engine._recordings.open_as_told(config.record_trace)
+            return engine
         except BaseException:
             parts.dispose(0.0)
             raise
@@ -144,9 +149,11 @@ class KVortexEngine:
 
     def check_blocks(self, keys: KeysLike) -> Mask:
         """Which blocks are in the cache now, (n,) bool. Pins nothing: a later load may still miss."""
+        keys = as_keys(keys)
         with _Call(self):
             found = self._index.lookup(keys)
             self._counters.check(len(found), int(found.sum()))
+            self._recordings.note(CHECK, keys)
             return found
 
     # -- transfers
@@ -161,7 +168,8 @@ class KVortexEngine:
         stream: Any = None,
         layerwise: bool = False,
     ) -> Ticket:
-        """Starts saving blocks, and returns at once. A block that is in the cache already is not moved.
+        """Starts saving blocks, and returns at once. A block that is in the cache already is not moved, nor is one that has not
+        been offered as often as ``config.admit_after`` says; that is no error, and the mask tells.
 
         ``save_blocks(keys, block_ids)`` saves pages of the layout; ``save_blocks(keys, data_ptrs, sizes)`` saves opaque
         contiguous buffers of the device.
@@ -206,6 +214,8 @@ class KVortexEngine:
             transfer = self._flight.open(Direction.SAVE, len(keys), call)
             transfer.layers = self.layout.num_layers if layerwise and self.layout is not None else 0
             found = self._reserve(keys, lengths, transfer)
+            transfer.mask[found.status == DECLINED] = False
+            self._counters.decline(int((found.status == DECLINED).sum()))
             for owner in np.unique(found.owners[found.status == PENDING]).tolist():
                 at = np.flatnonzero((found.status == PENDING) & (found.owners == owner))
                 save = self._flight.find(owner)
@@ -214,6 +224,7 @@ class KVortexEngine:
                 else:
                     transfer.after.append((save, at))
             self._start(transfer, paged, pages, lengths, stream, bool(layerwise))
+            self._recordings.note(SAVE, keys)
             return self._ticket(transfer, stream if layerwise else None)
 
     def load_blocks(
@@ -263,6 +274,7 @@ class KVortexEngine:
             transfer.mask = transfer.slots >= 0
             self._counters.miss(len(keys) - int(transfer.mask.sum()))
             self._start(transfer, paged, pages, lengths, stream, bool(layerwise))
+            self._recordings.note(LOAD, keys)
             return self._ticket(transfer)
 
     def _reserve(self, keys: KeyArray, lengths: Int64s, transfer: Transfer) -> Reservation:
@@ -321,6 +333,27 @@ class KVortexEngine:
         if not transfer.settled and self._parts.pid != os.getpid():
             raise EngineClosedError("this engine belongs to the process that this one was forked from")
         return self._flight.settle(transfer)
+
+    # -- traces
+
+    def record(self, path: str | os.PathLike[str]) -> Recording:
+        """Records which blocks are asked for from now on, as a trace that ``kvortex replay`` plays; see :class:`Recording`.
+
+        Use it as a context, or close it; :meth:`shutdown` closes it too. An engine may have several. What it costs a call is
+        a copy of the call's keys.
+
+        Parameters
+        ----------
+        path
+            A file that is not there yet.
+
+        Raises
+        ------
+        ArgumentError
+            It is there, or cannot be written.
+        """
+        with _Call(self, reap=False):
+            return self._recordings.open(path)
 
     # -- numbers, and the end
 
@@ -382,6 +415,7 @@ class KVortexEngine:
         if left:
             raise TransferTimeoutError(f"{left} transfers are still running; their memory cannot be freed yet")
         self._finalizer()
+        self._parts.arena.notes.extend(self._recordings.close(deadline))
 
     def _running(self) -> list[_Call]:
         """Calls that have not ended. One that was lost to an interrupt disappears with its frame."""
@@ -452,7 +486,8 @@ class _Parts:
             self.executor = _executor(config, layout, device, self.arena, profile)
             undo.callback(self.executor.close)
             load_compiled()
-            self.index = BlockIndex(self.arena.slots, ready=self.arena.ready)
+            policy, admit_after = config.eviction_policy, config.admit_after
+            self.index = BlockIndex(self.arena.slots, policy, admit_after=admit_after, ready=self.arena.ready)
             self.counters = Counters()
             self.flight = Flight(self.index, self.counters)
             undo.pop_all()

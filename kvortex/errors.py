@@ -79,6 +79,10 @@ class PoolTimeoutError(KVortexError, TimeoutError):
     """The pool was not whole at the deadline. It goes on growing, and may be waited for again."""
 
 
+class TraceError(KVortexError, OSError):
+    """A trace could not be written to its end; it ends with a whole line, and the message says where and why."""
+
+
 class IndexStateError(KVortexError, RuntimeError):
     """A slot of the index is not in the state that the call needs, or the index is damaged. Nothing was changed."""
 

@@ -48,6 +48,8 @@ class EngineStats:
         The same for the way back.
     missed_blocks
         Keys asked for by ``load_blocks`` that were not there.
+    declined_blocks
+        Keys offered by ``save_blocks`` that were not stored, because ``admit_after`` asks for more offers.
     failed_blocks
         Blocks of transfers that the device failed.
     evictions
@@ -75,6 +77,7 @@ class EngineStats:
     pinned_blocks: int
     capacity_blocks: int
     routes: tuple[RouteStats, ...] = ()
+    declined_blocks: int = 0
 
     @property
     def cache_hit_rate(self) -> float:
@@ -97,7 +100,7 @@ class Counters:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()  # a finaliser that runs inside may count too
-        self.checked = self.hit = self.missed = self.failed = 0
+        self.checked = self.hit = self.missed = self.failed = self.declined = 0
         self._routes: dict[tuple[Direction, str], RouteStats] = {}
 
     def check(self, asked: int, found: int) -> None:
@@ -110,6 +113,11 @@ class Counters:
         """Blocks that a load did not find."""
         with self._lock:
             self.missed += blocks
+
+    def decline(self, blocks: int) -> None:
+        """Blocks that a save was not allowed to store."""
+        with self._lock:
+            self.declined += blocks
 
     def transfer(self, direction: Direction, route: str, blocks: int, nbytes: int, seconds: float) -> None:
         """One transfer that went well."""
@@ -129,6 +137,7 @@ class Counters:
         with self._lock:
             routes = tuple(self._routes.values())
             checked, hit, missed, failed = self.checked, self.hit, self.missed, self.failed
+            declined = self.declined
         saved = [entry for entry in routes if entry.direction == Direction.SAVE.value]
         loaded = [entry for entry in routes if entry.direction == Direction.LOAD.value]
         return EngineStats(
@@ -148,4 +157,5 @@ class Counters:
             pinned_blocks=pinned,
             capacity_blocks=capacity,
             routes=routes,
+            declined_blocks=declined,
         )

@@ -7,6 +7,8 @@ import struct
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
+from tests.naive_policies import NAIVE_POLICIES, NaiveAdmission
+
 
 def chain(seed: bytes, tokens: Sequence[int], block_size: int) -> list[bytes]:
     """Keys of all full blocks, one hash at a time."""
@@ -26,14 +28,19 @@ class Record:
 
 
 class NaiveIndex:
-    """What a BlockIndex does, in dictionaries: ``named`` is what keys lead to, ``lru`` what may be evicted, oldest first."""
+    """What a BlockIndex does, in dictionaries: ``named`` is what keys lead to, ``policy`` has what may be evicted.
 
-    def __init__(self, capacity: int) -> None:
+    ``policy`` is a class of tests/naive_policies.py.
+    """
+
+    def __init__(self, capacity: int, policy: str = "lru", admit_after: int = 1) -> None:
         self.capacity, self.evictions = capacity, 0
+        self.policy = NAIVE_POLICIES[policy](capacity)
+        self.admission = NaiveAdmission(4 * capacity, admit_after)
         self.named: dict[object, Record] = {}
         self.reserved: set[Record] = set()
-        self.doomed: set[Record] = set()
-        self.lru: OrderedDict[Record, None] = OrderedDict()
+        self.pinned: set[Record] = set()
+        self.doomed: set[Record] = set()  # dropped, and pinned
 
     def resident(self, key: object) -> Record | None:
         return None if self.named.get(key) in self.reserved else self.named.get(key)
@@ -41,49 +48,85 @@ class NaiveIndex:
     def free(self) -> int:
         return self.capacity - len(self.named) - len(self.doomed)
 
+    def evictable(self) -> int:
+        return len(self.named) - len(self.reserved) - len(self.pinned - self.doomed)
+
     def reserve(self, keys: Sequence[object], nbytes: int = 0) -> dict[object, str] | None:
         """What each key was, or ``None`` where the pool is too full."""
-        found = {key: self.named[key] for key in keys if key in self.named}
-        if len(keys) - len(found) > self.free() + len(self.lru.keys() - set(found.values())):
+        nowhere = [key for key in keys if key not in self.named]
+        new = [key for key in nowhere if self.admission.admits(key)]
+        found = [record for key in keys if (record := self.resident(key))]
+        if len(new) > self.free() + self.evictable() - sum(not record.pins for record in found):
             return None
-        for key in reversed(keys):
-            if found.get(key) in self.lru:
-                self.lru.move_to_end(found[key])
-        for key in (key for key in keys if key not in found):
+        said = {key: "resident" if self.resident(key) else "pending" for key in keys if key in self.named}
+        for key in reversed(nowhere):
+            self.admission.settle(key, key in new)
+        self._pin(found)
+        for key in new:
+            origin = self.policy.miss(key)
             if self.free() == 0:
-                del self.named[self.lru.popitem(last=False)[0].key]
+                del self.named[self.policy.evict(origin).key]
                 self.evictions += 1
             self.named[key] = Record(key, nbytes)
+            self.policy.expect(self.named[key], origin)
             self.reserved.add(self.named[key])
-        return {key: "new" if key not in found else "resident" if self.resident(key) else "pending" for key in keys}
+        self.release(found)
+        return {key: said.get(key, "new" if key in new else "declined") for key in keys}
 
     def commit(self, records: Sequence[Record]) -> None:
         self.reserved.difference_update(records)
-        self.lru.update(dict.fromkeys(reversed(records)))
+        for record in reversed(records):
+            self.policy.admit(record)
 
     def abort(self, records: Sequence[Record]) -> None:
-        for record in records:
+        for record in reversed(records):
             self.reserved.remove(self.named.pop(record.key))
+            self.policy.abandon(record)
 
     def acquire(self, keys: Sequence[object]) -> list[Record | None]:
-        for record in filter(None, map(self.resident, keys)):
-            record.pins += 1
-            self.lru.pop(record, None)
+        self._pin([record for key in keys if (record := self.resident(key))])
         return [self.resident(key) for key in keys]
+
+    def _pin(self, records: Sequence[Record]) -> None:
+        for record in records:
+            if not record.pins:
+                self.policy.pin(record)
+            record.pins += 1
+            self.pinned.add(record)
+            self.policy.use(record)
 
     def release(self, records: Sequence[Record]) -> None:
         for record in reversed(records):
             record.pins -= 1
-            if record.pins == 0 and record not in self.doomed:
-                self.lru[record] = None
-            self.doomed -= {record} if record.pins == 0 else set()
+            if record.pins:
+                continue
+            self.pinned.remove(record)
+            if record in self.doomed:
+                self.doomed.remove(record)
+            else:
+                self.policy.unpin(record)
 
     def drop(self, keys: Sequence[object]) -> int:
-        gone = [self.named.pop(key) for key in dict.fromkeys(keys) if self.resident(key)]
+        gone = [self.named.pop(key) for key in dict.fromkeys(reversed(keys)) if self.resident(key)]
         for record in gone:
-            self.lru.pop(record, None)
+            self.policy.forget(record)
         self.doomed.update(record for record in gone if record.pins)
         return len(gone)
+
+
+def replay(requests: Iterable[Sequence[int]], capacity: int, policy: str, admit_after: int = 1) -> list[int]:
+    """Hits of each request of a trace, by the calls that an engine makes: as :func:`replay_lru`, for any policy."""
+    index, hits = NaiveIndex(capacity, policy, admit_after), []
+    for request in requests:
+        wanted = list(request)[:capacity]
+        count = 0
+        while count < len(wanted) and index.resident(wanted[count]):
+            count += 1
+        hits.append(count)
+        index.release([record for record in index.acquire(wanted[:count]) if record])
+        said = index.reserve(wanted[count:]) or {}
+        index.commit([index.named[key] for key, what in said.items() if what == "new"])
+    return hits
 
 
 def replay_lru(requests: Iterable[Sequence[int]], capacity: int) -> list[int]:

@@ -23,6 +23,7 @@ FLOORS = {
     "keys": 4,
     "index": 4,
     "tiers": 5,
+    "traces": 5,
     "stats": 6,
     "flight": 6,
     "engine": 6,

@@ -24,6 +24,8 @@ GOOD: dict[str, list[Any]] = {
     "staging_buffers": [None, 1, 8, 32],
     "calibrate": ["never", "stored", "once"],
     "transfer_route": ["auto", "staged", "strided", "batched", "mapped"],
+    "eviction_policy": ["lru", "s3fifo", "arc", "lfu"],
+    "admit_after": [1, 2, 255],
     "beside_compute": [None, True, False],
     "enable_numa": [True, False],
     "device": ["auto", "host", "cuda", "cuda:0", "cuda:15"],
@@ -35,6 +37,7 @@ GOOD: dict[str, list[Any]] = {
     "world_size": [1, 8],
     "lora": ["", "adapter"],
     "salt": ["", "tenant-7"],
+    "record_trace": ["", None, "trace.jsonl"],
     "transfer_timeout_s": [0.001, 1, 3600.0],
 }
 BAD: dict[str, list[Any]] = {
@@ -44,6 +47,8 @@ BAD: dict[str, list[Any]] = {
     "staging_buffers": [0, -1, 33, 4.0, True, "4"],
     "calibrate": ["", "always", True, None],
     "transfer_route": ["", "STAGED", "direct", None, 1],
+    "eviction_policy": ["", "LRU", "fifo", None, 1],
+    "admit_after": [0, -1, 256, True, 1.5, None],
     "beside_compute": [1, 0, "true"],
     "enable_numa": [1, 0, "true", None],
     "device": ["", "gpu", "cuda:", "cuda:-1", "cuda:x", "cuda:0\n", "cuda:00", "cuda:٣", "CUDA", "host:0", 0, None],
@@ -55,6 +60,7 @@ BAD: dict[str, list[Any]] = {
     "world_size": [0, -1, 1.0, True, None],
     "lora": [None, 3],
     "salt": [None, b""],
+    "record_trace": [b"trace.jsonl", 3, True],
     "transfer_timeout_s": [0, 0.0, -1.0, float("inf"), float("nan"), True, "60", None],
 }
 CASES = [(name, value) for name, values in BAD.items() for value in values]
@@ -87,7 +93,7 @@ def test_an_integer_beyond_63_bits_is_refused(name: str, value: int) -> None:
     with pytest.raises(ConfigError, match=f"^{name} = .*must be an integer from") as caught:
         KVortexConfig(**{name: value})
     assert len(str(caught.value)) < 200
-    if name not in ("num_transfer_streams", "staging_buffers", "rank"):  # which other options keep below that
+    if name not in ("num_transfer_streams", "staging_buffers", "admit_after", "rank"):  # which other options keep below that
         assert getattr(KVortexConfig(**{name: 2**63 - 1}), name) == 2**63 - 1
 
 
@@ -141,6 +147,7 @@ def test_mapping_parses_strings() -> None:
             "beside_compute": "yes",
             "transfer_timeout_s": "2.5",
             "model": "16",  # names stay names
+            "record_trace": "17",
             "block_size": 32,
         }
     )
@@ -149,7 +156,7 @@ def test_mapping_parses_strings() -> None:
     assert config.num_transfer_streams == 4
     assert config.enable_numa is False and config.beside_compute is True
     assert config.transfer_timeout_s == 2.5
-    assert config.model == "16"
+    assert config.model == "16" and config.record_trace == "17"
     assert config.block_size == 32
 
 
@@ -315,7 +322,8 @@ def test_digits_of_other_scripts_are_no_numbers(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(GOOD))
 def test_a_huge_value_makes_no_huge_message(name: str) -> None:
     for value in ("x" * 10**6, b"x" * 10**6, ["x"] * 10**6):
-        if not (isinstance(value, str) and isinstance(GOOD[name][0], str) and name not in ("device", "transfer_route")):
+        chosen = name in ("device", "transfer_route", "eviction_policy")  # not any text
+        if not (isinstance(value, str) and isinstance(GOOD[name][0], str) and not chosen):
             for make in (KVortexConfig, lambda **options: KVortexConfig.from_mapping(options)):
                 with pytest.raises(ConfigError, match=name) as caught:
                     make(**{name: value})

@@ -86,6 +86,10 @@ def _run(arguments: argparse.Namespace) -> int:
         from kvortex.cli import replay
 
         return replay.run(arguments)
+    if arguments.command == "record":
+        from kvortex.cli import record
+
+        return record.run(arguments)
     if arguments.command == "calibrate":
         from kvortex.cli import calibrate
 
@@ -103,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands)
     _add_replay(commands)
+    _add_record(commands)
     _add_doctor(commands)
     _add_calibrate(commands)
     return parser
@@ -126,18 +131,43 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 def _add_replay(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     about = (
         "Plays a trace of requests in the Mooncake format: a JSON object a line with timestamp, input_length, output_length "
-        "and hash_ids, one id for each 512 tokens of the prompt. For each request the leading blocks that are in the pool "
-        "are loaded and verified byte by byte, and the others are saved."
+        "and hash_ids, one id for each 512 tokens of the prompt (or as many as the line's block_size says, as in what kvortex "
+        "records). For each request the leading blocks that are in the pool are loaded and verified byte by byte, and the "
+        "others are saved. Several policies and pool sizes are played one after the other, each on an empty pool, and "
+        "Belady's bound is told beside them: hits that no policy can exceed."
     )
     replay = commands.add_parser("replay", help="play a recorded trace of requests", description=about)
     replay.add_argument("trace", metavar="TRACE.jsonl")
     replay.add_argument("--limit", type=_count, metavar="N", help="only the first N requests")
-    replay.add_argument("--blocks", type=_count, default=3000, metavar="N", help="blocks that the pool holds; default 3000")
-    replay.add_argument("--record-bytes", type=_size, default=16 << 10, metavar="SIZE",
+    replay.add_argument("--policy", metavar="NAME[,NAME...]",
+                        help="which blocks are evicted; all for every policy that there is; default lru")
+    replay.add_argument("--admit-after", type=_counts, metavar="N[,N...]",
+                        help="blocks are stored at the n-th offer, 1 to 255; default 1")
+    replay.add_argument("--pool-blocks", "--blocks", type=_counts, metavar="N[,N...]",
+                        help="blocks that the pool holds; default 3000")
+    replay.add_argument("--no-data", action="store_true",
+                        help="only the index: no device, no memory for a pool, no bytes; the same hits, much sooner")
+    replay.add_argument("--record-bytes", type=_size, metavar="SIZE",
                         help="bytes that stand for one block, a multiple of 1 KiB; default 16KiB. The longest request of "
                         "the trace must fit in the device's memory at this size")
-    replay.add_argument("--device", default="auto", help=_DEVICE_HELP)
-    replay.add_argument("--json", metavar="FILE", help="write the numbers, and the hits of each request; - for stdout")
+    replay.add_argument("--device", help=_DEVICE_HELP)
+    replay.add_argument("--json", metavar="FILE", help="write the numbers, and of a single run the hits of each request; - for "
+                        "stdout")
+    replay.add_argument("--plot", metavar="FILE.png", help="draw hit rates against pool sizes; needs the plot extra")
+
+
+def _add_record(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    about = (
+        "Runs a program, and records for every kvortex engine in it, or in processes that it starts, which blocks are asked "
+        "for: a trace that kvortex replay takes back. Keys are written as small integers, tokens and data not at all. The "
+        "first engine writes TRACE.jsonl, others TRACE-2.jsonl and so on. The program is as it was, but for the environment "
+        "variable KVORTEX_RECORD_TRACE; engine.record(path) does the same from inside. Exits as the program does, with 2 "
+        "where it cannot be run or makes no engine."
+    )
+    record = commands.add_parser("record", help="record a trace of what engines are asked for", description=about,
+                                 usage="kvortex record [-h] TRACE.jsonl -- PROGRAM [ARGUMENT ...]")
+    record.add_argument("trace", metavar="TRACE.jsonl", help="a file that is not there yet")
+    record.add_argument("program", metavar="PROGRAM", nargs=argparse.REMAINDER, help="and its arguments")
 
 
 def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -160,6 +190,14 @@ def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]
 def _count(text: str) -> int:
     """For argparse, whose own messages show the names of these functions."""
     return _integer(text, at_least=1)
+
+
+def _counts(text: str) -> list[int]:
+    """Several, different ones."""
+    values = [_count(part.strip()) for part in text.split(",")]
+    if len(set(values)) < len(values):
+        raise argparse.ArgumentTypeError(f"{shown(text)} names a number twice")
+    return values
 
 
 def _natural(text: str) -> int:

@@ -72,16 +72,36 @@ def note(text: str) -> None:
 
 
 def table(title: str, rows: Sequence[tuple[str, str]]) -> None:
-    """Names and values on stdout."""
+    """Names and values on stdout; without a title where that is empty."""
     rich_table, console, text = (_rich(module, sys.stdout) for module in ("table", "console", "text"))
     if rich_table is None:
         width = max((len(name) for name, _ in rows), default=0)
-        print(title, *(f"  {name:<{width}}  {value}" for name, value in rows), sep="\n", flush=True)
+        print(*([title] if title else []), *(f"  {name:<{width}}  {value}" for name, value in rows), sep="\n", flush=True)
         return
-    grid = rich_table.Table(title=text.Text(title, "bold"), title_justify="left", show_header=False)
+    heading = text.Text(title, "bold") if title else None
+    grid = rich_table.Table(title=heading, title_justify="left", show_header=False)
     for name, value in rows:
         grid.add_row(text.Text(name, "cyan"), text.Text(value))  # Text, so that brackets in a value are no markup
     console.Console(file=sys.stdout).print(grid)
+
+
+def grid(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Columns under their names on stdout: the first to the left, the others, which are numbers, to the right."""
+    rich_table, console, text = (_rich(module, sys.stdout) for module in ("table", "console", "text"))
+    if rich_table is None:
+        lines = [columns, *rows]
+        widths = [max(len(line[at]) for line in lines) for at in range(len(columns))]
+        print(title, flush=True)
+        for first, *others in lines:
+            numbers = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
+            print(" ", "  ".join([first.ljust(widths[0]), *numbers]), flush=True)
+        return
+    drawn = rich_table.Table(title=text.Text(title, "bold"), title_justify="left")
+    for at, column in enumerate(columns):
+        drawn.add_column(text.Text(column), justify="left" if at == 0 else "right", no_wrap=True)
+    for first, *others in rows:
+        drawn.add_row(text.Text(first, "cyan"), *map(text.Text, others))
+    console.Console(file=sys.stdout).print(drawn)
 
 
 def amount(nbytes: float) -> str:

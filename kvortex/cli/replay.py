@@ -1,111 +1,149 @@
-"""``kvortex replay``: a recorded trace of requests, on a pool of a given number of blocks."""
+"""``kvortex replay``: a recorded trace of requests, on pools of given numbers of blocks, under given policies."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import os
-import sys
-import time
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
-from kvortex.cli import console
-from kvortex.cli.pages import Pages
-from kvortex.cli.serve import Server, open_engine, warm_up
-from kvortex.cli.trace import BLOCK_TOKENS, read_trace, tokens_of
+from kvortex.cli import console, plot
+from kvortex.cli.output import check_writable, write, write_json
 from kvortex.cli.versions import versions
-from kvortex.devices import open_device
-from kvortex.errors import ArgumentError, cut
+from kvortex.errors import ArgumentError, cut, shown
+from kvortex.traces.format import Trace, read_trace
+from kvortex.traces.sweep import Grid, label
 
-# The pages of the stand-in model hold 16 tokens of 4 layers, whatever a block of the trace holds: 8 fragments a record.
-_LAYERS, _TOKENS, _LEAST_DIM = 4, 16, 4
-_RECORD_UNIT = _LAYERS * 2 * _TOKENS * _LEAST_DIM * 2
-_MOST_RECORD = 1 << 40
+_POOL_BLOCKS = 3000
+_RECORD_BYTES = 16 << 10
+_ALL = "all"
+
+Row = dict[str, Any]
+Tell = Callable[[str], None]
 
 
 def run(arguments: argparse.Namespace) -> int:
     """The command; 1 where a byte was wrong or a transfer failed."""
-    if not 0 < arguments.record_bytes <= _MOST_RECORD or arguments.record_bytes % _RECORD_UNIT:
-        size = cut(str(arguments.record_bytes))
-        raise ArgumentError(f"--record-bytes {size}: must be a multiple of {_RECORD_UNIT}, {_MOST_RECORD} at most")
-    _check_writable(arguments.json, arguments.trace)
-    requests = read_trace(arguments.trace, arguments.limit)
-    report = replay(requests, arguments.blocks, arguments.record_bytes, arguments.device)
-    report = {"command": arguments.command_line, "versions": versions(), **report}
+    grid = Grid(_policies(arguments.policy), arguments.admit_after or (1,), arguments.pool_blocks or (_POOL_BLOCKS,))
+    _check(arguments)
+    trace = read_trace(arguments.trace, arguments.limit)
+    if trace.dropped:
+        console.note(f"kvortex: {trace.dropped} calls are missing in this trace: whoever recorded them was too slow")
+    if arguments.no_data:
+        from kvortex.cli import replay_index
+
+        facts, runs = replay_index.play(trace, grid)
+    else:
+        from kvortex.cli import replay_data
+
+        facts, runs = replay_data.play(trace, grid, arguments.record_bytes or _RECORD_BYTES, arguments.device or "auto")
+    report = _report(arguments, trace, facts, runs)
+    name = f"{os.path.basename(arguments.trace)}, {'index only' if arguments.no_data else facts['device']['device']}"
+    if arguments.plot:
+        write("--plot", arguments.plot, plot.draw(name, runs, facts["bound"]))
     if arguments.json != "-":
-        console.table(f"kvortex replay of {os.path.basename(arguments.trace)} on {report['device']['device']}", _rows(report))
+        _show(f"kvortex replay of {name}", report, runs)
     if arguments.json:
-        _write(report, arguments.json)
-    return 1 if report["wrong_bytes"] or report["failed_blocks"] else 0
+        write_json(report, arguments.json)
+    return 1 if any(row.get("wrong_bytes") or row.get("failed_blocks") for row in runs) else 0
 
 
-def replay(requests: list[list[int]], blocks: int, record_bytes: int, device: str) -> dict[str, Any]:
-    """Serves the requests one after the other, and counts.
+def _policies(text: str | None) -> list[str]:
+    """The policies of ``--policy``."""
+    from kvortex.index import POLICIES
 
-    Parameters
-    ----------
-    requests
-        Block ids. One id always follows the same other, so chained keys and ids name the same blocks.
-    blocks
-        Of the pool. Of a longer request only so many leading blocks are used.
-    record_bytes
-        A multiple of 1 KiB.
-    device
-
-    Returns
-    -------
-    dict
-        Ready for JSON; "hits" has one number for each request.
-    """
-    # A request moves in one load and one save: in parts, what is evicted for its head could be blocks of its own tail.
-    longest = min(max(map(len, requests)), blocks)
-    dim = record_bytes // (_RECORD_UNIT // _LEAST_DIM)
-    with Pages(open_device(device), max(1, longest), _LAYERS, _TOKENS, 1, dim) as pages:
-        console.note(f"replay on {pages.device.name}: compiling, where this is the first time")
-        warm_up(pages, "--record-bytes")
-        with open_engine(pages, blocks, BLOCK_TOKENS, "--blocks") as engine:
-            server, hits, began = Server(engine, pages), [], time.perf_counter()
-            with console.Progress("requests", len(requests)) as progress:
-                for ids in requests:
-                    keys = engine.block_keys(tokens_of(ids[:blocks]))
-                    hits.append(server.serve(keys, np.arange(len(keys))))
-                    progress.advance()
-            seconds, stats = time.perf_counter() - began, engine.get_stats()
-        references = sum(map(len, requests))
-        return {
-            "device": pages.device.describe(),
-            "requests": len(requests),
-            "block_references": references,
-            "blocks_beyond_pool": references - server.blocks,
-            "prefix_hits": server.hits,
-            "prefix_hit_rate": server.hits / references if references else 0.0,
-            "pool_blocks": stats.capacity_blocks,
-            "record_bytes": record_bytes,
-            "evictions": stats.evictions,
-            "saved_blocks": stats.saved_blocks,
-            "saved_bytes": stats.saved_bytes,
-            "loaded_blocks": stats.loaded_blocks,
-            "loaded_bytes": stats.loaded_bytes,
-            "failed_blocks": stats.failed_blocks,
-            "verified_bytes": server.verified_bytes,
-            "wrong_bytes": server.wrong_bytes,
-            "seconds": seconds,
-            "save_bytes_per_second": stats.save_bytes_per_second,
-            "load_bytes_per_second": stats.load_bytes_per_second,
-            "hits": hits,
-        }
+    if text is None:
+        return ["lru"]
+    names = [name.strip() for name in text.split(",")]
+    if _ALL in names and len(names) > 1:
+        raise ArgumentError(f"--policy {cut(text)}: '{_ALL}' stands alone")
+    if names == [_ALL]:
+        return list(POLICIES)
+    for name in names:
+        if name not in POLICIES:
+            known = ", ".join((*POLICIES, _ALL))
+            raise ArgumentError(f"--policy {cut(text)}: {shown(name)} is no policy; known are {known}")
+    if len(set(names)) < len(names):
+        raise ArgumentError(f"--policy {cut(text)}: names a policy twice")
+    return names
 
 
-def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
+def _check(arguments: argparse.Namespace) -> None:
+    """What can be refused before anything is read."""
+    for option, value in (("--device", arguments.device), ("--record-bytes", arguments.record_bytes)):
+        if arguments.no_data and value is not None:
+            raise ArgumentError(f"{option} with --no-data: nothing is moved then; leave one of them out")
+    if not arguments.no_data:
+        from kvortex.cli.replay_data import check_record_bytes
+
+        check_record_bytes(_RECORD_BYTES if arguments.record_bytes is None else arguments.record_bytes)
+    check_writable("--json", arguments.json, {"the trace itself": arguments.trace})
+    check_writable("--plot", arguments.plot, {"the trace itself": arguments.trace, "the file of --json": arguments.json})
+    if arguments.plot == "-":
+        raise ArgumentError("--plot -: a picture goes to a file")
+    if arguments.plot:
+        plot.check_installed()
+
+
+def _report(arguments: argparse.Namespace, trace: Trace, facts: Row, runs: list[Row]) -> Row:
+    """What ``--json`` writes. The numbers of a single run lie beside those of the trace, and hits of each request too."""
+    report = {
+        "command": arguments.command_line,
+        "versions": versions(),
+        **facts,
+        "requests": len(trace),
+        "block_references": len(trace.ids),
+        "distinct_blocks": trace.distinct,
+        "block_tokens": trace.block_tokens,
+    }
+    if len(runs) == 1:
+        return report | runs[0]
+    return report | {"runs": [{name: value for name, value in row.items() if name != "hits"} for row in runs]}
+
+
+def _show(title: str, report: Row, runs: list[Row]) -> None:
+    if len(runs) == 1:
+        console.table(title, _rows(report))
+        return
+    sizes = list(dict.fromkeys(row["pool_blocks"] for row in runs))
+    rates: dict[str, dict[int, float]] = {}
+    for row in runs:
+        rates.setdefault(label(row["policy"], row["admit_after"]), {})[row["pool_blocks"]] = row["prefix_hit_rate"]
+    lines = [[policy, *(f"{of[size]:.2%}" for size in sizes)] for policy, of in rates.items()]
+    bounds = {row["pool_blocks"]: row["hit_rate"] for row in report["bound"]}
+    lines.append(["at most (Belady)", *(f"{bounds[size]:.2%}" for size in sizes)])
+    console.grid(f"{title}: prefix hits by blocks in the pool", ["policy", *map(str, sizes)], lines)
+    left = [f"{row['blocks_beyond_pool']} at {row['pool_blocks']}" for row in runs if row["blocks_beyond_pool"]]
+    moved = [name for name in ("wrong_bytes", "failed_blocks") if name in runs[0]]
+    rows = [
+        ("requests", str(report["requests"])),
+        ("block references", f"{report['block_references']}, {report['distinct_blocks']} different blocks"),
+        *([("left out", f"references of requests longer than the pool: {', '.join(dict.fromkeys(left))}")] if left else []),
+        *((name.replace("_", " "), str(sum(row[name] for row in runs))) for name in moved),
+        ("played in", f"{report['seconds']:.1f} s"),
+    ]
+    console.table("", rows)
+
+
+def _rows(report: Row) -> list[tuple[str, str]]:
+    """Of a single run."""
+    (bound,) = report["bound"]
+    data = "record_bytes" in report
+    size = f" of {console.amount(report['record_bytes'])}" if data else ", no data"
     rows = [
         ("requests", f"{report['requests']} in {report['seconds']:.1f} s"),
-        ("pool", f"{report['pool_blocks']} blocks of {console.amount(report['record_bytes'])}"),
+        ("policy", label(report["policy"], report["admit_after"])),
+        ("pool", f"{report['pool_blocks']} blocks{size}"),
         ("block references", str(report["block_references"])),
         ("prefix hits", f"{report['prefix_hits']} ({report['prefix_hit_rate']:.1%})"),
+        ("at most (Belady)", f"{bound['hits']} ({bound['hit_rate']:.1%})"),
         ("evictions", str(report["evictions"])),
+    ]
+    if report["blocks_beyond_pool"]:
+        rows.insert(4, ("left out", f"{report['blocks_beyond_pool']} references: requests longer than the pool"))
+    if not data:
+        return rows
+    return rows + [
         ("bytes saved", console.amount(report["saved_bytes"])),
         ("bytes loaded", console.amount(report["loaded_bytes"])),
         ("load, device-timed", f"{report['load_bytes_per_second'] / 1e9:.2f} GB/s"),
@@ -114,55 +152,3 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("wrong bytes", str(report["wrong_bytes"])),
         ("failed blocks", str(report["failed_blocks"])),
     ]
-    if report["blocks_beyond_pool"]:
-        rows.insert(3, ("left out", f"{report['blocks_beyond_pool']} references: requests longer than the pool"))
-    return rows
-
-
-def _check_writable(path: str | None, trace: str) -> None:
-    """Before the work, not after it."""
-    if path in (None, "-"):
-        return
-    if not path:
-        raise ArgumentError("--json '': names no file; - is stdout")
-    if os.path.exists(path) and os.path.exists(trace) and os.path.samefile(path, trace):
-        raise ArgumentError(f"--json {path}: is the trace itself, which would be lost")
-    folder = os.path.dirname(os.path.realpath(path))
-    place = path if _is_special(path) else folder
-    if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(place, os.W_OK):
-        raise ArgumentError(f"--json {path}: no file can be written there")
-
-
-def _is_special(path: str) -> bool:
-    """A pipe or a device, which is written into; a file is replaced."""
-    return os.path.exists(path) and not os.path.isfile(path)
-
-
-def _write(report: dict[str, Any], path: str) -> None:
-    text = json.dumps(report) + "\n"
-    if path == "-":
-        sys.stdout.write(text)
-        sys.stdout.flush()
-        return
-    try:
-        if _is_special(path):
-            with open(path, "w", encoding="utf-8") as file:
-                file.write(text)
-        else:
-            _replace(os.path.realpath(path), text)
-    except OSError as error:
-        raise ArgumentError(f"--json {path}: {error.strerror or error}") from None
-
-
-def _replace(path: str, text: str) -> None:
-    """The whole text or nothing: what was there stays until all of it is written."""
-    folder, name = os.path.split(path)
-    part = os.path.join(folder, f".{name[:99]}.{os.getpid()}.part")
-    try:
-        with open(part, "x", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(part, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(part)
-        raise

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
 from kvortex.cli.pages import BlockIds, Pages
@@ -67,8 +70,13 @@ class Server:
         return loaded
 
 
-def open_engine(pages: Pages, pool_blocks: int, block_size: int, option: str) -> KVortexEngine:
-    """An engine with a pool of so many blocks; errors about its size name ``option``, which is what the user can change."""
+def open_engine(
+    pages: Pages, pool_blocks: int, block_size: int, option: str, options: Mapping[str, Any] | None = None
+) -> KVortexEngine:
+    """An engine with a pool of so many blocks; errors about its size name ``option``, which is what the user can change.
+
+    ``options`` are further ones of the config.
+    """
     slot_bytes = -(-pages.layout.record_bytes // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
     if pool_blocks * slot_bytes > _MOST_BYTES:
         raise ArgumentError(f"{option}: {pool_blocks} blocks of {slot_bytes} bytes are more than any machine has; lower it")
@@ -78,6 +86,7 @@ def open_engine(pages: Pages, pool_blocks: int, block_size: int, option: str) ->
         block_size=block_size,
         model="kvortex-cli",
         dtype="bf16",
+        **(options or {}),
     )
     try:
         engine = KVortexEngine.create(config, pages.layout)
@@ -89,7 +98,7 @@ def open_engine(pages: Pages, pool_blocks: int, block_size: int, option: str) ->
 
 def warm_up(pages: Pages, option: str) -> None:
     """Compiles or loads all that serving needs, in an engine of its own, so that nobody measures compilers."""
-    with open_engine(pages, 1, 1, option) as engine:
+    with open_engine(pages, 1, 1, option, {"record_trace": ""}) as engine:
         server, keys = Server(engine, pages), engine.block_keys(range(1))
         for _ in range(2):  # the first saves, the second loads
             server.serve(keys, np.zeros(1, np.int64))

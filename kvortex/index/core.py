@@ -1,9 +1,11 @@
 """The compiled operations of the index: one call a batch, over flat arrays, without the GIL.
 
 Each function is handed a :class:`Table`, and checks everything before it changes anything, so a batch that is refused
-has left no trace. Nothing here locks; :class:`kvortex.index.BlockIndex` does.
+has left no trace. Nothing here locks; :class:`kvortex.index.BlockIndex` does. What only looks is in ``_reads.py``, and may run
+beside these: they say by ``begin_write`` and ``end_write`` when it would see things half done, and nothing in between
+allocates, raises or returns.
 
-Numba's cache on disk notices a change of this file, but not of ``_hash.py`` and ``policies.py``, whose code ends up in
+Numba's cache on disk notices a change of this file, but not of the others of this folder, whose code ends up in
 these functions: who edits those must touch this file too, or clear the cache.
 """
 
@@ -15,323 +17,420 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from kvortex.index import policies
-from kvortex.index._hash import Buckets, Words, bucket_count, find, home, insert, remove, same
+from kvortex.index import admission, policies
+from kvortex.index._atomics import prefetch, store
+from kvortex.index._compiled import compiled, inlined
+from kvortex.index._ghosts import Ghosts
+from kvortex.index._hash import Buckets, find, find_group, fingerprint, home, insert, new_buckets, remove, same, tag_of
+from kvortex.index._lines import (
+    CLAIMED,
+    DOOMED,
+    FREE,
+    OWNER,
+    PINS,
+    RESERVED,
+    RESIDENT,
+    SIZE,
+    STATE,
+    Cells,
+    Shorts,
+    Words,
+    new_lines,
+)
+from kvortex.index._memory import zeros
+from kvortex.index._order import Order
+from kvortex.index._reads import Sequence, begin_write, end_write
 
-# State of a slot, and what reserve found of a key: a key that was nowhere is NEW, one in a reserved slot is PENDING.
-FREE = NEW = 0
-RESERVED = PENDING = 1
-RESIDENT = 2
-_CLAIMED = 3  # only inside one call: a slot that this batch has already named
+# What reserve found of a key: it was nowhere, it is in a reserved slot, it is resident, or it was nowhere and is not admitted.
+NEW, PENDING, DECLINED = FREE, RESERVED, 9
 
 # Rows of Table.counters. Resident slots are the rest of the capacity; the unpinned ones among them may be evicted.
 # The absent ones are the last slots, which are not there yet: neither free nor anything else.
 N_FREE, N_RESERVED, N_PINNED, N_EVICTIONS, N_ABSENT = 0, 1, 2, 3, 4
+ADMIT_AFTER = 5
 
 # What a call found wrong.
-OK, FULL, DUPLICATE, RANGE, STATE, LENGTH, AGAIN = 0, 1, 2, 3, 4, 5, 6
+OK, FULL, DUPLICATE, RANGE, STATUS, LENGTH, AGAIN = 0, 1, 2, 3, 4, 5, 6
 ANY_LENGTH = -1
+_BUCKETS_A_SLOT = 4  # a quarter full: evicting and entering a key then seldom moves others
+_ROOM_GROUP = 128  # keys that get their slots before the first is entered
 
 Slots = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.uint8]
+Stack = npt.NDArray[np.int32]
 
 
 class Table(NamedTuple):
-    """All arrays of one index. ``capacity`` slots; the policy's array has one more row."""
+    """All arrays of one index."""
 
-    keys: Words  # (capacity, 4): the 32 bytes of each slot's key
-    buckets: Buckets  # (power of two of at least 2 x capacity,): slot + 1, or 0
-    state: Flags  # (capacity,): FREE, RESERVED or RESIDENT
-    doomed: Flags  # (capacity,): 1 where the key was dropped and only pins keep the slot
-    pins: npt.NDArray[np.int32]  # (capacity,)
-    sizes: Slots  # (capacity,): bytes of the record; 0 in free slots
-    owners: Slots  # (capacity,): number of the reservation that a slot was last part of
-    stack: npt.NDArray[np.int32]  # (capacity,): the first N_FREE entries are the free slots, the next one last
-    order: policies.Order  # the policy's
-    counters: Slots  # (5,)
+    words: Words  # (capacity + joints, 8): a line for each slot, see _lines
+    cells: Cells  # the same memory
+    shorts: Shorts  # the same memory
+    buckets: Buckets  # (4 x capacity,): where keys are
+    stack: Stack  # (capacity,): the first N_FREE entries are the free slots, the next one last
+    counters: Slots  # (6,)
+    sequence: Sequence  # (8,): a cache line for the number that is odd while a writer works
+    order: Order  # the policy's; has the lines too
+    offers: Ghosts  # what was not admitted
 
 
-def new_table(capacity: int, policy: type[policies.Policy], ready: int) -> Table:
+def new_table(capacity: int, policy: type[policies.Policy], ready: int, admit_after: int) -> Table:
     """An empty table, whose first ``ready`` slots are there; a fresh pool hands out slots 0, 1, 2, ..."""
     stack = np.zeros(capacity, np.int32)
     stack[:ready] = np.arange(ready - 1, -1, -1)
-    return Table(
-        keys=np.zeros((capacity, 4), np.uint64),
-        buckets=np.zeros(bucket_count(capacity), np.int32),
-        state=np.zeros(capacity, np.uint8),
-        doomed=np.zeros(capacity, np.uint8),
-        pins=np.zeros(capacity, np.int32),
-        sizes=np.zeros(capacity, np.int64),
-        owners=np.zeros(capacity, np.int64),
-        stack=stack,
-        order=policy.state(capacity),
-        counters=np.array([ready, 0, 0, 0, capacity - ready], np.int64),
-    )
+    lines = new_lines(capacity, policy.joints)
+    counters = np.array([ready, 0, 0, 0, capacity - ready, admit_after], np.int64)
+    order = policies.new_order(policy, lines, capacity, ready)
+    offers = admission.new_offers(capacity, admit_after)
+    return Table(*lines, new_buckets(_BUCKETS_A_SLOT * capacity), stack, counters, zeros(64).view(np.int64), order, offers)
 
 
-# Inside loops there are only single arrays: reaching into the table, or handing it on, counts references to arrays each
-# time, which costs more than the search for a key does.
-
-
-@njit(nogil=True, cache=True)
-def _resident(buckets: Buckets, keys: Words, state: Flags, words: Words, row: int) -> int:
-    """Slot of a key that is visible, or -1."""
-    slot = find(buckets, keys, words, row)
-    return slot if slot >= 0 and state[slot] == RESIDENT else -1
-
-
-@njit(nogil=True, cache=True)
-def lookup(t: Table, words: Words, found: npt.NDArray[np.bool_]) -> None:
-    """Fill ``found``."""
-    buckets, keys, state = t.buckets, t.keys, t.state
-    for i in range(words.shape[0]):
-        found[i] = _resident(buckets, keys, state, words, i) >= 0
-
-
-@njit(nogil=True, cache=True)
-def match(t: Table, words: Words) -> int:
-    """Length of the leading run of resident keys."""
-    buckets, keys, state = t.buckets, t.keys, t.state
-    run = 0
-    while run < words.shape[0] and _resident(buckets, keys, state, words, run) >= 0:
-        run += 1
-    return run
-
-
-@njit(nogil=True, cache=True)
-def repeated(words: Words) -> tuple[int, int]:
-    """Two rows that are the same key, or (-1, -1); O(n) by a small table of row + 1."""
-    n = words.shape[0]
-    mask = bucket_count(n) - 1
-    rows = np.zeros(mask + 1, np.int32)
-    for i in range(n):
-        at = home(words, i, mask)
+@compiled
+def repeated(keys: Words, prints: Slots, rows: Stack) -> tuple[int, int]:
+    """Two rows that are the same key, or (-1, -1); O(n) by ``rows``, a table of row + 1 that is all 0."""
+    size = rows.size
+    for i in range(keys.shape[0]):
+        at = prints[i] & (size - 1)
         while rows[at] != 0:
             row = int(rows[at]) - 1
-            if same(words, row, words, i):
+            if same(keys, row, keys, i):
                 return row, i
-            at = (at + 1) & mask
+            at = (at + 1) & (size - 1)
         rows[at] = i + 1
     return -1, -1
 
 
 @njit(nogil=True, cache=True)
 def reserve(
-    t: Table, words: Words, lengths: Slots, owner: int, slots: Slots, status: Flags, owners: Slots, taken: Slots
+    t: Table, keys: Words, lengths: Slots, owner: int, slots: Slots, status: Flags, owners: Slots, taken: Slots
 ) -> tuple[int, int, int]:
     """Fill ``slots``, ``status``, ``owners`` and, where status is NEW, ``taken``.
 
     (OK, 0, 0), (DUPLICATE, row, row), (LENGTH, row, bytes there) or (FULL, slots asked for, slots evictable).
     """
-    keys, buckets, state, pins = t.keys, t.buckets, t.state, t.pins
-    sizes, stack, order, counters = t.sizes, t.stack, t.order, t.counters
-    n = words.shape[0]
-    first, second = repeated(words)
+    size = 4
+    while size < 2 * slots.size:
+        size *= 2
+    prints, rows = np.empty(slots.size, np.int64), np.zeros(size, np.int32)
+    return _reserve(t, keys, prints, rows, lengths, owner, slots, status, owners, taken)  # type: ignore[no-any-return]
+
+
+@compiled
+def _reserve(
+    t: Table,
+    keys: Words,
+    prints: Slots,
+    rows: Stack,
+    lengths: Slots,
+    owner: int,
+    slots: Slots,
+    status: Flags,
+    owners: Slots,
+    taken: Slots,
+) -> tuple[int, int, int]:
+    words, cells, shorts, buckets, counters = t.words, t.cells, t.shorts, t.buckets, t.counters
+    offers, admit_after = t.offers, t.counters[ADMIT_AFTER]
+    n = keys.shape[0]
+    find_all(buckets, words, keys, prints, slots)
+    first, second = repeated(keys, prints, rows)
     if first >= 0:
         return DUPLICATE, first, second
     new, spared = 0, 0
     for i in range(n):
-        slots[i] = find(buckets, keys, words, i)
-        status[i] = NEW if slots[i] < 0 else state[slots[i]]
-        if status[i] == NEW:
-            new += 1
-            owners[i] = owner
-        elif sizes[slots[i]] != lengths[i]:
-            return LENGTH, i, sizes[slots[i]]
-        else:
-            owners[i] = t.owners[slots[i]]
-            if status[i] == RESIDENT and pins[slots[i]] == 0:
-                spared += 1  # a key of this batch: may not make room for another key of this batch
-    there = state.size - counters[N_ABSENT]
+        slot = slots[i]
+        owners[i] = owner
+        if slot < 0:
+            status[i] = NEW if admission.admits(offers, prints[i], admit_after) else DECLINED
+            new += status[i] == NEW
+            continue
+        if words[slot, SIZE] != lengths[i]:
+            return LENGTH, i, words[slot, SIZE]
+        status[i], owners[i] = shorts[slot, STATE], words[slot, OWNER]
+        # A key of this batch may not make room for another key of this batch.
+        spared += status[i] == RESIDENT and cells[slot, PINS] == 0
+    there = slots_there(t)
     evictable = there - counters[N_FREE] - counters[N_RESERVED] - counters[N_PINNED] - spared
     if new > counters[N_FREE] + evictable:
         return FULL, new, evictable
 
-    # The spared ones become the newest first. Then there are enough older ones, and eviction stops short of them.
-    for i in range(n - 1, -1, -1):
-        if status[i] == RESIDENT and pins[slots[i]] == 0:
-            policies.touch(order, slots[i])
-    for i in range(n):
-        if status[i] != NEW:
-            continue
-        if counters[N_FREE] > 0:
-            counters[N_FREE] -= 1
-            slot = int(stack[counters[N_FREE]])
-        else:
-            slot = policies.evict(order)
-            remove(buckets, keys, slot)
-            counters[N_EVICTIONS] += 1
-        for j in range(4):
-            keys[slot, j] = words[i, j]
-        state[slot] = RESERVED
-        sizes[slot] = lengths[i]
-        t.owners[slot] = owner
-        insert(buckets, keys, slot)
-        slots[i] = taken[i] = slot
+    if admit_after > 1:
+        for i in range(n - 1, -1, -1):
+            if slots[i] < 0:
+                admission.settle(offers, prints[i], status[i] == NEW, there)
+    _use(t.order, slots, status)
+    if new > 0:
+        begin_write(t.sequence)
+        _take(t, keys, prints, lengths, owner, slots, status, taken)
+        end_write(t.sequence)
+    _release_used(t.order, slots, status)
     counters[N_RESERVED] += new
     return OK, 0, 0
 
 
-@njit(nogil=True, cache=True)
+@compiled
+def find_all(buckets: Buckets, words: Words, keys: Words, prints: Slots, slots: Slots) -> None:
+    """Fill the fingerprints of all keys, and their slots or -1."""
+    row = 0
+    while row < keys.shape[0]:
+        row += find_group(buckets, words, keys, row, prints, slots, row)
+
+
+@compiled
+def slots_there(t: Table) -> int:
+    """Slots that are there: free, reserved or resident."""
+    return t.stack.size - t.counters[N_ABSENT]  # type: ignore[no-any-return]
+
+
+@compiled
+def _use(order: Order, slots: Slots, status: Flags) -> None:
+    """Pins what is resident until the others have their slots, and counts it as used."""
+    cells = order.cells
+    for i in range(slots.size):
+        if status[i] != RESIDENT:
+            continue
+        if cells[slots[i], PINS] == 0:
+            policies.pin(order, slots[i])
+        cells[slots[i], PINS] += 1
+        policies.use(order, slots[i])
+
+
+@compiled
+def _release_used(order: Order, slots: Slots, status: Flags) -> None:
+    cells = order.cells
+    for i in range(slots.size - 1, -1, -1):
+        if status[i] != RESIDENT:
+            continue
+        cells[slots[i], PINS] -= 1
+        if cells[slots[i], PINS] == 0:
+            policies.unpin(order, slots[i])
+
+
+@compiled
+def _take(
+    t: Table, keys: Words, prints: Slots, lengths: Slots, owner: int, slots: Slots, status: Flags, taken: Slots
+) -> None:
+    """A slot for each NEW key, that of the next evicted record where none is free."""
+    row = 0
+    while row < slots.size:
+        end = min(row + _ROOM_GROUP, slots.size)
+        _make_room(t, prints, slots, status, row, end)
+        for i in range(row, end):
+            if status[i] == NEW:
+                _enter(t, keys, prints, i, slots[i], lengths[i], owner)
+                taken[i] = slots[i]
+        row = end
+
+
+@compiled
+def _make_room(t: Table, prints: Slots, slots: Slots, status: Flags, row: int, end: int) -> None:
+    """Slots for the NEW keys of a group. Who was evicted is still in the buckets, which are on their way."""
+    words, buckets, stack, counters, order = t.words, t.buckets, t.stack, t.counters, t.order
+    for i in range(row, end):
+        if status[i] == NEW:
+            policies.prefetch_miss(order, prints[i])
+    for i in range(row, end):
+        if status[i] != NEW:
+            continue
+        origin = policies.miss(order, prints[i])
+        if counters[N_FREE] > 0:
+            counters[N_FREE] -= 1
+            slot = int(stack[counters[N_FREE]])
+        else:
+            slot = policies.evict(order, origin)
+            counters[N_EVICTIONS] += 1
+            prefetch(buckets, home(tag_of(fingerprint(words, slot)), buckets.size))
+        policies.expect(order, slot, origin)
+        slots[i] = slot
+
+
+@inlined
+def _enter(t: Table, keys: Words, prints: Slots, row: int, slot: int, length: int, owner: int) -> None:
+    """Reserves a slot for ``keys[row]``; whose record was in it cannot be found any more."""
+    words, shorts, buckets = t.words, t.shorts, t.buckets
+    if shorts[slot, STATE] == RESIDENT:
+        remove(buckets, tag_of(fingerprint(words, slot)), slot)
+    store(shorts, slot, STATE, RESERVED)
+    for j in range(4):
+        store(words, slot, j, keys[row, j])
+    words[slot, SIZE] = length
+    words[slot, OWNER] = owner
+    insert(buckets, tag_of(prints[row]), slot)
+
+
+@compiled
 def grow(t: Table, ready: int) -> None:
     """The first ``ready`` slots are there from now on; those that were there before stay so."""
     counters, stack = t.counters, t.stack
-    first = t.state.size - counters[N_ABSENT]
-    for slot in range(min(ready, t.state.size) - 1, first - 1, -1):
+    first = slots_there(t)
+    for slot in range(min(ready, stack.size) - 1, first - 1, -1):
         stack[counters[N_FREE]] = slot
         counters[N_FREE] += 1
         counters[N_ABSENT] -= 1
+    policies.grow(t.order, slots_there(t))
 
 
-@njit(nogil=True, cache=True)
-def _claim(state: Flags, slots: Slots) -> tuple[int, int]:
+@compiled
+def _claim(shorts: Shorts, capacity: int, slots: Slots) -> tuple[int, int]:
     """Mark reserved slots as this batch's own; on the first that is not, take all marks back and say where."""
     for i in range(slots.size):
         slot = slots[i]
         fault = OK
-        if slot < 0 or slot >= state.size:
+        if slot < 0 or slot >= capacity:
             fault = RANGE
-        elif state[slot] == _CLAIMED:
+        elif shorts[slot, STATE] == CLAIMED:
             fault = DUPLICATE
-        elif state[slot] != RESERVED:
-            fault = STATE
+        elif shorts[slot, STATE] != RESERVED:
+            fault = STATUS
         if fault != OK:
             for j in range(i):
-                state[slots[j]] = RESERVED
+                store(shorts, slots[j], STATE, RESERVED)
             return fault, i
-        state[slot] = _CLAIMED
+        store(shorts, slot, STATE, CLAIMED)
     return OK, 0
 
 
-@njit(nogil=True, cache=True)
-def _free(state: Flags, sizes: Slots, stack: npt.NDArray[np.int32], counters: Slots, slot: int) -> None:
-    state[slot] = FREE
-    sizes[slot] = 0
+@compiled
+def _free(words: Words, shorts: Shorts, stack: Stack, counters: Slots, slot: int) -> None:
+    store(shorts, slot, STATE, FREE)
+    words[slot, SIZE] = 0
     stack[counters[N_FREE]] = slot
     counters[N_FREE] += 1
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def commit(t: Table, slots: Slots, once: Flags) -> tuple[int, int]:
-    """(OK, 0); (AGAIN, 0) where ``once`` is set; or (RANGE, DUPLICATE or STATE, position)."""
+    """(OK, 0); (AGAIN, 0) where ``once`` is set; or (RANGE, DUPLICATE or STATUS, position)."""
     if once[0]:
         return AGAIN, 0
-    state, order = t.state, t.order
-    fault, at = _claim(state, slots)
+    shorts, order = t.shorts, t.order
+    fault, at = _claim(shorts, t.stack.size, slots)
     if fault != OK:
         return fault, at
+    begin_write(t.sequence)
     for i in range(slots.size - 1, -1, -1):
-        state[slots[i]] = RESIDENT
+        store(shorts, slots[i], STATE, RESIDENT)
         policies.admit(order, slots[i])
+    end_write(t.sequence)
     t.counters[N_RESERVED] -= slots.size
     once[0] = 1
     return OK, 0
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def abort(t: Table, slots: Slots, once: Flags) -> tuple[int, int]:
-    """(OK, 0); (AGAIN, 0) where ``once`` is set; or (RANGE, DUPLICATE or STATE, position)."""
+    """(OK, 0); (AGAIN, 0) where ``once`` is set; or (RANGE, DUPLICATE or STATUS, position)."""
     if once[0]:
         return AGAIN, 0
-    keys, buckets, state, sizes, stack, counters = t.keys, t.buckets, t.state, t.sizes, t.stack, t.counters
-    fault, at = _claim(state, slots)
+    words, shorts, buckets, stack, counters, order = t.words, t.shorts, t.buckets, t.stack, t.counters, t.order
+    fault, at = _claim(shorts, stack.size, slots)
     if fault != OK:
         return fault, at
+    begin_write(t.sequence)
     for i in range(slots.size - 1, -1, -1):  # last first, so that the stack hands them out in their old order
-        remove(buckets, keys, slots[i])
-        _free(state, sizes, stack, counters, slots[i])
+        remove(buckets, tag_of(fingerprint(words, slots[i])), slots[i])
+        policies.abandon(order, slots[i])
+        _free(words, shorts, stack, counters, slots[i])
+    end_write(t.sequence)
     counters[N_RESERVED] -= slots.size
     once[0] = 1
     return OK, 0
 
 
 @njit(nogil=True, cache=True)
-def acquire(t: Table, words: Words, lengths: Slots, slots: Slots) -> tuple[int, int, int]:
+def acquire(t: Table, keys: Words, lengths: Slots, slots: Slots) -> tuple[int, int, int]:
     """Fill ``slots``, and pin them; (OK, 0, 0), or (LENGTH, row, bytes there) with every slot -1."""
-    keys, buckets, state, pins, order, sizes = t.keys, t.buckets, t.state, t.pins, t.order, t.sizes
-    for i in range(words.shape[0]):
-        slot = _resident(buckets, keys, state, words, i)
-        if slot >= 0 and lengths[i] != ANY_LENGTH and sizes[slot] != lengths[i]:
+    return _acquire(t, keys, np.empty(slots.size, np.int64), lengths, slots)  # type: ignore[no-any-return]
+
+
+@compiled
+def _acquire(t: Table, keys: Words, prints: Slots, lengths: Slots, slots: Slots) -> tuple[int, int, int]:
+    words, cells, shorts, order = t.words, t.cells, t.shorts, t.order
+    find_all(t.buckets, words, keys, prints, slots)
+    for i in range(keys.shape[0]):
+        slot = slots[i] if slots[i] >= 0 and shorts[slots[i], STATE] == RESIDENT else -1
+        if slot >= 0 and lengths[i] != ANY_LENGTH and words[slot, SIZE] != lengths[i]:
             slots[:] = -1
-            return LENGTH, i, sizes[slot]
+            return LENGTH, i, words[slot, SIZE]
         slots[i] = slot
     pinned = 0
-    for i in range(words.shape[0]):
+    for i in range(slots.size):
         slot = slots[i]
         if slot < 0:
             continue
-        if pins[slot] == 0:
+        if cells[slot, PINS] == 0:
             policies.pin(order, slot)
             pinned += 1
-        pins[slot] += 1
+        cells[slot, PINS] += 1
+        policies.use(order, slot)
     t.counters[N_PINNED] += pinned
     return OK, 0, 0
 
 
-@njit(nogil=True, cache=True)
-def _overdrawn(pins: npt.NDArray[np.int32], slots: Slots) -> tuple[int, int]:
-    """Whether every slot has as many pins as it is named here; (OK, 0), or (RANGE or STATE, position)."""
+@compiled
+def _overdrawn(cells: Cells, capacity: int, slots: Slots) -> tuple[int, int]:
+    """Whether every slot has as many pins as it is named here; (OK, 0), or (RANGE or STATUS, position)."""
     # Taking the pins off for a trial counts slots that are named several times, wherever they stand.
     fault, tried = OK, slots.size
     for i in range(slots.size):
         slot = slots[i]
         if slot == -1:
             continue
-        if slot < -1 or slot >= pins.size:
+        if slot < -1 or slot >= capacity:
             fault, tried = RANGE, i
             break
-        if pins[slot] == 0:
-            fault, tried = STATE, i
+        if cells[slot, PINS] == 0:
+            fault, tried = STATUS, i
             break
-        pins[slot] -= 1
+        cells[slot, PINS] -= 1
     for i in range(tried):
         if slots[i] >= 0:
-            pins[slots[i]] += 1
+            cells[slots[i], PINS] += 1
     return fault, 0 if fault == OK else tried
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def release(t: Table, slots: Slots, once: Flags) -> tuple[int, int]:
-    """(OK, 0); (AGAIN, 0) where ``once`` is set; or (RANGE or STATE, position)."""
+    """(OK, 0); (AGAIN, 0) where ``once`` is set; or (RANGE or STATUS, position)."""
     if once[0]:
         return AGAIN, 0
-    state, doomed, pins, sizes = t.state, t.doomed, t.pins, t.sizes
-    stack, order, counters = t.stack, t.order, t.counters
-    fault, at = _overdrawn(pins, slots)
+    words, cells, shorts, stack, counters, order = t.words, t.cells, t.shorts, t.stack, t.counters, t.order
+    fault, at = _overdrawn(cells, stack.size, slots)
     if fault != OK:
         return fault, at
     for i in range(slots.size - 1, -1, -1):
         slot = slots[i]
         if slot < 0:
             continue
-        pins[slot] -= 1
-        if pins[slot] > 0:
+        cells[slot, PINS] -= 1
+        if cells[slot, PINS] > 0:
             continue
         counters[N_PINNED] -= 1
-        if doomed[slot]:
-            doomed[slot] = 0
-            _free(state, sizes, stack, counters, slot)
+        if shorts[slot, STATE] == DOOMED:
+            _free(words, shorts, stack, counters, slot)
         else:
             policies.unpin(order, slot)
     once[0] = 1
     return OK, 0
 
 
-@njit(nogil=True, cache=True)
-def drop(t: Table, words: Words) -> int:
+@compiled
+def drop(t: Table, keys: Words) -> int:
     """Forget resident keys; how many there were."""
-    keys, buckets, state, doomed, pins = t.keys, t.buckets, t.state, t.doomed, t.pins
-    sizes, stack, order, counters = t.sizes, t.stack, t.order, t.counters
+    words, cells, shorts, buckets = t.words, t.cells, t.shorts, t.buckets
+    stack, counters, order = t.stack, t.counters, t.order
     dropped = 0
-    for i in range(words.shape[0] - 1, -1, -1):
-        slot = _resident(buckets, keys, state, words, i)
-        if slot < 0:
+    begin_write(t.sequence)
+    for i in range(keys.shape[0] - 1, -1, -1):
+        tag = tag_of(fingerprint(keys, i))
+        slot = find(buckets, words, tag, keys, i)
+        if slot < 0 or shorts[slot, STATE] != RESIDENT:
             continue
         dropped += 1
-        remove(buckets, keys, slot)
-        if pins[slot] > 0:
-            doomed[slot] = 1
+        remove(buckets, tag, slot)
+        policies.forget(order, slot)
+        if cells[slot, PINS] > 0:
+            store(shorts, slot, STATE, DOOMED)
         else:
-            policies.forget(order, slot)
-            _free(state, sizes, stack, counters, slot)
+            _free(words, shorts, stack, counters, slot)
+    end_write(t.sequence)
     return dropped

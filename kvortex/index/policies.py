@@ -1,14 +1,25 @@
-"""Which resident record goes next: eviction policies as small compiled functions over one array.
+"""Which resident record goes next: the contract of eviction policies, and who is called.
 
-The index tells a policy six things, by slot: ``admit`` (its record was committed), ``touch`` (it was asked for again
-while unpinned), ``pin`` (its first pin: it may no longer be evicted), ``unpin`` (its last pin went), ``forget`` (it
-left without being evicted), and ``evict`` (name the next one, and forget it). So a policy only ever holds slots that
-may be evicted, and ``evict`` is never called when it holds none. All state is one int32 array, made by the policy
-class; row ``capacity`` belongs to the policy as a whole.
+The index tells a policy what happens to a key and its slot, in this order:
 
-The six functions below are the contract, and LRU is what they do today. A second policy brings its class with
-``name``, ``state`` and ``ranking``, a mark of its own in its array, and one branch on that mark in each function: Numba
-caches what is compiled on disk, and a policy handed in as a function would defeat that.
+========= ==========================================================================================
+miss      a key that is nowhere is to be stored; gives its *origin*, what the policy remembers of it
+evict     no slot is free: name one that may go, and forget it; there is one
+expect    the slot is reserved for the key of that origin
+abandon   ... and given back unwritten; or
+admit     its record was committed: it may be evicted from now on
+pin       its first pin: it may no longer be evicted
+use       it was asked for again; always while it is pinned, if only for the length of the call
+unpin     its last pin went
+forget    its record was dropped, be it pinned or not; nothing more is told of it
+grow      there are more slots
+========= ==========================================================================================
+
+A policy is a class that says its name, what memory it needs and how it is seen from outside, and compiled functions beside it,
+a file each. State lives in :class:`kvortex.index._order.Order`: the mark and the links in each slot's line, joints, a few
+numbers and ghosts. The functions below look at the policy's kind, a number in that state, and call its function: a branch that
+a processor always guesses right, where a function that is handed in could not be cached on disk by Numba. A new policy
+brings its file, a line in ``POLICIES``, and its branches here.
 """
 
 from __future__ import annotations
@@ -16,142 +27,204 @@ from __future__ import annotations
 from typing import ClassVar, Protocol
 
 import numpy as np
-import numpy.typing as npt
 from numba import njit
 
-Order = npt.NDArray[np.int32]
-_PREV, _NEXT = 0, 1
-_UNLINKED = -1
+from kvortex.index import arc, lfu, lru, s3fifo
+from kvortex.index._compiled import compiled, inlined
+from kvortex.index._ghosts import is_whole, new_ghosts, prefetch_seek
+from kvortex.index._lines import PINS, RESIDENT, STATE, Cells, Shorts, Words, unlink
+from kvortex.index._order import FRESH, KIND, OWN, THERE, Order
+from kvortex.index.arc import ARC
+from kvortex.index.lfu import LFU
+from kvortex.index.lru import LRU
+from kvortex.index.s3fifo import S3FIFO
 
 
 class Policy(Protocol):
     """What the index needs from a policy outside compiled code."""
 
     name: ClassVar[str]
+    kind: ClassVar[int]
+    """Number of its branches."""
+    joints: ClassVar[int]
+    """Rings of slots."""
+    numbers: ClassVar[int]
+    """Cells of ``Order.head`` for itself, which start as 0."""
+    ghost_rings: ClassVar[int]
 
     @staticmethod
-    def state(capacity: int) -> Order:
-        """New, empty state for slots 0 to ``capacity - 1``."""
+    def ghosts(slots: int) -> int:
+        """Keys that are remembered at most."""
         ...
 
     @staticmethod
-    def ranking(order: Order) -> npt.NDArray[np.int64]:
-        """Every slot held, the next to be evicted first; (m,) int64. For tests and checks, O(m)."""
+    def queues(order: Order) -> list[list[int]]:
+        """Slots in each of its rings, the oldest first. For tests, O(slots)."""
         ...
 
 
-class LRU:
-    """Least recently used goes first, O(1) for everything: a circular doubly linked list through the slots.
-
-    The state is (capacity + 1, 2) int32, previous and next; the last row is the ring's joint, so no end is special.
-    ``joint.next`` is the oldest slot. A pinned slot is not in the list: it leaves on its first pin and comes back as
-    the newest on its last release, so eviction never has to skip anything.
-    """
-
-    name: ClassVar[str] = "lru"
-
-    @staticmethod
-    def state(capacity: int) -> Order:
-        order = np.full((capacity + 1, 2), _UNLINKED, np.int32)
-        order[capacity] = capacity
-        return order
-
-    @staticmethod
-    def ranking(order: Order) -> npt.NDArray[np.int64]:
-        slots: npt.NDArray[np.int64] = _ranking(order)
-        return slots
+POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (LRU, S3FIFO, ARC, LFU)}
+_LRU, _S3FIFO, _ARC, _LFU = LRU.kind, S3FIFO.kind, ARC.kind, LFU.kind
 
 
-POLICIES: dict[str, type[Policy]] = {LRU.name: LRU}
+def new_order(policy: type[Policy], lines: tuple[Words, Cells, Shorts], slots: int, there: int) -> Order:
+    """A policy's empty state over the lines of ``slots`` slots and its joints, ``there`` of which are there."""
+    head = np.zeros(OWN + policy.numbers, np.int64)
+    head[:OWN] = policy.kind, there, slots
+    return Order(*lines, head, new_ghosts(policy.ghosts(slots), policy.ghost_rings))
 
 
-@njit(nogil=True, cache=True)
-def admit(order: Order, slot: int) -> None:
-    """``slot`` holds a committed record and may be evicted from now on."""
-    _link_newest(order, slot)
+@compiled
+def grow(order: Order, there: int) -> None:
+    """So many slots are there from now on."""
+    order.head[THERE] = there
 
 
-@njit(nogil=True, cache=True)
-def touch(order: Order, slot: int) -> None:
-    """``slot``, which the policy holds, was asked for again."""
-    _unlink(order, slot)
-    _link_newest(order, slot)
+@inlined
+def miss(order: Order, print_: int) -> int:
+    """A key of that fingerprint, which is nowhere, is to be stored: its origin."""
+    kind, origin = order.head[KIND], FRESH
+    if kind == _S3FIFO:
+        origin = s3fifo.miss(order, print_)
+    elif kind == _ARC:
+        origin = arc.miss(order, print_)
+    return origin
 
 
-@njit(nogil=True, cache=True)
-def pin(order: Order, slot: int) -> None:
-    """``slot``, which the policy holds, got its first pin."""
-    _unlink(order, slot)
+@inlined
+def prefetch_miss(order: Order, print_: int) -> None:
+    """``miss`` will soon be told of this key."""
+    kind = order.head[KIND]
+    if kind in (_S3FIFO, _ARC):
+        prefetch_seek(order.ghosts, print_)
 
 
-@njit(nogil=True, cache=True)
-def unpin(order: Order, slot: int) -> None:
-    """``slot`` lost its last pin."""
-    _link_newest(order, slot)
-
-
-@njit(nogil=True, cache=True)
-def forget(order: Order, slot: int) -> None:
-    """The record in ``slot``, which the policy holds, is gone; this was no eviction."""
-    _unlink(order, slot)
-
-
-@njit(nogil=True, cache=True)
-def evict(order: Order) -> int:
-    """The slot that goes next; the policy no longer holds it. Never called on an empty policy."""
-    slot = int(order[order.shape[0] - 1, _NEXT])
-    _unlink(order, slot)
+@inlined
+def evict(order: Order, origin: int) -> int:
+    """The slot that goes, to make room for a key of that origin. There must be one that may."""
+    kind = order.head[KIND]
+    slot: int
+    if kind == _S3FIFO:
+        slot = s3fifo.evict(order)
+    elif kind == _ARC:
+        slot = arc.evict(order, origin)
+    elif kind == _LFU:
+        slot = lfu.evict(order)
+    else:
+        slot = lru.evict(order)
     return slot
 
 
+@inlined
+def expect(order: Order, slot: int, origin: int) -> None:
+    """``slot`` is reserved for a key of that origin."""
+    kind = order.head[KIND]
+    if kind == _S3FIFO:
+        s3fifo.expect(order, slot, origin)
+    elif kind == _ARC:
+        arc.expect(order, slot, origin)
+    elif kind == _LFU:
+        lfu.expect(order, slot)
+
+
+@inlined
+def abandon(order: Order, slot: int) -> None:
+    """``slot``, which was reserved, is free again."""
+    kind = order.head[KIND]
+    if kind == _S3FIFO:
+        s3fifo.leave(order, slot)
+    elif kind == _ARC:
+        arc.leave(order, slot)
+
+
+@inlined
+def admit(order: Order, slot: int) -> None:
+    """``slot`` holds a committed record and may be evicted from now on."""
+    kind = order.head[KIND]
+    if kind == _S3FIFO:
+        s3fifo.link(order, slot)
+    elif kind == _ARC:
+        arc.link(order, slot)
+    elif kind == _LFU:
+        lfu.link(order, slot)
+    else:
+        lru.link(order, slot)
+
+
+@inlined
+def pin(order: Order, slot: int) -> None:
+    """``slot`` gets its first pin."""
+    kind = order.head[KIND]
+    if kind == _LFU:
+        lfu.leave(order, slot)
+    elif kind != _S3FIFO:
+        unlink(order.cells, slot)
+
+
+@inlined
+def use(order: Order, slot: int) -> None:
+    """``slot``, which is pinned, was asked for again."""
+    kind = order.head[KIND]
+    if kind == _S3FIFO:
+        s3fifo.use(order, slot)
+    elif kind == _ARC:
+        arc.use(order, slot)
+    elif kind == _LFU:
+        lfu.use(order, slot)
+
+
+@inlined
+def unpin(order: Order, slot: int) -> None:
+    """``slot`` has lost its last pin."""
+    kind = order.head[KIND]
+    if kind == _S3FIFO:
+        s3fifo.unpin(order, slot)
+    else:
+        admit(order, slot)
+
+
+@inlined
+def forget(order: Order, slot: int) -> None:
+    """The record in ``slot`` is gone, and was not evicted. Its pins, if it has any, are still counted."""
+    kind = order.head[KIND]
+    if kind == _S3FIFO:
+        s3fifo.forget(order, slot)
+    elif kind == _LFU:
+        if order.cells[slot, PINS] == 0:
+            lfu.leave(order, slot)
+    else:
+        if order.cells[slot, PINS] == 0:
+            unlink(order.cells, slot)
+        if kind == _ARC:
+            arc.leave(order, slot)
+
+
 @njit(nogil=True, cache=True)
-def damage(order: Order, held: npt.NDArray[np.bool_]) -> int:
-    """First slot at which the state contradicts ``held`` ((capacity,) bool: slots the policy should hold), or -1."""
-    joint = order.shape[0] - 1
-    linked = np.zeros(joint, np.bool_)
-    at = joint
-    for _ in range(joint + 1):
-        after = int(order[at, _NEXT])
-        if after < 0 or after > joint or order[after, _PREV] != at:
-            return int(at)
-        at = after
-        if at == joint:
-            break
-        linked[at] = True
-    for slot in range(joint):
-        if linked[slot] != held[slot] or (order[slot, _PREV] == _UNLINKED) == held[slot]:
+def damage(order: Order) -> int:
+    """First slot at which the state contradicts the lines, or -1.
+
+    Each policy's ``damage`` marks the slots of its rings in ``linked``, and gives 0 or ``-1 - slot``.
+    """
+    cells, shorts, kind = order.cells, order.shorts, order.head[KIND]
+    linked = np.zeros(order.head[OWN - 1], np.uint8)
+    wrong: int
+    if kind == _S3FIFO:
+        wrong = s3fifo.damage(order, linked)
+    elif kind == _ARC:
+        wrong = arc.damage(order, linked)
+    elif kind == _LFU:
+        wrong = lfu.damage(order, linked)
+    else:
+        wrong = lru.damage(order, linked)
+    if wrong < 0:
+        return -1 - wrong
+    for slot in range(linked.size):
+        resident = shorts[slot, STATE] == RESIDENT
+        evictable = resident and cells[slot, PINS] == 0
+        may_be_linked = resident if kind == _S3FIFO else evictable  # there, pinned ones wait in their place
+        if (linked[slot] == 0 and evictable) or (linked[slot] == 1 and not may_be_linked):
             return slot
-    return -1
+    return -1 if is_whole(order.ghosts) else linked.size
 
 
-@njit(nogil=True, cache=True)
-def _link_newest(order: Order, slot: int) -> None:
-    joint = order.shape[0] - 1
-    newest = order[joint, _PREV]
-    order[slot, _PREV] = newest
-    order[slot, _NEXT] = joint
-    order[newest, _NEXT] = slot
-    order[joint, _PREV] = slot
-
-
-@njit(nogil=True, cache=True)
-def _unlink(order: Order, slot: int) -> None:
-    before, after = order[slot, _PREV], order[slot, _NEXT]
-    order[before, _NEXT] = after
-    order[after, _PREV] = before
-    order[slot, _PREV] = _UNLINKED
-    order[slot, _NEXT] = _UNLINKED
-
-
-@njit(nogil=True, cache=True)
-def _ranking(order: Order) -> npt.NDArray[np.int64]:
-    joint = order.shape[0] - 1
-    slots = np.empty(joint, np.int64)
-    count = 0
-    at = int(order[joint, _NEXT])
-    while at != joint and count < joint:
-        slots[count] = at
-        count += 1
-        at = int(order[at, _NEXT])
-    ranked: npt.NDArray[np.int64] = slots[:count].copy()
-    return ranked
+__all__ = ["ARC", "FRESH", "LFU", "LRU", "POLICIES", "S3FIFO", "Order", "Policy", "new_order"]

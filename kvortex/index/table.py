@@ -11,13 +11,15 @@ import numpy as np
 import numpy.typing as npt
 
 from kvortex.errors import ArgumentError, ConfigError, IndexStateError, PoolFullError, shown
-from kvortex.index import core
+from kvortex.index import _reads, core
 from kvortex.index._check import PROBLEMS, first_problem
+from kvortex.index._lines import DOOMED, FREE, PINS, RESERVED, RESIDENT, SIZE, STATE
+from kvortex.index.admission import MOST_OFFERS
 from kvortex.index.policies import POLICIES
 from kvortex.keys import KeysLike, as_keys
 
-MAX_CAPACITY = 1 << 30  # buckets hold slot + 1 as int32
-_STATES = {core.FREE: "free", core.RESERVED: "reserved", core.RESIDENT: "resident"}
+MAX_CAPACITY = 1 << 30  # lines are linked by int32
+_STATES = {FREE: "free", RESERVED: "reserved", RESIDENT: "resident", DOOMED: "dropped"}
 Once: TypeAlias = npt.NDArray[np.uint8]
 SlotsLike: TypeAlias = npt.NDArray[Any] | Sequence[int]
 
@@ -26,8 +28,9 @@ class Reservation(NamedTuple):
     """What :meth:`BlockIndex.reserve` found or made, one entry a key.
 
     ``slots`` is (n,) int64. ``status`` is (n,) uint8: ``NEW`` (the slot is yours to fill, then commit or abort),
-    ``RESIDENT`` (the bytes are there already), ``PENDING`` (another reservation is filling that slot). ``owners`` is
-    (n,) int64: the number that was given with the reservation which filled, or fills, the slot.
+    ``RESIDENT`` (the bytes are there already), ``PENDING`` (another reservation is filling that slot), ``DECLINED`` (the key
+    has not been offered often enough; the slot is -1). ``owners`` is (n,) int64: the number that was given with the
+    reservation which filled, or fills, the slot; your own where there is none.
     """
 
     slots: npt.NDArray[np.int64]
@@ -54,53 +57,62 @@ class BlockIndex:
     """Which key lies in which slot of a pool, who holds it, and what is evicted next.
 
     A slot is *free*, then *reserved* for one key while its bytes are being written, then *resident*: only now is the
-    key visible. A resident slot that is pinned is never evicted and never handed out. One batch counts as used from
-    its last key to its first, so the tail of a prefix is evicted before its head. A slot leaves the eviction order
-    with its first pin and comes back as the newest with its last release (again a batch's last slot first): while it
-    is pinned its place does not matter, and eviction stays O(1).
+    key visible. A resident slot that is pinned is never evicted and never handed out. What is evicted next is the policy's
+    choice (:mod:`kvortex.index.policies`), and one batch counts as used from its last key to its first, so the tail of a
+    prefix goes before its head. A key counts as used once each time that :meth:`acquire` or :meth:`reserve` finds it, and its
+    place among others is that of its last release.
 
     Parameters
     ----------
     capacity
         Slots in the pool, from 1 to 2**30.
     policy
-        Name of the eviction policy: ``"lru"``.
+        Name of the eviction policy: ``"lru"``, ``"s3fifo"``, ``"arc"`` or ``"lfu"``. Their classes in
+        :data:`kvortex.index.POLICIES` say what each does, and what memory it takes.
+    admit_after
+        A key that is nowhere gets a slot at the n-th time that :meth:`reserve` is asked for it, from 1 to 255; see
+        :mod:`kvortex.index.admission`.
     ready
         The first so many slots are there; None for all. :meth:`grow` adds others.
 
     Raises
     ------
     ConfigError
-        An unknown policy, or an impossible capacity.
+        An unknown policy, or an impossible number.
 
     Notes
     -----
     Threads: every method may be called from any thread, and each is atomic: it happens entirely before or after any
-    other. A call is one compiled function that runs without the GIL, under one lock. Arrays that are handed in must
-    not be written to by others during the call, and are not kept; arrays that are returned are new.
+    other. A call is one compiled function that runs without the GIL, under one lock; :meth:`lookup` and :meth:`match` take
+    that only where writers kept them from seeing one state of the table, so any number of them run at once. Arrays that are
+    handed in must not be written to by others during the call, and are not kept; arrays that are returned are new.
 
     Keys are an (n, 32) uint8 array or a sequence of 32-byte ``bytes``; slots are 1-d integers. Other things raise
-    ArgumentError. Memory: 66 bytes a slot (key 32, size 8, owner 8, order 8, pins 4, free stack 4, state 2) and 8 to
-    16 for the hash table, so 74 to 82.
+    ArgumentError. Memory: 100 bytes a slot (a line of 64, four buckets of 8, free stack 4), under S3-FIFO 29 more, under ARC
+    32, and 128 more where ``admit_after`` is above 1; and at most 66 KiB that do not depend on the capacity.
     """
 
-    def __init__(self, capacity: int, policy: str = "lru", *, ready: int | None = None) -> None:
-        if isinstance(capacity, bool) or not isinstance(capacity, (int, np.integer)) or not 1 <= capacity <= MAX_CAPACITY:
-            raise ConfigError(f"capacity = {shown(capacity)}: must be an integer from 1 to {MAX_CAPACITY}")
+    def __init__(self, capacity: int, policy: str = "lru", *, admit_after: int = 1, ready: int | None = None) -> None:
+        self.capacity = _integer("capacity", capacity, MAX_CAPACITY)
+        self.admit_after = _integer("admit_after", admit_after, MOST_OFFERS)
         if not isinstance(policy, str) or policy not in POLICIES:
             raise ConfigError(f"policy = {shown(policy)}: unknown; known are {', '.join(sorted(POLICIES))}")
-        self.capacity = int(capacity)
         self.policy = policy
         self.ready = self.capacity if ready is None else ready
-        self._table = core.new_table(self.capacity, POLICIES[policy], self.ready)
+        self._table = core.new_table(self.capacity, POLICIES[policy], self.ready, self.admit_after)
         # Re-entrant, because the garbage collector may run a finaliser that releases a pin in a thread that is just
         # taking the lock. The compiled call is all that the lock guards, and no Python runs inside that.
         self._lock = threading.RLock()
+        table = self._table
+        self._view = (table.sequence, table.buckets, table.words, table.shorts)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays of the index."""
-        return sum(array.nbytes for array in self._table)
+        table = self._table
+        own = (table.words, table.buckets, table.stack, table.counters, table.sequence, table.order.head)
+        ghosts = [array for each in (table.order.ghosts, table.offers) for array in (each.prints, each.buckets, each.head)]
+        return sum(array.nbytes for array in own) + sum(array.nbytes for array in ghosts)
 
     def grow(self, ready: int) -> None:
         """The first ``ready`` slots are there from now on, up to the capacity. Slots never go."""
@@ -112,15 +124,21 @@ class BlockIndex:
         """Which keys are resident, as (n,) bool. Changes nothing, not even the eviction order."""
         words = _words(keys)
         found = np.empty(len(words), np.bool_)
-        with self._lock:
-            core.lookup(self._table, words, found)
+        if not _reads.lookup(*self._view, words, found):
+            with self._lock:  # no writer is at work now
+                done = _reads.lookup(*self._view, words, found)
+            assert done
         return found
 
     def match(self, keys: KeysLike) -> int:
         """How many keys from the first on are resident without a gap. Changes nothing."""
         words = _words(keys)
-        with self._lock:
-            return int(core.match(self._table, words))
+        run = int(_reads.match(*self._view, words))
+        if run < 0:
+            with self._lock:
+                run = int(_reads.match(*self._view, words))
+            assert run >= 0
+        return run
 
     def reserve(
         self, keys: KeysLike, nbytes: int | npt.ArrayLike = 0, *, owner: int = 0, taken: npt.NDArray[np.int64] | None = None
@@ -129,7 +147,8 @@ class BlockIndex:
 
         A key that is nowhere gets a free slot, or that of the next evicted record, and stays invisible until
         :meth:`commit`. Exactly as many records are evicted as slots are missing, none of them a key of this batch.
-        Keys that are resident count as used, and get no pin.
+        Keys that are resident count as used, and get no pin. Keys that admission declines get no slot, and the offer is
+        remembered.
 
         Parameters
         ----------
@@ -262,12 +281,12 @@ class BlockIndex:
             seen = f"{asked.min()} to {asked.max()}"
             raise IndexStateError(f"size_of: slots must be from -1 to {self.capacity - 1}; seen: {seen}")
         with self._lock:
-            return np.where(asked < 0, 0, self._table.sizes[asked])
+            return np.where(asked < 0, 0, self._table.words[asked, SIZE])
 
     def counts(self) -> IndexCounts:
         """Slots by state, all from the same moment."""
         with self._lock:
-            free, reserved, pinned, evictions, absent = self._table.counters.tolist()
+            free, reserved, pinned, evictions, absent, _ = self._table.counters.tolist()
         there = self.capacity - absent
         return IndexCounts(there, free, reserved, there - free - reserved, pinned, evictions)
 
@@ -293,24 +312,30 @@ class BlockIndex:
         return bool(fault == core.OK)
 
     def _refuse(self, name: str, fault: int, place: int, slot: int) -> NoReturn:
-        state = _STATES[int(self._table.state[slot])] if fault == core.STATE else ""
+        state = _STATES[int(self._table.shorts[slot, STATE])] if fault == core.STATUS else ""
         if fault == core.RANGE:
             what = f"outside 0 to {self.capacity - 1}"
         elif fault == core.DUPLICATE:
             what = "twice in this batch"
         elif name == "release":
-            what = f"{state} with {int(self._table.pins[slot])} pins, fewer than are to be released"
+            what = f"{state} with {int(self._table.cells[slot, PINS])} pins, fewer than are to be released"
         else:
             what = f"{state}, not reserved"
         raise IndexStateError(f"{name}: slots[{place}] = {slot} is {what}; nothing was changed")
+
+
+def _integer(name: str, value: int, most: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 1 <= value <= most:
+        raise ConfigError(f"{name} = {shown(value)}: must be an integer from 1 to {most}")
+    return int(value)
 
 
 # Each distinct array type would be compiled again, so the compiled code is only ever handed writable, aligned,
 # contiguous arrays of one dtype; others are copied, which costs less than hashing them.
 
 
-def _words(keys: KeysLike) -> npt.NDArray[np.uint64]:
-    words = as_keys(keys).view(np.uint64)
+def _words(keys: KeysLike) -> npt.NDArray[np.int64]:
+    words = as_keys(keys).view(np.int64)
     return words if words.flags.writeable and words.flags.aligned else words.copy()
 
 
@@ -345,5 +370,7 @@ def load_compiled() -> None:
     index.commit(np.array([0]), once=once)
     index.abort(np.array([1]), once=np.zeros(1, np.uint8))
     index.lookup(keys)
+    index.match(keys)
+    index.drop(keys)
     held = index.acquire(keys, sizes, taken=np.full(2, -1))
     index.release(held[held >= 0], once=np.zeros(1, np.uint8))

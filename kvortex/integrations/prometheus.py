@@ -26,6 +26,7 @@ _COUNTERS = {
     "checked_blocks": "Keys asked for by check_blocks.",
     "hit_blocks": "Keys asked for by check_blocks that were there.",
     "missed_blocks": "Keys asked for by load_blocks that were not there.",
+    "declined_blocks": "Keys offered by save_blocks that were not stored, for want of offers.",
     "failed_blocks": "Blocks of transfers that the device failed.",
     "evictions": "Blocks that made room for others.",
 }

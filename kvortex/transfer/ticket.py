@@ -229,7 +229,8 @@ class Ticket:
     def mask(self) -> Mask:
         """(n,) bool, one for each key of the call. Of a load: whether the page holds the block. Of a save: whether the
         block was in the cache already when the call was made, or was brought there by a transfer that has ended; another
-        save may have evicted it since. Final once :meth:`done`; before, all False."""
+        save may have evicted it since. False without an :attr:`error` says that the block was not admitted, having been
+        offered less often than ``admit_after``. Final once :meth:`done`; before, all False."""
         if not self.done():
             return np.zeros(len(self._transfer.mask), bool)
         return self._transfer.mask.copy()

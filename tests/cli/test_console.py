@@ -67,6 +67,26 @@ def test_table_off_a_terminal_is_plain(screens: Screens) -> None:
     assert out.getvalue() == PLAIN + "empty\n"
 
 
+GRID = ("a title", ["name", "10", "2000"], [["[a]", "1.5%", "20%"], ["longer", "[/]", "3%"]])
+
+
+def test_columns_off_a_terminal(screens: Screens) -> None:
+    out, _ = screens(False)
+    console.grid(*GRID)
+    console.table("", [("a", "b")])
+    assert out.getvalue() == "a title\n  name      10  2000\n  [a]     1.5%   20%\n  longer   [/]    3%\n  a  b\n"
+
+
+def test_columns_on_a_terminal(screens: Screens) -> None:
+    pytest.importorskip("rich")
+    out, _ = screens(True)
+    console.grid(*GRID)
+    console.table("", [("a", "b")])
+    for word in ("a title", "2000", "[a]", "20%", "longer", "[/]"):
+        assert word in out.getvalue()
+    assert "━" in out.getvalue()
+
+
 def test_bar_on_a_terminal(screens: Screens) -> None:
     pytest.importorskip("rich")
     out, err = screens(True)

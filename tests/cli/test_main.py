@@ -21,7 +21,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"kvortex {kvortex.__version__}\n"
 
 
-@pytest.mark.parametrize("argv", [["-h"], ["demo", "-h"], ["replay", "--help"], ["doctor", "-h"]])
+@pytest.mark.parametrize("argv", [["-h"], ["demo", "-h"], ["replay", "--help"], ["record", "-h"], ["doctor", "-h"]])
 def test_help(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(argv) == 0
     out, err = capsys.readouterr()
@@ -34,7 +34,12 @@ def test_help(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         ([], "COMMAND"),
         (["dance"], "dance"),
         (["replay"], "TRACE.jsonl"),
-        (["replay", "t", "--blocks", "0"], "argument --blocks: '0' is no integer of at least 1"),
+        (["replay", "t", "--blocks", "0"], "argument --pool-blocks/--blocks: '0' is no integer of at least 1"),
+        (["replay", "t", "--pool-blocks", ""], "argument --pool-blocks/--blocks: '' is no integer of at least 1"),
+        (["replay", "t", "--pool-blocks", "9,0"], "argument --pool-blocks/--blocks: '0' is no integer of at least 1"),
+        (["replay", "t", "--pool-blocks", "9,,8"], "argument --pool-blocks/--blocks: '' is no integer of at least 1"),
+        (["replay", "t", "--pool-blocks", "9,8,9"], "argument --pool-blocks/--blocks: '9,8,9' names a number twice"),
+        (["record"], "TRACE.jsonl"),
         (["replay", "t", "--limit", "x"], "argument --limit: 'x' is no integer of at least 1"),
         (["replay", "t", "--record-bytes", "4 parsecs"], "argument --record-bytes: '4 parsecs' is no size"),
         (["demo", "--turns", "-1"], "argument --turns: '-1' is no integer"),

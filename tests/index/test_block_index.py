@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from kvortex.errors import ArgumentError, ConfigError, KVortexError, PoolFullError
-from kvortex.index import NEW, PENDING, RESIDENT, BlockIndex, IndexStateError
+from kvortex.index import DECLINED, NEW, PENDING, RESIDENT, BlockIndex, IndexStateError
+from kvortex.index._lines import DOOMED, MARK, NEXT, PINS, PREV, SIZE, STATE
 
 
 def keys(numbers: str | Iterable[int]) -> np.ndarray:
@@ -20,7 +21,8 @@ def keys(numbers: str | Iterable[int]) -> np.ndarray:
 
 
 def fill(index: BlockIndex, names: str) -> np.ndarray:
-    slots = index.reserve(keys(names)).slots
+    for _ in range(index.admit_after):  # the last offer is taken
+        slots = index.reserve(keys(names)).slots
     index.commit(slots)
     return slots
 
@@ -31,7 +33,12 @@ def resident(index: BlockIndex, names: str) -> str:
 
 
 def snapshot(index: BlockIndex) -> list[bytes]:
-    return [array.tobytes() for array in index._table]
+    return [array.tobytes() for array in arrays(index._table)]
+
+
+def arrays(table: object) -> list[np.ndarray]:
+    """Every array of a table, however deep."""
+    return [table] if isinstance(table, np.ndarray) else [array for part in table for array in arrays(part)]
 
 
 def refused(index: BlockIndex, error: type[KVortexError], match: str, call: Callable[[], object]) -> None:
@@ -49,9 +56,16 @@ def test_impossible_capacity_is_refused(capacity: object) -> None:
         BlockIndex(capacity)
 
 
-def test_unknown_policy_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match="'arc'.*lru"):
-        BlockIndex(4, policy="arc")
+@pytest.mark.parametrize("policy", ["mru", "LRU", "", None, ["lru"]])
+def test_unknown_policy_is_refused_by_name(policy: object) -> None:
+    with pytest.raises(ConfigError, match="policy = .*: unknown; known are arc, lfu, lru, s3fifo"):
+        BlockIndex(4, policy)
+
+
+@pytest.mark.parametrize("admit_after", [0, -1, 256, 1.0, True, None])
+def test_an_impossible_number_of_offers_is_refused(admit_after: object) -> None:
+    with pytest.raises(ConfigError, match="admit_after = .*: must be an integer from 1 to 255"):
+        BlockIndex(4, admit_after=admit_after)
 
 
 def test_a_fresh_pool_hands_out_slots_in_order() -> None:
@@ -363,18 +377,19 @@ def test_empty_batches_do_nothing() -> None:
     for call in (index.commit, index.abort, index.release):
         call([])
         call(np.empty(0, np.int32))
+    index._table.sequence[0] = 0  # readers may look again
     assert snapshot(index) == before
 
 
 def test_any_form_of_keys_and_slots_works_without_another_compilation() -> None:
-    from kvortex.index import core
+    from kvortex.index import _reads, core
 
     index = BlockIndex(8)
     plain = keys("abcd")
     slots = index.reserve(plain).slots
     index.commit(slots)
     index.lookup(plain)
-    compiled = len(core.lookup.signatures), len(core.commit.signatures)
+    compiled = len(_reads.lookup.signatures), len(core.commit.signatures)
     frozen = plain.copy()
     frozen.flags.writeable = False
     crooked = np.frombuffer(b"?" + plain.tobytes(), np.uint8)[1:].reshape(4, 32)
@@ -385,7 +400,7 @@ def test_any_form_of_keys_and_slots_works_without_another_compilation() -> None:
     new = index.reserve(keys("efgh")).slots
     index.commit(new[::2].astype(np.int32))
     index.commit(new[1::2].tolist())
-    assert (len(core.lookup.signatures), len(core.commit.signatures)) == compiled
+    assert (len(_reads.lookup.signatures), len(core.commit.signatures)) == compiled
     index.check()
 
 
@@ -404,28 +419,82 @@ def test_capacity_one() -> None:
     assert fill(index, "b").tolist() == [0]
 
 
-def test_nbytes_is_what_the_docstring_says() -> None:
-    for capacity in (1 << 10, (1 << 10) + 1):
-        assert 74 <= BlockIndex(capacity).nbytes / capacity < 83
+@pytest.mark.parametrize(
+    ("policy", "admit_after", "per_slot"),
+    [("lru", 1, 100), ("lfu", 1, 100), ("s3fifo", 1, 129), ("arc", 1, 132), ("lru", 2, 228), ("arc", 9, 260)],
+)
+def test_nbytes_is_what_the_docstring_says(policy: str, admit_after: int, per_slot: int) -> None:
+    for capacity in (1, 7, 1000, 50_000):
+        assert BlockIndex(capacity, policy, admit_after=admit_after).nbytes <= per_slot * capacity + (66 << 10)
+    large = BlockIndex(200_000, policy, admit_after=admit_after)
+    fixed = (66 << 10) if policy == "lfu" else 1 << 10
+    assert (per_slot - 1) * 200_000 < large.nbytes <= per_slot * 200_000 + fixed
+    memory = {(array.__array_interface__["data"][0], array.nbytes) for array in arrays(large._table)}
+    assert large.nbytes == sum(nbytes for _, nbytes in memory), "every array once"
+
+
+def test_large_tables_lie_on_huge_pages_and_lines_in_cache_lines() -> None:
+    for capacity in (3, 1000, 100_000):
+        table = BlockIndex(capacity)._table
+        assert table.words.ctypes.data % 64 == 0 and table.words.ctypes.data == table.cells.ctypes.data
+        assert capacity < 100_000 or table.words.ctypes.data % (2 << 20) == 0
+
+
+def test_what_is_not_admitted_is_told_and_gets_nothing() -> None:
+    index = BlockIndex(4, admit_after=3)
+    for _ in range(2):
+        taken = np.full(2, -1, np.int64)
+        slots, status, owners = index.reserve(keys("ab"), 5, owner=7, taken=taken)
+        assert status.tolist() == [DECLINED] * 2 and slots.tolist() == taken.tolist() == [-1, -1]
+        assert owners.tolist() == [7, 7] and index.counts().free == 4
+        index.check()
+    slots, status, _ = index.reserve(keys("ca"), 5)
+    assert status.tolist() == [DECLINED, NEW] and slots[0] == -1
+    assert index.reserve(keys("ab"), 5).status.tolist() == [PENDING, NEW]
+    index.commit(slots[1:])
+    assert index.reserve(keys("a"), 5).status.tolist() == [RESIDENT]
+    index.drop(keys("a"))
+    assert index.reserve(keys("a"), 5).status.tolist() == [DECLINED], "an admitted key is offered anew once it is gone"
+    index.check()
+
+
+def test_a_refused_batch_is_no_offer() -> None:
+    index = BlockIndex(2, admit_after=2)
+    index.reserve(keys("abcde"))
+    refused(index, PoolFullError, "3 slots asked for", lambda: index.reserve(keys("abcx")))
+    refused(index, ArgumentError, "same key", lambda: index.reserve(keys("xx")))
+    assert index.reserve(keys("xa")).status.tolist() == [DECLINED, NEW]
+    index.check()
+
+
+def test_four_offers_a_slot_are_remembered_and_the_tail_of_a_batch_goes_first() -> None:
+    index = BlockIndex(2, admit_after=2)
+    index.reserve(keys("abcdefgh"))
+    index.reserve(keys("x"))
+    assert index.reserve(keys("hg")).status.tolist() == [DECLINED, NEW]
+    index.check()
 
 
 @pytest.mark.parametrize(
     ("array", "place", "value"),
     [
-        ("keys", (0, 0), 99),
+        ("words", (0, 0), 99),
         ("buckets", slice(None), 0),
         ("buckets", slice(None), 3),
-        ("state", 0, 0),
-        ("state", 2, 7),
-        ("doomed", 0, 1),
-        ("pins", 0, 1),
-        ("pins", 0, -1),
-        ("sizes", 3, 5),
+        ("buckets", slice(None), 1 << 32 | 1),
+        ("shorts", (0, STATE), 0),
+        ("shorts", (0, STATE), DOOMED),
+        ("shorts", (2, STATE), 7),
+        ("shorts", (2, STATE), DOOMED),
+        ("cells", (0, PINS), 1),
+        ("cells", (0, PINS), -1),
+        ("words", (3, SIZE), 5),
+        ("words", (0, SIZE), -5),
         ("stack", 0, 0),
         ("stack", 0, 100),
-        ("order", (0, 0), -1),
-        ("order", (1, 1), 1),
-        ("order", (4, 1), 4),
+        ("cells", (0, PREV), -1),
+        ("cells", (1, NEXT), 1),
+        ("cells", (4, NEXT), 4),
         ("counters", 0, 3),
         ("counters", 1, 1),
         ("counters", 2, 1),
@@ -436,5 +505,42 @@ def test_check_sees_damage(array: str, place: object, value: int) -> None:
     fill(index, "ab")
     index.check()
     getattr(index._table, array)[place] = value
+    with pytest.raises(IndexStateError, match="damaged"):
+        index.check()
+
+
+@pytest.mark.parametrize(
+    ("policy", "part", "array", "place", "value"),
+    [
+        ("arc", "order", "head", 3, 0),
+        ("arc", "order", "head", 5, 11),
+        ("arc", "order", "shorts", (7, MARK), 1),
+        ("s3fifo", "order", "head", 3, 0),
+        ("s3fifo", "order", "shorts", (7, MARK), 4),
+        ("s3fifo", "order", "shorts", (7, MARK), 8),
+        ("lfu", "order", "head", 3, 0),
+        ("lfu", "order", "shorts", (7, MARK), 2),
+        ("arc", "ghosts", "head", 0, 99),
+        ("arc", "ghosts", "head", 2, 0),
+        ("arc", "ghosts", "buckets", slice(None), 0),
+        ("arc", "ghosts", "prints", (0, 0), 5),
+        ("arc", "ghosts", "links", (0, 3), 77),
+        ("s3fifo", "ghosts", "head", 2, 0),
+        ("lru", "offers", "head", 2, 0),
+        ("lru", "offers", "prints", (slice(0, 12), 0), 5),
+    ],
+)
+def test_check_sees_damage_of_a_policy(policy: str, part: str, array: str, place: object, value: int) -> None:
+    index = BlockIndex(10, policy, admit_after=2 if part == "offers" else 1)
+    for name in range(8):
+        fill(index, [chr(97 + name)])
+    index.release(index.acquire(keys("abc")))
+    fill(index, "ijkl")
+    index.reserve(keys("#"))
+    index.check()
+    order = index._table.order
+    target = {"order": order, "ghosts": order.ghosts, "offers": index._table.offers}[part]
+    assert not np.array_equal(getattr(target, array)[place], value), "planted"
+    getattr(target, array)[place] = value
     with pytest.raises(IndexStateError, match="damaged"):
         index.check()

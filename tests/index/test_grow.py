@@ -8,7 +8,8 @@ import pytest
 from kvortex import PoolFullError
 from kvortex.index import BlockIndex
 from kvortex.index._check import first_problem
-from kvortex.index.core import N_ABSENT, RESERVED
+from kvortex.index._lines import RESERVED, STATE
+from kvortex.index.core import N_ABSENT
 from tests.pages import keys_of
 
 
@@ -56,7 +57,7 @@ def test_damage_is_seen(counter: int, problem: int) -> None:
 
 def test_a_state_on_a_slot_that_is_not_there() -> None:
     index = BlockIndex(10, ready=5)
-    index._table.state[8] = RESERVED
+    index._table.shorts[8, STATE] = RESERVED
     assert first_problem(index._table) == (2, 8)
 
 

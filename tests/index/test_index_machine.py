@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from kvortex.errors import ArgumentError, PoolFullError
-from kvortex.index import LRU, NEW, PENDING, RESIDENT, BlockIndex, IndexStateError
+from kvortex.index import DECLINED, NEW, PENDING, POLICIES, RESIDENT, BlockIndex, IndexStateError
 from tests.naive import NaiveIndex, Record
 
 KEYS = np.random.default_rng(0).integers(0, 256, (12, 32), dtype=np.uint8)
-NAMES = {NEW: "new", PENDING: "pending", RESIDENT: "resident"}
+NAMES = {NEW: "new", PENDING: "pending", RESIDENT: "resident", DECLINED: "declined"}
 batches = st.lists(st.integers(0, len(KEYS) - 1), max_size=6)
 sets = st.lists(st.integers(0, len(KEYS) - 1), max_size=6, unique=True)
 
@@ -23,9 +23,12 @@ sets = st.lists(st.integers(0, len(KEYS) - 1), max_size=6, unique=True)
 class IndexMachine(RuleBasedStateMachine):
     """``slot_of`` ties the model's records to the real slots; ``held`` has one entry for each pin."""
 
-    @initialize(capacity=st.integers(1, 7))
-    def start(self, capacity: int) -> None:
-        self.index, self.naive = BlockIndex(capacity), NaiveIndex(capacity)
+    policy = "lru"
+
+    @initialize(capacity=st.integers(1, 7), admit_after=st.sampled_from([1, 1, 2, 3]))
+    def start(self, capacity: int, admit_after: int) -> None:
+        self.index = BlockIndex(capacity, self.policy, admit_after=admit_after)
+        self.naive = NaiveIndex(capacity, self.policy, admit_after)
         self.slot_of: dict[Record, int] = {}
         self.held: list[Record] = []
 
@@ -46,6 +49,9 @@ class IndexMachine(RuleBasedStateMachine):
         slots, status, _ = self.index.reserve(KEYS[names], nbytes)
         assert [NAMES[each] for each in status.tolist()] == list(expected.values())
         for name, slot in zip(names, slots.tolist(), strict=True):
+            if expected[name] == "declined":
+                assert slot == -1
+                continue
             if expected[name] == "new":
                 self.slot_of[self.naive.named[name]] = slot
             assert self.slot_of[self.naive.named[name]] == slot
@@ -101,7 +107,8 @@ class IndexMachine(RuleBasedStateMachine):
         index, naive = self.index, self.naive
         index.check()
         assert index.lookup(KEYS).tolist() == [naive.resident(name) is not None for name in range(len(KEYS))]
-        assert LRU.ranking(index._table.order).tolist() == self.slots(list(naive.lru))
+        queues = [queue for queue in POLICIES[self.policy].queues(index._table.order) if queue]
+        assert queues == [self.slots(queue) for queue in naive.policy.queues() if queue]
         live = [*naive.named.values(), *naive.doomed]
         assert len(set(self.slots(live))) == len(live)
         assert index.size_of(self.slots(live)).tolist() == [record.nbytes for record in live]
@@ -118,5 +125,20 @@ class IndexMachine(RuleBasedStateMachine):
             self.index.check()
 
 
-TestIndexMachine = IndexMachine.TestCase
-TestIndexMachine.settings = settings(max_examples=50, stateful_step_count=30, deadline=None)
+class S3FIFOMachine(IndexMachine):
+    policy = "s3fifo"
+
+
+class ARCMachine(IndexMachine):
+    policy = "arc"
+
+
+class LFUMachine(IndexMachine):
+    policy = "lfu"
+
+
+TestIndexMachine, TestS3FIFO = IndexMachine.TestCase, S3FIFOMachine.TestCase
+TestARC, TestLFU = ARCMachine.TestCase, LFUMachine.TestCase
+for case in (TestIndexMachine, TestS3FIFO, TestARC, TestLFU):
+    case.settings = settings(max_examples=50, stateful_step_count=30, deadline=None)
+del case

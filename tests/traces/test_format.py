@@ -6,12 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from kvortex.cli import main
-from kvortex.cli.trace import read_trace, tokens_of
 from kvortex.errors import ArgumentError
+from kvortex.traces.format import Trace, read_trace
 
 GOOD = {"timestamp": 3, "input_length": 1025, "output_length": 7, "hash_ids": [4, 5, 9]}
 
@@ -24,8 +23,25 @@ def test_full_blocks_only(tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
     lengths = [(1025, [4, 5, 9]), (1024, [4, 5]), (1023, [4, 5]), (511, [4]), (0, []), (1025, [4, 5])]
     path.write_text("\n\n".join(line(input_length=length, hash_ids=ids, more="?") for length, ids in lengths) + "\n")
-    assert read_trace(path) == [[4, 5], [4, 5], [4], [], [], [4, 5]]
-    assert read_trace(path, limit=2) == [[4, 5], [4, 5]]
+    trace = read_trace(path)
+    assert trace.requests() == [[4, 5], [4, 5], [4], [], [], [4, 5]] and trace.starts.tolist() == [0, 2, 4, 5, 5, 5, 7]
+    assert (len(trace), trace.distinct, trace.longest, trace.block_tokens, trace.dropped) == (6, 2, 2, 512, 0)
+    assert [trace.within(blocks) for blocks in (1, 2, 9)] == [4, 7, 7]
+    assert read_trace(path, limit=2).requests() == [[4, 5], [4, 5]]
+
+
+def test_blocks_of_another_size_and_calls_that_are_missing(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    lines = [line(block_size=16, input_length=48), line(block_size=16, input_length=47, dropped=3), line(block_size=16)]
+    path.write_text("\n".join(lines[:2]))
+    trace = read_trace(path)
+    assert trace.requests() == [[4, 5, 9], [4, 5]] and trace.block_tokens == 16 and trace.dropped == 3
+    path.write_text("\n".join([lines[0], line()]))
+    with pytest.raises(ArgumentError, match="line 2: blocks of 512 tokens, and of 16 before it; play them apart"):
+        read_trace(path)
+    path.write_text(lines[2])
+    with pytest.raises(ArgumentError, match="hash_ids has 3 ids, and input_length = 1025 needs 65, one for each 16 tokens"):
+        read_trace(path)
 
 
 BAD = [
@@ -47,6 +63,10 @@ BAD = [
     (line(hash_ids=[4, 5, "x" * 99]), 'seen: "' + "x" * 36 + "..."),
     (line(input_length=10**4000), "input_length = 1" + "0" * 36 + "... needs "),
     (line(hash_ids=[4]), "hash_ids has 1 ids, and input_length = 1025 needs 3, one for each 512 tokens"),
+    (line(hash_ids=[4, 9, 4]), "hash_ids[0] and hash_ids[2] are both 4; an id names a block and all that is before it"),
+    (line(block_size=0), "block_size must be at least 1; seen: 0"),
+    (line(block_size="16"), 'block_size must be an integer of at least 0; seen: "16"'),
+    (line(dropped=-1), "dropped must be an integer of at least 0; seen: -1"),
     (line(hash_ids=[4, 5, 6, 7]), "hash_ids has 4 ids, and input_length = 1025 needs 3, one for each 512 tokens"),
 ]
 
@@ -64,15 +84,16 @@ def test_bad_lines(text: str, message: str, tmp_path: Path, capsys: pytest.Captu
 
 def test_files_that_are_no_traces(tmp_path: Path) -> None:
     (tmp_path / "empty").write_text("\n \n")
-    for name, message in (("empty", "no requests in it"), ("absent", "No such file"), (".", "Is a directory")):
+    for name, message in (("empty", "no requests"), ("absent", "No such file"), (".", "Is a directory"), ("\0", "null byte")):
         with pytest.raises(ArgumentError, match=message):
             read_trace(tmp_path / name)
 
 
-def test_tokens_tell_ids_apart() -> None:
-    ids = [0, 1, 2**32, 2**32 + 1, 2**64 - 1, 1]
-    tokens = tokens_of(ids)
-    assert tokens.shape == (6 * 512,) and tokens.dtype == np.uint32
-    rows = tokens.reshape(6, 512)
-    assert len({row.tobytes() for row in rows}) == 5 and np.array_equal(rows[1], rows[5])
-    assert tokens_of([]).shape == (0,)
+def test_keys_tell_ids_apart() -> None:
+    requests = [[0, 1, 2**32], [2**32 + 1, 2**64 - 1, 1], []]
+    trace = Trace.of(requests)
+    assert trace.keys.shape == (6, 32) and trace.requests() == requests and trace.distinct == 5
+    assert len({key.tobytes() for key in trace.keys}) == 5 and trace.keys[1].tobytes() == trace.keys[5].tobytes()
+    assert trace.numbers.tolist() == [0, 1, 2, 3, 4, 1]
+    empty = Trace.of([[], []])
+    assert empty.keys.shape == (0, 32) and empty.distinct == 0 and empty.requests() == [[], []] and empty.longest == 0

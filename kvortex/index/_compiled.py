@@ -1,0 +1,36 @@
+"""How the index's functions are compiled: without the GIL, cached on disk, and without counting references to arrays.
+
+Numba counts a reference whenever an array, or a tuple with arrays in it, is handed to a function or taken out of a tuple; by
+an atomic instruction each time, in loops over keys. Those counts were half of a look-up and more of an eviction. The arrays
+of an index outlive every call, so nothing needs counting; what has to make an array of its own is compiled by plain ``njit``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from numba import njit
+
+_F = TypeVar("_F", bound=Callable[..., object])
+
+
+def compiled(function: _F) -> _F:
+    """A compiled function that makes no arrays."""
+    return _njit(function, {})
+
+
+def inlined(function: _F) -> _F:
+    """Likewise, for what is called once a key with a tuple of arrays: it becomes part of its caller.
+
+    Otherwise all pointers, shapes and strides of the tuple are copied for each call, a hundred words and more.
+    """
+    return _njit(function, {"forceinline": True})
+
+
+def _njit(function: _F, options: dict[str, bool]) -> _F:
+    try:
+        made: _F = njit(nogil=True, cache=True, _nrt=False, **options)(function)
+    except KeyError:  # a Numba that does not know an option that has no name in its manual: slower, and otherwise the same
+        made = njit(nogil=True, cache=True)(function)
+    return made

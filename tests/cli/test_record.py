@@ -1,0 +1,124 @@
+"""``kvortex record``: a program runs as it would, and replays of what was recorded have its hits."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvortex.cli import main
+from kvortex.traces.format import read_trace
+from tests.cli.screen import rows
+from tests.conversations import conversations, write
+from tests.naive import replay_lru
+
+ROOT = Path(__file__).resolve().parents[2]
+KVORTEX = [sys.executable, "-m", "kvortex"]
+
+
+@pytest.fixture(autouse=True)
+def in_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def test_a_demo_that_was_recorded_is_replayed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    trace = str(tmp_path / "demo.jsonl")
+    demo = ["demo", "--device", "host", "--turns", "5", "--conversations", "4", "--pool-blocks", "200"]
+    assert main(["record", trace, "--", *KVORTEX, *demo]) == 0
+    out, _ = capfd.readouterr()
+    played, recorded = (rows(part) for part in out.split(f"recorded in {os.path.relpath(trace)}\n"))
+    assert recorded["requests"] == "20" and played["turns"].startswith("20 of 20")
+    assert recorded["block references"] == f"{played['blocks checked']} to blocks of 16 tokens"
+    assert int(played["blocks evicted"]) > 0 < int(played["blocks hit"])
+    hits = replay_lru(read_trace(trace).requests(), 200)
+    for options in (["--no-data"], ["--device", "host", "--record-bytes", "1KiB"]):
+        assert main(["replay", trace, "--pool-blocks", "200", "--json", "-", *options]) == 0
+        report = json.loads(capfd.readouterr().out)
+        assert report["hits"] == hits and report["prefix_hits"] == int(played["blocks hit"])
+        assert report["block_references"] == int(played["blocks checked"])
+        assert report["evictions"] == int(played["blocks evicted"])
+    assert [path.name for path in tmp_path.iterdir()] == ["demo.jsonl"]  # the engine that warms up is in no trace
+
+
+def test_a_replay_that_is_recorded_is_the_same_trace(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    requests = conversations(50)
+    trace, copy = write(tmp_path / "t", requests), str(tmp_path / "copy.jsonl")
+    replay = ["replay", trace, "--pool-blocks", "20,30", "--device", "host", "--record-bytes", "1KiB"]
+    assert main(["record", copy, *KVORTEX, *replay]) == 0  # -- may be left out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy-2.jsonl", "copy.jsonl", "t"]
+    numbers: dict[int, int] = {}
+    for blocks, path in ((20, copy), (30, str(tmp_path / "copy-2.jsonl"))):
+        numbers.clear()
+        renamed = [[numbers.setdefault(one, len(numbers)) for one in ids[:blocks]] for ids in requests]
+        assert read_trace(path).requests() == renamed and read_trace(path).block_tokens == 512
+    assert "recorded in" in capfd.readouterr().out
+
+
+REFUSED: list[tuple[list[str], str]] = [
+    (["t.jsonl"], "record needs a program to run"),
+    (["t.jsonl", "--"], "record needs a program to run"),
+    (["", "--", "true"], "'': names no file"),
+    (["there", "--", "true"], "'there': is there already, and no trace is written over it"),
+    (["no/folder/t", "--", "true"], "no/folder/t: no file can be written there"),
+    (["t.jsonl", "--", "no-such-program"], "no-such-program: No such file or directory"),
+    (["t.jsonl", "--", "true"], "true: made no engine of kvortex, so there is no trace"),
+    (["t.jsonl", "--", "a\0b"], "null"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED, ids=[message[:20] for _, message in REFUSED])
+def test_what_cannot_be_recorded(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").write_text("x")
+    assert main(["record", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.startswith("kvortex: ") and message in err and err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+@pytest.mark.parametrize(("code", "status"), [("exit 7", 7), ("kill -TERM $$", 143)])
+def test_it_exits_as_the_program_does(code: str, status: int, tmp_path: Path) -> None:
+    assert main(["record", str(tmp_path / "t"), "--", "sh", "-c", code]) == status
+
+
+def test_an_engine_that_was_asked_for_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    code = "from tests.pages import *; from kvortex.devices import HostDevice; PagedCache.plain(HostDevice()).engine()"
+    assert main(["record", str(tmp_path / "t"), "--", sys.executable, "-c", code]) == 0
+    assert "no requests" in rows(capfd.readouterr().out)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_program_and_the_trace_is_whole(number: signal.Signals, tmp_path: Path) -> None:
+    code = """
+import signal, sys, time
+from tests.pages import PagedCache, keys_of
+from kvortex.devices import HostDevice
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(5))
+engine = PagedCache.plain(HostDevice()).engine()
+for at in range(10**6):
+    engine.check_blocks(keys_of(at))
+    if at == 100: print("ready", flush=True)
+    time.sleep(1e-4)
+"""
+    command = [*KVORTEX, "record", str(tmp_path / "t"), "--", sys.executable, "-c", code]
+    child: Any = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True)
+    assert child.stdout.readline() == "ready\n"
+    time.sleep(0.05)
+    if number == signal.SIGINT:  # as a terminal does: to all
+        os.killpg(child.pid, number)
+    else:
+        child.send_signal(number)
+    out, _ = child.communicate(timeout=60)
+    assert child.returncode == (130 if number == signal.SIGINT else 5)
+    requests = read_trace(tmp_path / "t").requests()
+    assert requests == [[at] for at in range(len(requests))] and len(requests) > 100
+    assert rows(out)["requests"] == str(len(requests))
