@@ -11,13 +11,14 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from numba import njit
+from numba.core.options import DefaultOptions
 
 _F = TypeVar("_F", bound=Callable[..., object])
 
 
 def compiled(function: _F) -> _F:
     """A compiled function that makes no arrays."""
-    return _njit(function, {})
+    return _njit(function, {"_nrt": False})
 
 
 def inlined(function: _F) -> _F:
@@ -25,12 +26,11 @@ def inlined(function: _F) -> _F:
 
     Otherwise all pointers, shapes and strides of the tuple are copied for each call, a hundred words and more.
     """
-    return _njit(function, {"forceinline": True})
+    return _njit(function, {"_nrt": False, "forceinline": True})
 
 
 def _njit(function: _F, options: dict[str, bool]) -> _F:
-    try:
-        made: _F = njit(nogil=True, cache=True, _nrt=False, **options)(function)
-    except KeyError:  # a Numba that does not know an option that has no name in its manual: slower, and otherwise the same
-        made = njit(nogil=True, cache=True)(function)
+    # Neither option is in Numba's manual. Without them all is slower, and otherwise the same.
+    known = {name: value for name, value in options.items() if hasattr(DefaultOptions, name)}
+    made: _F = njit(nogil=True, cache=True, **known)(function)
     return made
