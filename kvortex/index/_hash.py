@@ -31,7 +31,8 @@ _TAG_SHIFT = PRINT_BITS - _TAG_BITS
 ROW_MASK = (1 << ROW_BITS) - 1
 
 Buckets = npt.NDArray[np.int64]
-Words1 = npt.NDArray[np.int64]
+Numbers = npt.NDArray[np.int64]
+Rows = npt.NDArray[np.int32]
 
 
 def new_buckets(count: int) -> Buckets:
@@ -98,7 +99,7 @@ GROUP = 32  # keys whose cache lines are on their way at once
 
 
 @compiled
-def find_group(buckets: Buckets, lines: Words, keys: Words, row: int, prints: Words1, slots: Words1, at: int) -> int:
+def find_group(buckets: Buckets, lines: Words, keys: Words, row: int, prints: Numbers, slots: Numbers, at: int) -> int:
     """:func:`find` for up to ``GROUP`` keys from ``keys[row]`` on; how many.
 
     Fingerprints and lines (or -1) go to ``prints`` and ``slots`` from ``at`` on. All buckets are on their way before the first
@@ -202,3 +203,31 @@ def remove(buckets: Buckets, tag: int, row: int) -> None:
 def _distance(start: int, at: int, count: int) -> int:
     """Steps from one bucket on to another."""
     return at - start if at >= start else at - start + count
+
+
+def scratch(keys: int) -> tuple[Numbers, Rows]:
+    """Fingerprints of so many keys, and a table to look for repeated ones in, with a power of two of rows."""
+    return np.empty(keys, np.int64), np.zeros(max(4, 1 << (2 * keys - 1).bit_length()), np.int32)
+
+
+@compiled
+def repeated(keys: Words, prints: Numbers, rows: Rows) -> tuple[int, int]:
+    """Two rows that are the same key, or (-1, -1); O(n) by ``rows``, a table of row + 1 that is all 0."""
+    size = rows.size
+    for i in range(keys.shape[0]):
+        at = prints[i] & (size - 1)
+        while rows[at] != 0:
+            row = int(rows[at]) - 1
+            if same(keys, row, keys, i):
+                return row, i
+            at = (at + 1) & (size - 1)
+        rows[at] = i + 1
+    return -1, -1
+
+
+@compiled
+def find_all(buckets: Buckets, lines: Words, keys: Words, prints: Numbers, slots: Numbers) -> None:
+    """Fill the fingerprints of all keys, and their slots or -1."""
+    row = 0
+    while row < keys.shape[0]:
+        row += find_group(buckets, lines, keys, row, prints, slots, row)

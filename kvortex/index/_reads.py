@@ -19,7 +19,7 @@ from kvortex.index._compiled import compiled
 from kvortex.index._hash import GROUP, Buckets, find_group
 from kvortex.index._lines import RESIDENT, STATE, Shorts, Words
 
-ATTEMPTS = 4
+ATTEMPTS = 3
 Sequence = npt.NDArray[np.int64]
 Scratch = npt.NDArray[np.int64]
 Found = npt.NDArray[np.bool_]

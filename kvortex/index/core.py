@@ -15,13 +15,12 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from kvortex.index import admission, policies
 from kvortex.index._atomics import prefetch, store
 from kvortex.index._compiled import compiled, inlined
 from kvortex.index._ghosts import Ghosts
-from kvortex.index._hash import Buckets, find, find_group, fingerprint, home, insert, new_buckets, remove, same, tag_of
+from kvortex.index._hash import Buckets, find, find_all, fingerprint, home, insert, new_buckets, remove, repeated, tag_of
 from kvortex.index._lines import (
     CLAIMED,
     DOOMED,
@@ -86,48 +85,22 @@ def new_table(capacity: int, policy: type[policies.Policy], ready: int, admit_af
 
 
 @compiled
-def repeated(keys: Words, prints: Slots, rows: Stack) -> tuple[int, int]:
-    """Two rows that are the same key, or (-1, -1); O(n) by ``rows``, a table of row + 1 that is all 0."""
-    size = rows.size
-    for i in range(keys.shape[0]):
-        at = prints[i] & (size - 1)
-        while rows[at] != 0:
-            row = int(rows[at]) - 1
-            if same(keys, row, keys, i):
-                return row, i
-            at = (at + 1) & (size - 1)
-        rows[at] = i + 1
-    return -1, -1
-
-
-@njit(nogil=True, cache=True)
 def reserve(
-    t: Table, keys: Words, lengths: Slots, owner: int, slots: Slots, status: Flags, owners: Slots, taken: Slots
-) -> tuple[int, int, int]:
-    """Fill ``slots``, ``status``, ``owners`` and, where status is NEW, ``taken``.
-
-    (OK, 0, 0), (DUPLICATE, row, row), (LENGTH, row, bytes there) or (FULL, slots asked for, slots evictable).
-    """
-    size = 4
-    while size < 2 * slots.size:
-        size *= 2
-    prints, rows = np.empty(slots.size, np.int64), np.zeros(size, np.int32)
-    return _reserve(t, keys, prints, rows, lengths, owner, slots, status, owners, taken)  # type: ignore[no-any-return]
-
-
-@compiled
-def _reserve(
     t: Table,
     keys: Words,
-    prints: Slots,
-    rows: Stack,
     lengths: Slots,
     owner: int,
+    prints: Slots,
+    rows: Stack,
     slots: Slots,
     status: Flags,
     owners: Slots,
     taken: Slots,
 ) -> tuple[int, int, int]:
+    """Fill ``slots``, ``status``, ``owners`` and, where status is NEW, ``taken``; ``prints`` and ``rows`` are :func:`scratch`.
+
+    (OK, 0, 0), (DUPLICATE, row, row), (LENGTH, row, bytes there) or (FULL, slots asked for, slots evictable).
+    """
     words, cells, shorts, buckets, counters = t.words, t.cells, t.shorts, t.buckets, t.counters
     offers, admit_after = t.offers, t.counters[ADMIT_AFTER]
     n = keys.shape[0]
@@ -165,14 +138,6 @@ def _reserve(
     _release_used(t.order, slots, status)
     counters[N_RESERVED] += new
     return OK, 0, 0
-
-
-@compiled
-def find_all(buckets: Buckets, words: Words, keys: Words, prints: Slots, slots: Slots) -> None:
-    """Fill the fingerprints of all keys, and their slots or -1."""
-    row = 0
-    while row < keys.shape[0]:
-        row += find_group(buckets, words, keys, row, prints, slots, row)
 
 
 @compiled
@@ -336,14 +301,9 @@ def abort(t: Table, slots: Slots, once: Flags) -> tuple[int, int]:
     return OK, 0
 
 
-@njit(nogil=True, cache=True)
-def acquire(t: Table, keys: Words, lengths: Slots, slots: Slots) -> tuple[int, int, int]:
-    """Fill ``slots``, and pin them; (OK, 0, 0), or (LENGTH, row, bytes there) with every slot -1."""
-    return _acquire(t, keys, np.empty(slots.size, np.int64), lengths, slots)  # type: ignore[no-any-return]
-
-
 @compiled
-def _acquire(t: Table, keys: Words, prints: Slots, lengths: Slots, slots: Slots) -> tuple[int, int, int]:
+def acquire(t: Table, keys: Words, lengths: Slots, prints: Slots, slots: Slots) -> tuple[int, int, int]:
+    """Fill ``slots``, and pin them; (OK, 0, 0), or (LENGTH, row, bytes there) with every slot -1."""
     words, cells, shorts, order = t.words, t.cells, t.shorts, t.order
     find_all(t.buckets, words, keys, prints, slots)
     for i in range(keys.shape[0]):

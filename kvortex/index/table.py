@@ -13,6 +13,7 @@ import numpy.typing as npt
 from kvortex.errors import ArgumentError, ConfigError, IndexStateError, PoolFullError, shown
 from kvortex.index import _reads, core
 from kvortex.index._check import PROBLEMS, first_problem
+from kvortex.index._hash import scratch
 from kvortex.index._lines import DOOMED, FREE, PINS, RESERVED, RESIDENT, SIZE, STATE
 from kvortex.index.admission import MOST_OFFERS
 from kvortex.index.policies import POLICIES
@@ -175,8 +176,9 @@ class BlockIndex:
         n = len(words)
         made = Reservation(np.empty(n, np.int64), np.empty(n, np.uint8), np.empty(n, np.int64))
         mine = np.empty(n, np.int64) if taken is None else taken
+        prints, rows = scratch(n)
         with self._lock:
-            fault, a, b = core.reserve(self._table, words, sizes, owner, *made, mine)
+            fault, a, b = core.reserve(self._table, words, sizes, owner, prints, rows, *made, mine)
             counts = self.counts() if fault == core.FULL else None
         if counts is not None:
             raise PoolFullError(
@@ -238,8 +240,9 @@ class BlockIndex:
         words = _words(keys)
         sizes = np.full(len(words), core.ANY_LENGTH) if nbytes is None else _sizes(nbytes, len(words))
         slots = np.full(len(words), -1, np.int64) if taken is None else taken
+        prints = np.empty(len(words), np.int64)
         with self._lock:
-            fault, at, there = core.acquire(self._table, words, sizes, slots)
+            fault, at, there = core.acquire(self._table, words, sizes, prints, slots)
         if fault == core.LENGTH:
             raise ArgumentError(f"keys[{at}] has a record of {there} bytes, not of {sizes[at]}")
         return slots

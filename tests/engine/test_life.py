@@ -203,11 +203,11 @@ def test_nothing_is_compiled_in_the_middle_of_a_call() -> None:
     """In a process of its own, since here everything has been called before."""
     code = """
         from numba.core.dispatcher import Dispatcher
-        from kvortex.index import core
+        from kvortex.index import _reads, core
         from kvortex.transfer import copies
 
         def loaded():
-            rooms = {**vars(core), **vars(copies)}
+            rooms = {f"{room}.{name}": f for room in (core, _reads, copies) for name, f in vars(room).items()}
             return {name: len(f.signatures) for name, f in rooms.items() if isinstance(f, Dispatcher)}
 
         gate.set()

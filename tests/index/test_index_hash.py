@@ -78,3 +78,24 @@ def test_keys_of_one_hash_are_told_apart() -> None:
     tag = tag_of(fingerprint(rows, other))
     buckets[home(tag, buckets.size)] = tag << 32 | buckets[at] & (1 << 32) - 1
     assert index.lookup(rows[[0, other]].view(np.uint8)).tolist() == [True, False]
+
+
+def test_keys_that_share_all_of_the_hash_in_their_buckets() -> None:
+    """Of so many random keys a few pairs agree in 31 bits: the search goes on behind the first of such a pair."""
+    rng = np.random.default_rng(3)
+    rows = rng.integers(-(2**63), 2**63, (300_000, 4), dtype=np.int64)
+    tags = np.array([tag_of(fingerprint(rows, row)) for row in range(len(rows))])
+    order = np.argsort(tags, kind="stable")
+    firsts = np.flatnonzero(np.diff(tags[order]) == 0)
+    pairs = np.stack([order[firsts], order[firsts + 1]], 1)
+    assert len(pairs) > 5
+    for a, b in pairs.tolist():
+        index, two = BlockIndex(4), rows[[a, b]].view(np.uint8)
+        slots = index.reserve(two).slots
+        index.commit(slots)
+        assert index.lookup(two).all() and index.match(two) == 2 and index.acquire(two).tolist() == slots.tolist()
+        index.release(slots)
+        assert (index.reserve(two).slots == slots).all()
+        index.check()
+        assert index.drop(two[:1]) == 1 and index.lookup(two).tolist() == [False, True]
+        index.check()
