@@ -19,6 +19,7 @@ ENV_PREFIX = "KVORTEX_"
 ENV_NOT_OPTIONS = frozenset({"KVORTEX_CACHE_DIR"})  # read by kvortex.kernels.cache, not an option of the engine
 _MOST = 2**63 - 1  # what NumPy, compiled code and the driver count with
 _ROUTES = ("auto", "staged", "resident", "strided", "batched", "mapped")
+_KEY_SCHEMES = ("kvortex", "vllm", "vllm-0.29", "vllm-0.20", "vllm-0.17", "vllm-0.15")
 _CALIBRATE = ("never", "stored", "once")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 # [0-9] and not \d, which takes the digits of every script.
@@ -64,6 +65,12 @@ class KVortexConfig:
         Bytes of the largest opaque buffer (``save_blocks(keys, data_ptrs, sizes)``). Needed only without a layout.
     model, dtype, rank, world_size, lora, salt
         Parts of the key namespace: blocks of engines that differ in one of them never share a key.
+    key_scheme
+        How :meth:`kvortex.KVortexEngine.block_keys` names blocks: ``"kvortex"``, or as vLLM does with ``sha256_cbor``:
+        ``"vllm"`` (0.32 and newer), ``"vllm-0.29"``, ``"vllm-0.20"``, ``"vllm-0.17"``, ``"vllm-0.15"``. See
+        ``docs/keys.md``.
+    key_seed
+        For vLLM's: ``PYTHONHASHSEED`` of its processes, as it is written there; None where it is not set.
     transfer_timeout_s
         Deadline in seconds of every wait that names none of its own.
     """
@@ -85,6 +92,8 @@ class KVortexConfig:
     world_size: int = 1
     lora: str = ""
     salt: str = ""
+    key_scheme: str = "kvortex"
+    key_seed: str | None = None
     transfer_timeout_s: float = 60.0
 
     def __post_init__(self) -> None:
@@ -102,13 +111,17 @@ class KVortexConfig:
             raise ConfigError(f"enable_numa = {shown(self.enable_numa)}: must be true or false")
         if not isinstance(self.beside_compute, bool | None):
             raise ConfigError(f"beside_compute = {shown(self.beside_compute)}: must be true, false or None")
-        for name in ("model", "dtype", "lora", "salt", "device", "transfer_route", "calibrate"):
+        for name in ("model", "dtype", "lora", "salt", "device", "transfer_route", "calibrate", "key_scheme"):
             if not isinstance(getattr(self, name), str):
                 raise ConfigError(f"{name} = {shown(getattr(self, name))}: must be a string")
         if not _DEVICE.fullmatch(self.device):
             raise ConfigError(f"device = {shown(self.device)}: must be 'auto', 'host', 'cuda' or 'cuda:N'")
         if self.transfer_route not in _ROUTES:
             raise ConfigError(f"transfer_route = {shown(self.transfer_route)}: must be one of {', '.join(_ROUTES)}")
+        if self.key_scheme not in _KEY_SCHEMES:
+            raise ConfigError(f"key_scheme = {shown(self.key_scheme)}: must be one of {', '.join(_KEY_SCHEMES)}")
+        if not isinstance(self.key_seed, str | None):
+            raise ConfigError(f"key_seed = {shown(self.key_seed)}: must be a string or None")
         if self.calibrate not in _CALIBRATE:
             raise ConfigError(f"calibrate = {shown(self.calibrate)}: must be one of {', '.join(_CALIBRATE)}")
         seconds = self.transfer_timeout_s
@@ -200,7 +213,7 @@ def _named(names: list[str]) -> str:
 
 def _value(name: str, value: Any, source: str) -> Any:
     kind = _FIELDS[name]
-    if not isinstance(value, str) or kind == "str":
+    if not isinstance(value, str) or kind in ("str", "str | None"):
         return value
     try:
         return _read(name, kind, value)

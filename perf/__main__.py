@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 from kvortex.errors import KVortexError, told
-from perf import compute, duplex, fragments, gil, latency, link, pinned, submit
+from perf import compute, duplex, fragments, gil, keys, latency, link, pinned, submit
 from perf.report import Report, check_writable, environment, progress
 
 QUESTIONS = {
@@ -16,6 +16,7 @@ QUESTIONS = {
     "duplex": duplex,
     "fragments": fragments,
     "gil": gil,
+    "keys": keys,
     "latency": latency,
     "link": link,
     "pinned": pinned,

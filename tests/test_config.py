@@ -35,6 +35,8 @@ GOOD: dict[str, list[Any]] = {
     "world_size": [1, 8],
     "lora": ["", "adapter"],
     "salt": ["", "tenant-7"],
+    "key_scheme": ["kvortex", "vllm", "vllm-0.15"],
+    "key_seed": ["0", "", "random", None],
     "transfer_timeout_s": [0.001, 1, 3600.0],
 }
 BAD: dict[str, list[Any]] = {
@@ -55,6 +57,8 @@ BAD: dict[str, list[Any]] = {
     "world_size": [0, -1, 1.0, True, None],
     "lora": [None, 3],
     "salt": [None, b""],
+    "key_scheme": ["", "VLLM", "sha256_cbor", "vllm-0.33", None, 1],
+    "key_seed": [0, b"0", True],
     "transfer_timeout_s": [0, 0.0, -1.0, float("inf"), float("nan"), True, "60", None],
 }
 CASES = [(name, value) for name, values in BAD.items() for value in values]

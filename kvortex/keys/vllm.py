@@ -1,0 +1,247 @@
+"""The schemes ``vllm``: the block hashes of vLLM with ``--prefix-caching-hash-algo sha256_cbor``, byte for byte.
+
+A block's hash is ``SHA-256(CBOR((hash of the block before, (token, ...), extra keys)))``, with canonical CBOR; before the
+first block stands the hash of a text: the ``PYTHONHASHSEED`` of vLLM's processes, or where that is not set
+``"vllm-none-hash"`` (up to 0.26: random bytes, so that nobody else can name the blocks). Extra keys are those of the LoRA,
+of multimodal inputs that reach into the block, of the cache salt (first block only) and of prompt embeddings, in this order;
+null where there are none. How they are written differs between versions:
+
+=================  ============  =====================================  ==================================================
+scheme             vLLM          LoRA and salt                          multimodal input; embeddings
+=================  ============  =====================================  ==================================================
+``vllm``           0.32, 0.33    ("lora", name, path);                  ("mm", identifier, first token - block's first);
+                                 ("cache_salt", salt)                   ("prompt_embeds", SHA-256)
+``vllm-0.29``      0.29          name; salt                             (identifier, first token - block's first); SHA-256
+``vllm-0.20``      0.20 to 0.26  likewise, and needs a seed             likewise
+``vllm-0.17``      0.17          likewise, and needs a seed             identifier; SHA-256
+``vllm-0.15``      0.15          likewise, and needs a seed             identifier; the bytes themselves
+=================  ============  =====================================  ==================================================
+
+Source: ``vllm/v1/core/kv_cache_utils.py`` and ``vllm/utils/hashing.py`` of vLLM 0.15.1, 0.17.1, 0.20.2, 0.23.0, 0.26.0,
+0.29.0, 0.32.0 and 0.33.0.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from kvortex.arguments import LARGEST, integer, refuse_masked
+from kvortex.errors import ArgumentError, ConfigError, cut, shown, told
+from kvortex.keys.arrays import KEY_BYTES, KeyArray, Tokens
+from kvortex.keys.namespace import Namespace, adopt
+from kvortex.keys.scheme import KeyScheme, empty_keys
+from kvortex.keys.sequence import Chain
+
+if TYPE_CHECKING:
+    from kvortex.keys._loops import Content
+
+UNSET_SEED = "vllm-none-hash"
+_TAGS = ("lora", "mm", "cache_salt", "prompt_embeds")
+_MOST_AHEAD = 1 << 20
+_REMEMBERED = 256  # LoRAs and salts whose texts are kept as arrays
+_LONGEST = 128  # bytes of a block's CBOR besides tokens, texts, inputs and embeddings; generously
+_LONGEST_INPUT = 48  # bytes of heads, tag and offset
+
+
+class _Version(NamedTuple):
+    """What differs; the first four are :class:`kvortex.keys._loops.Rules`."""
+
+    tagged: bool
+    offsets: bool
+    digests: bool
+    late: int  # 0.15 and 0.17 count an input that ends where the block begins, if it lies around the one before it
+    unset_seed: str | None
+
+
+VERSIONS = {
+    "vllm": _Version(True, True, True, 0, UNSET_SEED),
+    "vllm-0.29": _Version(False, True, True, 0, UNSET_SEED),
+    "vllm-0.20": _Version(False, True, True, 0, None),
+    "vllm-0.17": _Version(False, False, True, 1, None),
+    "vllm-0.15": _Version(False, False, False, 1, None),
+}
+
+
+class MultimodalInput(NamedTuple):
+    """An image, a sound or the like in a prompt.
+
+    ``identifier`` is what vLLM calls so (``mm_features[i].identifier``), ``offset`` the place of its first placeholder
+    token in the sequence, ``length`` how many there are.
+    """
+
+    identifier: str
+    offset: int
+    length: int
+
+
+class VllmKeys(KeyScheme):
+    """vLLM's block hashes. They name content only: :meth:`stored` puts them into the namespace.
+
+    Parameters
+    ----------
+    namespace
+        What else decides what bytes a block has; ``block_size`` is vLLM's (its ``hash_block_size``), ``lora`` and ``salt``
+        count for sequences that name none of their own.
+    version
+        Name of the scheme, a key of ``VERSIONS``.
+    seed
+        ``PYTHONHASHSEED`` of vLLM's processes, as it is written there; None where it is not set.
+    ahead
+        Tokens behind a block that its hash covers too: 0, unless vLLM (0.33) drafts by a model that looks ahead.
+
+    Raises
+    ------
+    ConfigError
+        An unknown version; no seed where the version needs one; a LoRA without its path where the version hashes that.
+    """
+
+    def __init__(self, namespace: Namespace, version: str = "vllm", *, seed: str | None = None, ahead: int = 0) -> None:
+        if version not in VERSIONS:
+            raise ConfigError(f"key_scheme = {shown(version)}: unknown; known of vLLM are {', '.join(VERSIONS)}")
+        self.name, self.namespace, self.block_size = version, namespace, namespace.block_size
+        self._version = VERSIONS[version]
+        self._ahead = ahead if not ahead else integer(ahead, "ahead", 0, _MOST_AHEAD)
+        text = self._version.unset_seed if seed is None else seed
+        if text is None:
+            why = "starts from random bytes where PYTHONHASHSEED is not set, so nobody else can name its blocks"
+            raise ConfigError(f"key_seed = None: {version} {why}. Set it for vLLM's processes, and key_seed to the same")
+        self._first = _none_hash(_utf8(text, "key_seed", ConfigError))
+        self._without_inputs = functools.lru_cache(_REMEMBERED)(self._chain)
+        try:
+            self.chain()
+        except ArgumentError as error:
+            raise ConfigError(str(error)) from None
+
+    def chain(  # type: ignore[override]
+        self,
+        *,
+        lora: str | tuple[str, str] | None = None,
+        salt: str | None = None,
+        multimodal: Iterable[tuple[str, int, int]] = (),
+        prompt_embeds: npt.NDArray[Any] | None = None,
+    ) -> Chain:
+        """How a sequence is named.
+
+        Parameters
+        ----------
+        lora
+            Name of the LoRA and, for ``vllm``, where it lies: ``"name=path"`` as in vLLM's ``--lora-modules``, or both as a
+            tuple; ``""`` for none; None for the namespace's.
+        salt
+            The request's ``cache_salt``; ``""`` for none; None for the namespace's.
+        multimodal
+            :class:`MultimodalInput` or such tuples, for the whole sequence, in the order of their places.
+        prompt_embeds : (prompt tokens, ...) array of any dtype
+            Embeddings of the whole prompt, whose bytes are hashed. vLLM's token ids are then all 0.
+
+        Raises
+        ------
+        ArgumentError
+            One of them cannot be; the message names it.
+        """
+        inputs = _inputs(multimodal)
+        if inputs or prompt_embeds is not None or not isinstance(lora, str | None) or not isinstance(salt, str | None):
+            return self._chain(lora, salt, inputs, prompt_embeds)
+        return self._without_inputs(lora, salt)  # which takes ten times as long to make as a block takes to hash
+
+    def _chain(self, lora: Any, salt: Any, inputs: Sequence[MultimodalInput] = (), prompt_embeds: Any = None) -> Chain:
+        from kvortex.keys import _sha_ni
+        from kvortex.keys._loops import Rules, bytes_of, hash_vllm
+
+        content = self._content(lora, salt, inputs, prompt_embeds)
+        size, ahead = self.block_size, self._ahead
+        rules = Rules(*self._version[:4], ahead)
+        raw = 0 if rules.digests else content.embeds.shape[1] * (size + ahead)
+        room = _LONGEST + 9 * (size + ahead) + len(content.text) + _LONGEST_INPUT * len(content.spans) + raw
+
+        def hash_blocks(tokens: Tokens, parent: bytes, start: int) -> KeyArray:
+            keys = empty_keys(max(0, len(tokens) - ahead) // size)
+            if len(keys):
+                hash_vllm(tokens, start, size, bytes_of(parent), content, rules, room, keys, _sha_ni.available())
+            return keys
+
+        placed = bool(len(content.spans) or content.embeds.size)
+        return Chain(first=self._first, block_size=size, most=LARGEST, hash_blocks=hash_blocks, ahead=ahead, placed=placed)
+
+    def stored(self, keys: KeyArray) -> KeyArray:
+        """The hashes in the namespace; see :func:`kvortex.keys.adopt`."""
+        return adopt(self.namespace, keys)
+
+    def _content(self, lora: Any, salt: Any, inputs: Sequence[MultimodalInput], prompt_embeds: Any) -> Content:
+        from kvortex.keys._loops import Content, bytes_of
+
+        texts = [*self._strings(lora, salt), *(_utf8(each.identifier, "identifier") for each in inputs)]
+        ends = np.cumsum([len(text) for text in texts], dtype=np.int64)
+        spans = np.array([each[1:] for each in inputs], np.int64).reshape(-1, 2)
+        return Content(bytes_of(b"".join(texts)), ends, spans, _rows_of_bytes(prompt_embeds))
+
+    def _strings(self, lora: Any, salt: Any) -> list[bytes]:
+        """Tags, LoRA's name and path, and the salt."""
+        name, path = self._lora(self.namespace.lora if lora is None else lora)
+        salt = self.namespace.salt if salt is None else salt
+        return [*(tag.encode() for tag in _TAGS), _utf8(name, "lora"), _utf8(path, "lora"), _utf8(salt, "salt")]
+
+    def _lora(self, lora: Any) -> tuple[Any, ...]:
+        """Name and path of a LoRA, which are both empty where there is none."""
+        pair = lora if isinstance(lora, tuple) else tuple(lora.split("=", 1)) if isinstance(lora, str) else (lora, "")
+        if len(pair) == 1 and (not lora or not self._version.tagged):
+            pair = (*pair, "")
+        if len(pair) != 2 or (not pair[0] and pair[1]):
+            how = f'{self.name} hashes its name and path: pass "name=path", or both as a tuple'
+            raise ArgumentError(f"lora = {shown(lora)}: {how}")
+        return pair
+
+
+def _none_hash(seed: bytes) -> bytes:
+    from kvortex.keys._loops import bytes_of, hash_text
+    from kvortex.keys._sha_ni import available
+
+    out = np.empty(KEY_BYTES, np.uint8)
+    hash_text(bytes_of(seed), out, available())
+    return out.tobytes()
+
+
+def _utf8(text: Any, name: str, kind: type[ArgumentError] | type[ConfigError] = ArgumentError) -> bytes:
+    if not isinstance(text, str):
+        raise kind(f"{name} = {shown(text)}: must be a string")
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise kind(f"{name} = {shown(text)}: cannot be written as UTF-8: {told(error)}") from None
+
+
+def _inputs(multimodal: Any) -> list[MultimodalInput]:
+    try:
+        inputs = [MultimodalInput(*each) for each in multimodal]
+    except Exception as error:
+        how = "must be a sequence of (identifier, offset, length)"
+        raise ArgumentError(f"multimodal = {shown(multimodal)}: {how}: {told(error)}") from error
+    most = LARGEST // 4  # so that sums of a few stay integers of 64 bits
+    before = 0
+    for at, each in enumerate(inputs):
+        before = integer(each.offset, f"multimodal[{at}].offset", before, most)  # in order
+        integer(each.length, f"multimodal[{at}].length", 1, most)
+    return inputs
+
+
+def _rows_of_bytes(prompt_embeds: Any) -> npt.NDArray[np.uint8]:
+    """A row of bytes for each token; (0, 0) without embeddings."""
+    if prompt_embeds is None:
+        return np.empty((0, 0), np.uint8)
+    refuse_masked(prompt_embeds, "prompt_embeds")
+    good = isinstance(prompt_embeds, np.ndarray) and not prompt_embeds.dtype.hasobject
+    if not good or prompt_embeds.ndim < 2 or not prompt_embeds.size:
+        seen = f"shape {prompt_embeds.shape}, dtype {cut(str(prompt_embeds.dtype))}" if good else type(prompt_embeds).__name__
+        raise ArgumentError(f"prompt_embeds must be a NumPy array, a row a token, of at least one; seen: {seen}")
+    return bytes_of_rows(prompt_embeds)
+
+
+def bytes_of_rows(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    """An array as (rows, bytes) uint8, contiguous and writable."""
+    flat = np.ascontiguousarray(array).reshape(len(array), -1)
+    return np.require(flat.view(np.uint8), np.uint8, ["C", "A", "W"])
