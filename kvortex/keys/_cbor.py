@@ -12,9 +12,17 @@ from numba import njit
 from kvortex.keys._bytes import store_big_endian
 from kvortex.keys._sha256 import Bytes
 
-UNSIGNED, NEGATIVE, BYTES, TEXT, ARRAY = range(5)  # major types
+# Major types; no literals, since functions are compiled anew for each literal that they are called with.
+UNSIGNED, NEGATIVE, BYTES, TEXT, ARRAY = (np.int64(major) for major in range(5))
 NULL = 0xF6
 LONGEST_HEAD = 9  # bytes
+
+
+@njit(nogil=True, cache=True)
+def copy(target: Bytes, at: int, source: Bytes, begin: int, end: int) -> None:
+    """``source[begin:end]`` to ``target`` from ``at`` on. Slices would do it too, and compile for seconds."""
+    for p in range(begin, end):
+        target[at + p - begin] = source[p]
 
 
 @njit(nogil=True, cache=True)
@@ -40,6 +48,5 @@ def write_integer(buffer: Bytes, at: int, number: int) -> int:
 def write_string(buffer: Bytes, at: int, major: int, data: Bytes, begin: int, end: int) -> int:
     """``data[begin:end]`` as ``BYTES``, or as ``TEXT``, whose UTF-8 it must then be."""
     at = write_head(buffer, at, major, end - begin)
-    for p in range(begin, end):
-        buffer[at + p - begin] = data[p]
+    copy(buffer, at, data, begin, end)
     return at + end - begin

@@ -8,20 +8,23 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from kvortex.keys._cbor import ARRAY, BYTES, NULL, TEXT, UNSIGNED, write_head, write_integer, write_string
+from kvortex.keys._cbor import ARRAY, BYTES, NULL, UNSIGNED, copy, write_head, write_integer
 from kvortex.keys._sha256 import PADDING, Bytes, State, compress, digest, digest_in_place, start, write_padding, write_state
 
 Tokens = npt.NDArray[np.int64]
+Spans = npt.NDArray[np.int64]
 KEY = 32
-# Parts of a Content's text; from FIRST_INPUT on the identifiers of its inputs.
-LORA_TAG, INPUT_TAG, SALT_TAG, EMBEDS_TAG, LORA, LORA_PATH, SALT, FIRST_INPUT = range(8)
+LORA, SALT, EMBEDS, FIRST_INPUT = range(4)  # parts of a Content's text; from FIRST_INPUT on its inputs
+# Functions are compiled anew for each literal that they are called with.
+_ZERO, _TRIPLE, _KEY = np.int64(0), np.int64(3), np.int64(KEY)
 
 
 class Content(NamedTuple):
     """What a vLLM request has beside its tokens.
 
-    ``text`` (bytes,) uint8 holds UTF-8 strings one behind another, ``ends`` (parts,) int64 where each ends, ``spans``
-    (inputs, 2) int64 the first token and the number of tokens of each multimodal input, ``embeds`` (tokens, bytes)
+    ``text`` (bytes,) uint8 holds pieces of CBOR one behind another, and ``ends`` (parts,) int64 where each ends: the whole
+    extra key of the LoRA and of the salt, what stands before the embeddings and before an input's offset. ``spans``
+    (inputs, 2) int64 has the first token and the number of tokens of each multimodal input, ``embeds`` (tokens, bytes)
     uint8 the prompt's embeddings. What is empty is not there.
     """
 
@@ -32,11 +35,10 @@ class Content(NamedTuple):
 
 
 class Rules(NamedTuple):
-    """How a version of vLLM writes them; see :mod:`kvortex.keys.vllm`."""
+    """What else differs between versions of vLLM."""
 
-    tagged: bool
-    offsets: bool
-    digests: bool
+    offsets: bool  # an input's offset is hashed too
+    digests: bool  # of embeddings, their digest
     late: int  # tokens for which an input counts behind its end
     ahead: int  # tokens behind a block that its hash covers too
 
@@ -57,14 +59,14 @@ def hash_chain(tokens: Tokens, block_size: int, parent: Bytes, out: Bytes, hardw
     length = KEY + 4 * block_size
     buffer, state, keys = np.empty(length + PADDING, np.uint8), np.empty(8, np.uint32), out.reshape(-1)
     words = buffer[KEY:length].view(np.uint32)
-    blocks = write_padding(buffer, 0, length, length)
-    buffer[:KEY] = parent
+    blocks = write_padding(buffer, _ZERO, length, length)
+    copy(buffer, _ZERO, parent, _ZERO, _KEY)
     for row in range(len(out)):
         for t in range(block_size):
             words[t] = tokens[row * block_size + t]
         start(state)
-        compress(state, buffer, 0, blocks, hardware)
-        write_state(state, buffer, 0)
+        compress(state, buffer, _ZERO, blocks, hardware)
+        write_state(state, buffer, _ZERO)
         write_state(state, keys, KEY * row)
 
 
@@ -73,22 +75,14 @@ def hash_rows(prefix: Bytes, rows: Bytes, out: Bytes, hardware: bool) -> None:
     """``out[i] = SHA-256(prefix || rows[i])``."""
     first, length = len(prefix), len(prefix) + rows.shape[1]
     buffer, state, keys = np.empty(length + PADDING, np.uint8), np.empty(8, np.uint32), out.reshape(-1)
-    blocks = write_padding(buffer, 0, length, length)
-    buffer[:first] = prefix
+    blocks = write_padding(buffer, _ZERO, length, length)
+    copy(buffer, _ZERO, prefix, _ZERO, first)
     for row in range(len(rows)):
         for k in range(rows.shape[1]):
             buffer[first + k] = rows[row, k]
         start(state)
-        compress(state, buffer, 0, blocks, hardware)
+        compress(state, buffer, _ZERO, blocks, hardware)
         write_state(state, keys, KEY * row)
-
-
-@njit(nogil=True, cache=True)
-def hash_text(text: Bytes, out: Bytes, hardware: bool) -> None:
-    """SHA-256 of the CBOR of a string, given as UTF-8."""
-    buffer = np.empty(len(text) + 16 + PADDING, np.uint8)
-    end = write_string(buffer, 0, TEXT, text, 0, len(text))
-    digest_in_place(buffer, 0, end, np.empty(8, np.uint32), out, 0, hardware)
 
 
 @njit(nogil=True, cache=True)
@@ -110,30 +104,30 @@ def hash_vllm(
     """
     buffer, scratch, extra = np.empty(room + PADDING, np.uint8), np.empty(128, np.uint8), np.empty(room, np.uint8)
     state, keys = np.empty(8, np.uint32), out.reshape(-1)
-    head = write_head(buffer, write_head(buffer, 0, ARRAY, 3), BYTES, KEY)
-    buffer[head : head + KEY] = parent
-    same, known, place = not len(content.spans) and not content.embeds.size, 0, 0
-    for first in range(0, begin, block_size):
-        place = behind_inputs(content, rules, first, first + block_size, place)
+    head = write_head(buffer, write_head(buffer, _ZERO, ARRAY, _TRIPLE), BYTES, _KEY)
+    copy(buffer, head, parent, _ZERO, _KEY)
+    same, known, place = not len(content.spans) and not content.embeds.size, 0, _ZERO
+    if len(content.spans):  # behind the last one nothing changes any more
+        for first in range(0, min(begin, content.spans[-1, 0] + content.spans[-1, 1] + rules.late), block_size):
+            place = behind_inputs(content.spans, rules, first, first + block_size, place)
     for row in range(len(out)):
         first, behind = row * block_size, (row + 1) * block_size
         at = write_tokens(buffer, write_head(buffer, head + KEY, ARRAY, block_size), tokens, first, behind)
         if rules.ahead:
             at = write_head(buffer, at, ARRAY, 1 + rules.ahead)
-        for k in range(known):
-            buffer[at + k] = extra[k]
+        copy(buffer, at, extra, _ZERO, known)
         at += known
         if not known:
             limit, before = begin + behind + rules.ahead, at
             at = write_extra_keys(buffer, at, content, rules, begin + first, limit, place, scratch, state, hardware)
             if same and begin + first:  # all blocks behind the first, with its salt, have the same
                 known = at - before
-                extra[:known] = buffer[before:at]
+                copy(extra, _ZERO, buffer, before, at)
         at = write_tokens(buffer, at, tokens, behind, behind + rules.ahead)
-        digest_in_place(buffer, 0, at, state, keys, KEY * row, hardware)
+        digest_in_place(buffer, _ZERO, at, state, keys, KEY * row, hardware)
         write_state(state, buffer, head)
         if not same:
-            place = behind_inputs(content, rules, begin + first, begin + behind, place)
+            place = behind_inputs(content.spans, rules, begin + first, begin + behind, place)
 
 
 @njit(nogil=True, cache=True)
@@ -142,17 +136,6 @@ def write_tokens(buffer: Bytes, at: int, tokens: Tokens, begin: int, end: int) -
     for t in range(begin, end):
         at = write_head(buffer, at, UNSIGNED, tokens[t])
     return at
-
-
-@njit(nogil=True, cache=True)
-def behind_inputs(content: Content, rules: Rules, begin: int, end: int, place: int) -> int:
-    """The first input that may count for the block behind ``begin`` to ``end``, if ``place`` is that for this one."""
-    if not len(content.spans):
-        return place
-    _, _, place = write_inputs(content.text, 0, content, rules, begin, end + rules.ahead, place, False)
-    while rules.ahead and place > 0 and content.spans[place - 1, 0] + content.spans[place - 1, 1] > end:
-        place -= 1
-    return place
 
 
 @njit(nogil=True, cache=True)
@@ -169,65 +152,55 @@ def write_extra_keys(
     hardware: bool,
 ) -> int:
     """The extra keys of the block from token ``begin`` to ``end``, or null where it has none."""
-    has_lora, has_embeds = content.ends[LORA] > content.ends[LORA - 1], content.embeds.shape[1] > 0
-    has_salt = begin == 0 and content.ends[SALT] > content.ends[SALT - 1]
-    _, inputs, _ = write_inputs(buffer, at, content, rules, begin, end, place, False)
+    has_lora, has_embeds = content.ends[LORA] > 0, content.embeds.size > 0
+    has_salt = begin == 0 and content.ends[SALT] > content.ends[LORA]
+    inputs, _ = count_inputs(content.spans, rules.late, begin, end, place)
     count = has_lora + inputs + has_salt + has_embeds
     if not count:
         buffer[at] = NULL
         return at + 1
-    at = write_head(buffer, at, ARRAY, count)
-    if has_lora:
-        if rules.tagged:
-            at = write_part(buffer, write_head(buffer, at, ARRAY, 3), content, LORA_TAG)
-        at = write_part(buffer, at, content, LORA)
-        if rules.tagged:
-            at = write_part(buffer, at, content, LORA_PATH)
-    at, _, _ = write_inputs(buffer, at, content, rules, begin, end, place, True)
+    at = write_part(buffer, write_head(buffer, at, ARRAY, count), content, LORA)
+    while inputs:
+        if begin < content.spans[place, 0] + content.spans[place, 1] + rules.late:
+            at = write_part(buffer, at, content, FIRST_INPUT + place)
+            if rules.offsets:
+                at = write_integer(buffer, at, content.spans[place, 0] - begin)
+            inputs -= 1
+        place += 1
     if has_salt:
-        if rules.tagged:
-            at = write_part(buffer, write_head(buffer, at, ARRAY, 2), content, SALT_TAG)
         at = write_part(buffer, at, content, SALT)
     if has_embeds:
-        if rules.tagged:
-            at = write_part(buffer, write_head(buffer, at, ARRAY, 2), content, EMBEDS_TAG)
+        at = write_part(buffer, at, content, EMBEDS)
         at = write_embeds(buffer, at, content.embeds, rules, begin, end, scratch, state, hardware)
     return at
 
 
 @njit(nogil=True, cache=True)
-def write_inputs(
-    buffer: Bytes, at: int, content: Content, rules: Rules, begin: int, end: int, place: int, writing: bool
-) -> tuple[int, int, int]:
-    """The multimodal inputs of a block; the place behind, how many they are, and the first one that is left.
-
-    Goes through them as vLLM does, which matters where one lies inside another.
-    """
-    spans, count = content.spans, 0
-    last = len(spans) - 1
-    if last < 0 or begin >= spans[last, 0] + spans[last, 1] + rules.late:
-        return at, 0, place
-    while place <= last and spans[place, 0] < end:
-        behind = spans[place, 0] + spans[place, 1]
-        if begin < behind + rules.late:
-            count += 1
-            if writing:
-                at = write_input(buffer, at, content, rules, begin, place)
-            if end < behind:
-                break
-        place += 1
-    return at, count, place
+def behind_inputs(spans: Spans, rules: Rules, begin: int, end: int, place: int) -> int:
+    """The first input that may count for the block behind ``begin`` to ``end``, if ``place`` is that for this one."""
+    _, place = count_inputs(spans, rules.late, begin, end + rules.ahead, place)
+    while rules.ahead and place > 0 and spans[place - 1, 0] + spans[place - 1, 1] > end:
+        place -= 1
+    return place
 
 
 @njit(nogil=True, cache=True)
-def write_input(buffer: Bytes, at: int, content: Content, rules: Rules, begin: int, place: int) -> int:
-    """One multimodal input, as seen from the block that begins at token ``begin``."""
-    if rules.tagged:
-        at = write_part(buffer, write_head(buffer, at, ARRAY, 3), content, INPUT_TAG)
-    elif rules.offsets:
-        at = write_head(buffer, at, ARRAY, 2)
-    at = write_part(buffer, at, content, FIRST_INPUT + place)
-    return write_integer(buffer, at, content.spans[place, 0] - begin) if rules.offsets else at
+def count_inputs(spans: Spans, late: int, begin: int, end: int, place: int) -> tuple[int, int]:
+    """Multimodal inputs of the block from ``begin`` to ``end``, ``place`` and later ones, and the first that is left behind it.
+
+    Goes through them as vLLM does, which matters where one lies inside another.
+    """
+    last, count = len(spans) - 1, 0
+    if last < 0 or begin >= spans[last, 0] + spans[last, 1] + late:
+        return 0, place
+    while place <= last and spans[place, 0] < end:
+        behind = spans[place, 0] + spans[place, 1]
+        if begin < behind + late:
+            count += 1
+            if end < behind:
+                break
+        place += 1
+    return count, place
 
 
 @njit(nogil=True, cache=True)
@@ -237,18 +210,21 @@ def write_embeds(
     """The embeddings of tokens ``begin`` to ``end``, as far as the prompt goes, or their digest."""
     rows, width = embeds.shape
     data, first, last = embeds.reshape(-1), min(begin, rows) * width, min(end, rows) * width
-    if not rules.digests:
-        return write_string(buffer, at, BYTES, data, first, last)  # type: ignore[no-any-return,unused-ignore]
-    at = write_head(buffer, at, BYTES, KEY)
-    digest(data, first, last - first, scratch, state, buffer, at, hardware)
-    return at + KEY
+    length = KEY if rules.digests else last - first
+    at = write_head(buffer, at, BYTES, length)
+    if rules.digests:
+        digest(data, first, last - first, scratch, state, buffer, at, hardware)
+    else:
+        copy(buffer, at, data, first, last)
+    return at + length
 
 
 @njit(nogil=True, cache=True)
 def write_part(buffer: Bytes, at: int, content: Content, part: int) -> int:
-    """One string of a Content's text."""
+    """One piece of a Content's text."""
     begin = content.ends[part - 1] if part else 0
-    return write_string(buffer, at, TEXT, content.text, begin, content.ends[part])  # type: ignore[no-any-return,unused-ignore]
+    copy(buffer, at, content.text, begin, content.ends[part])
+    return at + content.ends[part] - begin  # type: ignore[no-any-return,unused-ignore]
 
 
 def bytes_of(data: bytes) -> Any:

@@ -20,9 +20,10 @@ BLOCK = 64  # bytes that one compression takes
 PADDING = 72  # bytes that a buffer must have room for behind a message
 _INITIAL = np.array(INITIAL_STATE, np.uint32)
 _K = np.array(ROUND_CONSTANTS, np.uint32)
+_ZERO = np.int64(0)  # functions are compiled anew for each literal that they are called with
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, inline="always")
 def rotated(x: int, count: int) -> np.uint32:
     """A uint32 rotated to the right."""
     return np.uint32((x >> count) | (x << (32 - count)))
@@ -112,5 +113,5 @@ def digest(data: Bytes, at: int, length: int, scratch: Bytes, state: State, out:
     rest = length - BLOCK * whole
     for p in range(rest):
         scratch[p] = data[at + BLOCK * whole + p]
-    compress(state, scratch, 0, write_padding(scratch, 0, rest, length), hardware)
+    compress(state, scratch, _ZERO, write_padding(scratch, _ZERO, rest, length), hardware)
     write_state(state, out, to)

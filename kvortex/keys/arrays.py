@@ -65,7 +65,8 @@ def _as_rows(names: Any, name: str, width: int | None) -> KeyArray:
     if items and width is None:
         width = max(1, len(items[0])) if isinstance(items[0], bytes) else KEY_BYTES
     width = width or KEY_BYTES
-    for place, item in enumerate(items):
+    fitting = set(map(type, items)) <= {bytes} and set(map(len, items)) <= {width}
+    for place, item in enumerate([] if fitting else items):
         if not isinstance(item, bytes) or len(item) != width:
             seen = f"bytes of length {len(item)}" if isinstance(item, bytes) else type(item).__name__
             raise ArgumentError(f"{name}[{place}] must be bytes of length {width}; seen: {seen}")

@@ -13,6 +13,9 @@ from kvortex.keys.namespace import Namespace
 from kvortex.keys.sequence import Chain, KeySequence
 
 
+LONGEST_SEQUENCE = 1 << 31  # tokens that places are counted over
+
+
 class KeyScheme(ABC):
     """A way of naming the blocks of token sequences. Made by :func:`kvortex.keys.make_scheme`.
 
@@ -93,8 +96,9 @@ class KeyScheme(ABC):
                                     "tokens are before token_ids[0]")  # fmt: skip
             return self.block_size if continued else 0
         good = isinstance(start, (int, np.integer)) and not isinstance(start, bool) and start % self.block_size == 0
-        if not good or (start <= 0 if continued else start != 0) or start >= 1 << 62:
-            wanted = f"a positive multiple of the block size {self.block_size}" if continued else "0 without a parent"
+        if not good or (start <= 0 if continued else start != 0) or start > LONGEST_SEQUENCE:
+            what = f"a positive multiple of the block size {self.block_size}, of 2**31 at most"
+            wanted = what if continued else "0 without a parent"
             raise ArgumentError(f"start = {shown(start)}: must be {wanted}")
         return int(start)
 

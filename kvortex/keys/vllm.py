@@ -24,6 +24,7 @@ Source: ``vllm/v1/core/kv_cache_utils.py`` and ``vllm/utils/hashing.py`` of vLLM
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,16 +33,16 @@ import numpy.typing as npt
 
 from kvortex.arguments import LARGEST, integer, refuse_masked
 from kvortex.errors import ArgumentError, ConfigError, cut, shown, told
-from kvortex.keys.arrays import KEY_BYTES, KeyArray, Tokens
+from kvortex.keys.arrays import KeyArray, Tokens
 from kvortex.keys.namespace import Namespace, adopt
-from kvortex.keys.scheme import KeyScheme, empty_keys
+from kvortex.keys.scheme import LONGEST_SEQUENCE, KeyScheme, empty_keys
 from kvortex.keys.sequence import Chain
 
 if TYPE_CHECKING:
     from kvortex.keys._loops import Content
 
 UNSET_SEED = "vllm-none-hash"
-_TAGS = ("lora", "mm", "cache_salt", "prompt_embeds")
+_EMPTY = b"\x60"  # the CBOR of an empty string
 _MOST_AHEAD = 1 << 20
 _REMEMBERED = 256  # LoRAs and salts whose texts are kept as arrays
 _LONGEST = 128  # bytes of a block's CBOR besides tokens, texts, inputs and embeddings; generously
@@ -49,21 +50,21 @@ _LONGEST_INPUT = 48  # bytes of heads, tag and offset
 
 
 class _Version(NamedTuple):
-    """What differs; the first four are :class:`kvortex.keys._loops.Rules`."""
+    """What differs; the first three are of :class:`kvortex.keys._loops.Rules`."""
 
-    tagged: bool
     offsets: bool
     digests: bool
     late: int  # 0.15 and 0.17 count an input that ends where the block begins, if it lies around the one before it
+    tagged: bool
     unset_seed: str | None
 
 
 VERSIONS = {
-    "vllm": _Version(True, True, True, 0, UNSET_SEED),
-    "vllm-0.29": _Version(False, True, True, 0, UNSET_SEED),
-    "vllm-0.20": _Version(False, True, True, 0, None),
-    "vllm-0.17": _Version(False, False, True, 1, None),
-    "vllm-0.15": _Version(False, False, False, 1, None),
+    "vllm": _Version(True, True, 0, True, UNSET_SEED),
+    "vllm-0.29": _Version(True, True, 0, False, UNSET_SEED),
+    "vllm-0.20": _Version(True, True, 0, False, None),
+    "vllm-0.17": _Version(False, True, 1, False, None),
+    "vllm-0.15": _Version(False, False, 1, False, None),
 }
 
 
@@ -110,7 +111,7 @@ class VllmKeys(KeyScheme):
         if text is None:
             why = "starts from random bytes where PYTHONHASHSEED is not set, so nobody else can name its blocks"
             raise ConfigError(f"key_seed = None: {version} {why}. Set it for vLLM's processes, and key_seed to the same")
-        self._first = _none_hash(_utf8(text, "key_seed", ConfigError))
+        self._first = hashlib.sha256(_text(text, "key_seed", ConfigError)).digest()
         self._without_inputs = functools.lru_cache(_REMEMBERED)(self._chain)
         try:
             self.chain()
@@ -155,7 +156,7 @@ class VllmKeys(KeyScheme):
 
         content = self._content(lora, salt, inputs, prompt_embeds)
         size, ahead = self.block_size, self._ahead
-        rules = Rules(*self._version[:4], ahead)
+        rules = Rules(*self._version[:3], ahead)
         raw = 0 if rules.digests else content.embeds.shape[1] * (size + ahead)
         room = _LONGEST + 9 * (size + ahead) + len(content.text) + _LONGEST_INPUT * len(content.spans) + raw
 
@@ -175,16 +176,17 @@ class VllmKeys(KeyScheme):
     def _content(self, lora: Any, salt: Any, inputs: Sequence[MultimodalInput], prompt_embeds: Any) -> Content:
         from kvortex.keys._loops import Content, bytes_of
 
-        texts = [*self._strings(lora, salt), *(_utf8(each.identifier, "identifier") for each in inputs)]
-        ends = np.cumsum([len(text) for text in texts], dtype=np.int64)
-        spans = np.array([each[1:] for each in inputs], np.int64).reshape(-1, 2)
-        return Content(bytes_of(b"".join(texts)), ends, spans, _rows_of_bytes(prompt_embeds))
-
-    def _strings(self, lora: Any, salt: Any) -> list[bytes]:
-        """Tags, LoRA's name and path, and the salt."""
-        name, path = self._lora(self.namespace.lora if lora is None else lora)
+        tagged, offsets = self._version.tagged, self._version.offsets
+        name, path = (_text(part, "lora") for part in self._lora(self.namespace.lora if lora is None else lora))
         salt = self.namespace.salt if salt is None else salt
-        return [*(tag.encode() for tag in _TAGS), _utf8(name, "lora"), _utf8(path, "lora"), _utf8(salt, "salt")]
+        own, secret = (name, path) if tagged else (name,), _text(salt, "salt")
+        parts = [_entry("lora" * tagged, *own) if name != _EMPTY else b""]
+        parts.append(_entry("cache_salt" * tagged, secret) if salt else b"")
+        parts.append(_entry("prompt_embeds", more=1) if tagged else b"")
+        parts += [_entry("mm" * tagged, _text(each.identifier, "identifier"), more=offsets) for each in inputs]
+        ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
+        spans = np.array([each[1:] for each in inputs], np.int64).reshape(-1, 2)
+        return Content(bytes_of(b"".join(parts)), ends, spans, _rows_of_bytes(prompt_embeds))
 
     def _lora(self, lora: Any) -> tuple[Any, ...]:
         """Name and path of a LoRA, which are both empty where there is none."""
@@ -197,22 +199,26 @@ class VllmKeys(KeyScheme):
         return pair
 
 
-def _none_hash(seed: bytes) -> bytes:
-    from kvortex.keys._loops import bytes_of, hash_text
-    from kvortex.keys._sha_ni import available
-
-    out = np.empty(KEY_BYTES, np.uint8)
-    hash_text(bytes_of(seed), out, available())
-    return out.tobytes()
+def _entry(tag: str, *texts: bytes, more: int = 0) -> bytes:
+    """An extra key with its tag, if it has one, but for so many items that follow it: an array, unless it is one text."""
+    items = [_text(tag, "tag"), *texts] if tag else [*texts]
+    count = len(items) + more
+    return (bytes([0x80 | count]) if count > 1 else b"") + b"".join(items)  # the head of an array of up to 23
 
 
-def _utf8(text: Any, name: str, kind: type[ArgumentError] | type[ConfigError] = ArgumentError) -> bytes:
+def _text(text: Any, name: str, kind: type[ArgumentError] | type[ConfigError] = ArgumentError) -> bytes:
+    """The CBOR of a string."""
+    from kvortex.keys._cbor import LONGEST_HEAD, TEXT, write_string
+    from kvortex.keys._loops import bytes_of
+
     if not isinstance(text, str):
         raise kind(f"{name} = {shown(text)}: must be a string")
     try:
-        return text.encode()
+        data = bytes_of(text.encode())
     except UnicodeEncodeError as error:
         raise kind(f"{name} = {shown(text)}: cannot be written as UTF-8: {told(error)}") from None
+    buffer = np.empty(len(data) + 2 * LONGEST_HEAD, np.uint8)
+    return buffer[: write_string(buffer, 0, TEXT, data, 0, len(data))].tobytes()
 
 
 def _inputs(multimodal: Any) -> list[MultimodalInput]:
@@ -221,11 +227,10 @@ def _inputs(multimodal: Any) -> list[MultimodalInput]:
     except Exception as error:
         how = "must be a sequence of (identifier, offset, length)"
         raise ArgumentError(f"multimodal = {shown(multimodal)}: {how}: {told(error)}") from error
-    most = LARGEST // 4  # so that sums of a few stay integers of 64 bits
     before = 0
     for at, each in enumerate(inputs):
-        before = integer(each.offset, f"multimodal[{at}].offset", before, most)  # in order
-        integer(each.length, f"multimodal[{at}].length", 1, most)
+        before = integer(each.offset, f"multimodal[{at}].offset", before, LONGEST_SEQUENCE)  # in order
+        integer(each.length, f"multimodal[{at}].length", 1, LONGEST_SEQUENCE)
     return inputs
 
 

@@ -210,7 +210,7 @@ def test_a_lora_as_vllms_command_line_has_it() -> None:
         ({"multimodal": [("a", -1, 1)]}, r"multimodal\[0\].offset = -1"),
         ({"multimodal": [("a", 5, 1), ("b", 4, 1)]}, r"multimodal\[1\].offset = 4: must be an integer from 5"),
         ({"multimodal": [("a", 0, 0)]}, r"multimodal\[0\].length = 0"),
-        ({"multimodal": [("a", 0, 2**62)]}, r"multimodal\[0\].length = "),
+        ({"multimodal": [("a", 0, 2**31 + 1)]}, r"multimodal\[0\].length = "),
         ({"prompt_embeds": [[1.0]]}, "prompt_embeds must be a NumPy array.*list"),
         ({"prompt_embeds": np.ones(3)}, r"prompt_embeds .*\(3,\)"),
         ({"prompt_embeds": np.ones((0, 3))}, r"prompt_embeds .*\(0, 3\)"),
@@ -240,6 +240,7 @@ def test_tokens_beyond_63_bits_are_refused() -> None:
         (bytes(32), 17, "start = 17: must be a positive multiple"),
         (bytes(32), -16, "start = -16"),
         (bytes(32), 16.0, "start = 16.0"),
+        (bytes(32), (1 << 31) + 16, "start = .*2..31 at most"),
         (bytes(32), 1 << 70, "start = "),
     ],
 )
