@@ -50,6 +50,11 @@ class Spinners:
         """What all threads have counted up to."""
         return sum(self._counts)
 
+    @property
+    def native_id(self) -> int | None:
+        """The first thread, by the kernel's number."""
+        return self._threads[0].native_id
+
     def __enter__(self) -> Spinners:
         for thread in self._threads:
             thread.start()

@@ -5,8 +5,8 @@ the step that puts vLLM's hashes into a namespace. Both take turns, their bytes 
 thread, which does all of the work, on its CPU. Tokens come as a NumPy array and as a Python list, whose items must be looked at
 one by one before anything else; the other way always gets the list that it wants. ``plain`` is without the CPU's SHA
 instructions. ``spin_ratio`` is how fast a thread counts in Python meanwhile, against alone, and ``other_spin_ratio`` the same
-beside the other way, each in the best of several spans: what else runs on the machine only slows a thread. All on
-the host: ``--device`` makes no difference.
+beside the other way, each in the best of several spans, without the time for which the thread could have run and had no CPU:
+what else runs on the machine takes none of the GIL. All on the host: ``--device`` makes no difference.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import importlib.metadata
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -139,10 +140,18 @@ def _again(call: Call, seconds: float) -> None:
 
 
 def _counted(spinner: Spinners, work: Callable[[], None]) -> float:
-    """Counts a second while ``work`` is done."""
-    before, began = spinner.total(), time.perf_counter()
+    """Counts while ``work`` is done, for each second in which the counting thread had a CPU or waited for the GIL."""
+    before, began, delay = spinner.total(), time.perf_counter(), _delay(spinner)
     work()
-    return (spinner.total() - before) / (time.perf_counter() - began)
+    return (spinner.total() - before) / (time.perf_counter() - began - (_delay(spinner) - delay))
+
+
+def _delay(spinner: Spinners) -> float:
+    """Seconds for which a spinning thread has waited for a CPU, as the kernel counts them; 0 where it does not."""
+    try:
+        return int(Path(f"/proc/self/task/{spinner.native_id}/schedstat").read_text().split()[1]) * 1e-9
+    except (OSError, ValueError, IndexError):
+        return 0.0
 
 
 def draw(axes: Any, report: Report) -> None:

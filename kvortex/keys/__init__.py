@@ -68,4 +68,5 @@ def load_compiled() -> None:
     namespace = Namespace(block_size=1)
     block_keys(namespace, [0])
     scheme = VllmKeys(namespace, seed="")
-    scheme.stored(scheme.block_keys([0], prompt_embeds=np.zeros((1, 1), np.uint8)))
+    scheme.stored(scheme.block_keys([0]))
+    scheme.block_keys([0], prompt_embeds=np.zeros((1, 1), np.uint8))

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from kvortex.keys._cbor import ARRAY, BYTES, NULL, UNSIGNED, copy, write_head, write_integer
+from kvortex.keys._cbor import ARRAY, BYTES, LONGEST_HEAD, NULL, UNSIGNED, copy, write_head, write_integer
 from kvortex.keys._sha256 import PADDING, Bytes, State, compress, digest, digest_in_place, start, write_padding, write_state
 
 Tokens = npt.NDArray[np.int64]
@@ -60,7 +60,7 @@ def hash_chain(tokens: Tokens, block_size: int, parent: Bytes, out: Bytes, hardw
     buffer, state, keys = np.empty(length + PADDING, np.uint8), np.empty(8, np.uint32), out.reshape(-1)
     words = buffer[KEY:length].view(np.uint32)
     blocks = write_padding(buffer, _ZERO, length, length)
-    copy(buffer, _ZERO, parent, _ZERO, _KEY)
+    write_bytes(buffer, _ZERO, parent)
     for row in range(len(out)):
         for t in range(block_size):
             words[t] = tokens[row * block_size + t]
@@ -76,7 +76,7 @@ def hash_rows(prefix: Bytes, rows: Bytes, out: Bytes, hardware: bool) -> None:
     first, length = len(prefix), len(prefix) + rows.shape[1]
     buffer, state, keys = np.empty(length + PADDING, np.uint8), np.empty(8, np.uint32), out.reshape(-1)
     blocks = write_padding(buffer, _ZERO, length, length)
-    copy(buffer, _ZERO, prefix, _ZERO, first)
+    write_bytes(buffer, _ZERO, prefix)
     for row in range(len(rows)):
         for k in range(rows.shape[1]):
             buffer[first + k] = rows[row, k]
@@ -86,7 +86,33 @@ def hash_rows(prefix: Bytes, rows: Bytes, out: Bytes, hardware: bool) -> None:
 
 
 @njit(nogil=True, cache=True)
-def hash_vllm(
+def hash_alike(
+    tokens: Tokens, block_size: int, parent: Bytes, extras: Bytes, split: int, ahead: int, out: Bytes, hardware: bool
+) -> None:
+    """``out[i] = SHA-256(CBOR((out[i - 1], block i, extra keys)))`` for as many blocks as ``out`` (n, 32) has rows.
+
+    The extra keys are given as CBOR: ``extras[:split]`` those of the first block here, ``extras[split:]`` of all others.
+    """
+    # Two arrays of them would be counted references, in every turn of the loop.
+    room = KEY + LONGEST_HEAD * (block_size + ahead + 6) + len(extras)
+    buffer, state, keys = np.empty(room + PADDING, np.uint8), np.empty(8, np.uint32), out.reshape(-1)
+    head = write_parent(buffer, parent)
+    for row in range(len(out)):
+        first, behind = row * block_size, (row + 1) * block_size
+        at = write_tokens(buffer, write_head(buffer, head + KEY, ARRAY, block_size), tokens, first, behind)
+        if ahead:
+            at = write_head(buffer, at, ARRAY, 1 + ahead)
+        begin, end = (split, len(extras)) if row else (_ZERO, split)
+        copy(buffer, at, extras, begin, end)
+        at += end - begin
+        if ahead:
+            at = write_tokens(buffer, at, tokens, behind, behind + ahead)
+        digest_in_place(buffer, _ZERO, at, state, keys, KEY * row, hardware)
+        write_state(state, buffer, head)
+
+
+@njit(nogil=True, cache=True)
+def hash_placed(
     tokens: Tokens,
     begin: int,
     block_size: int,
@@ -97,16 +123,14 @@ def hash_vllm(
     out: Bytes,
     hardware: bool,
 ) -> None:
-    """``out[i] = SHA-256(CBOR((out[i - 1], block i, extra keys)))`` for as many blocks as ``out`` (n, 32) has rows.
+    """As :func:`hash_alike`, with extra keys that depend on a block's place.
 
     ``begin`` is the place of ``tokens[0]`` in its sequence, a multiple of ``block_size``; ``room`` the bytes that the
     CBOR of a block may take.
     """
-    buffer, scratch, extra = np.empty(room + PADDING, np.uint8), np.empty(128, np.uint8), np.empty(room, np.uint8)
-    state, keys = np.empty(8, np.uint32), out.reshape(-1)
-    head = write_head(buffer, write_head(buffer, _ZERO, ARRAY, _TRIPLE), BYTES, _KEY)
-    copy(buffer, head, parent, _ZERO, _KEY)
-    same, known, place = not len(content.spans) and not content.embeds.size, 0, _ZERO
+    buffer, scratch = np.empty(room + PADDING, np.uint8), np.empty(128, np.uint8)
+    state, keys, place = np.empty(8, np.uint32), out.reshape(-1), _ZERO
+    head = write_parent(buffer, parent)
     if len(content.spans):  # behind the last one nothing changes any more
         for first in range(0, min(begin, content.spans[-1, 0] + content.spans[-1, 1] + rules.late), block_size):
             place = behind_inputs(content.spans, rules, first, first + block_size, place)
@@ -115,19 +139,27 @@ def hash_vllm(
         at = write_tokens(buffer, write_head(buffer, head + KEY, ARRAY, block_size), tokens, first, behind)
         if rules.ahead:
             at = write_head(buffer, at, ARRAY, 1 + rules.ahead)
-        copy(buffer, at, extra, _ZERO, known)
-        at += known
-        if not known:
-            limit, before = begin + behind + rules.ahead, at
-            at = write_extra_keys(buffer, at, content, rules, begin + first, limit, place, scratch, state, hardware)
-            if same and begin + first:  # all blocks behind the first, with its salt, have the same
-                known = at - before
-                copy(extra, _ZERO, buffer, before, at)
+        limit = begin + behind + rules.ahead
+        at = write_extra_keys(buffer, at, content, rules, begin + first, limit, place, scratch, state, hardware)
         at = write_tokens(buffer, at, tokens, behind, behind + rules.ahead)
         digest_in_place(buffer, _ZERO, at, state, keys, KEY * row, hardware)
         write_state(state, buffer, head)
-        if not same:
-            place = behind_inputs(content.spans, rules, begin + first, begin + behind, place)
+        place = behind_inputs(content.spans, rules, begin + first, begin + behind, place)
+
+
+@njit(nogil=True, cache=True)
+def write_parent(buffer: Bytes, parent: Bytes) -> int:
+    """The beginning of a block's CBOR, up to the hash of the block before; gives the place of that hash."""
+    head = write_head(buffer, write_head(buffer, _ZERO, ARRAY, _TRIPLE), BYTES, _KEY)
+    write_bytes(buffer, head, parent)
+    return head  # type: ignore[no-any-return,unused-ignore]
+
+
+@njit(nogil=True, cache=True)
+def write_bytes(buffer: Bytes, at: int, data: Bytes) -> int:
+    """All of ``data``, as it is."""
+    copy(buffer, at, data, _ZERO, len(data))
+    return at + len(data)
 
 
 @njit(nogil=True, cache=True)

@@ -12,7 +12,6 @@ from kvortex.keys.arrays import KEY_BYTES, KeyArray, one_key, token_array
 from kvortex.keys.namespace import Namespace
 from kvortex.keys.sequence import Chain, KeySequence
 
-
 LONGEST_SEQUENCE = 1 << 31  # tokens that places are counted over
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from kvortex.keys.arrays import KEY_BYTES, KeyArray, Tokens, token_array
 
+HashBlocks: TypeAlias = Callable[[Tokens, bytes, int], KeyArray]
 _FIRST_ROWS = 8
 
 
@@ -37,7 +38,7 @@ class Chain:
     first: bytes
     block_size: int
     most: int
-    hash_blocks: Callable[[Tokens, bytes, int], KeyArray]
+    hash_blocks: HashBlocks
     ahead: int = 0
     placed: bool = False
 

@@ -26,7 +26,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -36,13 +36,10 @@ from kvortex.errors import ArgumentError, ConfigError, cut, shown, told
 from kvortex.keys.arrays import KeyArray, Tokens
 from kvortex.keys.namespace import Namespace, adopt
 from kvortex.keys.scheme import LONGEST_SEQUENCE, KeyScheme, empty_keys
-from kvortex.keys.sequence import Chain
-
-if TYPE_CHECKING:
-    from kvortex.keys._loops import Content
+from kvortex.keys.sequence import Chain, HashBlocks
 
 UNSET_SEED = "vllm-none-hash"
-_EMPTY = b"\x60"  # the CBOR of an empty string
+_EMPTY, _NULL = b"\x60", b"\xf6"  # the CBOR of an empty string, and of None
 _MOST_AHEAD = 1 << 20
 _REMEMBERED = 256  # LoRAs and salts whose texts are kept as arrays
 _LONGEST = 128  # bytes of a block's CBOR besides tokens, texts, inputs and embeddings; generously
@@ -151,42 +148,62 @@ class VllmKeys(KeyScheme):
         return self._without_inputs(lora, salt)  # which takes ten times as long to make as a block takes to hash
 
     def _chain(self, lora: Any, salt: Any, inputs: Sequence[MultimodalInput] = (), prompt_embeds: Any = None) -> Chain:
-        from kvortex.keys import _sha_ni
-        from kvortex.keys._loops import Rules, bytes_of, hash_vllm
+        name, path = (_text(part, "lora") for part in self._lora(self.namespace.lora if lora is None else lora))
+        salt = self.namespace.salt if salt is None else salt
+        tagged, secret = self._version.tagged, _text(salt, "salt")
+        own = _entry("lora" * tagged, *((name, path) if tagged else (name,))) if name != _EMPTY else b""
+        secret = _entry("cache_salt" * tagged, secret) if salt else b""
+        placed = bool(inputs) or prompt_embeds is not None
+        make = self._placed(own, secret, inputs, prompt_embeds) if placed else self._alike(own, secret)
+        return Chain(
+            first=self._first, block_size=self.block_size, most=LARGEST, hash_blocks=make, ahead=self._ahead, placed=placed
+        )
 
-        content = self._content(lora, salt, inputs, prompt_embeds)
+    def _alike(self, own: bytes, secret: bytes) -> HashBlocks:
+        """For sequences of which all blocks, but for the salt in the first, have the same extra keys."""
+        from kvortex.keys import _sha_ni
+        from kvortex.keys._loops import bytes_of, hash_alike
+
         size, ahead = self.block_size, self._ahead
-        rules = Rules(*self._version[:3], ahead)
-        raw = 0 if rules.digests else content.embeds.shape[1] * (size + ahead)
-        room = _LONGEST + 9 * (size + ahead) + len(content.text) + _LONGEST_INPUT * len(content.spans) + raw
+        begin = [part for part in (own, secret) if part]
+        first, others = (_array(len(parts)) + b"".join(parts) if parts else _NULL for parts in (begin, [own] * bool(own)))
+        at_first, later = (bytes_of(first + others), len(first)), (bytes_of(others + others), len(others))
 
         def hash_blocks(tokens: Tokens, parent: bytes, start: int) -> KeyArray:
             keys = empty_keys(max(0, len(tokens) - ahead) // size)
             if len(keys):
-                hash_vllm(tokens, start, size, bytes_of(parent), content, rules, room, keys, _sha_ni.available())
+                extras = later if start else at_first
+                hash_alike(tokens, size, bytes_of(parent), *extras, ahead, keys, _sha_ni.available())
             return keys
 
-        placed = bool(len(content.spans) or content.embeds.size)
-        return Chain(first=self._first, block_size=size, most=LARGEST, hash_blocks=hash_blocks, ahead=ahead, placed=placed)
+        return hash_blocks
+
+    def _placed(self, own: bytes, secret: bytes, inputs: Sequence[MultimodalInput], prompt_embeds: Any) -> HashBlocks:
+        """For sequences whose blocks have extra keys that depend on their places."""
+        from kvortex.keys import _sha_ni
+        from kvortex.keys._loops import Content, Rules, bytes_of, hash_placed
+
+        size, ahead, (offsets, digests, late, tagged, _) = self.block_size, self._ahead, self._version
+        parts = [own, secret, _entry("prompt_embeds", more=1) if tagged else b""]
+        parts += [_entry("mm" * tagged, _text(each.identifier, "identifier"), more=offsets) for each in inputs]
+        ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
+        spans = np.array([each[1:] for each in inputs], np.int64).reshape(-1, 2)
+        content = Content(bytes_of(b"".join(parts)), ends, spans, _rows_of_bytes(prompt_embeds))
+        rules = Rules(offsets, digests, late, ahead)
+        raw = 0 if digests else content.embeds.shape[1] * (size + ahead)
+        room = _LONGEST + 9 * (size + ahead) + len(content.text) + _LONGEST_INPUT * len(inputs) + raw
+
+        def hash_blocks(tokens: Tokens, parent: bytes, start: int) -> KeyArray:
+            keys = empty_keys(max(0, len(tokens) - ahead) // size)
+            if len(keys):
+                hash_placed(tokens, start, size, bytes_of(parent), content, rules, room, keys, _sha_ni.available())
+            return keys
+
+        return hash_blocks
 
     def stored(self, keys: KeyArray) -> KeyArray:
         """The hashes in the namespace; see :func:`kvortex.keys.adopt`."""
         return adopt(self.namespace, keys)
-
-    def _content(self, lora: Any, salt: Any, inputs: Sequence[MultimodalInput], prompt_embeds: Any) -> Content:
-        from kvortex.keys._loops import Content, bytes_of
-
-        tagged, offsets = self._version.tagged, self._version.offsets
-        name, path = (_text(part, "lora") for part in self._lora(self.namespace.lora if lora is None else lora))
-        salt = self.namespace.salt if salt is None else salt
-        own, secret = (name, path) if tagged else (name,), _text(salt, "salt")
-        parts = [_entry("lora" * tagged, *own) if name != _EMPTY else b""]
-        parts.append(_entry("cache_salt" * tagged, secret) if salt else b"")
-        parts.append(_entry("prompt_embeds", more=1) if tagged else b"")
-        parts += [_entry("mm" * tagged, _text(each.identifier, "identifier"), more=offsets) for each in inputs]
-        ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
-        spans = np.array([each[1:] for each in inputs], np.int64).reshape(-1, 2)
-        return Content(bytes_of(b"".join(parts)), ends, spans, _rows_of_bytes(prompt_embeds))
 
     def _lora(self, lora: Any) -> tuple[Any, ...]:
         """Name and path of a LoRA, which are both empty where there is none."""
@@ -203,7 +220,12 @@ def _entry(tag: str, *texts: bytes, more: int = 0) -> bytes:
     """An extra key with its tag, if it has one, but for so many items that follow it: an array, unless it is one text."""
     items = [_text(tag, "tag"), *texts] if tag else [*texts]
     count = len(items) + more
-    return (bytes([0x80 | count]) if count > 1 else b"") + b"".join(items)  # the head of an array of up to 23
+    return (_array(count) if count > 1 else b"") + b"".join(items)
+
+
+def _array(count: int) -> bytes:
+    """The head of an array of up to 23 items."""
+    return bytes([0x80 | count])
 
 
 def _text(text: Any, name: str, kind: type[ArgumentError] | type[ConfigError] = ArgumentError) -> bytes:

@@ -123,5 +123,5 @@ def test_a_cache_that_another_kind_of_cpu_has_left_is_no_trap(tmp_path: Path) ->
 
 
 def test_compiled_loops_need_no_gil() -> None:
-    for name in ("extremes", "hash_chain", "hash_rows", "hash_vllm"):
+    for name in ("extremes", "hash_chain", "hash_rows", "hash_alike", "hash_placed"):
         assert getattr(_loops, name).targetoptions["nogil"], name
