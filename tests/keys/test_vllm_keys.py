@@ -155,6 +155,21 @@ def test_extra_keys_of_every_version(version: str, data: st.DataObject) -> None:
     assert found == expected == rows(sequence.keys) and sequence.num_tokens == len(tokens)
 
 
+@pytest.mark.parametrize(("version", "ahead"), [*((version, 0) for version in VERSIONS), ("vllm", 1), ("vllm", 2), ("vllm", 5)])
+def test_inputs_that_begin_and_end_anywhere(version: str, ahead: int) -> None:
+    """Each place of two neighbours in blocks of 4: where an edge is that of a block, or of what is looked at ahead of one."""
+    tokens, made, none_hash = list(range(16)), scheme(version, block_size=4, ahead=ahead), bytes.fromhex(SEED_0[0])
+    for offset in range(10):
+        for length in range(1, 10):
+            for gap in (0, 1):
+                pair = [("a", offset, length), ("b", offset + length + gap, 3)]
+                expected = vllm_request(version, tokens, 4, none_hash, ahead, multimodal=pair)
+                assert rows(made.block_keys(tokens, multimodal=pair)) == expected, pair
+                for at in range(1, len(expected)):
+                    later = made.block_keys(tokens[4 * at :], expected[at - 1], start=4 * at, multimodal=pair)
+                    assert rows(later) == expected[at:], (pair, at)
+
+
 def test_the_reference_has_all_kinds_of_extra_keys() -> None:
     about: dict[str, Any] = {"lora": ("sql", "/p"), "salt": "s", "multimodal": [("img", 3, 20)]}
     about["prompt_embeds"] = np.ones((20, 1), np.uint8)
