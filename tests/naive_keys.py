@@ -60,6 +60,27 @@ def extra_keys(
     return tuple(found) or None
 
 
+def walked(version: str, begins: Sequence[int], block_size: int, inputs: Inputs) -> list[Any]:
+    """What vLLM hashes for inputs of which some may lie inside another: it goes on from where it was at the block before,
+    and stops at the first one that goes on itself."""
+    late = version in ("vllm-0.15", "vllm-0.17")  # where one that ends at the first token counts, unless it was left behind
+    extras: list[Any] = []
+    left = list(inputs)
+    for begin in begins:
+        end, found = begin + block_size, []
+        last = inputs[-1][1] + inputs[-1][2]
+        while left and left[0][1] < end and (begin <= last if late else begin < last):
+            identifier, offset, length = left[0]
+            if begin < offset + length or (late and begin == offset + length):
+                found.append((identifier, offset - begin))
+                if offset + length > end:
+                    break
+            del left[0]
+        names = [("mm", *pair) if version == "vllm" else pair[0] if late else pair for pair in found]
+        extras.append(tuple(names) or None)
+    return extras
+
+
 def vllm_request(
     version: str, tokens: Sequence[int], block_size: int, none_hash: bytes, ahead: int = 0, **about: Any
 ) -> list[bytes]:

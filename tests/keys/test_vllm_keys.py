@@ -15,7 +15,7 @@ from kvortex.config import _KEY_SCHEMES
 from kvortex.errors import ArgumentError, ConfigError
 from kvortex.keys import SCHEMES, KvortexKeys, MultimodalInput, Namespace, VllmKeys, _sha_ni, make_scheme
 from kvortex.keys.vllm import VERSIONS
-from tests.naive_keys import extra_keys, sha256_cbor, vllm_hashes, vllm_request
+from tests.naive_keys import extra_keys, sha256_cbor, vllm_hashes, vllm_request, walked
 
 NEED_A_SEED = ("vllm-0.15", "vllm-0.17", "vllm-0.20")
 # Printed by vLLM's own functions (0.15.1 and 0.29 or newer), block size 16, tokens 0 to 31: NONE_HASH, block 0, block 1.
@@ -194,6 +194,30 @@ def test_an_input_inside_another() -> None:
         expected = vllm_hashes(tokens, 16, none_hash, extras)
         assert rows(scheme(version).block_keys(tokens, multimodal=nested)) == expected
         assert rows(scheme(version).block_keys(tokens[32:], expected[1], start=32, multimodal=nested)) == expected[2:]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@given(st.lists(st.tuples(st.sampled_from(["a", "b", "c"]), st.integers(0, 20), st.integers(1, 20)), min_size=1, max_size=4))
+def test_inputs_inside_others(version: str, inputs: list[tuple[str, int, int]]) -> None:
+    inputs.sort(key=lambda each: each[1])
+    tokens, none_hash = list(range(32)), bytes.fromhex(SEED_0[0])
+    expected = vllm_hashes(tokens, 4, none_hash, walked(version, range(0, 32, 4), 4, inputs))
+    made = scheme(version, block_size=4)
+    assert rows(made.block_keys(tokens, multimodal=inputs)) == expected
+    for at in (1, 3, 6):
+        assert rows(made.block_keys(tokens[4 * at :], expected[at - 1], start=4 * at, multimodal=inputs)) == expected[at:]
+
+
+@pytest.mark.usefixtures("hardware")
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("length", [1, 3, 4, 5, 8, 9, 16, 20])
+@pytest.mark.parametrize("width", [1, 8, 16, 33])
+def test_embeddings_of_any_length(version: str, length: int, width: int) -> None:
+    """Shorter than the tokens, which generated ones follow, and longer; of bytes below, at and above blocks of SHA-256."""
+    embeds, tokens = np.random.default_rng(length).integers(0, 256, (length, width), np.uint8), list(range(16))
+    for ahead in (0, 3) if version == "vllm" else (0,):
+        expected = vllm_request(version, tokens, 4, bytes.fromhex(SEED_0[0]), ahead, prompt_embeds=embeds)
+        assert rows(scheme(version, block_size=4, ahead=ahead).block_keys(tokens, prompt_embeds=embeds)) == expected
 
 
 def test_a_lora_as_vllms_command_line_has_it() -> None:
