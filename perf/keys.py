@@ -5,8 +5,8 @@ the step that puts vLLM's hashes into a namespace. Both take turns, their bytes 
 thread, which does all of the work, on its CPU. Tokens come as a NumPy array and as a Python list, whose items must be looked at
 one by one before anything else; the other way always gets the list that it wants. ``plain`` is without the CPU's SHA
 instructions. ``spin_ratio`` is how fast a thread counts in Python meanwhile, against alone, and ``other_spin_ratio`` the same
-beside the other way, each in the best of several spans, without the time for which the thread could have run and had no CPU:
-what else runs on the machine takes none of the GIL. All on the host: ``--device`` makes no difference.
+beside the other way, both without the time for which the thread could have run and had no CPU: what else runs on the
+machine takes none of the GIL. All on the host: ``--device`` makes no difference.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import importlib.metadata
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
+import numpy.typing as npt
 
 from kvortex.errors import ArgumentError
 from kvortex.keys import KvortexKeys, Namespace, VllmKeys, _sha_ni, adopt, load_compiled
@@ -126,35 +126,29 @@ def _timed(call: Call) -> float:
 
 def _spins(ours: Call, other: Call, spans: int) -> dict[str, float]:
     """How fast one thread counts beside each way, against alone."""
-    rates: dict[str, list[float]] = {"alone": [], "spin_ratio": [], "other_spin_ratio": []}
+    ways = {"alone": lambda: time.sleep(SPAN_S), "spin_ratio": lambda: _again(ours), "other_spin_ratio": lambda: _again(other)}
+    seen = {name: np.zeros(2) for name in ways}
     with Spinners(1) as spinner:
         for _ in range(spans):
-            rates["alone"].append(_counted(spinner, lambda: time.sleep(SPAN_S)))
-            rates["spin_ratio"].append(_counted(spinner, lambda: _again(ours, SPAN_S)))
-            rates["other_spin_ratio"].append(_counted(spinner, lambda: _again(other, SPAN_S)))
-    best = {name: max(found) for name, found in rates.items()}
-    return {name: rate / best["alone"] for name, rate in best.items() if name != "alone"}
+            for name, work in ways.items():
+                seen[name] += _counted(spinner, work)
+    rates = {name: count / seconds for name, (count, seconds) in seen.items()}
+    return {name: float(rates[name] / rates["alone"]) for name in ("spin_ratio", "other_spin_ratio")}
 
 
-def _again(call: Call, seconds: float) -> None:
-    ends = time.perf_counter() + seconds
+def _again(call: Call) -> None:
+    ends = time.perf_counter() + SPAN_S
     while time.perf_counter() < ends:
         call()
 
 
-def _counted(spinner: Spinners, work: Callable[[], None]) -> float:
-    """Counts while ``work`` is done, for each second in which the counting thread had a CPU or waited for the GIL."""
-    before, began, delay = spinner.total(), time.perf_counter(), _delay(spinner)
+def _counted(spinner: Spinners, work: Callable[[], None]) -> npt.NDArray[np.float64]:
+    """Counts while ``work`` is done, and the seconds for which the counting thread had a CPU or waited for the GIL."""
+    before = np.array([spinner.total(), time.perf_counter(), spinner.delay(), spinner.computed()])
     work()
-    return (spinner.total() - before) / (time.perf_counter() - began - (_delay(spinner) - delay))
-
-
-def _delay(spinner: Spinners) -> float:
-    """Seconds for which a spinning thread has waited for a CPU, as the kernel counts them; 0 where it does not."""
-    try:
-        return int(Path(f"/proc/self/task/{spinner.native_id}/schedstat").read_text().split()[1]) * 1e-9
-    except (OSError, ValueError, IndexError):
-        return 0.0
+    count, wall, delay, computed = np.array([spinner.total(), time.perf_counter(), spinner.delay(), spinner.computed()]) - before
+    # The kernel adds a delay when it has ended, which may be more than this span saw of it.
+    return np.array([count, max(wall - delay, computed)])
 
 
 def draw(axes: Any, report: Report) -> None:
