@@ -144,9 +144,13 @@ def _again(call: Call) -> None:
 
 def _counted(spinner: Spinners, work: Callable[[], None]) -> npt.NDArray[np.float64]:
     """Counts while ``work`` is done, and the seconds for which the counting thread had a CPU or waited for the GIL."""
-    before = np.array([spinner.total(), time.perf_counter(), spinner.delay(), spinner.computed()])
+
+    def now() -> npt.NDArray[np.float64]:
+        return np.array([spinner.total(), time.perf_counter(), spinner.delay(), spinner.computed()])
+
+    before = now()
     work()
-    count, wall, delay, computed = np.array([spinner.total(), time.perf_counter(), spinner.delay(), spinner.computed()]) - before
+    count, wall, delay, computed = now() - before
     # The kernel adds a delay when it has ended, which may be more than this span saw of it.
     return np.array([count, max(wall - delay, computed)])
 
