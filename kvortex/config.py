@@ -19,6 +19,7 @@ ENV_PREFIX = "KVORTEX_"
 ENV_NOT_OPTIONS = frozenset({"KVORTEX_CACHE_DIR"})  # read by kvortex.kernels.cache, not an option of the engine
 _MOST = 2**63 - 1  # what NumPy, compiled code and the driver count with
 _ROUTES = ("auto", "staged", "resident", "strided", "batched", "mapped")
+_KEY_SCHEMES = ("kvortex", "vllm", "vllm-0.29", "vllm-0.20", "vllm-0.17", "vllm-0.15")
 _CALIBRATE = ("never", "stored", "once")
 _POLICIES = ("arc", "lfu", "lru", "s3fifo")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
@@ -75,6 +76,12 @@ class KVortexConfig:
         File that the engine's requests are recorded in, as by :meth:`kvortex.KVortexEngine.record`; where it is there already,
         ``name-2.jsonl`` and so on. None for what the environment's ``KVORTEX_RECORD_TRACE`` says when the engine is made,
         so that engines can be recorded whose code is not at hand; empty for none whatever that says.
+    key_scheme
+        How :meth:`kvortex.KVortexEngine.block_keys` names blocks: ``"kvortex"``, or as vLLM does with ``sha256_cbor``:
+        ``"vllm"`` (0.32 and newer), ``"vllm-0.29"``, ``"vllm-0.20"``, ``"vllm-0.17"``, ``"vllm-0.15"``. See
+        ``docs/keys.md``.
+    key_seed
+        For vLLM's: ``PYTHONHASHSEED`` of its processes, as it is written there; None where it is not set.
     transfer_timeout_s
         Deadline in seconds of every wait that names none of its own.
     """
@@ -99,6 +106,8 @@ class KVortexConfig:
     lora: str = ""
     salt: str = ""
     record_trace: str | None = None
+    key_scheme: str = "kvortex"
+    key_seed: str | None = None
     transfer_timeout_s: float = 60.0
 
     def __post_init__(self) -> None:
@@ -117,7 +126,8 @@ class KVortexConfig:
             raise ConfigError(f"enable_numa = {shown(self.enable_numa)}: must be true or false")
         if not isinstance(self.beside_compute, bool | None):
             raise ConfigError(f"beside_compute = {shown(self.beside_compute)}: must be true, false or None")
-        for name in ("model", "dtype", "lora", "salt", "device", "transfer_route", "calibrate", "eviction_policy"):
+        names = ("model", "dtype", "lora", "salt", "device", "transfer_route", "calibrate", "eviction_policy", "key_scheme")
+        for name in names:
             if not isinstance(getattr(self, name), str):
                 raise ConfigError(f"{name} = {shown(getattr(self, name))}: must be a string")
         if not isinstance(self.record_trace, str | None):
@@ -126,6 +136,10 @@ class KVortexConfig:
             raise ConfigError(f"device = {shown(self.device)}: must be 'auto', 'host', 'cuda' or 'cuda:N'")
         if self.transfer_route not in _ROUTES:
             raise ConfigError(f"transfer_route = {shown(self.transfer_route)}: must be one of {', '.join(_ROUTES)}")
+        if self.key_scheme not in _KEY_SCHEMES:
+            raise ConfigError(f"key_scheme = {shown(self.key_scheme)}: must be one of {', '.join(_KEY_SCHEMES)}")
+        if not isinstance(self.key_seed, str | None):
+            raise ConfigError(f"key_seed = {shown(self.key_seed)}: must be a string or None")
         if self.calibrate not in _CALIBRATE:
             raise ConfigError(f"calibrate = {shown(self.calibrate)}: must be one of {', '.join(_CALIBRATE)}")
         if self.eviction_policy not in _POLICIES:

@@ -34,7 +34,8 @@ from kvortex.errors import (
 )
 from kvortex.flight import Flight
 from kvortex.index import DECLINED, PENDING, BlockIndex, Reservation, load_compiled
-from kvortex.keys import KeyArray, KeysLike, Namespace, as_keys, block_keys
+from kvortex.keys import KeyArray, KeyScheme, KeySequence, KeysLike, Namespace, as_keys, make_scheme
+from kvortex.keys import load_compiled as load_compiled_keys
 from kvortex.layout import KVLayout
 from kvortex.memory.arena import PinnedArena
 from kvortex.stats import Counters, EngineStats
@@ -62,22 +63,17 @@ class KVortexEngine:
     ----------
     config, layout, device
     namespace
-        What the keys of :meth:`block_keys` are made in.
+        What the pool's blocks are of, besides their tokens.
+    scheme
+        How :meth:`block_keys` names them: a :class:`kvortex.keys.KeyScheme`.
     """
 
-    def __init__(self, config: KVortexConfig, layout: KVLayout | None, device: Device, parts: _Parts) -> None:
+    def __init__(
+        self, config: KVortexConfig, layout: KVLayout | None, device: Device, parts: _Parts, scheme: KeyScheme
+    ) -> None:
         self._finalizer = weakref.finalize(self, _Parts.abandon, parts, config.transfer_timeout_s)
         self.config, self.layout, self.device = config, layout, device
-        self.namespace = Namespace(
-            model=config.model,
-            dtype=config.dtype,
-            layout=layout.fingerprint if layout is not None else b"",
-            block_size=config.block_size,
-            rank=config.rank,
-            world_size=config.world_size,
-            lora=config.lora,
-            salt=config.salt,
-        )
+        self.namespace, self.scheme = scheme.namespace, scheme
         self._parts = parts
         self._index, self._executor, self._flight, self._counters = parts.index, parts.executor, parts.flight, parts.counters
         self._calls: dict[int, weakref.ref[_Call]] = {}
@@ -99,7 +95,8 @@ class KVortexEngine:
         ------
         ConfigError
             A budget is too small, there is neither a layout nor ``max_block_bytes``, ``transfer_route`` cannot run on this
-            GPU, ``record_trace`` cannot be written, or ``config`` is none.
+            GPU, ``key_scheme`` needs another ``key_seed`` or ``lora``, ``record_trace`` cannot be written, or ``config`` is
+            none.
         LayoutError
             The layout's tensors are on another device, or ``layout`` is none.
         DeviceUnavailableError, DeviceError, BuildError, PinnedMemoryError
@@ -111,9 +108,10 @@ class KVortexEngine:
         record_bytes = max(layout.record_bytes if layout is not None else 0, config.max_block_bytes or 0)
         if not record_bytes:
             raise ConfigError("max_block_bytes = None: an engine without a layout needs the size of its largest buffer")
+        scheme = make_scheme(config.key_scheme, _namespace(config, layout), seed=config.key_seed)
         parts = _Parts(config, layout, device, record_bytes)
         try:
-            engine = cls(config, layout, device, parts)
+            engine = cls(config, layout, device, parts, scheme)
             engine._recordings.open_as_told(config.record_trace)
             return engine
         except BaseException:
@@ -123,37 +121,56 @@ class KVortexEngine:
     # -- keys and look-ups
 
     def block_keys(
-        self, token_ids: Any, parent: bytes | KeyArray | None = None, *, lora: str | None = None, salt: str | None = None
+        self,
+        token_ids: Any,
+        parent: bytes | KeyArray | None = None,
+        *,
+        lora: str | None = None,
+        salt: str | None = None,
+        **about: Any,
     ) -> KeyArray:
-        """Keys of the full blocks of a token sequence.
+        """Keys of the full blocks of a token sequence, by the config's ``key_scheme``.
 
         Parameters
         ----------
         token_ids
-            (t,) integers from 0 to 2**32 - 1; a last block that is not full gets no key.
+            (t,) integers, from 0 to 2**32 - 1 by the scheme ``kvortex`` and to 2**63 - 1 by vLLM's; a last block that is not
+            full gets no key.
         parent
             Key of the block before the first, to extend a sequence without hashing it again.
         lora, salt
-            Instead of the config's, for this sequence.
+            Instead of the config's, for this sequence. By the scheme ``vllm`` a LoRA is ``"name=path"``.
+        **about
+            ``multimodal``, ``prompt_embeds`` and ``start`` of a vLLM request: see :meth:`kvortex.keys.VllmKeys.chain` and
+            :meth:`kvortex.keys.KeyScheme.block_keys`.
 
         Returns
         -------
         (t // block_size, 32) uint8
+            By vLLM's schemes vLLM's own hashes. They say nothing of model, layout or rank: the engine adds these
+            to every key that it is given (:func:`kvortex.keys.adopt`), so blocks of others are never mixed up here either.
+
+        Raises
+        ------
+        ArgumentError
+            Tokens, ``parent`` or what else was given; the message names it.
         """
-        namespace = self.namespace
-        if lora is not None or salt is not None:
-            values = {name: getattr(namespace, name) for name in Namespace.__dataclass_fields__}
-            values.update({"lora": namespace.lora if lora is None else lora, "salt": namespace.salt if salt is None else salt})
-            namespace = Namespace(**values)
-        return block_keys(namespace, token_ids, parent)
+        return self.scheme.block_keys(token_ids, parent, lora=lora, salt=salt, **about)
+
+    def key_sequence(self, *, lora: str | None = None, salt: str | None = None, **about: Any) -> KeySequence:
+        """The keys of one sequence that grows: tokens are handed in as they come, and each is hashed once.
+
+        Arguments as for :meth:`block_keys`.
+        """
+        return self.scheme.sequence(lora=lora, salt=salt, **about)
 
     def check_blocks(self, keys: KeysLike) -> Mask:
         """Which blocks are in the cache now, (n,) bool. Pins nothing: a later load may still miss."""
-        keys = as_keys(keys)
+        stored = self._stored(keys)
         with _Call(self):
-            found = self._index.lookup(keys)
+            found = self._index.lookup(stored)
             self._counters.check(len(found), int(found.sum()))
-            self._recordings.note(CHECK, keys)
+            self._recordings.note(CHECK, stored)
             return found
 
     # -- transfers
@@ -205,7 +222,7 @@ class KVortexEngine:
             Too many slots are pinned or being written; nothing was done. Wait for a ticket, or enlarge the pool. While the
             pool still grows the call waits for more of it instead.
         """
-        keys = as_keys(keys)
+        keys = self._stored(keys)
         paged, pages, lengths = self._pages(len(keys), block_ids, data_ptrs, sizes, Direction.SAVE)
         if layerwise and not paged:
             raise ArgumentError(_NO_LAYERS)
@@ -262,7 +279,7 @@ class KVortexEngine:
         ArgumentError
             Lengths, ranges, duplicates, or a size that is not the saved one; nothing was done.
         """
-        keys = as_keys(keys)
+        keys = self._stored(keys)
         paged, pages, lengths = self._pages(len(keys), block_ids, output_ptrs, sizes, Direction.LOAD)
         if layerwise and not paged:
             raise ArgumentError(_NO_LAYERS)
@@ -276,6 +293,10 @@ class KVortexEngine:
             self._start(transfer, paged, pages, lengths, stream, bool(layerwise))
             self._recordings.note(LOAD, keys)
             return self._ticket(transfer)
+
+    def _stored(self, keys: KeysLike) -> KeyArray:
+        """The keys under which the pool holds blocks of these keys."""
+        return self.scheme.stored(as_keys(keys))
 
     def _reserve(self, keys: KeyArray, lengths: Int64s, transfer: Transfer) -> Reservation:
         while True:
@@ -486,6 +507,7 @@ class _Parts:
             self.executor = _executor(config, layout, device, self.arena, profile)
             undo.callback(self.executor.close)
             load_compiled()
+            load_compiled_keys()
             policy, admit_after = config.eviction_policy, config.admit_after
             self.index = BlockIndex(self.arena.slots, policy, admit_after=admit_after, ready=self.arena.ready)
             self.counters = Counters()
@@ -538,6 +560,19 @@ class _Parts:
 
 
 _KEPT: list[_Parts] = []  # of engines that are gone, whose transfers would not end
+
+
+def _namespace(config: KVortexConfig, layout: KVLayout | None) -> Namespace:
+    return Namespace(
+        model=config.model,
+        dtype=config.dtype,
+        layout=layout.fingerprint if layout is not None else b"",
+        block_size=config.block_size,
+        rank=config.rank,
+        world_size=config.world_size,
+        lora=config.lora,
+        salt=config.salt,
+    )
 
 
 def _profile(config: KVortexConfig, device: Device, notes: list[str]) -> Profile | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 from kvortex.errors import KVortexError, told
-from perf import compute, duplex, fragments, gil, index, latency, link, pinned, submit
+from perf import compute, duplex, fragments, gil, index, keys, latency, link, pinned, submit
 from perf.report import Report, check_writable, environment, progress
 
 QUESTIONS = {
@@ -17,6 +17,7 @@ QUESTIONS = {
     "fragments": fragments,
     "gil": gil,
     "index": index,
+    "keys": keys,
     "latency": latency,
     "link": link,
     "pinned": pinned,

@@ -12,6 +12,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,17 @@ class Spinners:
     def total(self) -> int:
         """What all threads have counted up to."""
         return sum(self._counts)
+
+    def delay(self) -> float:
+        """Seconds for which the first thread could have run and waited for a CPU, as the kernel tells; 0 where it does not."""
+        try:
+            return int(Path(f"/proc/self/task/{self._threads[0].native_id}/schedstat").read_text().split()[1]) * 1e-9
+        except (OSError, ValueError, IndexError):
+            return 0.0
+
+    def computed(self) -> float:
+        """Seconds for which the first thread had a CPU."""
+        return time.clock_gettime(time.pthread_getcpuclockid(self._threads[0].ident or 0))
 
     def __enter__(self) -> Spinners:
         for thread in self._threads:

@@ -38,6 +38,8 @@ GOOD: dict[str, list[Any]] = {
     "lora": ["", "adapter"],
     "salt": ["", "tenant-7"],
     "record_trace": ["", None, "trace.jsonl"],
+    "key_scheme": ["kvortex", "vllm", "vllm-0.15"],
+    "key_seed": ["0", "", "random", None],
     "transfer_timeout_s": [0.001, 1, 3600.0],
 }
 BAD: dict[str, list[Any]] = {
@@ -61,6 +63,8 @@ BAD: dict[str, list[Any]] = {
     "lora": [None, 3],
     "salt": [None, b""],
     "record_trace": [b"trace.jsonl", 3, True],
+    "key_scheme": ["", "VLLM", "sha256_cbor", "vllm-0.33", None, 1],
+    "key_seed": [0, b"0", True],
     "transfer_timeout_s": [0, 0.0, -1.0, float("inf"), float("nan"), True, "60", None],
 }
 CASES = [(name, value) for name, values in BAD.items() for value in values]

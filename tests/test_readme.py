@@ -1,4 +1,4 @@
-"""The README's Python examples run as they stand, in order, on the host device."""
+"""The Python examples of the README and of the docs run as they stand, in order, on the host device."""
 
 from __future__ import annotations
 
@@ -33,3 +33,11 @@ def test_examples_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     assert 0 <= float(capsys.readouterr().out.split()[-1]) <= 1
     assert scope["keys"].shape == (62, 32)
     assert not scope["hits"].any()
+
+
+def test_examples_of_keys_run() -> None:
+    path = README.parent / "docs" / "keys.md"
+    scope: dict[str, Any] = {"__name__": "__main__"}
+    for example in examples(path.read_text(encoding="utf-8")):
+        exec(compile(example, str(path), "exec"), scope)
+    assert scope["keys"].shape == scope["hashes"].shape == (4, 32) and scope["new"].shape == (1, 32)

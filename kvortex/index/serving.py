@@ -12,6 +12,7 @@ from numba import njit
 
 from kvortex.errors import ArgumentError, IndexStateError
 from kvortex.index import core
+from kvortex.index._hash import Rows, scratch
 from kvortex.index._lines import Words
 from kvortex.index._reads import match
 from kvortex.index.core import ANY_LENGTH, NEW, OK, Slots, Table
@@ -20,8 +21,10 @@ from kvortex.keys import KeyArray
 
 
 @njit(nogil=True, cache=True)
-def _serve(t: Table, words: Words, starts: Slots, most: int, hits: Slots) -> tuple[int, int]:
-    """Fill ``hits``; (OK, 0), or what went wrong and with which request."""
+def _serve(
+    t: Table, words: Words, starts: Slots, most: int, prints: Slots, rows: Rows, hits: Slots
+) -> tuple[int, int]:
+    """Fill ``hits``; (OK, 0), or what went wrong and with which request. ``prints`` and ``rows`` do for the longest one."""
     longest = 0
     for request in range(hits.size):
         longest = max(longest, starts[request + 1] - starts[request])
@@ -35,15 +38,16 @@ def _serve(t: Table, words: Words, starts: Slots, most: int, hits: Slots) -> tup
         hits[request] = run
         if run > 0:
             held = slots[:run]
-            core.acquire(t, keys[:run], any_length[:run], held)
+            core.acquire(t, keys[:run], any_length[:run], prints, held)
             once[0] = 0
             fault, _ = core.release(t, held, once)
             if fault != OK:
                 return fault, request
         if run < count:
             rest = count - run
+            rows[:] = 0
             fault, _, _ = core.reserve(
-                t, keys[run:], lengths[:rest], 0, slots[:rest], status[:rest], owners[:rest], taken[:rest]
+                t, keys[run:], lengths[:rest], 0, prints, rows, slots[:rest], status[:rest], owners[:rest], taken[:rest]
             )
             if fault != OK:
                 return fault, request
@@ -83,8 +87,9 @@ def serve(index: BlockIndex, keys: KeyArray, starts: npt.NDArray[np.int64], most
         A request names a key twice. Those before it have been served.
     """
     words, hits = keys.view(np.int64), np.zeros(len(starts) - 1, np.int64)
+    prints, rows = scratch(int(np.diff(starts).max(initial=0)))
     with index._lock:
-        fault, request = _serve(index._table, words, starts, most, hits)
+        fault, request = _serve(index._table, words, starts, most, prints, rows, hits)
     if fault == core.DUPLICATE:
         raise ArgumentError(f"request {request} names a key twice")
     if fault != OK:

@@ -189,11 +189,15 @@ def test_an_engine_that_fails_at_its_last_step_gives_everything_back(
     closed: list[PinnedArena] = []
     close = PinnedArena.close
 
-    def fail(**_: object) -> None:
-        raise MemoryError("planted")
+    class Unready:
+        """What the engine asks for its namespace when all else is there."""
+
+        @property
+        def namespace(self) -> None:
+            raise MemoryError("planted")
 
     monkeypatch.setattr(PinnedArena, "close", lambda arena: (closed.append(arena), close(arena)))
-    monkeypatch.setattr("kvortex.engine.Namespace", fail)
+    monkeypatch.setattr("kvortex.engine.make_scheme", lambda *_, **__: Unready())
     with pytest.raises(MemoryError, match="planted") as caught:  # keeps the frames, and the half-made engine in one
         cache.engine()
     assert closed and caught.tb, "by now, and not whenever the collector comes"
@@ -204,10 +208,12 @@ def test_nothing_is_compiled_in_the_middle_of_a_call() -> None:
     code = """
         from numba.core.dispatcher import Dispatcher
         from kvortex.index import _reads, core
+        from kvortex.keys import VllmKeys, _cbor, _loops
         from kvortex.transfer import copies
 
         def loaded():
-            rooms = {f"{room}.{name}": f for room in (core, _reads, copies) for name, f in vars(room).items()}
+            rooms = [core, _reads, copies, _cbor, _loops]
+            rooms = {f"{room.__name__}.{name}": f for room in rooms for name, f in vars(room).items()}
             return {name: len(f.signatures) for name, f in rooms.items() if isinstance(f, Dispatcher)}
 
         gate.set()
@@ -222,6 +228,12 @@ def test_nothing_is_compiled_in_the_middle_of_a_call() -> None:
             assert ticket.wait().all()
             engine.check_blocks(keys_of(1))
             engine.get_stats()
+            keys = engine.block_keys(range(40))
+            engine.block_keys([1] * 16, keys[1], lora="l", salt="s")
+            engine.key_sequence().extend(range(40))
+            scheme = VllmKeys(engine.namespace, "vllm-0.15", seed="0")
+            scheme.stored(scheme.block_keys(range(40), salt="s", lora="l"))
+            scheme.block_keys(range(16), keys[1], start=16, multimodal=[("a", 3, 20)])
             print(loaded() == before, sum(before.values()) > 5)
     """
     assert alone(code).split() == ["True", "True"]

@@ -22,7 +22,7 @@ from kvortex.memory.arena import PinnedArena
 from kvortex.transfer import host
 from kvortex.transfer.executor import Direction
 from perf import __main__ as program
-from perf import compute, duplex, fragments, gil, link, pinned, report, submit
+from perf import compute, duplex, fragments, gil, keys, link, pinned, report, submit
 from perf.baselines import fragmentwise
 from perf.methods import Kvortex, Raw
 from perf.pages import Pages
@@ -506,3 +506,42 @@ def test_a_pool_that_stays_small_is_no_measurement(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(HostDevice, "pin", once)
     with pytest.raises(kvortex.PinnedMemoryError, match="1 of 3 slots became ready: .*no more"):
         pinned._arena(device, 3 * pinned.SLOT_BYTES)
+
+
+def test_a_wrong_key_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One bit of one key, spoiled on the way out; and a key too few."""
+    block_keys = keys.VllmKeys.block_keys
+
+    def spoiled(*arguments: Any, **about: Any) -> Any:
+        found = block_keys(*arguments, **about)
+        found[-1, 5] ^= 1
+        return found
+
+    right = keys._questions(64)["vllm", "array"]
+    assert keys._wrong_bytes(right[0](), right[1]()) == 0
+    monkeypatch.setattr(keys.VllmKeys, "block_keys", spoiled)
+    assert keys._wrong_bytes(right[0](), right[1]()) == 1
+    assert keys._wrong_bytes(right[0]()[:-1], right[1]()) == 4 * 32
+
+
+def test_keys_without_cbor2(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delitem(sys.modules, "tests.naive_keys", raising=False)
+    monkeypatch.setitem(sys.modules, "cbor2", None)
+    assert program.main(["keys", "--quick", "--out", str(tmp_path)]) == 2
+    assert "keys needs cbor2" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_counting_thread_that_waits_for_the_gil_is_seen() -> None:
+    """Hashing leaves the GIL alone, a loop in Python does not; by counts that other processes do not change."""
+
+    def hog() -> None:
+        ends = time.perf_counter() + 0.02
+        while time.perf_counter() < ends:
+            sum(range(100))
+
+    found = []
+    for _ in range(5):
+        found.append(keys._spins(keys._questions(16384)["kvortex", "array"][0], hog, 3))
+        if found[-1]["spin_ratio"] > 0.85 and found[-1]["other_spin_ratio"] < 0.8:
+            return
+    pytest.fail(f"{found}")
