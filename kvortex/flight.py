@@ -58,9 +58,9 @@ class Flight:
         """Whether the transfer's own bytes have moved, or never will; gives its slots back then."""
         if transfer.ended:
             return True
-        completion = transfer.completion
         if not transfer.issued():
             return False
+        completion = transfer.completion  # now that its call is over, and not before: another thread may have just set it
         if completion is not None and not completion.started:
             completion.cancel()
         if completion is not None and (missing := completion.missing()) and transfer.is_deserted():

@@ -6,6 +6,7 @@ them gives the GIL up, and where other threads want it, that is five times their
 
 from __future__ import annotations
 
+import functools
 from typing import TypeAlias
 
 import numpy as np
@@ -14,6 +15,7 @@ from numba import njit
 
 from kvortex.devices.driver import CAPTURE_MODE, CTX_GET, CTX_SET
 from kvortex.devices.native import call
+from kvortex.devices.threads import busy_address
 
 NOT_READY = 600  # CUDA_ERROR_NOT_READY
 CAPTURE_IMPLICIT = 906  # CUDA_ERROR_STREAM_CAPTURE_IMPLICIT
@@ -40,6 +42,12 @@ def _ask(functions, context, which, a, b, c, cells):  # type: ignore[no-untyped-
     if foreign:
         call(functions[CTX_SET], (cells[_SAVED],))
     return code
+
+
+@functools.cache
+def load_compiled() -> None:
+    """Loads what is compiled, once in a process: an interrupt in the middle of that can abort the process inside LLVM."""
+    ask(np.full(CTX_GET + 1, busy_address()), 0, 0, 0)
 
 
 def ask(functions: Functions, context: int, which: int, a: int, b: int = 0, c: int = 0) -> int:

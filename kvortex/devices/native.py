@@ -80,6 +80,17 @@ def load_tuple(typingctx: Any, address: Any, like: Any) -> Any:
     return like(address, like), emit
 
 
+@intrinsic  # type: ignore[untyped-decorator]
+def release(typingctx: Any) -> Any:
+    """Whoever sees a store from below sees the stores above, also on processors that would not keep that order."""
+
+    def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        builder.fence("release")
+        return context.get_dummy_value()
+
+    return types.void(), emit
+
+
 @functools.cache
 def memcpy_address() -> int:
     """Address of the C library's ``memcpy``."""

@@ -14,13 +14,18 @@ def _address(name: str) -> int:
     return ctypes.cast(getattr(ctypes.CDLL(None), name), ctypes.c_void_p).value or 0
 
 
+def busy_address() -> int:
+    """Of a function that answers every call with a number that is not 0."""
+    return _address("getpid")
+
+
 class Mutex:
-    """A lock whose owner may take it again: a thread that calls back into Python while it holds it does no harm.
+    """A lock. Its owner may take it again, as a driver made of Python does whose objects are finalised in the middle of a call.
 
     Attributes
     ----------
-    cells : (3,) int64
-        Its address, and those of ``pthread_mutex_lock`` and ``pthread_mutex_unlock``.
+    cells : (4,) int64
+        Its address, and those of ``pthread_mutex_lock``, ``pthread_mutex_trylock`` and ``pthread_mutex_unlock``.
     """
 
     def __init__(self) -> None:
@@ -30,7 +35,8 @@ class Mutex:
         libc.pthread_mutexattr_init(how)
         libc.pthread_mutexattr_settype(how, _RECURSIVE)
         libc.pthread_mutex_init(at, how)
-        self.cells = np.array([at.value or 0, _address("pthread_mutex_lock"), _address("pthread_mutex_unlock")], np.int64)
+        names = "pthread_mutex_lock", "pthread_mutex_trylock", "pthread_mutex_unlock"
+        self.cells = np.array([at.value or 0, *map(_address, names)], np.int64)
 
 
 class Semaphore:

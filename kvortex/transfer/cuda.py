@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,13 @@ from kvortex.devices import asking
 from kvortex.devices import driver as cu
 from kvortex.devices.cuda import CudaDevice
 from kvortex.devices.streams import cuda_stream_handle
-from kvortex.errors import ArgumentError, ConfigError, DeviceError
+from kvortex.errors import ArgumentError, ConfigError, DeviceError, TransferTimeoutError
 from kvortex.kernels import build
 from kvortex.memory.arena import SLOT_ALIGNMENT
 from kvortex.memory.ids import IdBuffer, IdPool
 from kvortex.memory.staging import StagingRing
 from kvortex.transfer.cuda_completion import CudaCompletion, Events
-from kvortex.transfer.executor import Completion, Direction, Executor
+from kvortex.transfer.executor import Completion, Direction, Executor, poll
 from kvortex.transfer.issue import NO_STREAM
 from kvortex.transfer.lane import ROW_WORDS, Job, Lane
 from kvortex.transfer.layers import (
@@ -55,6 +56,7 @@ from kvortex.transfer.profile import Profile
 from kvortex.transfer.resident import FLAG_BYTES
 from kvortex.transfer.routes import Ability, Route, choose, tabulate
 
+_CLOSE_S = 10.0
 MAX_BLOCKS = 2048  # of kvortex.kernels.paged, which needs numba.cuda to import
 
 
@@ -130,6 +132,7 @@ class CudaExecutor(Executor):
             pool = dataclasses.replace(pool, segment_slots=1)
         self._profile, self._pool, self._count = profile, pool, profile.streams
         self._fragments, self._layer_offsets = fragments, layer_offsets
+        asking.load_compiled()
         self._functions = cu.functions().copy()  # which compiled code knows as an array like all others
         self._events = Events(device)
         self._guard = threading.RLock()
@@ -350,9 +353,13 @@ class CudaExecutor(Executor):
         """What :meth:`submit` takes. See :meth:`kvortex.transfer.lane.Lane.job`."""
         return self._lanes[direction].job(self._functions, plan, caller, after, events, ids, outcome)
 
-    def submit(self, direction: Direction, job: Job, *, at_once: bool) -> None:
-        """Puts a plan on the streams of its direction, or leaves it to a thread that does."""
-        self._lanes[direction].submit(job, at_once=at_once)
+    def issue(self, direction: Direction, job: Job) -> bool:
+        """Puts a plan on the streams of its direction, if nobody else puts one there just now."""
+        return self._lanes[direction].issue(job)
+
+    def leave(self, direction: Direction, job: Job) -> None:
+        """Leaves that to a thread."""
+        self._lanes[direction].leave(job)
 
     def record(self, event: int, stream: int) -> int:
         """Records an event on a caller's stream; the driver's code."""
@@ -383,7 +390,13 @@ class CudaExecutor(Executor):
         if ids is not None and self._ids is not None:
             self._ids.give(ids)
 
+    def _is_idle(self) -> bool:
+        return all(self.query_streams(direction) != asking.NOT_READY for direction in self._lanes)
+
     def close(self) -> None:
+        # Behind the last transfer there may still be flags to write, which no transfer waits for.
+        if not poll(self._is_idle, time.monotonic() + _CLOSE_S):
+            raise TransferTimeoutError(f"work of a closed engine did not end within {_CLOSE_S} s")
         for lane in self._lanes.values():
             lane.close()
         self._lanes.clear()

@@ -79,18 +79,23 @@ class CudaCompletion(Part):
         self._events, self._ids = executor.lend(plan)
 
     def start(self) -> None:
-        at_once, caller = is_short(self._plan), self._caller
-        if not at_once and caller != nogil.NO_STREAM:  # what is on it now counts, and not when another thread issues the plan
-            self._followed.append(self._executor.lend_event())
-            code, caller = self._executor.record(self._followed[-1], caller), nogil.NO_STREAM
-            if code:
-                self.outcome[nogil.ERROR], self.outcome[nogil.ISSUED], self.started = code, 1, True
-                return
-        after = np.array(self._followed, np.int64)
-        # Kept here, since another thread may read its arrays.
-        self._job = self._executor.job(self._direction, self._plan, caller, after, self._events, self._ids, self.outcome)
-        self._executor.submit(self._direction, self._job, at_once=at_once)
+        if not is_short(self._plan) or not self._executor.issue(self._direction, self._made(self._caller)):
+            self._leave()
         self.started = True
+
+    def _leave(self) -> None:
+        """To the lane's thread."""
+        if self._caller != nogil.NO_STREAM:  # what is on it now counts, and not when another thread issues the plan
+            self._followed.append(self._executor.lend_event())
+            if code := self._executor.record(self._followed[-1], self._caller):
+                self.outcome[nogil.ERROR], self.outcome[nogil.ISSUED] = code, 1
+                return
+        self._job = self._made(nogil.NO_STREAM)  # kept, since that thread will read its arrays
+        self._executor.leave(self._direction, self._job)
+
+    def _made(self, caller: int) -> Job:
+        after = np.array(self._followed, np.int64)
+        return self._executor.job(self._direction, self._plan, caller, after, self._events, self._ids, self.outcome)
 
     def follow(self, stream: Any) -> None:
         handle = cuda_stream_handle(stream)

@@ -21,7 +21,7 @@ from kvortex.devices.driver import (
     LAUNCH,
     STREAM_WAIT,
 )
-from kvortex.devices.native import call
+from kvortex.devices.native import call, release
 from kvortex.transfer.plan import (
     BYTES,
     COPY_BYTES,
@@ -229,6 +229,7 @@ def issue(  # type: ignore[no-untyped-def]
     error = call(functions[CTX_PUSH], (lane[CONTEXT],))
     if error:  # nothing was issued, and ``done`` says so: an event that was never recorded counts as passed
         outcome[ERROR] = error
+        release()
         outcome[ISSUED] = 1
         return
     if caller != NO_STREAM:
@@ -276,4 +277,5 @@ def issue(  # type: ignore[no-untyped-def]
     turn[0] = (first + len(chunks)) % n
     outcome[ERROR] = error
     outcome[LAST] = last
+    release()
     outcome[ISSUED] = 1

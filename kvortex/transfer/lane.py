@@ -24,7 +24,7 @@ RESIDENT_THREADS = 512  # of kvortex.kernels.resident, which needs numba.cuda to
 
 
 Job: TypeAlias = "tuple[int, tuple[Any, ...]]"  # of kvortex.transfer.submitting
-_AT_ONCE = 32  # calls of the driver, of a few microseconds in all, that are not worth waking a thread for
+_AT_ONCE = 32  # calls of the driver, of a hundred microseconds at most in all, that are not worth waking a thread for
 
 
 def is_short(plan: Plan) -> bool:
@@ -207,16 +207,22 @@ class Lane:
             events[2:],
             rows,
             np.array([ids.address, ids.mirror, 4 * (words + len(plan.ids))], np.int64),
+            np.empty((4, max(len(self._halves), len(plan.chunks))), np.int64),
             self._parameters,
             self._pointers,
             self._scratch,
             outcome,
         )
 
-    def submit(self, job: Job, *, at_once: bool) -> None:
-        """Issues a job, now or soon. See :meth:`kvortex.transfer.submitting.Submitter.submit`."""
+    def issue(self, job: Job) -> bool:
+        """Issues a job, if nobody else issues one here. See :meth:`kvortex.transfer.submitting.Submitter.issue`."""
         assert self._submitter is not None
-        self._submitter.submit(*job, at_once=at_once)
+        return self._submitter.issue(*job)
+
+    def leave(self, job: Job) -> None:
+        """Leaves a job to the lane's thread. See :meth:`kvortex.transfer.submitting.Submitter.leave`."""
+        assert self._submitter is not None
+        self._submitter.leave(*job)
 
     def _open(self, count: int, *, behind: bool) -> None:
         with cu.current(self._device.context) as driver:

@@ -15,7 +15,6 @@ shares a hardware queue with another one is slower, and never stuck.
 
 from __future__ import annotations
 
-import numpy as np
 from numba import njit
 
 from kvortex.devices.driver import (
@@ -28,7 +27,7 @@ from kvortex.devices.driver import (
     STREAM_WAIT_VALUE,
     STREAM_WRITE_VALUE,
 )
-from kvortex.devices.native import call
+from kvortex.devices.native import call, release
 from kvortex.transfer.issue import (
     CALLER_EVENT,
     CONTEXT,
@@ -56,11 +55,11 @@ _GREATER_OR_EQUAL = 0  # CU_STREAM_WAIT_VALUE_GEQ: cyclic
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _write_rows(to_host, ring, buffers, first, filled, offsets, chunks, rows, ready, done):  # type: ignore[no-untyped-def]
-    """Fills ``rows``, and ``ready`` and ``done`` (c,) with the flags' values that each chunk's DMA writes and waits for."""
+def _write_rows(to_host, ring, buffers, first, filled, offsets, chunks, rows, values):  # type: ignore[no-untyped-def]
+    """Fills ``rows``, and ``values`` with the flags' values that each chunk's DMA raises and waits for."""
     depth = len(buffers)
-    uses = filled[0].copy()
-    threads = filled[1].copy()
+    ready, done, uses, threads = values[0], values[1], values[2], values[3]
+    uses[:depth], threads[:depth] = filled[0], filled[1]
     for c in range(len(chunks)):
         at = (first + c) % depth
         flag = ring[FLAGS] + 2 * FLAG_BYTES * at
@@ -85,7 +84,7 @@ def _write_rows(to_host, ring, buffers, first, filled, offsets, chunks, rows, re
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def issue_resident(  # type: ignore[no-untyped-def]
     functions, lane, ring, ctas, streams, buffers, joins, turn, filled, offsets, caller, after, start, done_event, chunks,
-    copies, pitch, marks, events, rows, upload, parameters, pointers, scratch, outcome,
+    copies, pitch, marks, events, rows, upload, values, parameters, pointers, scratch, outcome,
 ):
     """Puts a plan on its streams, after the caller's and before ``done_event``.
 
@@ -111,16 +110,19 @@ def issue_resident(  # type: ignore[no-untyped-def]
         Pinned memory for what the kernel reads, followed by the block ids.
     upload : (3,) int64
         Address of ``rows``, of as much VRAM, and bytes of rows and ids together.
+    values : (4, max(b, c)) int64
+        Room to count in: nothing is allocated here, which could fail with the lane locked.
     parameters, pointers : (PARAMETERS,) int64
         Values of the kernel's parameters, and their addresses.
     """
     stream, depth, first = streams[0], len(buffers), turn[0]
     to_host = lane[TO_HOST] != 0
-    ready, done = np.empty(len(chunks), np.int64), np.empty(len(chunks), np.int64)
-    _write_rows(to_host, ring, buffers, first, filled, offsets, chunks, rows, ready, done)
+    ready, done = values[0], values[1]
+    _write_rows(to_host, ring, buffers, first, filled, offsets, chunks, rows, values)
     error = call(functions[CTX_PUSH], (lane[CONTEXT],))
     if error:
         outcome[ERROR] = error
+        release()
         outcome[ISSUED] = 1
         return
     kernel_stream = ring[STREAM]
@@ -187,4 +189,5 @@ def issue_resident(  # type: ignore[no-untyped-def]
         turn[0] = (first + len(chunks)) % depth
     outcome[ERROR] = error
     outcome[LAST] = last
+    release()
     outcome[ISSUED] = 1

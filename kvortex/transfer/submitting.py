@@ -10,39 +10,48 @@ until it is issued.
 
 from __future__ import annotations
 
+import functools
 import threading
+import time
 from typing import Any
 
 import numpy as np
 from numba import njit
 
-from kvortex.devices.native import call, load_tuple, store_tuple
-from kvortex.devices.threads import Mutex, Semaphore
+from kvortex.devices.native import call, load_tuple, release, store_tuple
+from kvortex.devices.threads import Mutex, Semaphore, busy_address
 from kvortex.errors import TransferTimeoutError
+from kvortex.transfer.executor import poll
 from kvortex.transfer.holding import issue_holding, issue_resident_holding
 from kvortex.transfer.issue import QUEUED
+from kvortex.transfer.plan import Int64s
 
-_CAPACITY = 256  # plans that wait; who finds no room issues his himself
+_CAPACITY = 256  # plans that wait
 _ROW_WORDS = 256
 _STOP, STREAMED, RESIDENT = range(3)  # what a row's first word says
 _PUSHED, _TAKEN = range(2)  # cells of ``counts``
-_LOCK, _UNLOCK = 1, 2  # cells of a Mutex
+_LOCK, _TRY, _UNLOCK = 1, 2, 3  # cells of a Mutex
 _WAIT, _POST = 1, 2  # cells of a Semaphore
-_JOIN_S = 10.0
+_JOIN_S, _ROOM_S = 10.0, 60.0
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _streamed(mutex, job):  # type: ignore[no-untyped-def]
-    call(mutex[_LOCK], (mutex[0],))
+def _streamed(mutex, how, job):  # type: ignore[no-untyped-def]
+    """Issues a job with the lock that ``how`` takes, or not; whether it did."""
+    if call(mutex[how], (mutex[0],)):
+        return False
     issue_holding(job[0], job[1], job[2], job[3], job[4:])
     call(mutex[_UNLOCK], (mutex[0],))
+    return True
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _resident(mutex, job):  # type: ignore[no-untyped-def]
-    call(mutex[_LOCK], (mutex[0],))
+def _resident(mutex, how, job):  # type: ignore[no-untyped-def]
+    if call(mutex[how], (mutex[0],)):
+        return False
     issue_resident_holding(job[0], job[1], job[2], job[3:])
     call(mutex[_UNLOCK], (mutex[0],))
+    return True
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
@@ -52,12 +61,16 @@ def _queue(semaphore, counts, rows, kind, job, like):  # type: ignore[no-untyped
         return False
     row = rows[counts[_PUSHED] % len(rows)]
     row[0] = kind
-    if store_tuple(row[1:].ctypes.data, job, like) > 8 * (len(row) - 1):
-        return False
+    store_tuple(row[1:].ctypes.data, job, like)
     job[-1][QUEUED] = 1
     counts[_PUSHED] += 1
     call(semaphore[_POST], (semaphore[0],))
     return True
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def _size(rows, job, like):  # type: ignore[no-untyped-def]
+    return store_tuple(rows.ctypes.data, job, like)
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
@@ -69,9 +82,10 @@ def _serve(mutex, semaphore, counts, rows, streamed, resident):  # type: ignore[
         row = rows[counts[_TAKEN] % len(rows)]
         kind = row[0]
         if kind == STREAMED:
-            _streamed(mutex, load_tuple(row[1:].ctypes.data, streamed))
+            _streamed(mutex, _LOCK, load_tuple(row[1:].ctypes.data, streamed))
         elif kind == RESIDENT:
-            _resident(mutex, load_tuple(row[1:].ctypes.data, resident))
+            _resident(mutex, _LOCK, load_tuple(row[1:].ctypes.data, resident))
+        release()  # the row is read before it is free
         counts[_TAKEN] += 1
         if kind == _STOP:
             return
@@ -84,37 +98,86 @@ def _like(shape: str) -> tuple[Any, ...]:
 
 # In front of the arguments of ``issue`` and ``issue_resident``, those of ``issue_holding`` and ``issue_resident_holding``.
 _STREAMED_LIKE = _like("i111" + "1111111i1ii222i11i1111")
-_RESIDENT_LIKE = _like("111" + "111i111121i1ii22i11211111")
-
-
+_RESIDENT_LIKE = _like("111" + "111i111121i1ii22i112121111")
 _NOTHING = _like("1")
+
+
+def _run(mutex: Mutex, semaphore: Semaphore, counts: Int64s, rows: Int64s) -> None:
+    """The thread. It keeps what it works with, whatever becomes of who started it."""
+    _serve(mutex.cells, semaphore.cells, counts, rows, _STREAMED_LIKE, _RESIDENT_LIKE)
+
+
+@functools.cache
+def load_compiled() -> None:
+    """Loads all that is compiled, once in a process, and not in a thread beside others: that would hold Numba's lock while the
+    process forks, or run finalisers which wait for that very thread."""
+    mutex, semaphore, counts = Mutex(), Semaphore(), np.zeros(2, np.int64)
+    rows = np.zeros((1, 4 * _ROW_WORDS), np.int64)
+    for like in (_STREAMED_LIKE, _RESIDENT_LIKE):
+        if _size(rows, like, like) > 8 * (_ROW_WORDS - 1):
+            raise RuntimeError("a row is too short for a job")
+    _queue(semaphore.cells, counts, rows, _STOP, _NOTHING, _NOTHING)
+    for kind, like in ((STREAMED, _STREAMED_LIKE), (RESIDENT, _RESIDENT_LIKE)):
+        _queue(semaphore.cells, counts, rows, kind, like, like)  # which finds no room
+    _run(mutex, semaphore, counts, rows)
+    taken = np.array([0, *[busy_address()] * 3])
+    _streamed(taken, _TRY, _STREAMED_LIKE)
+    _resident(taken, _TRY, _RESIDENT_LIKE)
 
 
 class Submitter:
     """The thread of a lane, and its lock."""
 
     def __init__(self, name: str) -> None:
+        load_compiled()
         self._mutex, self._semaphore = Mutex(), Semaphore()
         self._counts, self._rows = np.zeros(2, np.int64), np.zeros((_CAPACITY, _ROW_WORDS), np.int64)
-        serving = (self._mutex.cells, self._semaphore.cells, self._counts, self._rows, _STREAMED_LIKE, _RESIDENT_LIKE)
-        self._thread = threading.Thread(target=_serve, args=serving, name=name, daemon=True)
-        self._thread.start()
+        serving = self._mutex, self._semaphore, self._counts, self._rows
+        self._thread = threading.Thread(target=_run, args=serving, name=name, daemon=True)
+        try:
+            self._thread.start()
+        except BaseException:  # an interrupt: it may run
+            self._leave(_STOP, _NOTHING, _NOTHING)
+            raise
 
-    def submit(self, kind: int, job: tuple[Any, ...], *, at_once: bool) -> None:
-        """Issues a job, on this thread (``at_once``), or soon on its own.
+    def issue(self, kind: int, job: tuple[Any, ...]) -> bool:
+        """Issues a job on this thread, unless another one is issuing: whoever waited for that could not be interrupted.
 
         Parameters
         ----------
         kind
             ``STREAMED`` or ``RESIDENT``.
         job
-            Arguments of ``issue_holding`` or ``issue_resident_holding``, in one row. Of what is issued later the caller keeps
-            the arrays until the last of them, the outcome, says that it is issued: its cell ``QUEUED`` is set at once.
+            Arguments of ``issue_holding`` or ``issue_resident_holding``, in one row.
+
+        Returns
+        -------
+        bool
+            Whether it did.
+        """
+        return bool((_streamed if kind == STREAMED else _resident)(self._mutex.cells, _TRY, job))
+
+    def leave(self, kind: int, job: tuple[Any, ...]) -> None:
+        """Leaves a job to the lane's thread.
+
+        Parameters
+        ----------
+        kind
+        job
+            The caller keeps its arrays until the last of them, the outcome, says that it is issued. The cell ``QUEUED`` of
+            that is set at once.
+
+        Raises
+        ------
+        TransferTimeoutError
+            The driver does not take what is waiting already; nothing was left.
         """
         like = _STREAMED_LIKE if kind == STREAMED else _RESIDENT_LIKE
-        if not at_once and _queue(self._semaphore.cells, self._counts, self._rows, kind, job, like):
-            return
-        (_streamed if kind == STREAMED else _resident)(self._mutex.cells, job)
+        if not poll(lambda: self._leave(kind, job, like), time.monotonic() + _ROOM_S):
+            raise TransferTimeoutError(f"{_CAPACITY} transfers wait to be issued, and none was within {_ROOM_S} s")
+
+    def _leave(self, kind: int, job: tuple[Any, ...], like: tuple[Any, ...]) -> bool:
+        return bool(_queue(self._semaphore.cells, self._counts, self._rows, kind, job, like))
 
     def close(self) -> None:
         """Ends the thread, which has nothing left to do by then. A second call does nothing.
@@ -125,7 +188,7 @@ class Submitter:
             It does not end: the driver does not return from a call.
         """
         if self._thread.is_alive():
-            _queue(self._semaphore.cells, self._counts, self._rows, _STOP, _NOTHING, _NOTHING)
+            self._leave(_STOP, _NOTHING, _NOTHING)
             self._thread.join(_JOIN_S)
             if self._thread.is_alive():
                 raise TransferTimeoutError(f"the thread that issues transfers did not end within {_JOIN_S} s")

@@ -183,6 +183,7 @@ SHAPES: dict[str, tuple[int, dict[str, Any]]] = {
     "several": (150, {}),
     "one buffer and stream": (150, {"num_transfer_streams": 1, "staging_buffers": 1, "gpu_pool_size_bytes": 2 * 4096}),
     "records longer than a buffer": (1500, {"gpu_pool_size_bytes": 8 * 4096}),
+    "layers longer than a buffer": (9000, {"gpu_pool_size_bytes": 8 * 4096}),
     "slots longer than a buffer": (150, {"max_block_bytes": 9000, "gpu_pool_size_bytes": 8 * 4096}),
     "records that fill their slots": (462, {"num_transfer_streams": 3, "gpu_pool_size_bytes": 8 * 3 * 4096}),
     "more streams than work": (150, {"num_transfer_streams": 7, "gpu_pool_size_bytes": 14 * 8192}),

@@ -15,6 +15,8 @@ from kvortex.devices.cuda import CudaDevice
 from kvortex.devices.native import load_tuple, store_tuple
 from kvortex.errors import TransferError, TransferTimeoutError
 from kvortex.transfer import submitting
+from kvortex.transfer.cuda import CudaExecutor
+from kvortex.transfer.transfer import Transfer
 from tests.fake_gpu import FakeGpu, fake_gpu
 from tests.pages import PagedCache, Tensor, assert_same, keys_of
 from tests.transfer.recorder import Call
@@ -169,7 +171,7 @@ def test_an_interrupt_around_the_queue(
         assert sorted(engine._executor._events._free) == sorted(engine._executor._events._all)
 
 
-def test_who_finds_no_room_issues_himself(gpu: FakeGpu, cache: PagedCache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_finds_no_room_waits_for_some(gpu: FakeGpu, cache: PagedCache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(submitting, "_CAPACITY", 2)
     with cache.engine(slots=BLOCKS) as engine:
         gate = Gate(gpu)
@@ -178,11 +180,110 @@ def test_who_finds_no_room_issues_himself(gpu: FakeGpu, cache: PagedCache, monke
         rest = threading.Thread(target=lambda: tickets.extend(engine.save_blocks(keys_of(at), [at]) for at in range(2, BLOCKS)))
         rest.start()
         rest.join(0.3)
-        assert rest.is_alive() and len(tickets) == 2, "it waits for the lane like the plans before it"
+        assert rest.is_alive() and len(tickets) == 2, "it waits for the lane, like the plans before it"
         gate.open()
         rest.join(20)
         assert len(tickets) == BLOCKS and all(ticket.wait().all() for ticket in tickets)
         assert engine.check_blocks(keys_of(*range(BLOCKS))).all()
+
+
+def test_who_finds_no_room_for_long_is_told(gpu: FakeGpu, cache: PagedCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submitting, "_CAPACITY", 1)
+    monkeypatch.setattr(submitting, "_ROOM_S", 0.2)
+    with cache.engine(slots=BLOCKS) as engine:
+        gate = Gate(gpu)
+        ticket = engine.save_blocks(keys_of(0), [0])
+        assert gate.reached.wait(20)
+        with pytest.raises(TransferTimeoutError, match="1 transfers wait to be issued"):
+            engine.save_blocks(keys_of(1), [1])
+        assert engine.get_stats().reserved_blocks == 1, "nothing is held by the call that raised"
+        gate.open()
+        assert ticket.wait().all() and engine.check_blocks(keys_of(0, 1)).tolist() == [True, False]
+
+
+def test_a_short_plan_does_not_wait_for_a_lane_that_another_thread_is_at(
+    gpu: FakeGpu, cache: PagedCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is left to the lane's thread: its caller could not be interrupted while it waits."""
+    with cache.engine(slots=BLOCKS) as engine:
+        gate = Gate(gpu)
+        first = engine.save_blocks(keys_of(0), [0])
+        assert gate.reached.wait(20)
+        monkeypatch.setattr("kvortex.transfer.lane._AT_ONCE", 1 << 62)
+        second = engine.save_blocks(keys_of(1), [1])
+        assert not second.done()
+        gate.open()
+        assert first.wait().all() and second.wait().all()
+
+
+@pytest.mark.parametrize("kind", ["save", "load"])
+def test_a_transfer_is_not_given_up_while_its_call_ends(
+    gpu: FakeGpu, cache: PagedCache, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Another thread looks whether it has ended: between two looks it gets its completion, and its call returns."""
+    looked, returned = threading.Event(), threading.Event()
+    issued, prepare = Transfer.issued, CudaExecutor.prepare_blocks
+
+    def slowly(transfer: Transfer) -> bool:
+        if threading.current_thread().name == "other" and not looked.is_set():
+            looked.set()
+            assert returned.wait(20)
+        return issued(transfer)
+
+    with cache.engine(slots=1) as engine:
+        if kind == "load":
+            assert engine.save_blocks(keys_of(1), [0]).wait().all()
+        other = threading.Thread(target=lambda: engine.check_blocks(keys_of(9)), name="other")
+
+        def beside(*arguments: Any, **options: Any) -> Any:
+            other.start()
+            assert looked.wait(20)
+            return prepare(*arguments, **options)
+
+        gate = Gate(gpu)
+        monkeypatch.setattr(Transfer, "issued", slowly)
+        monkeypatch.setattr(CudaExecutor, "prepare_blocks", beside)
+        ticket = (engine.save_blocks if kind == "save" else engine.load_blocks)(keys_of(1), [1])
+        returned.set()
+        other.join(20)
+        monkeypatch.undo()
+        stats = engine.get_stats()
+        assert not ticket.done() and (stats.reserved_blocks, stats.pinned_blocks) == ((1, 0) if kind == "save" else (0, 1))
+        gate.open()
+        assert ticket.wait().all()
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("save", [True, False])
+def test_a_resident_kernel_ends_whatever_call_is_refused(
+    gpu: FakeGpu, cache: PagedCache, monkeypatch: pytest.MonkeyPatch, save: bool, at_once: bool
+) -> None:
+    """Also where the last flag cannot be written: no later value would let the kernel go on."""
+    if at_once:
+        monkeypatch.setattr("kvortex.transfer.lane._AT_ONCE", 1 << 62)
+    with cache.engine(slots=BLOCKS, transfer_route="resident", gpu_pool_size_bytes=8 * 4096) as engine:
+        blocks, before = np.arange(BLOCKS), cache.randomize()
+        keys = keys_of(*range(BLOCKS))
+        assert engine.save_blocks(keys, blocks).wait().all()
+        gpu.issued.calls.clear()
+        assert engine.load_blocks(keys, blocks).wait().all()
+        total, writes = len(gpu.issued.calls), 0
+        for at in range(total):
+            gpu.issued.calls.clear()
+            gpu.issued.fails = {at: 2}
+            fresh = keys_of(*range(100 * (at + 1), 100 * (at + 1) + BLOCKS))
+            ticket = engine.save_blocks(fresh, blocks) if save else engine.load_blocks(keys, blocks)
+            ticket.wait(20)
+            assert not gpu.resident, f"a kernel that never ends: call {at}, {gpu.issued.names[at]}"
+            writes += gpu.issued.names[at] == "write_value"
+            gpu.issued.fails = {}
+            if save:
+                assert engine.save_blocks(keys, blocks).wait().all()
+        assert writes > 3
+        poisoned = cache.randomize()
+        assert engine.load_blocks(keys, blocks).wait().all()
+        if not save:
+            assert_same(cache.memory(), cache.expected(poisoned, before, [(at, at) for at in range(BLOCKS)]))
 
 
 def test_threads_end_with_their_engine(gpu: FakeGpu, cache: PagedCache) -> None:
