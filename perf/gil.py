@@ -84,7 +84,8 @@ def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]]
             rows += _one_size(device, raw, fragment_bytes, payload, seconds, rounds, methods)
     finally:
         raw.close()
-    notes = {"payload_bytes": payload, "rounds": rounds, "rounds_of_others": 1, "spinning_threads": SPINNERS, "unit": "GB/s of payload, medians"}
+    notes = {"payload_bytes": payload, "rounds": rounds, "rounds_of_others": 1, "spinning_threads": SPINNERS}
+    notes["unit"] = "GB/s of payload, medians"
     return device.name, rows, notes | {"methods": methods}
 
 

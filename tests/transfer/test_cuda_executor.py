@@ -377,7 +377,7 @@ def test_a_busy_stream_is_given_the_route_that_needs_no_multiprocessor(gpu: Fake
     copies, blocks = {"lines", "batch", "launch"}, np.arange(20)  # 5 MiB, for which a kernel is worth it
     for code, wanted in ((600, "lines"), (0, "launch")):
         gpu.issued.calls.clear()
-        gpu.answers["cuStreamQuery"] = lambda _, code=code: (Result(code),)
+        gpu.answers["cuStreamQuery"] = lambda stream, code=code: (Result(0 if stream else code),)  # the caller's is the default
         with cache.engine(slots=24) as engine:
             before = cache.randomize()
             assert engine.save_blocks(keys_of(*blocks), blocks).wait().all()
@@ -389,7 +389,7 @@ def test_a_busy_stream_is_given_the_route_that_needs_no_multiprocessor(gpu: Fake
 @pytest.mark.parametrize("version", [13000, 12060])
 def test_long_fragments_that_lie_unevenly_leave_a_busy_gpu_in_batches(gpu: FakeGpu, version: int) -> None:
     gpu.answers["cuDriverGetVersion"] = version
-    gpu.answers["cuStreamQuery"] = lambda _: (Result(600),)
+    gpu.answers["cuStreamQuery"] = lambda stream: (Result(0 if stream else 600),)
     device = CudaDevice()
     cache = PagedCache(device, [Tensor(device, (12, (64 << 10) + 16 * at), 1) for at in range(3)], 0)
     with cache.engine() as engine:
