@@ -269,6 +269,5 @@ def _rows_of_bytes(prompt_embeds: Any) -> npt.NDArray[np.uint8]:
 
 
 def bytes_of_rows(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """An array as (rows, bytes) uint8, contiguous and writable."""
-    flat = np.ascontiguousarray(array).reshape(len(array), -1)
-    return np.require(flat.view(np.uint8), np.uint8, ["C", "A", "W"])
+    """A copy of an array as (rows, bytes) uint8, contiguous and writable: the caller may change its own while a sequence grows."""
+    return np.array(array, order="C", subok=False).reshape(len(array), -1).view(np.uint8)
