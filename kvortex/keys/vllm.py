@@ -269,5 +269,5 @@ def _rows_of_bytes(prompt_embeds: Any) -> npt.NDArray[np.uint8]:
 
 
 def bytes_of_rows(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """A copy of an array as (rows, bytes) uint8, contiguous and writable: the caller may change its own while a sequence grows."""
+    """A copy of an array as (rows, bytes) uint8, contiguous and writable: callers may change theirs while a sequence grows."""
     return np.array(array, order="C", subok=False).reshape(len(array), -1).view(np.uint8)

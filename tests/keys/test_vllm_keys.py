@@ -220,6 +220,53 @@ def test_embeddings_of_any_length(version: str, length: int, width: int) -> None
         assert rows(scheme(version, block_size=4, ahead=ahead).block_keys(tokens, prompt_embeds=embeds)) == expected
 
 
+WIDEST = 2**63 - 1  # 9 bytes
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("block_size", [1, 300])
+def test_blocks_whose_messages_are_as_long_as_can_be(version: str, block_size: int) -> None:
+    """Many inputs, offsets of many bytes, wide embeddings and wide tokens; what left its buffer would be refused."""
+    none_hash, begin = bytes.fromhex(SEED_0[0]), 70200
+    tokens = [WIDEST] * (2 * block_size + 40)
+    many = [("i", 0, begin + 1)] * 400  # all end in one block, whose offsets take 5 bytes each
+    extras = walked(version, range(0, begin + 2 * block_size, block_size), block_size, many)[begin // block_size :]
+    assert len(extras[0]) == 400
+    made = scheme(version, block_size=block_size)
+    expected = vllm_hashes(tokens[: 2 * block_size], block_size, none_hash, extras)
+    assert rows(made.block_keys(tokens[: 2 * block_size], none_hash, start=begin, multimodal=many)) == expected
+    about: dict[str, Any] = {"lora": ("l" * 70000, "p" * 70000), "salt": "s" * 70000}
+    for ahead in (0, 40) if version == "vllm" else (0,):
+        made = scheme(version, block_size=block_size, ahead=ahead)
+        for embeds in (None, np.ones((2 * block_size + 40, 2000), np.uint8)):
+            expected = vllm_request(version, tokens, block_size, none_hash, ahead, prompt_embeds=embeds, **about)
+            assert rows(made.block_keys(tokens, prompt_embeds=embeds, **about)) == expected
+
+
+@pytest.mark.parametrize("what", ["tokens", "inputs", "texts", "embeddings", "digest", "ahead"])
+def test_a_block_longer_than_its_buffer_is_refused(what: str) -> None:
+    """Whatever the room was counted from: nothing is written behind it."""
+    from kvortex.errors import KVortexError
+    from kvortex.keys import _loops
+
+    size, ahead = 4, 50 if what == "ahead" else 0
+    text = b"x" * 60 if what == "texts" else b""
+    spans = np.array([[0, 1]] * 60 if what == "inputs" else [], np.int64).reshape(-1, 2)
+    ends = np.full(3 + len(spans), len(text), np.int64)
+    embeds = np.ones((size, 15 if what in ("embeddings", "digest") else 0), np.uint8)
+    content = _loops.Content(_loops.bytes_of(text), ends, spans, embeds)
+    rules = _loops.Rules(True, what != "embeddings", 0, ahead)
+    least = 32 + 9 * (size + 4)
+    tokens = np.full(size + ahead, WIDEST)
+    keys, parent = np.zeros((1, 32), np.uint8), _loops.bytes_of(bytes(32))
+    room = least - 1 if what == "tokens" else least
+    with pytest.raises(KVortexError, match="longer than the buffer"):
+        _loops.hash_placed(tokens, 0, size, parent, content, rules, room, keys, _sha_ni.available())
+    assert not keys.any()
+    _loops.hash_placed(tokens, 0, size, parent, content, rules, room + 600, keys, _sha_ni.available())
+    assert keys.any()
+
+
 def test_a_lora_as_vllms_command_line_has_it() -> None:
     made = scheme()
     expected = rows(made.block_keys(range(16), lora=("sql", "/loras/a=b")))
