@@ -322,6 +322,7 @@ def test_tokens_beyond_63_bits_are_refused() -> None:
     [
         (None, 16, "start = 16: must be 0 without a parent"),
         (None, False, "start = False"),
+        (bytes(32), np.True_, "start = "),
         (bytes(32), 0, "start = 0: must be a positive multiple of the block size 16"),
         (bytes(32), 17, "start = 17: must be a positive multiple"),
         (bytes(32), -16, "start = -16"),
@@ -333,6 +334,14 @@ def test_tokens_beyond_63_bits_are_refused() -> None:
 def test_starts_that_cannot_be(parent: bytes | None, start: object, message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         scheme().block_keys(range(16), parent, start=start)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int8, np.int16, np.uint64, np.int64])
+def test_starts_of_any_width(kind: type[np.integer[Any]]) -> None:
+    made = scheme(block_size=512)
+    assert np.array_equal(made.block_keys(range(512), start=kind(0)), made.block_keys(range(512)))
+    with pytest.raises(ArgumentError, match="start = .*16.*: must be a positive multiple of the block size 512"):
+        made.block_keys(range(512), bytes(32), start=kind(16))
 
 
 def test_places_that_matter_are_asked_for() -> None:
