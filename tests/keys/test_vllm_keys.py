@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from typing import Any
 
 import cbor2
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from kvortex.config import _KEY_SCHEMES
 from kvortex.errors import ArgumentError, ConfigError
-from kvortex.keys import SCHEMES, KvortexKeys, MultimodalInput, Namespace, VllmKeys, _sha_ni, make_scheme
+from kvortex.keys import SCHEMES, KvortexKeys, MultimodalInput, Namespace, VllmKeys, _sha_ni, adopt, block_keys, make_scheme
 from kvortex.keys.vllm import VERSIONS
 from tests.naive_keys import extra_keys, sha256_cbor, vllm_hashes, vllm_request, walked
 
@@ -362,8 +363,9 @@ def test_schemes_by_name() -> None:
     for name in ("", "sha256", "vllm-0.33", None, ["vllm"]):
         with pytest.raises(ConfigError, match="key_scheme = .*unknown; known are kvortex, vllm, vllm-0.29"):
             make_scheme(name, namespace)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="key_scheme = 'v'"):
-        VllmKeys(namespace, "v")
+    for unknown in ("v", ["vllm"], None, b"vllm"):
+        with pytest.raises(ConfigError, match="key_scheme = .*: unknown; known of vLLM are vllm"):
+            VllmKeys(namespace, unknown)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="key_seed = '0': means something for vLLM's"):
         make_scheme("kvortex", namespace, seed="0")
     with pytest.raises(ConfigError, match="lora = 'sql': vllm hashes its name and path"):
@@ -371,5 +373,22 @@ def test_schemes_by_name() -> None:
     for bad in (7, "\ud800"):
         with pytest.raises(ConfigError, match="key_seed = "):
             VllmKeys(namespace, seed=bad)  # type: ignore[arg-type]
-    with pytest.raises(ArgumentError, match="ahead = -1"):
-        VllmKeys(namespace, ahead=-1)
+    for ahead in (-1, 0.0, None, "", False, 1.0, 1 << 21):
+        with pytest.raises(ArgumentError, match=rf"ahead = {ahead!r}: must be an integer from 0"):
+            VllmKeys(namespace, ahead=ahead)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("namespace", [None, 16, {"model": "m"}, Namespace])
+def test_what_is_no_namespace(namespace: Any) -> None:
+    makers = (VllmKeys, KvortexKeys, lambda it: adopt(it, [bytes(32)]), lambda it: block_keys(it, range(16)))
+    for make in (*makers, *(lambda it, name=name: make_scheme(name, it) for name in ("kvortex", "vllm"))):
+        with pytest.raises(ArgumentError, match="namespace = .*: must be a kvortex.keys.Namespace"):
+            make(namespace)
+
+
+@pytest.mark.parametrize("about", [{"lora": 5}, {"salt": b"s"}, {"lora": ("a", "b")}, {"salt": ["s"]}])
+def test_what_the_scheme_kvortex_refuses_of_one_call(about: dict[str, Any]) -> None:
+    made, [(name, value)] = KvortexKeys(Namespace()), about.items()
+    for call in (lambda: made.block_keys(range(16), **about), lambda: made.sequence(**about), lambda: made.chain(**about)):
+        with pytest.raises(ArgumentError, match=re.escape(f"{name} = {value!r}: must be str")):
+            call()
