@@ -153,7 +153,10 @@ def hash_placed(
 
 @njit(nogil=True, cache=True)
 def require(buffer: Bytes, at: int, count: int) -> None:
-    """Raises rather than let ``count`` bytes at ``at``, and what a message ends in behind them, leave the buffer."""
+    """Raises rather than let ``count`` bytes at ``at``, and what a message ends in behind them, leave the buffer.
+
+    A head or an offset between two of these calls needs none of its own: ``PADDING`` is more than they take.
+    """
     if at + count + PADDING > len(buffer):
         raise KVortexError("a block's message is longer than the buffer made for it: a defect of kvortex, please report it")
 
@@ -199,7 +202,6 @@ def write_extra_keys(
     has_salt = begin == 0 and content.ends[SALT] > content.ends[LORA]
     inputs, _ = count_inputs(content.spans, rules.late, begin, end, place)
     count = has_lora + inputs + has_salt + has_embeds
-    require(buffer, at, LONGEST_HEAD)
     if not count:
         buffer[at] = NULL
         return at + 1
@@ -208,7 +210,6 @@ def write_extra_keys(
         if begin < content.spans[place, 0] + content.spans[place, 1] + rules.late:
             at = write_part(buffer, at, content, FIRST_INPUT + place)
             if rules.offsets:
-                require(buffer, at, LONGEST_HEAD)
                 at = write_integer(buffer, at, content.spans[place, 0] - begin)
             inputs -= 1
         place += 1

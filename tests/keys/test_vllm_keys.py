@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import cbor2
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvortex.config import _KEY_SCHEMES
-from kvortex.errors import ArgumentError, ConfigError
+from kvortex.errors import ArgumentError, ConfigError, KVortexError
 from kvortex.keys import SCHEMES, KvortexKeys, MultimodalInput, Namespace, VllmKeys, _sha_ni, adopt, block_keys, make_scheme
 from kvortex.keys.vllm import VERSIONS
 from tests.naive_keys import extra_keys, sha256_cbor, vllm_hashes, vllm_request, walked
@@ -245,27 +246,39 @@ def test_blocks_whose_messages_are_as_long_as_can_be(version: str, block_size: i
 
 
 @pytest.mark.parametrize("what", ["tokens", "inputs", "texts", "embeddings", "digest", "ahead"])
-def test_a_block_longer_than_its_buffer_is_refused(what: str) -> None:
+def test_a_block_longer_than_its_buffer_is_refused(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the room was counted from: nothing is written behind it."""
-    from kvortex.errors import KVortexError
     from kvortex.keys import _loops
 
-    size, ahead = 4, 50 if what == "ahead" else 0
-    text = b"x" * 60 if what == "texts" else b""
-    spans = np.array([[0, 1]] * 60 if what == "inputs" else [], np.int64).reshape(-1, 2)
+    size, ahead = 40, 50 if what == "ahead" else 0
+    text = b"x" * 600 if what == "texts" else b""
+    spans = np.array([[0, 1]] * 600 if what == "inputs" else [], np.int64).reshape(-1, 2)
     ends = np.full(3 + len(spans), len(text), np.int64)
     embeds = np.ones((size, 15 if what in ("embeddings", "digest") else 0), np.uint8)
     content = _loops.Content(_loops.bytes_of(text), ends, spans, embeds)
     rules = _loops.Rules(True, what != "embeddings", 0, ahead)
-    least = 32 + 9 * (size + 4)
     tokens = np.full(size + ahead, WIDEST)
     keys, parent = np.zeros((1, 32), np.uint8), _loops.bytes_of(bytes(32))
-    room = least - 1 if what == "tokens" else least
-    with pytest.raises(KVortexError, match="longer than the buffer"):
-        _loops.hash_placed(tokens, 0, size, parent, content, rules, room, keys, _sha_ni.available())
-    assert not keys.any()
-    _loops.hash_placed(tokens, 0, size, parent, content, rules, room + 600, keys, _sha_ni.available())
+    room, buffers = 0 if what == "tokens" else 32 + 9 * (size + 4), []
+
+    def guarded(count: int, dtype: Any) -> np.ndarray:
+        """An array with others' bytes behind it."""
+        buffers.append(np.full(count + 1000, 77, dtype))
+        return buffers[-1][:count]
+
+    def hash_placed(function: Any, room: int) -> None:
+        function(tokens, 0, size, parent, content, rules, room, keys, _sha_ni.available())
+
+    hash_placed(_loops.hash_placed, room + 1000)
     assert keys.any()
+    keys[:] = 0
+    monkeypatch.setattr(_loops, "np", SimpleNamespace(empty=guarded, uint8=np.uint8, uint32=np.uint32))
+    with pytest.raises(KVortexError, match="longer than the buffer"):
+        hash_placed(_loops.hash_placed.py_func, room)  # type: ignore[attr-defined]
+    assert not keys.any() and buffers and all((buffer[-1000:] == 77).all() for buffer in buffers)
+    with pytest.raises(KVortexError, match="longer than the buffer"):
+        hash_placed(_loops.hash_placed, room)
+    assert not keys.any()
 
 
 def test_a_lora_as_vllms_command_line_has_it() -> None:
