@@ -292,6 +292,24 @@ def test_a_lora_as_vllms_command_line_has_it() -> None:
     assert rows(old.block_keys(range(16), lora="sql")) == rows(old.block_keys(range(16), lora="sql=/loras/a=b"))
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_salt_with_the_name_of_a_lora(version: str) -> None:
+    """docs/keys.md warns of it: they meet in the first block, and there only, before entries were tagged."""
+    made = scheme(version)
+    same = (made.block_keys(range(48), lora="x=p") == made.block_keys(range(48), salt="x")).all(axis=1)
+    assert same.tolist() == [version != "vllm", False, False]
+
+
+def test_a_block_that_two_inputs_reach_into_has_both_when_it_is_filled_by_generation() -> None:
+    """docs/keys.md: as vLLM hashes a prompt, and not as it goes on after one before 0.32."""
+    pair = [("a", 17, 3), ("b", 22, 4)]
+    sequence = scheme("vllm-0.20").sequence(multimodal=pair)
+    found = rows(sequence.extend(range(26))) + [key for token in range(26, 32) for key in rows(sequence.extend([token]))]
+    extras = [None, (("a", 1), ("b", 6))]
+    assert found == vllm_hashes(range(32), 16, bytes.fromhex(SEED_0[0]), extras)
+    assert found != vllm_hashes(range(32), 16, bytes.fromhex(SEED_0[0]), [None, (("b", 6),)])
+
+
 @pytest.mark.parametrize(
     ("about", "message"),
     [
