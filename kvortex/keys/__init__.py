@@ -51,6 +51,8 @@ def make_scheme(name: str, namespace: Namespace, *, seed: str | None = None) -> 
     ------
     ConfigError
         An unknown name, a seed where it would mean nothing, or none where it is needed.
+    ArgumentError
+        ``namespace`` is none.
     """
     if not isinstance(name, str) or name not in SCHEMES:
         raise ConfigError(f"key_scheme = {shown(name)}: unknown; known are {', '.join(SCHEMES)}")

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from kvortex.errors import KVortexError
 from kvortex.keys._cbor import ARRAY, BYTES, LONGEST_HEAD, NULL, UNSIGNED, copy, write_head, write_integer
 from kvortex.keys._sha256 import PADDING, Bytes, State, compress, digest, digest_in_place, start, write_padding, write_state
 
@@ -97,6 +98,7 @@ def hash_alike(
     room = KEY + LONGEST_HEAD * (block_size + ahead + 6) + len(extras)
     buffer, state, keys = np.empty(room + PADDING, np.uint8), np.empty(8, np.uint32), out.reshape(-1)
     head = write_parent(buffer, parent)
+    require(buffer, head + KEY, LONGEST_HEAD * (block_size + ahead + 2) + max(split, len(extras) - split))
     for row in range(len(out)):
         first, behind = row * block_size, (row + 1) * block_size
         at = write_tokens(buffer, write_head(buffer, head + KEY, ARRAY, block_size), tokens, first, behind)
@@ -126,10 +128,11 @@ def hash_placed(
     """As :func:`hash_alike`, with extra keys that depend on a block's place.
 
     ``begin`` is the place of ``tokens[0]`` in its sequence, a multiple of ``block_size``; ``room`` the bytes that the
-    CBOR of a block may take.
+    CBOR of a block may take. KVortexError for a block that takes more.
     """
     buffer, scratch = np.empty(room + PADDING, np.uint8), np.empty(128, np.uint8)
     state, keys, place = np.empty(8, np.uint32), out.reshape(-1), _ZERO
+    require(buffer, _ZERO, KEY + LONGEST_HEAD * (block_size + 4))
     head = write_parent(buffer, parent)
     if len(content.spans):  # behind the last one nothing changes any more
         for first in range(0, min(begin, content.spans[-1, 0] + content.spans[-1, 1] + rules.late), block_size):
@@ -141,10 +144,21 @@ def hash_placed(
             at = write_head(buffer, at, ARRAY, 1 + rules.ahead)
         limit = begin + behind + rules.ahead
         at = write_extra_keys(buffer, at, content, rules, begin + first, limit, place, scratch, state, hardware)
+        require(buffer, at, LONGEST_HEAD * rules.ahead)
         at = write_tokens(buffer, at, tokens, behind, behind + rules.ahead)
         digest_in_place(buffer, _ZERO, at, state, keys, KEY * row, hardware)
         write_state(state, buffer, head)
         place = behind_inputs(content.spans, rules, begin + first, begin + behind, place)
+
+
+@njit(nogil=True, cache=True)
+def require(buffer: Bytes, at: int, count: int) -> None:
+    """Raises rather than let ``count`` bytes at ``at``, and what a message ends in behind them, leave the buffer.
+
+    A head or an offset between two of these calls needs none of its own: ``PADDING`` is more than they take.
+    """
+    if at + count + PADDING > len(buffer):
+        raise KVortexError("a block's message is longer than the buffer made for it: a defect of kvortex, please report it")
 
 
 @njit(nogil=True, cache=True)
@@ -243,6 +257,7 @@ def write_embeds(
     rows, width = embeds.shape
     data, first, last = embeds.reshape(-1), min(begin, rows) * width, min(end, rows) * width
     length = KEY if rules.digests else last - first
+    require(buffer, at, LONGEST_HEAD + length)
     at = write_head(buffer, at, BYTES, length)
     if rules.digests:
         digest(data, first, last - first, scratch, state, buffer, at, hardware)
@@ -255,6 +270,7 @@ def write_embeds(
 def write_part(buffer: Bytes, at: int, content: Content, part: int) -> int:
     """One piece of a Content's text."""
     begin = content.ends[part - 1] if part else 0
+    require(buffer, at, content.ends[part] - begin)
     copy(buffer, at, content.text, begin, content.ends[part])
     return at + content.ends[part] - begin  # type: ignore[no-any-return,unused-ignore]
 

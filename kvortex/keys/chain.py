@@ -12,8 +12,9 @@ from collections.abc import Sequence
 
 import numpy.typing as npt
 
+from kvortex.errors import ArgumentError, ConfigError
 from kvortex.keys.arrays import KeyArray, Tokens
-from kvortex.keys.namespace import Namespace
+from kvortex.keys.namespace import Namespace, a_namespace
 from kvortex.keys.scheme import KeyScheme, empty_keys
 from kvortex.keys.sequence import Chain
 
@@ -28,12 +29,17 @@ class KvortexKeys(KeyScheme):
     ----------
     namespace
         Where chains start, and how many tokens a block has.
+
+    Raises
+    ------
+    ArgumentError
+        ``namespace`` is none.
     """
 
     name = "kvortex"
 
     def __init__(self, namespace: Namespace) -> None:
-        self.namespace = namespace
+        self.namespace = a_namespace(namespace)
         self.block_size = namespace.block_size
         self._remembered = functools.lru_cache(_REMEMBERED)(self._chain)
 
@@ -46,7 +52,10 @@ class KvortexKeys(KeyScheme):
         namespace = self.namespace
         if lora is not None or salt is not None:
             own, other = namespace.lora if lora is None else lora, namespace.salt if salt is None else salt
-            namespace = dataclasses.replace(namespace, lora=own, salt=other)
+            try:
+                namespace = dataclasses.replace(namespace, lora=own, salt=other)
+            except ConfigError as error:  # no option's value here, but an argument of one call
+                raise ArgumentError(str(error)) from None
         size = self.block_size
 
         def hash_blocks(tokens: Tokens, parent: bytes, start: int) -> KeyArray:
@@ -93,6 +102,6 @@ def block_keys(
     ------
     ArgumentError
         Token ids that are no integers (bools, floats and bytes are none), are masked, out of range or not 1-d; a bad
-        ``parent``.
+        ``parent``; ``namespace`` is none.
     """
     return KvortexKeys(namespace).block_keys(token_ids, parent)

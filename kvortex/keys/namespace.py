@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from kvortex.arguments import LARGEST
-from kvortex.errors import ConfigError, shown
+from kvortex.errors import ArgumentError, ConfigError, shown
 from kvortex.keys.arrays import KEY_BYTES, KeyArray, as_rows, writable
 
 # A new way of hashing gets a new tag, so that old and new keys never meet.
@@ -103,15 +103,23 @@ def adopt(namespace: Namespace, hashes: Any) -> KeyArray:
     Raises
     ------
     ArgumentError
-        As from :func:`as_keys`.
+        As from :func:`as_keys`; ``namespace`` is none.
     """
     from kvortex.keys._loops import bytes_of, hash_rows
     from kvortex.keys._sha_ni import available
 
     rows = writable(as_rows(hashes, "hashes"))
+    namespace = a_namespace(namespace)
     keys = np.empty((len(rows), KEY_BYTES), np.uint8)
     hash_rows(bytes_of(namespace.adopting_seed), rows, keys, available())
     return keys
+
+
+def a_namespace(namespace: Any) -> Namespace:
+    """What was handed in as one, or ArgumentError."""
+    if not isinstance(namespace, Namespace):
+        raise ArgumentError(f"namespace = {shown(namespace)}: must be a kvortex.keys.Namespace")
+    return namespace
 
 
 def _encoded(value: str | bytes | int) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -94,12 +95,13 @@ class KeyScheme(ABC):
                 raise ArgumentError("start is missing: with a parent, multimodal inputs or embeddings need to know how many "
                                     "tokens are before token_ids[0]")  # fmt: skip
             return self.block_size if continued else 0
-        good = isinstance(start, (int, np.integer)) and not isinstance(start, bool) and start % self.block_size == 0
-        if not good or (start <= 0 if continued else start != 0) or start > LONGEST_SEQUENCE:
+        good = isinstance(start, (int, np.integer)) and not isinstance(start, bool)
+        at = operator.index(start) if good else -1  # a narrow integer of NumPy cannot be divided by a large block size
+        if at % self.block_size or (at <= 0 if continued else at != 0) or at > LONGEST_SEQUENCE:
             what = f"a positive multiple of the block size {self.block_size}, of 2**31 at most"
             wanted = what if continued else "0 without a parent"
             raise ArgumentError(f"start = {shown(start)}: must be {wanted}")
-        return int(start)
+        return at
 
 
 def empty_keys(count: int) -> KeyArray:

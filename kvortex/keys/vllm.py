@@ -34,7 +34,7 @@ import numpy.typing as npt
 from kvortex.arguments import LARGEST, integer, refuse_masked
 from kvortex.errors import ArgumentError, ConfigError, cut, shown, told
 from kvortex.keys.arrays import KeyArray, Tokens
-from kvortex.keys.namespace import Namespace, adopt
+from kvortex.keys.namespace import Namespace, a_namespace, adopt
 from kvortex.keys.scheme import LONGEST_SEQUENCE, KeyScheme, empty_keys
 from kvortex.keys.sequence import Chain, HashBlocks
 
@@ -96,14 +96,16 @@ class VllmKeys(KeyScheme):
     ------
     ConfigError
         An unknown version; no seed where the version needs one; a LoRA without its path where the version hashes that.
+    ArgumentError
+        ``namespace`` is none, or ``ahead`` no integer from 0 on.
     """
 
     def __init__(self, namespace: Namespace, version: str = "vllm", *, seed: str | None = None, ahead: int = 0) -> None:
-        if version not in VERSIONS:
+        if not isinstance(version, str) or version not in VERSIONS:
             raise ConfigError(f"key_scheme = {shown(version)}: unknown; known of vLLM are {', '.join(VERSIONS)}")
-        self.name, self.namespace, self.block_size = version, namespace, namespace.block_size
+        self.name, self.namespace, self.block_size = version, a_namespace(namespace), namespace.block_size
         self._version = VERSIONS[version]
-        self._ahead = ahead if not ahead else integer(ahead, "ahead", 0, _MOST_AHEAD)
+        self._ahead = integer(ahead, "ahead", 0, _MOST_AHEAD)
         text = self._version.unset_seed if seed is None else seed
         if text is None:
             why = "starts from random bytes where PYTHONHASHSEED is not set, so nobody else can name its blocks"
@@ -269,6 +271,5 @@ def _rows_of_bytes(prompt_embeds: Any) -> npt.NDArray[np.uint8]:
 
 
 def bytes_of_rows(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """An array as (rows, bytes) uint8, contiguous and writable."""
-    flat = np.ascontiguousarray(array).reshape(len(array), -1)
-    return np.require(flat.view(np.uint8), np.uint8, ["C", "A", "W"])
+    """A copy of an array as (rows, bytes) uint8, contiguous and writable: callers may change theirs while a sequence grows."""
+    return np.array(array, order="C", subok=False).reshape(len(array), -1).view(np.uint8)

@@ -234,6 +234,7 @@ def test_nothing_is_compiled_in_the_middle_of_a_call() -> None:
             scheme = VllmKeys(engine.namespace, "vllm-0.15", seed="0")
             scheme.stored(scheme.block_keys(range(40), salt="s", lora="l"))
             scheme.block_keys(range(16), keys[1], start=16, multimodal=[("a", 3, 20)])
+            scheme.block_keys(range(16), prompt_embeds=np.ones((3, 20)).T)
             print(loaded() == before, sum(before.values()) > 5)
     """
     assert alone(code).split() == ["True", "True"]

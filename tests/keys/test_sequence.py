@@ -64,6 +64,18 @@ def test_what_is_given_is_the_callers() -> None:
     assert np.array_equal(sequence.keys, KvortexKeys(Namespace(block_size=4)).block_keys(range(8)))
 
 
+@pytest.mark.parametrize("version", ["vllm", "vllm-0.15"])
+def test_embeddings_that_are_given_are_the_callers(version: str) -> None:
+    scheme = VllmKeys(Namespace(block_size=4), version, seed="0")
+    for embeds in (np.ones((8, 3), np.uint8), np.ones((8, 3), np.float32), np.ones((3, 8)).T, np.ones((8, 2, 2), np.float16)):
+        expected = scheme.block_keys([0] * 8, prompt_embeds=embeds)
+        sequence = scheme.sequence(prompt_embeds=embeds)
+        sequence.extend([0] * 4)
+        embeds[:] = 0
+        sequence.extend([0] * 4)
+        assert np.array_equal(sequence.keys, expected)
+
+
 def test_unknown_things_about_a_sequence_are_refused() -> None:
     with pytest.raises(TypeError, match="multimodal"):
         KvortexKeys(Namespace()).sequence(multimodal=[("a", 0, 1)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from typing import Any
 
 import cbor2
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from kvortex.config import _KEY_SCHEMES
 from kvortex.errors import ArgumentError, ConfigError
-from kvortex.keys import SCHEMES, KvortexKeys, MultimodalInput, Namespace, VllmKeys, _sha_ni, make_scheme
+from kvortex.keys import SCHEMES, KvortexKeys, MultimodalInput, Namespace, VllmKeys, _sha_ni, adopt, block_keys, make_scheme
 from kvortex.keys.vllm import VERSIONS
 from tests.naive_keys import extra_keys, sha256_cbor, vllm_hashes, vllm_request, walked
 
@@ -231,6 +232,24 @@ def test_a_lora_as_vllms_command_line_has_it() -> None:
     assert rows(old.block_keys(range(16), lora="sql")) == rows(old.block_keys(range(16), lora="sql=/loras/a=b"))
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_salt_with_the_name_of_a_lora(version: str) -> None:
+    """docs/keys.md warns of it: they meet in the first block, and there only, before entries were tagged."""
+    made = scheme(version)
+    same = (made.block_keys(range(48), lora="x=p") == made.block_keys(range(48), salt="x")).all(axis=1)
+    assert same.tolist() == [version != "vllm", False, False]
+
+
+def test_a_block_that_two_inputs_reach_into_has_both_when_it_is_filled_by_generation() -> None:
+    """docs/keys.md: as vLLM hashes a prompt, and not as it goes on after one before 0.32."""
+    pair = [("a", 17, 3), ("b", 22, 4)]
+    sequence = scheme("vllm-0.20").sequence(multimodal=pair)
+    found = rows(sequence.extend(range(26))) + [key for token in range(26, 32) for key in rows(sequence.extend([token]))]
+    extras = [None, (("a", 1), ("b", 6))]
+    assert found == vllm_hashes(range(32), 16, bytes.fromhex(SEED_0[0]), extras)
+    assert found != vllm_hashes(range(32), 16, bytes.fromhex(SEED_0[0]), [None, (("b", 6),)])
+
+
 @pytest.mark.parametrize(
     ("about", "message"),
     [
@@ -275,6 +294,7 @@ def test_tokens_beyond_63_bits_are_refused() -> None:
     [
         (None, 16, "start = 16: must be 0 without a parent"),
         (None, False, "start = False"),
+        (bytes(32), np.True_, "start = "),
         (bytes(32), 0, "start = 0: must be a positive multiple of the block size 16"),
         (bytes(32), 17, "start = 17: must be a positive multiple"),
         (bytes(32), -16, "start = -16"),
@@ -286,6 +306,14 @@ def test_tokens_beyond_63_bits_are_refused() -> None:
 def test_starts_that_cannot_be(parent: bytes | None, start: object, message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         scheme().block_keys(range(16), parent, start=start)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int8, np.int16, np.uint64, np.int64])
+def test_starts_of_any_width(kind: type[np.integer[Any]]) -> None:
+    made = scheme(block_size=512)
+    assert np.array_equal(made.block_keys(range(512), start=kind(0)), made.block_keys(range(512)))
+    with pytest.raises(ArgumentError, match="start = .*16.*: must be a positive multiple of the block size 512"):
+        made.block_keys(range(512), bytes(32), start=kind(16))
 
 
 def test_places_that_matter_are_asked_for() -> None:
@@ -306,8 +334,9 @@ def test_schemes_by_name() -> None:
     for name in ("", "sha256", "vllm-0.33", None, ["vllm"]):
         with pytest.raises(ConfigError, match="key_scheme = .*unknown; known are kvortex, vllm, vllm-0.29"):
             make_scheme(name, namespace)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="key_scheme = 'v'"):
-        VllmKeys(namespace, "v")
+    for unknown in ("v", ["vllm"], None, b"vllm"):
+        with pytest.raises(ConfigError, match="key_scheme = .*: unknown; known of vLLM are vllm"):
+            VllmKeys(namespace, unknown)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="key_seed = '0': means something for vLLM's"):
         make_scheme("kvortex", namespace, seed="0")
     with pytest.raises(ConfigError, match="lora = 'sql': vllm hashes its name and path"):
@@ -315,5 +344,22 @@ def test_schemes_by_name() -> None:
     for bad in (7, "\ud800"):
         with pytest.raises(ConfigError, match="key_seed = "):
             VllmKeys(namespace, seed=bad)  # type: ignore[arg-type]
-    with pytest.raises(ArgumentError, match="ahead = -1"):
-        VllmKeys(namespace, ahead=-1)
+    for ahead in (-1, 0.0, None, "", False, 1.0, 1 << 21):
+        with pytest.raises(ArgumentError, match=rf"ahead = {ahead!r}: must be an integer from 0"):
+            VllmKeys(namespace, ahead=ahead)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("namespace", [None, 16, {"model": "m"}, Namespace])
+def test_what_is_no_namespace(namespace: Any) -> None:
+    makers = (VllmKeys, KvortexKeys, lambda it: adopt(it, [bytes(32)]), lambda it: block_keys(it, range(16)))
+    for make in (*makers, *(lambda it, name=name: make_scheme(name, it) for name in ("kvortex", "vllm"))):
+        with pytest.raises(ArgumentError, match="namespace = .*: must be a kvortex.keys.Namespace"):
+            make(namespace)
+
+
+@pytest.mark.parametrize("about", [{"lora": 5}, {"salt": b"s"}, {"lora": ("a", "b")}, {"salt": ["s"]}])
+def test_what_the_scheme_kvortex_refuses_of_one_call(about: dict[str, Any]) -> None:
+    made, [(name, value)] = KvortexKeys(Namespace()), about.items()
+    for call in (lambda: made.block_keys(range(16), **about), lambda: made.sequence(**about), lambda: made.chain(**about)):
+        with pytest.raises(ArgumentError, match=re.escape(f"{name} = {value!r}: must be str")):
+            call()
