@@ -13,7 +13,7 @@ anything else. No device is needed. Rows of each ``what``:
 - ``spin``: how fast a Python thread counts while another calls the index without a pause; ``ratio`` is to its rate alone.
 
 The last two have rows of ``arithmetic`` that touches neither memory nor the GIL, measured by turns with the others: what other
-programs left of the processor's cores meanwhile.
+programs left of the processor's cores meanwhile. Medians are over the third of all rounds in which that was most.
 
 ``wrong_bytes`` counts wrong answers.
 """
@@ -133,8 +133,8 @@ def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]]
     progress(f"{THREADS} threads, and a thread that counts")
     filled = Filled(entries, "lru", batch, dicts=False)
     parts = (batch,) if quick else (batch, batch // 8, batch // 64)
-    rows += _threads(filled, parts, 2 if quick else 9, 0.02 if quick else 0.3)
-    rows += _spin(filled, 1 if quick else 7, 0.05 if quick else 0.5)
+    rows += _threads(filled, parts, 2 if quick else 15, 0.02 if quick else 0.25)
+    rows += _spin(filled, 1 if quick else 15, 0.05 if quick else 0.3)
     rows[-1]["wrong_bytes"] += _damaged(filled.index)
     per_entry = {policy: BlockIndex(entries, policy).nbytes / entries for policy in POLICIES}
     per_entry["lru, admit_after above 1"] = BlockIndex(entries, admit_after=2).nbytes / entries
@@ -208,14 +208,20 @@ def _threads(filled: Filled, parts: Sequence[int], rounds: int, seconds: float) 
         for part, call in work.items():
             for threads in (1, THREADS):
                 found.setdefault((part, threads), []).append(_calls_per_second(call, threads, seconds))
+    # The gain of a round, whose two halves had about the same machine to themselves.
+    gains = {part: [many / one for one, many in zip(found[part, 1], found[part, THREADS], strict=True)] for part in work}
     rows = []
     for part in work:
-        # The gain of a round, whose two halves had about the same machine to themselves.
-        gain = statistics.median(many / one for one, many in zip(found[part, 1], found[part, THREADS], strict=True))
-        alone = 1e3 / statistics.median(found[part, 1])
+        gain, alone = _undisturbed(gains[part], gains[0]), 1e3 / _undisturbed(found[part, 1], gains[0])
         row = _row("threads", "lookup" if part else "arithmetic", filled, alone / gain, alone)
         rows.append(row | {"batch": part, "threads": THREADS, "ns_per_key": alone / gain / part * 1e6 if part else 0.0})
     return rows
+
+
+def _undisturbed(figures: list[float], control: list[float]) -> float:
+    """Median over the rounds in which ``control`` was highest: a third of all."""
+    best = np.argsort(control)[-max(1, len(control) // 3) :]
+    return statistics.median(figures[at] for at in best)
 
 
 def _calls_per_second(call: Callable[[int], object], threads: int, seconds: float) -> float:
@@ -263,8 +269,10 @@ def _spin(filled: Filled, rounds: int, seconds: float) -> list[dict[str, Any]]:
                         call()
 
                 found[name].append(_rate(spinner, busy) / alone)
+    control = found["arithmetic"]
     return [
-        _row("spin", name, filled, clock.ms(name), 0.0) | {"ratio": statistics.median(ratios)} for name, ratios in found.items()
+        _row("spin", name, filled, clock.ms(name), 0.0) | {"ratio": _undisturbed(ratios, control)}
+        for name, ratios in found.items()
     ]
 
 
