@@ -123,19 +123,18 @@ def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]]
     device = kvortex.open_device(device_name)
     load_compiled()
     entries, batch, rounds = (4000, 256, 2) if quick else (ENTRIES, BATCH, 30)
-    rows = []
+    progress(f"{THREADS} threads, and a thread that counts")
+    filled = Filled(entries, "lru", batch, dicts=False)
+    parts = (batch,) if quick else (batch, batch // 8, batch // 64)
+    rows = _threads(filled, parts, 2 if quick else 12, 0.02 if quick else 0.2)
+    rows += _spin(filled, 1 if quick else 12, 0.05 if quick else 0.25)
+    rows[-1]["wrong_bytes"] += _damaged(filled.index)
     for policy in POLICIES:
         progress(f"{policy}: {entries} entries, against dicts")
         rows += _against_dict(entries, policy, batch, rounds)
     for size in (2000, 4000) if quick else CURVE:
         progress(f"{size} entries")
         rows += _at_size(size, batch, rounds)
-    progress(f"{THREADS} threads, and a thread that counts")
-    filled = Filled(entries, "lru", batch, dicts=False)
-    parts = (batch,) if quick else (batch, batch // 8, batch // 64)
-    rows += _threads(filled, parts, 2 if quick else 15, 0.02 if quick else 0.25)
-    rows += _spin(filled, 1 if quick else 15, 0.05 if quick else 0.3)
-    rows[-1]["wrong_bytes"] += _damaged(filled.index)
     per_entry = {policy: BlockIndex(entries, policy).nbytes / entries for policy in POLICIES}
     per_entry["lru, admit_after above 1"] = BlockIndex(entries, admit_after=2).nbytes / entries
     notes = {"batch": batch, "rounds": rounds, "unit": "ms a batch, medians", "bytes_per_entry": per_entry}
