@@ -255,7 +255,7 @@ def _spin(filled: Filled, rounds: int, seconds: float) -> list[dict[str, Any]]:
     work: dict[str, Callable[[], object]] = {
         "arithmetic": lambda: clock.time("arithmetic", lambda: reckon(int(seconds * 1e9))),
         "lookup": lambda: clock.time("lookup", lambda: filled.index.lookup(there)),
-        "reserve+commit": lambda: _evicting(filled, clock, next(fresh)),
+        "reserve+commit": lambda: clock.time("reserve+commit", lambda: filled.store(next(fresh))),
     }
     with Spinners(1) as spinner:
         for _ in range(rounds):
