@@ -109,6 +109,12 @@ def count_ring(cells: Cells, joint: int, seen: npt.NDArray[np.uint8], mark: int)
         count += 1
 
 
+@inlined
+def length_of(lengths: npt.NDArray[np.int64], row: int) -> int:
+    """Length that a record must have; one number may stand for all."""
+    return lengths[row if lengths.size > 1 else 0]  # type: ignore[no-any-return]
+
+
 def ring(cells: Cells, joint: int) -> list[int]:
     """Lines of a ring, the oldest first. For tests and checks."""
     lines, at = [], int(cells[joint, NEXT])

@@ -34,6 +34,7 @@ from kvortex.index._lines import (
     Cells,
     Shorts,
     Words,
+    length_of,
     new_lines,
 )
 from kvortex.index._memory import zeros
@@ -116,7 +117,7 @@ def reserve(
             status[i] = NEW if admission.admits(offers, prints[i], admit_after) else DECLINED
             new += status[i] == NEW
             continue
-        if words[slot, SIZE] != lengths[i]:
+        if words[slot, SIZE] != length_of(lengths, i):
             return LENGTH, i, words[slot, SIZE]
         status[i], owners[i] = shorts[slot, STATE], words[slot, OWNER]
         # A key of this batch may not make room for another key of this batch.
@@ -181,7 +182,7 @@ def _take(
         _make_room(t, prints, slots, status, row, end)
         for i in range(row, end):
             if status[i] == NEW:
-                _enter(t, keys, prints, i, slots[i], lengths[i], owner)
+                _enter(t, keys, prints, i, slots[i], length_of(lengths, i), owner)
                 taken[i] = slots[i]
         row = end
 
@@ -308,7 +309,8 @@ def acquire(t: Table, keys: Words, lengths: Slots, prints: Slots, slots: Slots) 
     find_all(t.buckets, words, keys, prints, slots)
     for i in range(keys.shape[0]):
         slot = slots[i] if slots[i] >= 0 and shorts[slots[i], STATE] == RESIDENT else -1
-        if slot >= 0 and lengths[i] != ANY_LENGTH and words[slot, SIZE] != lengths[i]:
+        wanted = length_of(lengths, i)
+        if slot >= 0 and wanted != ANY_LENGTH and words[slot, SIZE] != wanted:
             slots[:] = -1
             return LENGTH, i, words[slot, SIZE]
         slots[i] = slot

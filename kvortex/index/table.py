@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, NoReturn, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from kvortex.arguments import LARGEST
 from kvortex.errors import ArgumentError, ConfigError, IndexStateError, PoolFullError, shown
 from kvortex.index import _reads, core
 from kvortex.index._check import PROBLEMS, first_problem
@@ -188,7 +189,7 @@ class BlockIndex:
         if fault == core.DUPLICATE:
             raise ArgumentError(f"keys[{a}] and keys[{b}] are the same key; a batch names each key once")
         if fault == core.LENGTH:
-            raise ArgumentError(f"keys[{a}] has a record of {b} bytes, not of {sizes[a]}")
+            raise ArgumentError(f"keys[{a}] has a record of {b} bytes, not of {sizes[a if len(sizes) > 1 else 0]}")
         return made
 
     def commit(self, slots: SlotsLike, *, once: Once | None = None) -> bool:
@@ -238,13 +239,13 @@ class BlockIndex:
             A record has another length; nothing was pinned.
         """
         words = _words(keys)
-        sizes = np.full(len(words), core.ANY_LENGTH) if nbytes is None else _sizes(nbytes, len(words))
-        slots = np.full(len(words), -1, np.int64) if taken is None else taken
+        sizes = np.array([core.ANY_LENGTH]) if nbytes is None else _sizes(nbytes, len(words))
+        slots = np.empty(len(words), np.int64) if taken is None else taken
         prints = np.empty(len(words), np.int64)
         with self._lock:
             fault, at, there = core.acquire(self._table, words, sizes, prints, slots)
         if fault == core.LENGTH:
-            raise ArgumentError(f"keys[{at}] has a record of {there} bytes, not of {sizes[at]}")
+            raise ArgumentError(f"keys[{at}] has a record of {there} bytes, not of {sizes[at if len(sizes) > 1 else 0]}")
         return slots
 
     def release(self, slots: SlotsLike, *, once: Once | None = None) -> bool:
@@ -334,7 +335,9 @@ def _integer(name: str, value: int, most: int) -> int:
 
 
 # Each distinct array type would be compiled again, so the compiled code is only ever handed writable, aligned,
-# contiguous arrays of one dtype; others are copied, which costs less than hashing them.
+# contiguous arrays of one dtype; others are copied, which costs less than hashing them. What has that form already is taken
+# as it is, before anything else: NumPy gives up the GIL for each operation on a large array, and beside a thread that
+# computes in Python it is 5 ms until it comes back.
 
 
 def _words(keys: KeysLike) -> npt.NDArray[np.int64]:
@@ -343,6 +346,8 @@ def _words(keys: KeysLike) -> npt.NDArray[np.int64]:
 
 
 def _slots(slots: SlotsLike) -> npt.NDArray[np.int64]:
+    if type(slots) is np.ndarray and slots.dtype == np.int64 and slots.ndim == 1 and slots.flags.carray:
+        return slots
     array = np.asarray(slots)
     if array.size == 0 and not isinstance(slots, np.ndarray):
         array = array.astype(np.int64)  # NumPy makes floats of an empty list
@@ -352,6 +357,9 @@ def _slots(slots: SlotsLike) -> npt.NDArray[np.int64]:
 
 
 def _sizes(nbytes: int | npt.ArrayLike, count: int) -> npt.NDArray[np.int64]:
+    """(n,), or (1,) for all."""
+    if type(nbytes) is int and 0 <= nbytes <= LARGEST:
+        return np.array([nbytes], np.int64)
     array = np.asarray(nbytes)
     if array.size == 0 and not isinstance(nbytes, np.ndarray):
         array = array.astype(np.int64)
@@ -359,7 +367,7 @@ def _sizes(nbytes: int | npt.ArrayLike, count: int) -> npt.NDArray[np.int64]:
         raise ArgumentError(f"nbytes must be one integer or {count}; seen: shape {array.shape}, dtype {array.dtype}")
     if array.size and array.min() < 0:
         raise ArgumentError(f"nbytes must be at least 0; seen: {array.min()}")
-    return np.full(count, array, np.int64)
+    return np.require(np.atleast_1d(array), np.int64, ["C", "A", "W"])
 
 
 @functools.cache

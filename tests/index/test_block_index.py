@@ -360,6 +360,18 @@ def test_bad_sizes_are_refused(nbytes: object) -> None:
     refused(index, ArgumentError, "nbytes", lambda: index.reserve(keys("ab"), nbytes))
 
 
+def test_one_length_stands_for_all_and_several_for_each() -> None:
+    index = BlockIndex(8)
+    for nbytes in (7, np.int64(7), np.array(7), [7, 7, 7], np.array([7, 7, 7], np.uint8), np.array([7, 7, 7])):
+        assert index.size_of(index.reserve(keys("abc"), nbytes).slots).tolist() == [7, 7, 7]
+    index.commit(index.reserve(keys("d"), [9]).slots)
+    assert index.reserve(keys("abc"), 7).status.tolist() == [PENDING] * 3
+    refused(index, ArgumentError, r"keys\[2\] has a record of 7 bytes, not of 8", lambda: index.reserve(keys("xya"), 8))
+    refused(index, ArgumentError, r"keys\[1\] has a record of 9 bytes, not of 8", lambda: index.acquire(keys("xd"), 8))
+    assert index.reserve([], 5).slots.shape == (0,) and index.acquire([], 5).shape == (0,)
+    refused(index, ArgumentError, "nbytes", lambda: index.reserve(keys("x"), 2**63))
+
+
 @pytest.mark.parametrize("slots", [[0.0], [True], [[0]], 0, "0", None, np.array([0], np.uint64)])
 @pytest.mark.parametrize("call", ["commit", "abort", "release", "size_of"])
 def test_bad_slots_are_refused(call: str, slots: object) -> None:
