@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import functools
 import os
 import threading
@@ -13,12 +11,10 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from kvortex import arguments
 from kvortex.config import KVortexConfig
 from kvortex.devices import Device, open_device
-from kvortex.devices.cuda import CudaDevice
 from kvortex.errors import (
     ArgumentError,
     ConfigError,
@@ -32,23 +28,18 @@ from kvortex.errors import (
     TransferTimeoutError,
     shown,
 )
-from kvortex.flight import Flight
-from kvortex.index import DECLINED, PENDING, BlockIndex, Reservation, load_compiled
+from kvortex.index import DECLINED, PENDING, Reservation
 from kvortex.keys import KeyArray, KeyScheme, KeySequence, KeysLike, Namespace, as_keys, make_scheme
-from kvortex.keys import load_compiled as load_compiled_keys
 from kvortex.layout import KVLayout
-from kvortex.memory.arena import PinnedArena
-from kvortex.stats import Counters, EngineStats
+from kvortex.parts import Parts
+from kvortex.stats import EngineStats
 from kvortex.traces.recording import CHECK, LOAD, SAVE, Recording
 from kvortex.traces.recordings import Recordings
-from kvortex.transfer.executor import Completion, Direction, Executor, Failed, poll
-from kvortex.transfer.plan import Int64s, Pool
-from kvortex.transfer.profile import Profile
-from kvortex.transfer.routes import Route
+from kvortex.transfer.executor import Completion, Direction, Failed, poll
+from kvortex.transfer.plan import Int64s
 from kvortex.transfer.ticket import Ticket
 from kvortex.transfer.transfer import Mask, Transfer
 
-_HOST_THREADS = 2  # of each direction, unless num_transfer_streams says how many
 _NO_LAYERS = "layerwise: opaque buffers have no layers that kvortex knows of"
 
 
@@ -69,9 +60,9 @@ class KVortexEngine:
     """
 
     def __init__(
-        self, config: KVortexConfig, layout: KVLayout | None, device: Device, parts: _Parts, scheme: KeyScheme
+        self, config: KVortexConfig, layout: KVLayout | None, device: Device, parts: Parts, scheme: KeyScheme
     ) -> None:
-        self._finalizer = weakref.finalize(self, _Parts.abandon, parts, config.transfer_timeout_s)
+        self._finalizer = weakref.finalize(self, Parts.abandon, parts, config.transfer_timeout_s)
         self.config, self.layout, self.device = config, layout, device
         self.namespace, self.scheme = scheme.namespace, scheme
         self._parts = parts
@@ -109,7 +100,7 @@ class KVortexEngine:
         if not record_bytes:
             raise ConfigError("max_block_bytes = None: an engine without a layout needs the size of its largest buffer")
         scheme = make_scheme(config.key_scheme, _namespace(config, layout), seed=config.key_seed)
-        parts = _Parts(config, layout, device, record_bytes)
+        parts = Parts(config, layout, device, record_bytes)
         try:
             engine = cls(config, layout, device, parts, scheme)
             engine._recordings.open_as_told(config.record_trace)
@@ -491,77 +482,6 @@ class _Call:
             engine._calls.pop(id(self), None)
 
 
-class _Parts:
-    """What an engine owns, apart from the engine itself, so that it can be freed when the engine is dropped."""
-
-    def __init__(self, config: KVortexConfig, layout: KVLayout | None, device: Device, record_bytes: int) -> None:
-        self.pid = os.getpid()
-        self.record_bytes = record_bytes
-        self.layout = layout  # running transfers touch its tensors: they must outlive the engine's last transfer
-        notes: list[str] = []
-        profile = _profile(config, device, notes)  # before threads fill the pool, which would be measured as well
-        with contextlib.ExitStack() as undo:
-            self.arena = PinnedArena(device, config.cpu_pool_size_bytes, record_bytes, numa=config.enable_numa)
-            undo.callback(self.arena.close)
-            self.arena.notes.extend(notes)
-            self.executor = _executor(config, layout, device, self.arena, profile)
-            undo.callback(self.executor.close)
-            load_compiled()
-            load_compiled_keys()
-            policy, admit_after = config.eviction_policy, config.admit_after
-            self.index = BlockIndex(self.arena.slots, policy, admit_after=admit_after, ready=self.arena.ready)
-            self.counters = Counters()
-            self.flight = Flight(self.index, self.counters)
-            undo.pop_all()
-
-    def grow(self) -> None:
-        """Gives the index the slots that have become ready. Twice does no harm."""
-        if self.arena.ready != self.index.ready:
-            self.index.grow(self.arena.ready)
-
-    def wait_for_more(self, timeout: float) -> bool:
-        """Whether the index got slots that it did not have, now or after a wait."""
-        before = self.index.ready
-        self.arena.wait(before + 1, timeout)
-        self.grow()
-        return self.index.ready > before
-
-    def abandon(self, timeout: float) -> None:
-        """When the engine is no longer reachable: frees at once, or in the background when transfers still run.
-
-        The collector may bring us here in any thread, also in one that the transfers need to end.
-        """
-        ending = not threading.main_thread().is_alive()  # the interpreter is: it starts no threads, or does not wait for them
-        if self.pid == os.getpid() and not ending and self.flight.drain(0.0):
-            threading.Thread(target=self.dispose, args=(timeout,), name="kvortex-dispose", daemon=True).start()
-        else:
-            self.dispose(timeout)
-
-    def dispose(self, timeout: float) -> None:
-        """Frees everything, unless a transfer does not end: then its memory is leaked rather than written after free."""
-        if self.pid != os.getpid():
-            return
-        try:
-            left = self.flight.drain(timeout)
-        except BaseException:  # an interrupt: what runs is not known
-            _KEPT.append(self)
-            raise
-        if left:
-            _KEPT.append(self)
-            return
-        with contextlib.ExitStack() as then:
-            then.callback(self.arena.close)
-            try:
-                self.executor.close()
-            except TransferTimeoutError:  # a thread of its own still writes
-                then.pop_all()
-                _KEPT.append(self)
-                raise
-
-
-_KEPT: list[_Parts] = []  # of engines that are gone, whose transfers would not end
-
-
 def _namespace(config: KVortexConfig, layout: KVLayout | None) -> Namespace:
     return Namespace(
         model=config.model,
@@ -573,39 +493,6 @@ def _namespace(config: KVortexConfig, layout: KVLayout | None) -> Namespace:
         lora=config.lora,
         salt=config.salt,
     )
-
-
-def _profile(config: KVortexConfig, device: Device, notes: list[str]) -> Profile | None:
-    """What transfers on a GPU are shaped by; None for the host device."""
-    if not isinstance(device, CudaDevice):
-        return None
-    from kvortex.transfer.calibrate import profile_for
-
-    return _overridden(profile_for(device, config.calibrate, notes), config)
-
-
-def _executor(
-    config: KVortexConfig, layout: KVLayout | None, device: Device, arena: PinnedArena, profile: Profile | None
-) -> Executor:
-    pool = Pool(arena.address, arena.slot_bytes, arena.segment_slots)
-    fragments: npt.NDArray[np.int64] = np.empty((0, 4), np.int64) if layout is None else layout.fragments
-    layer_offsets: npt.NDArray[np.int64] = np.zeros(1, np.int64) if layout is None else layout.layer_offsets
-    if isinstance(device, CudaDevice) and profile is not None:
-        from kvortex.transfer.cuda import CudaExecutor
-
-        route = None if config.transfer_route == "auto" else Route(config.transfer_route)
-        blocks = 0 if layout is None else layout.num_blocks
-        budget = config.gpu_pool_size_bytes or profile.staging_bytes
-        return CudaExecutor(device, fragments, layer_offsets, blocks, pool, budget, profile, route, config.beside_compute)
-    from kvortex.transfer.host import HostExecutor
-
-    return HostExecutor(fragments, layer_offsets, pool, config.num_transfer_streams or _HOST_THREADS)
-
-
-def _overridden(profile: Profile, config: KVortexConfig) -> Profile:
-    """A profile with what the config says instead."""
-    streams, buffers = config.num_transfer_streams or profile.streams, config.staging_buffers or profile.buffers
-    return dataclasses.replace(profile, streams=streams, buffers=buffers)
 
 
 def _check_given(config: object, layout: object) -> None:

@@ -26,6 +26,7 @@ FLOORS = {
     "traces": 5,
     "stats": 6,
     "flight": 6,
+    "parts": 6,
     "engine": 6,
     "cli": 7,
     "integrations": 7,
@@ -34,7 +35,7 @@ FLOORS = {
 FRONT_DOOR = ""  # kvortex/__init__.py shows floors 0 to 6; commands and connectors come in by it
 # Rooms of one floor that lean on each other, one way.
 NEIGHBOURS = {("config", "errors"), ("kernels", "errors"), ("devices", "arguments"), ("index", "keys"), ("flight", "stats")} | {
-    ("engine", part) for part in ("flight", "stats")
+    (whole, part) for whole in ("engine", "parts") for part in ("flight", "stats", "parts") if whole != part
 }
 FOREIGN = {"torch", "cupy", "jax"}
 

@@ -96,7 +96,7 @@ def test_an_engine_by_the_scheme_kvortex_takes_adopted_keys(device: Device) -> N
 def test_a_scheme_that_cannot_be_is_told_before_memory_is_taken(
     options: dict, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvortex.engine._Parts", lambda *_: pytest.fail("took memory"))
+    monkeypatch.setattr("kvortex.engine.Parts", lambda *_: pytest.fail("took memory"))
     with pytest.raises(ConfigError, match=message):
         KVortexEngine.create(KVortexConfig(device="host", max_block_bytes=4096, **options))
 

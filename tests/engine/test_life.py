@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from kvortex import KVortexEngine
-from kvortex import engine as engine_module
+from kvortex import parts as parts_module
 from kvortex.devices import Device, HostDevice
 from kvortex.errors import EngineClosedError, PoolFullError, TransferTimeoutError
 from kvortex.memory.arena import PinnedArena
@@ -155,7 +155,7 @@ def test_a_failed_start_gives_back_what_it_took(device: Device, monkeypatch: pyt
 
     watch(PinnedArena)
     watch(Executor)
-    monkeypatch.setattr("kvortex.engine.BlockIndex", fail)
+    monkeypatch.setattr("kvortex.parts.BlockIndex", fail)
     vram = free_vram(device)
     with pytest.raises(MemoryError, match="planted"):
         cache.engine()
@@ -176,9 +176,9 @@ def test_memory_is_kept_while_a_thread_of_the_engine_writes(monkeypatch: pytest.
     monkeypatch.setattr(parts.arena, "close", lambda: closed.append(1))
     with pytest.raises(TransferTimeoutError, match="planted"):
         engine.shutdown()
-    assert not closed and parts in engine_module._KEPT
+    assert not closed and parts in parts_module._KEPT
     monkeypatch.undo()
-    engine_module._KEPT.remove(parts)
+    parts_module._KEPT.remove(parts)
     parts.dispose(0.0)
 
 

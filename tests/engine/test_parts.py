@@ -42,7 +42,7 @@ def test_enable_numa_reaches_the_arena(device: Device, monkeypatch: pytest.Monke
         asked.append(numa)
         return PinnedArena(*arguments, numa=False)
 
-    monkeypatch.setattr("kvortex.engine.PinnedArena", arena)
+    monkeypatch.setattr("kvortex.parts.PinnedArena", arena)
     PagedCache.plain(device).engine(enable_numa=wanted).shutdown()
     assert asked == [wanted]
 
