@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import sys
 import threading
 import time
 import weakref
@@ -43,17 +44,24 @@ class Recording:
     Threads: calls may come from any thread; their order in the file is that in which their keys were copied. Memory: 10 MiB
     for calls that wait, 6 MiB for lines, and 65 MiB to tell 2**20 keys apart, touched as far as they are used. What cannot
     wait is left out and counted, and the next line says how many calls were (``dropped``); a key that was forgotten comes
-    back as a new one. A forked child records nothing.
+    back as a new one. A forked child records nothing. A file that cannot be written ends the recording, which ``close`` tells,
+    and with ``aloud`` a line on stderr at once: where the program does not know of the recording.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], block_size: int, *, ring_rows: int = _RING_ROWS, names: int = _NAMES
+        self,
+        path: str | os.PathLike[str],
+        block_size: int,
+        *,
+        ring_rows: int = _RING_ROWS,
+        names: int = _NAMES,
+        aloud: bool = False,
     ) -> None:
         self.path = _name_of(path)
         if block_size > _MOST_TOKENS:
             raise ArgumentError(f"block_size = {block_size}: a trace has blocks of {_MOST_TOKENS} tokens at most")
         _load_compiled()
-        self._writer = _Writer(self.path, block_size, ring_rows, max(names, ring_rows))
+        self._writer = _Writer(self.path, block_size, ring_rows, max(names, ring_rows), aloud)
         self._end = weakref.finalize(self, self._writer.end, _LAST_S)
         self._writer.start(weakref.ref(self))
 
@@ -65,6 +73,11 @@ class Recording:
     def closed(self) -> bool:
         """Whether nothing is recorded any more: closed, or failed."""
         return self._writer.stopped
+
+    @property
+    def failed(self) -> bool:
+        """Whether the file could not be written, which :meth:`close` tells."""
+        return self._writer.error is not None
 
     @property
     def lines(self) -> int:
@@ -93,8 +106,7 @@ class Recording:
             raise TraceError(f"{self.path}: still being written after {timeout} seconds; close it again")
         self._end.detach()
         if self._writer.error is not None:
-            reason = self._writer.error.strerror or self._writer.error
-            raise TraceError(f"{self.path}: {reason}; the trace ends after {self._writer.whole} bytes")
+            raise TraceError(self._writer.told())
 
     def __enter__(self) -> Recording:
         return self
@@ -106,8 +118,8 @@ class Recording:
 class _Writer:
     """What a recording owns, apart from itself, so that its thread does not keep it alive."""
 
-    def __init__(self, path: str, block_size: int, ring_rows: int, names: int) -> None:
-        self.stopped, self.whole = False, 0
+    def __init__(self, path: str, block_size: int, ring_rows: int, names: int, aloud: bool) -> None:
+        self.stopped, self.whole, self._path, self._aloud = False, 0, path, aloud
         self.error: OSError | None = None
         self.names = _naming.new_names(names)
         self.ring = _ring.new_ring(ring_rows)
@@ -154,11 +166,17 @@ class _Writer:
             self.stopped = True
             self._flush()
         except OSError as error:
-            self.stopped, self.error = True, error
+            self.error = error  # before the next line: what is closed without an error is forgotten
+            self.stopped = True
             with contextlib.suppress(OSError):  # a file that cannot be cut, or a full disk
                 os.ftruncate(self._file, self.whole)
         finally:
             self._close()
+
+    def told(self) -> str:
+        """The error, and how much of the trace there is."""
+        reason = getattr(self.error, "strerror", None) or self.error
+        return f"{self._path}: {reason}; the trace ends after {self.whole} bytes"
 
     def _close(self) -> None:
         file, self._file = self._file, -1
@@ -167,6 +185,9 @@ class _Writer:
                 os.close(file)
         except OSError as error:  # of what the system had taken and could not write
             self.error = self.error or error
+        if self._aloud and self.error is not None and sys.stderr is not None:
+            with contextlib.suppress(OSError, ValueError):  # it may be full, or closed
+                print(f"kvortex: recording: {self.told()}", file=sys.stderr, flush=True)
 
     def _flush(self) -> None:
         calls = 1

@@ -22,9 +22,9 @@ class Recordings:
         self._block_size = block_size
         self._open: dict[int, Recording] = {}
 
-    def open(self, path: str | os.PathLike[str]) -> Recording:
+    def open(self, path: str | os.PathLike[str], aloud: bool = False) -> Recording:
         """One more; see :meth:`kvortex.KVortexEngine.record`."""
-        recording = Recording(path, self._block_size)
+        recording = Recording(path, self._block_size, aloud=aloud)
         self._open[id(recording)] = recording
         return recording
 
@@ -40,7 +40,7 @@ class Recordings:
         while told:
             free = _free_path(told)
             try:
-                self.open(free)
+                self.open(free, aloud=path is None)  # nobody in the program looks after that one
                 return
             except ArgumentError as error:
                 if not os.path.lexists(free):  # else another engine was quicker, and there is a next name
@@ -51,7 +51,7 @@ class Recordings:
         if not self._open:
             return
         for recording in list(self._open.values()):
-            if recording.closed:
+            if recording.closed and not recording.failed:  # what failed stays until close() has told it
                 self._open.pop(id(recording), None)
             else:
                 recording.note(kind, keys)

@@ -96,6 +96,22 @@ def test_an_engine_that_was_asked_for_nothing(tmp_path: Path, capfd: pytest.Capt
     assert "no requests" in rows(capfd.readouterr().out)
 
 
+def test_a_file_that_could_not_be_written_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    code = """
+import resource, time
+from tests.pages import PagedCache, keys_of
+from kvortex.devices import HostDevice
+engine = PagedCache.plain(HostDevice()).engine()
+resource.setrlimit(resource.RLIMIT_FSIZE, (150, 150))
+for at in range(20):
+    engine.check_blocks(keys_of(1, 2))
+    time.sleep(0.02)
+"""
+    assert main(["record", str(tmp_path / "t"), "--", sys.executable, "-c", code]) == 0
+    told = f"kvortex: recording: {tmp_path / 't'}: File too large; the trace ends after 95 bytes\n"
+    assert capfd.readouterr().err.count(told) == 1
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_program_and_the_trace_is_whole(number: signal.Signals, tmp_path: Path) -> None:
     code = """

@@ -211,7 +211,11 @@ def test_a_full_disk_ends_the_trace_and_nothing_else(tmp_path: Path, monkeypatch
 
     room[0] = 150
     engine = cache.engine()
-    engine.record(tmp_path / "u")
+    recording = engine.record(tmp_path / "u")
+    for _ in range(3):
+        engine.check_blocks(keys_of(1, 2))
+    while not recording.closed:
+        time.sleep(0.01)
     for _ in range(3):
         engine.check_blocks(keys_of(1, 2))
     engine.shutdown()
