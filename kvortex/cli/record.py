@@ -96,8 +96,10 @@ def _rows(path: str) -> list[tuple[str, str]]:
     except KVortexError as error:  # an engine that was asked for nothing leaves an empty file
         return [("no requests", str(error))]
     rows = [
-        ("requests", str(len(trace))),
-        ("block references", f"{len(trace.ids)} to blocks of {trace.block_tokens} tokens"),
+        ("requests", str(trace.asked)),
+        ("block references", f"{trace.references} to blocks of {trace.block_tokens} tokens"),
         ("different blocks", str(trace.distinct)),
     ]
+    if trace.stored.any():
+        rows.append(("stored unasked", f"{len(trace.ids) - trace.references} blocks"))
     return rows + ([("left out", f"{trace.dropped} calls, for which the writer was too slow")] if trace.dropped else [])

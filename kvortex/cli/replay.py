@@ -91,8 +91,8 @@ def _report(arguments: argparse.Namespace, trace: Trace, facts: Row, runs: list[
         "command": arguments.command_line,
         "versions": versions(),
         **facts,
-        "requests": len(trace),
-        "block_references": len(trace.ids),
+        "requests": trace.asked,
+        "block_references": trace.references,
         "distinct_blocks": trace.distinct,
         "block_tokens": trace.block_tokens,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -32,15 +33,34 @@ class Trace:
         Tokens of one block.
     dropped
         Calls that a recording lost because its writer fell behind; 0 for a whole trace.
+    stored : (r,) bool
+        Which of them are no requests, but stored without being asked for: blocks that a model generated. They count in no
+        rate. All False where it is not given.
     """
 
     ids: npt.NDArray[np.uint64]
     starts: npt.NDArray[np.int64]
     block_tokens: int = BLOCK_TOKENS
     dropped: int = 0
+    stored: npt.NDArray[np.bool_] = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.stored is None:
+            object.__setattr__(self, "stored", np.zeros(len(self), bool))
 
     def __len__(self) -> int:
+        """Requests, and what was stored without one."""
         return len(self.starts) - 1
+
+    @property
+    def asked(self) -> int:
+        """Requests."""
+        return len(self) - int(self.stored.sum())
+
+    @property
+    def references(self) -> int:
+        """Blocks that requests ask for, one counted as often as it is asked for."""
+        return self.within(len(self.ids))
 
     @cached_property
     def keys(self) -> KeyArray:
@@ -67,18 +87,25 @@ class Trace:
 
     def within(self, pool_blocks: int) -> int:
         """References that are left when each request is cut to its first ``pool_blocks`` blocks."""
-        return int(np.minimum(np.diff(self.starts), pool_blocks).sum())
+        return int(np.minimum(np.diff(self.starts), pool_blocks)[~self.stored].sum())
 
     def requests(self) -> list[list[int]]:
-        """The ids of each request."""
+        """The ids of each request, and of what was stored without one."""
         return [part.tolist() for part in np.split(self.ids, self.starts[1:-1])] if len(self) else []
 
     @classmethod
-    def of(cls, requests: list[list[int]], block_tokens: int = BLOCK_TOKENS, dropped: int = 0) -> Trace:
+    def of(
+        cls,
+        requests: list[list[int]],
+        block_tokens: int = BLOCK_TOKENS,
+        dropped: int = 0,
+        stored: Sequence[bool] | None = None,
+    ) -> Trace:
         """From the ids of each request, which must all be different within it."""
         starts = np.zeros(len(requests) + 1, np.int64)
         np.cumsum([len(ids) for ids in requests], out=starts[1:])
-        return cls(np.array([one for ids in requests for one in ids], np.uint64), starts, block_tokens, dropped)
+        flags = np.zeros(len(requests), bool) if stored is None else np.array(stored, bool)
+        return cls(np.array([one for ids in requests for one in ids], np.uint64), starts, block_tokens, dropped, flags)
 
 
 def read_trace(path: str | os.PathLike[str], limit: int | None = None) -> Trace:
@@ -89,9 +116,10 @@ def read_trace(path: str | os.PathLike[str], limit: int | None = None) -> Trace:
     path
         JSON lines with ``timestamp`` (milliseconds), ``input_length`` and ``output_length`` (tokens) and ``hash_ids``,
         one for each 512 tokens of the prompt, or as many as ``block_size`` says, which kvortex writes into its own
-        recordings. An id names a block and all that is before it. Empty lines, and other fields, are passed over.
+        recordings. An id names a block and all that is before it. A line with ``"stored": true`` is no request: its blocks were
+        stored without being asked for. Empty lines, and other fields, are passed over.
     limit
-        Read this many requests at most; lines behind them are not looked at.
+        Read this many requests at most, and what was stored before and between them; lines behind them are not looked at.
 
     Returns
     -------
@@ -104,11 +132,12 @@ def read_trace(path: str | os.PathLike[str], limit: int | None = None) -> Trace:
         The file cannot be read, or a line is no request; the message names line and field.
     """
     requests: list[list[int]] = []
+    stored: list[bool] = []
     block_tokens, dropped = BLOCK_TOKENS, 0
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
-                if limit is not None and len(requests) >= limit:
+                if limit is not None and len(requests) - sum(stored) >= limit:
                     break
                 if not line.strip():
                     continue
@@ -119,6 +148,7 @@ def read_trace(path: str | os.PathLike[str], limit: int | None = None) -> Trace:
                     raise ArgumentError(f"{where}: blocks of {tokens} tokens, and of {block_tokens} before it; play them apart")
                 block_tokens = tokens
                 requests.append(_full_blocks(record, tokens, where))
+                stored.append(_flag(record, "stored", where))
                 dropped += _number(record, "dropped", where, (int,)) if "dropped" in record else 0
     except OSError as error:
         raise ArgumentError(f"{os.fspath(path)}: {error.strerror or error}") from None
@@ -126,9 +156,9 @@ def read_trace(path: str | os.PathLike[str], limit: int | None = None) -> Trace:
         if isinstance(error, ArgumentError):
             raise
         raise ArgumentError(f"{os.fspath(path)!r}: {error}") from None  # a path with a NUL
-    if not requests:
+    if all(stored):
         raise ArgumentError(f"{os.fspath(path)}: no requests in it")
-    return Trace.of(requests, block_tokens, dropped)
+    return Trace.of(requests, block_tokens, dropped, stored)
 
 
 def _record(line: bytes, where: str) -> dict[str, Any]:
@@ -191,6 +221,13 @@ def _number(record: dict[str, Any], name: str, where: str, kinds: tuple[type, ..
     if type(value) not in kinds or not 0 <= value < float("inf"):  # a bool is an int, and no length
         kind = "an integer" if kinds == (int,) else "a number"
         raise ArgumentError(f"{where}: {name} must be {kind} of at least 0; seen: {_short(value)}")
+    return value
+
+
+def _flag(record: dict[str, Any], name: str, where: str) -> bool:
+    value = record.get(name, False)
+    if type(value) is not bool:
+        raise ArgumentError(f"{where}: {name} must be true or false; seen: {_short(value)}")
     return value
 
 

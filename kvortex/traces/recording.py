@@ -38,7 +38,8 @@ class Recording:
     ----------
     path
         The file, in the Mooncake format with ``block_size`` in each line: a line for each ``check_blocks``, and one for the
-        keys of a load or a save that nobody had checked. Numbers count up from 0 in the order in which keys appear.
+        keys of a load that nobody had checked. So have the keys of a save that were neither checked nor loaded, as the blocks
+        that a model generates, but with ``"stored": true``: a replay stores them, and they are no request. Numbers count up from 0 in the order in which keys appear.
         ``output_length`` is 0: an engine is not told.
 
     Threads: calls may come from any thread; their order in the file is that in which their keys were copied. Memory: 10 MiB

@@ -14,10 +14,13 @@ from typing import Any
 import pytest
 
 from kvortex.cli import main
+from kvortex.devices import HostDevice
 from kvortex.traces.format import read_trace
 from tests.cli.screen import rows
 from tests.conversations import conversations, write
+from tests.naive import replay as naive_replay
 from tests.naive import replay_lru
+from tests.pages import PagedCache
 
 ROOT = Path(__file__).resolve().parents[2]
 KVORTEX = [sys.executable, "-m", "kvortex"]
@@ -59,6 +62,37 @@ def test_a_replay_that_is_recorded_is_the_same_trace(tmp_path: Path, capfd: pyte
         renamed = [[numbers.setdefault(one, len(numbers)) for one in ids[:blocks]] for ids in requests]
         assert read_trace(path).requests() == renamed and read_trace(path).block_tokens == 512
     assert "recorded in" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("options", [["--no-data"], ["--device", "host", "--record-bytes", "1KiB"]], ids=["index", "data"])
+def test_blocks_that_a_model_generates_are_no_requests(
+    options: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    cache, tokens = PagedCache.plain(HostDevice(), blocks=64), list(range(40))
+    with cache.engine(slots=64) as engine:
+        with engine.record(tmp_path / "t"):
+            for _ in range(6):
+                keys = engine.block_keys(tokens)
+                hits = int(engine.check_blocks(keys).sum())
+                if hits:
+                    engine.load_blocks(keys[:hits], range(hits)).wait()
+                engine.save_blocks(keys[hits:], range(hits, len(keys))).wait()
+                for _ in range(50):  # tokens of an answer: blocks are saved as they fill
+                    tokens.append(len(tokens))
+                    if len(tokens) % 16 == 0:
+                        engine.save_blocks(engine.block_keys(tokens)[-1:], [0]).wait()
+                tokens += range(20)  # of the next question
+        stats = engine.get_stats()
+    trace = read_trace(tmp_path / "t")
+    assert trace.asked == 6 < len(trace) and trace.references == stats.checked_blocks
+    for blocks in ("64", "20"):
+        assert main(["replay", str(tmp_path / "t"), "--pool-blocks", blocks, "--json", "-", *options]) == 0
+        report = json.loads(capfd.readouterr().out)
+        assert report["hits"] == naive_replay(trace.requests(), int(blocks), "lru", stored=trace.stored.tolist())
+        assert report["prefix_hit_rate"] <= report["bound"][0]["hit_rate"] and len(report["hits"]) == 6
+        if blocks == "64":
+            assert report["prefix_hit_rate"] == stats.cache_hit_rate == report["bound"][0]["hit_rate"] > 0.6
+            assert (report["requests"], report["block_references"]) == (6, stats.checked_blocks)
 
 
 REFUSED: list[tuple[list[str], str]] = [
