@@ -30,6 +30,11 @@ def opening(block_size: int) -> Text:
     return _text(f', "output_length": 0, "block_size": {block_size}, "hash_ids": [')
 
 
+def lost(time: int, block_size: int, calls: int) -> Text:
+    """A line that is no request, of calls that no other line tells of."""
+    return _text(f'{{"timestamp": {time}, "block_size": {block_size}, "dropped": {calls}}}\n')
+
+
 def room(keys: int) -> int:
     """Bytes that a line of so many keys takes at most."""
     return _PER_LINE + _PER_KEY * keys

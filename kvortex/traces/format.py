@@ -117,7 +117,7 @@ def read_trace(path: str | os.PathLike[str], limit: int | None = None) -> Trace:
         JSON lines with ``timestamp`` (milliseconds), ``input_length`` and ``output_length`` (tokens) and ``hash_ids``,
         one for each 512 tokens of the prompt, or as many as ``block_size`` says, which kvortex writes into its own
         recordings. An id names a block and all that is before it. A line with ``"stored": true`` is no request: its blocks were
-        stored without being asked for. Empty lines, and other fields, are passed over.
+        stored without being asked for. One with ``dropped`` and without ``hash_ids`` only says how many calls are missing. Empty lines, and other fields, are passed over.
     limit
         Read this many requests at most, and what was stored before and between them; lines behind them are not looked at.
 
@@ -147,9 +147,12 @@ def read_trace(path: str | os.PathLike[str], limit: int | None = None) -> Trace:
                 if requests and tokens != block_tokens:
                     raise ArgumentError(f"{where}: blocks of {tokens} tokens, and of {block_tokens} before it; play them apart")
                 block_tokens = tokens
+                if "dropped" in record:
+                    dropped += _number(record, "dropped", where, (int,))
+                    if "hash_ids" not in record:  # the last line of a recording, which lost calls at its end
+                        continue
                 requests.append(_full_blocks(record, tokens, where))
                 stored.append(_flag(record, "stored", where))
-                dropped += _number(record, "dropped", where, (int,)) if "dropped" in record else 0
     except OSError as error:
         raise ArgumentError(f"{os.fspath(path)}: {error.strerror or error}") from None
     except ValueError as error:
@@ -157,7 +160,8 @@ def read_trace(path: str | os.PathLike[str], limit: int | None = None) -> Trace:
             raise
         raise ArgumentError(f"{os.fspath(path)!r}: {error}") from None  # a path with a NUL
     if all(stored):
-        raise ArgumentError(f"{os.fspath(path)}: no requests in it")
+        missing = f", and {dropped} calls are missing" if dropped else ""
+        raise ArgumentError(f"{os.fspath(path)}: no requests in it{missing}")
     return Trace.of(requests, block_tokens, dropped, stored)
 
 

@@ -44,7 +44,7 @@ class Recording:
 
     Threads: calls may come from any thread; their order in the file is that in which their keys were copied. Memory: 10 MiB
     for calls that wait, 6 MiB for lines, and 65 MiB to tell 2**20 keys apart, touched as far as they are used. What cannot
-    wait is left out and counted, and the next line says how many calls were (``dropped``); a key that was forgotten comes
+    wait is left out and counted, and the next line says how many calls were (``dropped``), or a last line that has no ids; a key that was forgotten comes
     back as a new one. A forked child records nothing. A file that cannot be written ends the recording, which ``close`` tells,
     and with ``aloud`` a line on stderr at once: where the program does not know of the recording.
     """
@@ -166,6 +166,7 @@ class _Writer:
                 self._flush()
             self.stopped = True
             self._flush()
+            self._write_lost()
         except OSError as error:
             self.error = error  # before the next line: what is closed without an error is forgotten
             self.stopped = True
@@ -195,6 +196,14 @@ class _Writer:
         while calls:  # what the ring gave back is free before the file has taken the lines, which may take its time
             nbytes, calls = _lines.write_lines(self.ring, self.names, self._opening, self._block_size, self._out)
             self._write(nbytes)
+
+    def _write_lost(self) -> None:
+        """Calls that were lost since the last line have no next one to tell them: a line that is no request."""
+        lost = int(self.names.counters[_naming.LOST_CALLS] + self.ring.marks[_ring.DROPPED_BEFORE])
+        if lost:
+            line = _lines.lost(int(self.names.counters[_naming.LAST_TIME]), self._block_size, lost)
+            self._out[: line.size] = line
+            self._write(line.size)
 
     def _write(self, nbytes: int) -> None:
         """Whole lines. ``whole`` counts the bytes of those that are in the file, also where the next do not fit."""
