@@ -25,7 +25,7 @@ from kvortex.traces._ring import CHECK, LOAD, SAVE
 __all__ = ["CHECK", "LOAD", "SAVE", "Recording"]
 
 _RING_ROWS = 1 << 18  # 8 MiB: what calls may name between two looks of the writer, a tenth of a second apart
-_NAMES = 1 << 20  # keys that are told apart, 65 MiB with their hash table
+_NAMES = 1 << 20  # keys that are told apart, 66 MiB with their hash table
 _MOST_TOKENS = 1 << 40  # lengths of prompts stay far below 63 bits
 _EVERY_S = 0.1
 _LAST_S = 5.0  # a recording that is dropped has so long to write what it holds
@@ -39,11 +39,13 @@ class Recording:
     path
         The file, in the Mooncake format with ``block_size`` in each line: a line for each ``check_blocks``, and one for the
         keys of a load that nobody had checked. So have the keys of a save that were neither checked nor loaded, as the blocks
-        that a model generates, but with ``"stored": true``: a replay stores them, and they are no request. Numbers count up from 0 in the order in which keys appear.
+        that a model generates, but with ``"stored": true``: a replay stores them, and they are no request. A
+        check accounts for one later load or save of a key, so a check that nothing followed hides one that was meant for itself.
+        Numbers count up from 0 in the order in which keys appear.
         ``output_length`` is 0: an engine is not told.
 
     Threads: calls may come from any thread; their order in the file is that in which their keys were copied. Memory: 10 MiB
-    for calls that wait, 6 MiB for lines, and 65 MiB to tell 2**20 keys apart, touched as far as they are used. What cannot
+    for calls that wait, 6 MiB for lines, and 66 MiB to tell 2**20 keys apart, touched as far as they are used. What cannot
     wait is left out and counted, and the next line says how many calls were (``dropped``), or a last line that has no ids; a key that was forgotten comes
     back as a new one. A forked child records nothing. A file that cannot be written ends the recording, which ``close`` tells,
     and with ``aloud`` a line on stderr at once: where the program does not know of the recording.

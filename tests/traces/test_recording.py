@@ -54,7 +54,7 @@ class NaiveNames:
         for key in keys:
             entry = next((one for one in self.entries if one["key"] == key), None)
             if entry is None:
-                entry = {"key": key, "id": self.next, "again": False, "checked": False, "wanted": False}
+                entry = {"key": key, "id": self.next, "again": False, "checked": 0, "wanted": False}
                 self.next += 1
                 self.put(entry, named)
             else:
@@ -62,10 +62,14 @@ class NaiveNames:
             if entry in named:
                 continue
             named.append(entry)
-            if kind == CHECK or (not entry["checked"] and not (kind == SAVE and entry["wanted"])):
+            known = kind != CHECK and (entry["checked"] > 0 or (kind == SAVE and entry["wanted"]))
+            if not known:
                 ids.append(entry["id"])
-            entry["wanted"] = not entry["checked"] if kind == LOAD else False if kind == SAVE else entry["wanted"]
-            entry["checked"] |= kind == CHECK
+            if kind == CHECK:
+                entry["checked"] += 1
+            elif entry["checked"] and not (kind == SAVE and entry["wanted"]):
+                entry["checked"] -= 1
+            entry["wanted"] = kind == LOAD or (kind == CHECK and entry["wanted"])
         return ids
 
     def put(self, entry: dict[str, Any], named: list[dict[str, Any]]) -> None:
@@ -88,8 +92,8 @@ def test_what_an_engine_is_asked_for(device: Device, tmp_path: Path) -> None:
         engine.load_blocks(keys_of(1, 2), [4, 5]).wait()
         engine.save_blocks(keys_of(4, 5), [6, 7]).wait()
         engine.check_blocks(keys_of())  # a prompt without a full block
-        engine.load_blocks(keys_of(7, 8, 1), [1, 2, 3]).wait()  # nobody checked 7 and 8 ...
-        engine.save_blocks(keys_of(7, 8), [1, 2]).wait()  # ... which are computed, then
+        engine.load_blocks(keys_of(7, 8, 1), [1, 2, 3]).wait()  # not checked since the last load ...
+        engine.save_blocks(keys_of(7, 8), [1, 2]).wait()  # ... two missed, and are computed
         engine.save_blocks(keys_of(9), [9], layerwise=True).abort()
         engine.check_blocks([bytes(keys_of(2)[0])] * 2)
         for refused in (lambda: engine.save_blocks(keys_of(20, 20), [1, 2]), lambda: engine.load_blocks(keys_of(21), [99])):
@@ -97,13 +101,26 @@ def test_what_an_engine_is_asked_for(device: Device, tmp_path: Path) -> None:
                 refused()
         with pytest.raises(PoolFullError):
             engine.save_blocks(keys_of(*range(30, 39)), range(9))
-    assert ids_of(tmp_path / "t") == [[0, 1, 2], [0, 1, 3, 4], [], [5, 6], [7], [1]]
+    assert ids_of(tmp_path / "t") == [[0, 1, 2], [0, 1, 3, 4], [], [5, 6, 0], [7], [1]]
     assert (recording.lines, recording.dropped, recording.forgotten, recording.closed) == (6, 0, 0, True)
     lines = [json.loads(line) for line in (tmp_path / "t").read_text().splitlines()]
-    assert [line["input_length"] for line in lines] == [48, 64, 0, 32, 16, 16] and lines[0]["block_size"] == 16
+    assert [line["input_length"] for line in lines] == [48, 64, 0, 48, 16, 16] and lines[0]["block_size"] == 16
     assert [line["timestamp"] for line in lines] == sorted(line["timestamp"] for line in lines)
     assert list(lines[0]) == ["timestamp", "input_length", "output_length", "block_size", "hash_ids"]
     assert read_trace(tmp_path / "t").requests() == ids_of(tmp_path / "t")
+
+
+def test_a_check_accounts_for_one_load_or_save(tmp_path: Path) -> None:
+    with Recording(tmp_path / "t", 16) as recording:
+        for kind in (CHECK, CHECK, LOAD, LOAD, LOAD, CHECK, LOAD, SAVE, SAVE, CHECK, SAVE, LOAD):
+            recording.note(kind, keys_of(1))
+    lines = [json.loads(line) for line in (tmp_path / "t").read_text().splitlines()]
+    # Two were checked before they were loaded; the third load is one of its own, as is the last; the second save is unasked.
+    assert [line.get("stored", False) for line in lines] == [False, False, False, False, True, False, False]
+    with Recording(tmp_path / "u", 16) as recording:
+        for kind in [CHECK] * 2**15 + [LOAD] * 2**14:
+            recording.note(kind, keys_of(1))
+    assert len(ids_of(tmp_path / "u")) == 2**15 + 1  # more than can be counted
 
 
 @pytest.mark.parametrize("names", [32, 40, 64, 4096])
