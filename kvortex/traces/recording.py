@@ -123,7 +123,7 @@ class _Writer:
 
     def __init__(self, path: str, block_size: int, ring_rows: int, names: int, aloud: bool) -> None:
         self.stopped, self.whole, self._path, self._aloud = False, 0, path, aloud
-        self.error: OSError | None = None
+        self.error: BaseException | None = None
         self.names = _naming.new_names(names)
         self.ring = _ring.new_ring(ring_rows)
         self._out = np.empty(_lines.room(ring_rows), np.uint8)
@@ -169,17 +169,22 @@ class _Writer:
             self.stopped = True
             self._flush()
             self._write_lost()
-        except OSError as error:
-            self.error = error  # before the next line: what is closed without an error is forgotten
-            self.stopped = True
+        except BaseException as error:  # of memory, too: whatever it is, there is nobody else to tell
+            self._fail(error)
             with contextlib.suppress(OSError):  # a file that cannot be cut, or a full disk
                 os.ftruncate(self._file, self.whole)
         finally:
             self._close()
 
+    def _fail(self, error: BaseException) -> None:
+        if self.error is None:
+            self.error = error  # before the next line: what is closed without an error is forgotten
+            self.stopped = True
+
     def told(self) -> str:
         """The error, and how much of the trace there is."""
-        reason = getattr(self.error, "strerror", None) or self.error
+        error = self.error
+        reason = (error.strerror or error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}".rstrip(": ")
         return f"{self._path}: {reason}; the trace ends after {self.whole} bytes"
 
     def _close(self) -> None:
@@ -188,7 +193,7 @@ class _Writer:
             if file >= 0:
                 os.close(file)
         except OSError as error:  # of what the system had taken and could not write
-            self.error = self.error or error
+            self._fail(error)
         if self._aloud and self.error is not None and sys.stderr is not None:
             with contextlib.suppress(OSError, ValueError):  # it may be full, or closed
                 print(f"kvortex: recording: {self.told()}", file=sys.stderr, flush=True)

@@ -256,6 +256,27 @@ def test_a_full_disk_ends_the_trace_and_nothing_else(tmp_path: Path, monkeypatch
     assert any("No space left on device" in note for note in engine.notes) and ids_of(tmp_path / "u") == [[0, 1]]
 
 
+def test_a_writer_that_dies_of_anything_tells_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def die(*_: Any) -> Any:
+        raise MemoryError
+
+    engine = PagedCache.plain(HostDevice()).engine()
+    recording = engine.record(tmp_path / "t")
+    engine.check_blocks(keys_of(1, 2))
+    while not recording._writer.whole:
+        time.sleep(0.01)
+    monkeypatch.setattr(module._lines, "write_lines", die)
+    while not recording.closed:
+        time.sleep(0.01)
+    with pytest.raises(TraceError, match="t: MemoryError; the trace ends after 95 bytes"):
+        recording.close()
+    engine.shutdown()
+    assert any("MemoryError; the trace ends" in note for note in engine.notes) and ids_of(tmp_path / "t") == [[0, 1]]
+    assert not capfd.readouterr().err
+
+
 def test_a_writer_that_hangs_does_not_hang_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     go, write = threading.Event(), os.write
 
