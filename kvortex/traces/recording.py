@@ -69,7 +69,7 @@ class Recording:
         self._writer.start(weakref.ref(self))
 
     def note(self, kind: int, keys: KeyArray) -> None:
-        """A call: ``CHECK``, ``LOAD`` or ``SAVE`` of ``keys``, (n, 32) uint8. Copies them and returns; never raises."""
+        """A call, which is counted as dropped where the file has failed: ``CHECK``, ``LOAD`` or ``SAVE`` of ``keys``, (n, 32) uint8. Copies them and returns; never raises."""
         self._writer.push(kind, keys)
 
     @property
@@ -85,12 +85,12 @@ class Recording:
     @property
     def lines(self) -> int:
         """Lines written so far."""
-        return int(self._writer.names.counters[_naming.LINES])
+        return self._writer.lines
 
     @property
     def dropped(self) -> int:
         """Calls that are not in the trace, because the writer was too far behind or had failed."""
-        return int(self._writer.ring.marks[_ring.DROPPED])
+        return int(self._writer.ring.marks[_ring.DROPPED]) + self._writer.lost
 
     @property
     def forgotten(self) -> int:
@@ -122,7 +122,8 @@ class _Writer:
     """What a recording owns, apart from itself, so that its thread does not keep it alive."""
 
     def __init__(self, path: str, block_size: int, ring_rows: int, names: int, aloud: bool) -> None:
-        self.stopped, self.whole, self._path, self._aloud = False, 0, path, aloud
+        self.stopped, self._path, self._aloud = False, path, aloud
+        self.whole = self.lines = self.lost = self._made = 0  # bytes and lines in the file; those that failed; lines made
         self.error: BaseException | None = None
         self.names = _naming.new_names(names)
         self.ring = _ring.new_ring(ring_rows)
@@ -142,7 +143,7 @@ class _Writer:
         self._thread.start()
 
     def push(self, kind: int, keys: KeyArray) -> None:
-        if self.stopped:
+        if self.stopped and self.error is None:
             return
         words = keys.view(np.int64)
         if not (words.flags.writeable and words.flags.aligned):  # another array type would be compiled again
@@ -180,6 +181,8 @@ class _Writer:
         if self.error is None:
             self.error = error  # before the next line: what is closed without an error is forgotten
             self.stopped = True
+            self.lost = self._made - self.lines
+            _ring.shut(self.ring)
 
     def told(self) -> str:
         """The error, and how much of the trace there is."""
@@ -202,6 +205,7 @@ class _Writer:
         calls = 1
         while calls:  # what the ring gave back is free before the file has taken the lines, which may take its time
             nbytes, calls = _lines.write_lines(self.ring, self.names, self._opening, self._block_size, self._out)
+            self._made = int(self.names.counters[_naming.LINES])
             self._write(nbytes)
 
     def _write_lost(self) -> None:
@@ -221,6 +225,7 @@ class _Writer:
         finally:
             ends = np.flatnonzero(self._out[:done] == ord("\n"))
             self.whole += int(ends[-1]) + 1 if len(ends) else 0
+            self.lines += len(ends)
 
 
 def _name_of(path: object) -> str:
@@ -251,3 +256,4 @@ def _load_compiled() -> None:
     ring, names, out = _ring.new_ring(8), _naming.new_names(8), np.empty(_lines.room(8), np.uint8)
     _ring.push(ring, np.zeros((2, 4), np.int64), CHECK, 0)
     _lines.write_lines(ring, names, _lines.opening(16), 16, out)
+    _ring.shut(ring)

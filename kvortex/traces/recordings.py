@@ -51,7 +51,7 @@ class Recordings:
         if not self._open:
             return
         for recording in list(self._open.values()):
-            if recording.closed and not recording.failed:  # what failed stays until close() has told it
+            if recording.closed and not recording.failed:  # what failed counts what it lacks, until close() has told it
                 self._open.pop(id(recording), None)
             else:
                 recording.note(kind, keys)
@@ -65,7 +65,8 @@ class Recordings:
             except TraceError as error:  # the engine has ended well, whatever became of the trace
                 notes.append(f"recording: {error}")
             if recording.dropped:
-                notes.append(f"recording: {recording.path} lacks {recording.dropped} calls, for which its writer was too slow")
+                why = "" if recording.failed else ", for which its writer was too slow"
+                notes.append(f"recording: {recording.path} lacks {recording.dropped} calls{why}")
             self._open.pop(id(recording), None)
         return notes
 

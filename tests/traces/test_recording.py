@@ -254,6 +254,8 @@ def test_a_full_disk_ends_the_trace_and_nothing_else(tmp_path: Path, monkeypatch
         engine.check_blocks(keys_of(1, 2))
     engine.shutdown()
     assert any("No space left on device" in note for note in engine.notes) and ids_of(tmp_path / "u") == [[0, 1]]
+    assert (recording.lines, recording.dropped) == (1, 5)
+    assert any(f"{tmp_path / 'u'} lacks 5 calls" in note and "slow" not in note for note in engine.notes)
 
 
 def test_a_writer_that_dies_of_anything_tells_it(
@@ -268,12 +270,15 @@ def test_a_writer_that_dies_of_anything_tells_it(
     while not recording._writer.whole:
         time.sleep(0.01)
     monkeypatch.setattr(module._lines, "write_lines", die)
+    for _ in range(7):
+        engine.check_blocks(keys_of(3))
     while not recording.closed:
         time.sleep(0.01)
     with pytest.raises(TraceError, match="t: MemoryError; the trace ends after 95 bytes"):
         recording.close()
     engine.shutdown()
     assert any("MemoryError; the trace ends" in note for note in engine.notes) and ids_of(tmp_path / "t") == [[0, 1]]
+    assert recording.dropped == 7  # which waited for it, or came later
     assert not capfd.readouterr().err
 
 
