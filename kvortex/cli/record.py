@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     status = _wait(program, {**os.environ, VARIABLE: path})
     made = [trace for trace in _traces(path) if trace not in before]
     for trace in made:
-        console.table(f"recorded in {os.path.relpath(trace)}", _rows(trace))
+        console.aside(f"recorded in {os.path.relpath(trace)}", _rows(trace))
     if not made and status == 0:
         raise ArgumentError(f"{program[0]}: made no engine of kvortex, so there is no trace")
     return status

@@ -35,8 +35,9 @@ def test_a_demo_that_was_recorded_is_replayed(tmp_path: Path, capfd: pytest.Capt
     trace = str(tmp_path / "demo.jsonl")
     demo = ["demo", "--device", "host", "--turns", "5", "--conversations", "4", "--pool-blocks", "200"]
     assert main(["record", trace, "--", *KVORTEX, *demo]) == 0
-    out, _ = capfd.readouterr()
-    played, recorded = (rows(part) for part in out.split(f"recorded in {os.path.relpath(trace)}\n"))
+    out, err = capfd.readouterr()
+    played, recorded = rows(out), rows(err.split(f"recorded in {os.path.relpath(trace)}\n")[1])
+    assert "recorded" not in out  # which is the program's
     assert recorded["requests"] == "20" and played["turns"].startswith("20 of 20")
     assert recorded["block references"] == f"{played['blocks checked']} to blocks of 16 tokens"
     assert int(played["blocks evicted"]) > 0 < int(played["blocks hit"])
@@ -61,7 +62,7 @@ def test_a_replay_that_is_recorded_is_the_same_trace(tmp_path: Path, capfd: pyte
         numbers.clear()
         renamed = [[numbers.setdefault(one, len(numbers)) for one in ids[:blocks]] for ids in requests]
         assert read_trace(path).requests() == renamed and read_trace(path).block_tokens == 512
-    assert "recorded in" in capfd.readouterr().out
+    assert "recorded in" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("options", [["--no-data"], ["--device", "host", "--record-bytes", "1KiB"]], ids=["index", "data"])
@@ -127,7 +128,7 @@ def test_it_exits_as_the_program_does(code: str, status: int, tmp_path: Path) ->
 def test_an_engine_that_was_asked_for_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     code = "from tests.pages import *; from kvortex.devices import HostDevice; PagedCache.plain(HostDevice()).engine()"
     assert main(["record", str(tmp_path / "t"), "--", sys.executable, "-c", code]) == 0
-    assert "no requests" in rows(capfd.readouterr().out)
+    assert "no requests" in rows(capfd.readouterr().err)
 
 
 def test_a_file_that_could_not_be_written_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -160,15 +161,15 @@ for at in range(10**6):
     time.sleep(1e-4)
 """
     command = [*KVORTEX, "record", str(tmp_path / "t"), "--", sys.executable, "-c", code]
-    child: Any = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True)
+    child: Any = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     assert child.stdout.readline() == "ready\n"
     time.sleep(0.05)
     if number == signal.SIGINT:  # as a terminal does: to all
         os.killpg(child.pid, number)
     else:
         child.send_signal(number)
-    out, _ = child.communicate(timeout=60)
+    _, err = child.communicate(timeout=60)
     assert child.returncode == (130 if number == signal.SIGINT else 5)
     requests = read_trace(tmp_path / "t").requests()
     assert requests == [[at] for at in range(len(requests))] and len(requests) > 100
-    assert rows(out)["requests"] == str(len(requests))
+    assert rows(err)["requests"] == str(len(requests))
