@@ -39,12 +39,12 @@ def run(arguments: argparse.Namespace) -> int:
         facts, runs = replay_data.play(trace, grid, arguments.record_bytes or _RECORD_BYTES, arguments.device or "auto")
     report = _report(arguments, trace, facts, runs)
     name = f"{os.path.basename(arguments.trace)}, {'index only' if arguments.no_data else facts['device']['device']}"
-    if arguments.plot:
-        write("--plot", arguments.plot, plot.draw(name, runs, facts["bound"]))
     if arguments.json != "-":
         _show(f"kvortex replay of {name}", report, runs)
     if arguments.json:
         write_json(report, arguments.json)
+    if arguments.plot:  # last: whatever becomes of the picture, the numbers are there
+        write("--plot", arguments.plot, plot.draw(name, runs, facts["bound"]))
     return 1 if any(row.get("wrong_bytes") or row.get("failed_blocks") for row in runs) else 0
 
 

@@ -203,6 +203,17 @@ def test_a_plot_without_matplotlib(
     assert main(["replay", trace, "--no-data"]) == 0
 
 
+def test_a_name_with_dollars_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    trace, out, picture = write(tmp_path / "a$b_{$.jsonl", conversations(5)), tmp_path / "out", tmp_path / "p.png"
+    command = ["replay", trace, "--no-data", "--json", str(out), "--plot", str(picture)]
+    assert main(command) == 0 and picture.read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(plot, "draw", lambda *_: (_ for _ in ()).throw(ValueError("of the picture")))
+    out.unlink()
+    capsys.readouterr()
+    assert main(command) == 2
+    assert json.loads(out.read_text())["requests"] == 5 and "prefix hits" in capsys.readouterr().out
+
+
 def test_the_plot_shows_every_policy_and_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib.figure import Figure
 
