@@ -34,9 +34,11 @@ class Recordings:
         Raises
         ------
         ConfigError
-            The file cannot be written.
+            The file cannot be written, or what is there is no file.
         """
         told = os.environ.get(VARIABLE, "") if path is None else path
+        if os.path.lexists(told) and not os.path.isfile(told):  # a neighbour of /dev/null is not what was meant
+            raise ConfigError(f"record_trace = {shown(told)}: is there, and is no regular file; take another name")
         while told:
             free = _free_path(told)
             try:

@@ -340,6 +340,9 @@ def test_as_the_config_or_the_environment_says(tmp_path: Path, monkeypatch: pyte
     assert {path.name: ids_of(path) for path in tmp_path.iterdir()} == {name: [[0]] for name in ("t.jsonl", "t-2.jsonl", "u")}
     with pytest.raises(ConfigError, match="^record_trace = '/no/such/t': /no/such/t: no trace can be written there"):
         use(record_trace="/no/such/t")
+    for path in (tmp_path, "/dev/null"):
+        with pytest.raises(ConfigError, match="is there, and is no regular file"):
+            use(record_trace=str(path))
 
 
 def test_several_recordings_of_one_engine(tmp_path: Path) -> None:
