@@ -115,7 +115,11 @@ class Recording:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+        try:
+            self.close()
+        except TraceError:
+            if error is None:  # what the body raised comes first; ``failed`` and ``close`` tell of the trace still
+                raise
 
 
 class _Writer:

@@ -241,6 +241,10 @@ def test_a_full_disk_ends_the_trace_and_nothing_else(tmp_path: Path, monkeypatch
         with pytest.raises(TraceError, match="No space left on device; the trace ends after 95 bytes"):
             recording.close()
     assert ids_of(tmp_path / "t") == [[0, 1]]
+    with pytest.raises(ZeroDivisionError), recording:
+        raise ZeroDivisionError("of the body")
+    with pytest.raises(TraceError), recording:
+        pass
     engine.shutdown()
 
     room[0] = 150
@@ -280,6 +284,34 @@ def test_a_writer_that_dies_of_anything_tells_it(
     assert any("MemoryError; the trace ends" in note for note in engine.notes) and ids_of(tmp_path / "t") == [[0, 1]]
     assert recording.dropped == 7  # which waited for it, or came later
     assert not capfd.readouterr().err
+
+
+def held(path: Path) -> int:
+    """Descriptors of this process for a file."""
+    return sum(os.path.realpath(f"/proc/self/fd/{number}") == str(path.resolve()) for number in os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.parametrize("end", ["close", "failure", "drop", "no start"])
+def test_the_file_is_closed(end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+    if end == "no start":
+        monkeypatch.setattr(module._Writer, "start", lambda *_: None)
+    recording = Recording(tmp_path / "t", 16)
+    assert held(tmp_path / "t") == 1
+    thread = recording._writer._thread
+    if end == "failure":
+        monkeypatch.setattr(module.os, "write", full)
+        recording.note(CHECK, keys_of(1))
+    elif end == "drop":
+        del recording
+        gc.collect()
+    else:
+        recording.close()
+    if end != "no start":
+        thread.join(10)
+    assert held(tmp_path / "t") == 0
 
 
 def test_a_writer_that_hangs_does_not_hang_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
