@@ -102,4 +102,6 @@ def _rows(path: str) -> list[tuple[str, str]]:
     ]
     if trace.stored.any():
         rows.append(("stored unasked", f"{len(trace.ids) - trace.references} blocks"))
+    if trace.torn:
+        rows.append(("cut off", "the last line, which is not whole"))
     return rows + ([("left out", f"{trace.dropped} calls, for which the writer was too slow")] if trace.dropped else [])

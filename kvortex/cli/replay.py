@@ -29,6 +29,8 @@ def run(arguments: argparse.Namespace) -> int:
     trace = read_trace(arguments.trace, arguments.limit)
     if trace.dropped:
         console.note(f"kvortex: {trace.dropped} calls are missing in this trace: whoever recorded them was too slow")
+    if trace.torn:
+        console.note("kvortex: this trace ends within a line, which is passed over: whoever wrote it was interrupted")
     if arguments.no_data:
         from kvortex.cli import replay_index
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -36,6 +36,8 @@ class Trace:
     stored : (r,) bool
         Which of them are no requests, but stored without being asked for: blocks that a model generated. They count in no
         rate. All False where it is not given.
+    torn
+        Whether the file ends within a line, as that of a process that was killed may; it is not in the trace.
     """
 
     ids: npt.NDArray[np.uint64]
@@ -43,6 +45,7 @@ class Trace:
     block_tokens: int = BLOCK_TOKENS
     dropped: int = 0
     stored: npt.NDArray[np.bool_] = None  # type: ignore[assignment]
+    torn: bool = False
 
     def __post_init__(self) -> None:
         if self.stored is None:
@@ -129,11 +132,11 @@ def read_trace(path: str | os.PathLike[str], limit: int | None = None) -> Trace:
     Raises
     ------
     ArgumentError
-        The file cannot be read, or a line is no request; the message names line and field.
+        The file cannot be read, or a line is no request, but for a last one that was cut off; the message names line and field.
     """
     requests: list[list[int]] = []
     stored: list[bool] = []
-    block_tokens, dropped = BLOCK_TOKENS, 0
+    block_tokens, dropped, torn = BLOCK_TOKENS, 0, False
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
@@ -142,7 +145,13 @@ def read_trace(path: str | os.PathLike[str], limit: int | None = None) -> Trace:
                 if not line.strip():
                     continue
                 where = f"{os.fspath(path)}: line {number}"
-                record = _record(line, where)
+                try:
+                    record = _record(line, where)
+                except ArgumentError:
+                    torn = not line.endswith(b"\n") and number > 1  # the last one then
+                    if not torn:
+                        raise
+                    break
                 tokens = _block_tokens(record, where)
                 if requests and tokens != block_tokens:
                     raise ArgumentError(f"{where}: blocks of {tokens} tokens, and of {block_tokens} before it; play them apart")
@@ -162,7 +171,7 @@ def read_trace(path: str | os.PathLike[str], limit: int | None = None) -> Trace:
     if all(stored):
         missing = f", and {dropped} calls are missing" if dropped else ""
         raise ArgumentError(f"{os.fspath(path)}: no requests in it{missing}")
-    return Trace.of(requests, block_tokens, dropped, stored)
+    return replace(Trace.of(requests, block_tokens, dropped, stored), torn=torn)
 
 
 def _record(line: bytes, where: str) -> dict[str, Any]:
