@@ -29,27 +29,22 @@ class Trace:
         Of the full blocks of all requests.
     starts : (r + 1,) int64
         Request ``i`` has ``ids[starts[i]:starts[i + 1]]``, all different, maybe none.
+    stored : (r,) bool
+        Which of them are no requests, but stored without being asked for: blocks that a model generated. They count in no rate.
     block_tokens
         Tokens of one block.
     dropped
         Calls that a recording lost because its writer fell behind; 0 for a whole trace.
-    stored : (r,) bool
-        Which of them are no requests, but stored without being asked for: blocks that a model generated. They count in no
-        rate. All False where it is not given.
     torn
         Whether the file ends within a line, as that of a process that was killed may; it is not in the trace.
     """
 
     ids: npt.NDArray[np.uint64]
     starts: npt.NDArray[np.int64]
+    stored: npt.NDArray[np.bool_]
     block_tokens: int = BLOCK_TOKENS
     dropped: int = 0
-    stored: npt.NDArray[np.bool_] = None  # type: ignore[assignment]
     torn: bool = False
-
-    def __post_init__(self) -> None:
-        if self.stored is None:
-            object.__setattr__(self, "stored", np.zeros(len(self), bool))
 
     def __len__(self) -> int:
         """Requests, and what was stored without one."""
@@ -108,7 +103,7 @@ class Trace:
         starts = np.zeros(len(requests) + 1, np.int64)
         np.cumsum([len(ids) for ids in requests], out=starts[1:])
         flags = np.zeros(len(requests), bool) if stored is None else np.array(stored, bool)
-        return cls(np.array([one for ids in requests for one in ids], np.uint64), starts, block_tokens, dropped, flags)
+        return cls(np.array([one for ids in requests for one in ids], np.uint64), starts, flags, block_tokens, dropped)
 
 
 def read_trace(path: str | os.PathLike[str], limit: int | None = None) -> Trace:
@@ -120,7 +115,8 @@ def read_trace(path: str | os.PathLike[str], limit: int | None = None) -> Trace:
         JSON lines with ``timestamp`` (milliseconds), ``input_length`` and ``output_length`` (tokens) and ``hash_ids``,
         one for each 512 tokens of the prompt, or as many as ``block_size`` says, which kvortex writes into its own
         recordings. An id names a block and all that is before it. A line with ``"stored": true`` is no request: its blocks were
-        stored without being asked for. One with ``dropped`` and without ``hash_ids`` only says how many calls are missing. Empty lines, and other fields, are passed over.
+        stored without being asked for. One with ``dropped`` and without ``hash_ids`` only says how many calls are missing.
+        Empty lines, and other fields, are passed over.
     limit
         Read this many requests at most, and what was stored before and between them; lines behind them are not looked at.
 

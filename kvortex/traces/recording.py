@@ -40,15 +40,14 @@ class Recording:
         The file, in the Mooncake format with ``block_size`` in each line: a line for each ``check_blocks``, and one for the
         keys of a load that nobody had checked. So have the keys of a save that were neither checked nor loaded, as the blocks
         that a model generates, but with ``"stored": true``: a replay stores them, and they are no request. A
-        check accounts for one later load or save of a key, so a check that nothing followed hides one that was meant for itself.
-        Numbers count up from 0 in the order in which keys appear.
-        ``output_length`` is 0: an engine is not told.
+        check accounts for one later load or save of a key; one that nothing followed hides the next that nobody checked.
+        Numbers count up from 0 in the order in which keys appear. ``output_length`` is 0: an engine is not told.
 
     Threads: calls may come from any thread; their order in the file is that in which their keys were copied. Memory: 10 MiB
     for calls that wait, 6 MiB for lines, and 66 MiB to tell 2**20 keys apart, touched as far as they are used. What cannot
-    wait is left out and counted, and the next line says how many calls were (``dropped``), or a last line that has no ids; a key that was forgotten comes
-    back as a new one. A forked child records nothing. A file that cannot be written ends the recording, which ``close`` tells,
-    and with ``aloud`` a line on stderr at once: where the program does not know of the recording.
+    wait is left out and counted, and the next line says how many calls were (``dropped``), or a last line that has no ids; a
+    key that was forgotten comes back as a new one. A forked child records nothing. A file that cannot be written ends the
+    recording, which ``close`` tells, and with ``aloud`` a line on stderr at once: where the program does not know of it.
     """
 
     def __init__(
@@ -69,7 +68,10 @@ class Recording:
         self._writer.start(weakref.ref(self))
 
     def note(self, kind: int, keys: KeyArray) -> None:
-        """A call, which is counted as dropped where the file has failed: ``CHECK``, ``LOAD`` or ``SAVE`` of ``keys``, (n, 32) uint8. Copies them and returns; never raises."""
+        """A call: ``CHECK``, ``LOAD`` or ``SAVE`` of ``keys``, (n, 32) uint8. Copies them and returns; never raises.
+
+        Where the file has failed, the call is counted as dropped.
+        """
         self._writer.push(kind, keys)
 
     @property

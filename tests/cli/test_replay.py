@@ -215,7 +215,9 @@ def test_a_plot_without_matplotlib(
     assert main(["replay", trace, "--no-data"]) == 0
 
 
-def test_a_name_with_dollars_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_name_with_dollars_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     trace, out, picture = write(tmp_path / "a$b_{$.jsonl", conversations(5)), tmp_path / "out", tmp_path / "p.png"
     command = ["replay", trace, "--no-data", "--json", str(out), "--plot", str(picture)]
     assert main(command) == 0 and picture.read_bytes().startswith(b"\x89PNG")

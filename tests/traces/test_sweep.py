@@ -57,7 +57,8 @@ def test_what_is_stored_unasked(policy: str, blocks: int) -> None:
     hits = play(trace, policy, blocks).hits
     assert hits[~trace.stored].tolist() == replay(requests, blocks, policy, stored=stored)
     assert not hits[trace.stored].any() and hits.sum() <= bound(trace, blocks)
-    assert trace.asked == 100 and trace.references == sum(len(ids) for ids, unasked in zip(requests, stored, strict=True) if not unasked)
+    asked = [ids for ids, unasked in zip(requests, stored, strict=True) if not unasked]
+    assert trace.asked == len(asked) == 100 and trace.references == sum(map(len, asked))
 
 
 @pytest.mark.parametrize("policy", POLICIES)
