@@ -114,15 +114,24 @@ class NaiveIndex:
         return len(gone)
 
 
-def replay(requests: Iterable[Sequence[int]], capacity: int, policy: str, admit_after: int = 1) -> list[int]:
-    """Hits of each request of a trace, by the calls that an engine makes: as :func:`replay_lru`, for any policy."""
+def replay(
+    requests: Sequence[Sequence[int]],
+    capacity: int,
+    policy: str,
+    admit_after: int = 1,
+    stored: Sequence[bool] | None = None,
+) -> list[int]:
+    """Hits of each request of a trace, by the calls that an engine makes: as :func:`replay_lru`, for any policy.
+
+    What is ``stored`` is no request: it is reserved and committed, and has no hits.
+    """
     index, hits = NaiveIndex(capacity, policy, admit_after), []
-    for request in requests:
+    for request, unasked in zip(requests, stored or [False] * len(requests), strict=True):
         wanted = list(request)[:capacity]
         count = 0
-        while count < len(wanted) and index.resident(wanted[count]):
+        while count < len(wanted) and index.resident(wanted[count]) and not unasked:
             count += 1
-        hits.append(count)
+        hits += [] if unasked else [count]
         index.release([record for record in index.acquire(wanted[:count]) if record])
         said = index.reserve(wanted[count:]) or {}
         index.commit([index.named[key] for key, what in said.items() if what == "new"])

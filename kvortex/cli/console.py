@@ -71,18 +71,27 @@ def note(text: str) -> None:
             print(text, file=sys.stderr, flush=True)
 
 
-def table(title: str, rows: Sequence[tuple[str, str]]) -> None:
-    """Names and values on stdout; without a title where that is empty."""
-    rich_table, console, text = (_rich(module, sys.stdout) for module in ("table", "console", "text"))
+def aside(title: str, rows: Sequence[tuple[str, str]]) -> None:
+    """As :func:`table`, on stderr: stdout is another program's. Where that is closed or full, the work goes on without it."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            table(title, rows, sys.stderr)
+
+
+def table(title: str, rows: Sequence[tuple[str, str]], stream: IO[str] | None = None) -> None:
+    """Names and values on ``stream``, by default stdout; without a title where that is empty."""
+    stream = sys.stdout if stream is None else stream
+    rich_table, console, text = (_rich(module, stream) for module in ("table", "console", "text"))
     if rich_table is None:
         width = max((len(name) for name, _ in rows), default=0)
-        print(*([title] if title else []), *(f"  {name:<{width}}  {value}" for name, value in rows), sep="\n", flush=True)
+        lines = [*([title] if title else []), *(f"  {name:<{width}}  {value}" for name, value in rows)]
+        print(*lines, sep="\n", file=stream, flush=True)
         return
     heading = text.Text(title, "bold") if title else None
     grid = rich_table.Table(title=heading, title_justify="left", show_header=False)
     for name, value in rows:
         grid.add_row(text.Text(name, "cyan"), text.Text(value))  # Text, so that brackets in a value are no markup
-    console.Console(file=sys.stdout).print(grid)
+    console.Console(file=stream).print(grid)
 
 
 def grid(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

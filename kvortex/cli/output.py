@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import sys
+import threading
 from typing import Any
 
 from kvortex.errors import ArgumentError
@@ -61,8 +62,8 @@ def write(option: str, path: str, data: bytes) -> None:
 
 def _replace(path: str, data: bytes) -> None:
     """All or nothing: what was there stays until all of it is written."""
-    folder, name = os.path.split(path)
-    part = os.path.join(folder, f".{name[:99]}.{os.getpid()}.part")
+    # Short, whatever the name: that may be as long as a name can be.
+    part = os.path.join(os.path.dirname(path), f".kvortex.{os.getpid()}.{threading.get_ident()}.part")
     try:
         with open(part, "xb") as file:
             file.write(data)

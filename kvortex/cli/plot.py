@@ -59,7 +59,7 @@ def draw(title: str, runs: list[dict[str, Any]], bounds: list[dict[str, Any]]) -
     axes.grid(alpha=0.3)
     axes.set_xlabel("blocks in the pool")
     axes.set_ylabel("prefix hits, % of all blocks asked for")
-    axes.set_title(title, fontsize=10)
+    axes.set_title(title, fontsize=10, parse_math=False)
     figure.legend(loc="outside right upper", fontsize=8)  # beside the lines, of which there may be many
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=110)

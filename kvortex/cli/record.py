@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     status = _wait(program, {**os.environ, VARIABLE: path})
     made = [trace for trace in _traces(path) if trace not in before]
     for trace in made:
-        console.table(f"recorded in {os.path.relpath(trace)}", _rows(trace))
+        console.aside(f"recorded in {os.path.relpath(trace)}", _rows(trace))
     if not made and status == 0:
         raise ArgumentError(f"{program[0]}: made no engine of kvortex, so there is no trace")
     return status
@@ -96,8 +96,12 @@ def _rows(path: str) -> list[tuple[str, str]]:
     except KVortexError as error:  # an engine that was asked for nothing leaves an empty file
         return [("no requests", str(error))]
     rows = [
-        ("requests", str(len(trace))),
-        ("block references", f"{len(trace.ids)} to blocks of {trace.block_tokens} tokens"),
+        ("requests", str(trace.asked)),
+        ("block references", f"{trace.references} to blocks of {trace.block_tokens} tokens"),
         ("different blocks", str(trace.distinct)),
     ]
+    if trace.stored.any():
+        rows.append(("stored unasked", f"{len(trace.ids) - trace.references} blocks"))
+    if trace.torn:
+        rows.append(("cut off", "the last line, which is not whole"))
     return rows + ([("left out", f"{trace.dropped} calls, for which the writer was too slow")] if trace.dropped else [])

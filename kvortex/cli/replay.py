@@ -29,6 +29,8 @@ def run(arguments: argparse.Namespace) -> int:
     trace = read_trace(arguments.trace, arguments.limit)
     if trace.dropped:
         console.note(f"kvortex: {trace.dropped} calls are missing in this trace: whoever recorded them was too slow")
+    if trace.torn:
+        console.note("kvortex: this trace ends within a line, which is passed over: whoever wrote it was interrupted")
     if arguments.no_data:
         from kvortex.cli import replay_index
 
@@ -39,12 +41,12 @@ def run(arguments: argparse.Namespace) -> int:
         facts, runs = replay_data.play(trace, grid, arguments.record_bytes or _RECORD_BYTES, arguments.device or "auto")
     report = _report(arguments, trace, facts, runs)
     name = f"{os.path.basename(arguments.trace)}, {'index only' if arguments.no_data else facts['device']['device']}"
-    if arguments.plot:
-        write("--plot", arguments.plot, plot.draw(name, runs, facts["bound"]))
     if arguments.json != "-":
         _show(f"kvortex replay of {name}", report, runs)
     if arguments.json:
         write_json(report, arguments.json)
+    if arguments.plot:  # last: whatever becomes of the picture, the numbers are there
+        write("--plot", arguments.plot, plot.draw(name, runs, facts["bound"]))
     return 1 if any(row.get("wrong_bytes") or row.get("failed_blocks") for row in runs) else 0
 
 
@@ -91,8 +93,8 @@ def _report(arguments: argparse.Namespace, trace: Trace, facts: Row, runs: list[
         "command": arguments.command_line,
         "versions": versions(),
         **facts,
-        "requests": len(trace),
-        "block_references": len(trace.ids),
+        "requests": trace.asked,
+        "block_references": trace.references,
         "distinct_blocks": trace.distinct,
         "block_tokens": trace.block_tokens,
     }

@@ -54,9 +54,13 @@ def _replay(
         options = {"eviction_policy": policy, "admit_after": admit_after}
         with open_engine(pages, blocks, trace.block_tokens, "--pool-blocks", options) as engine:
             server, hits, began = Server(engine, pages), [], time.perf_counter()
-            for first, end in zip(trace.starts.tolist(), trace.starts[1:].tolist(), strict=False):
+            bounds = zip(trace.starts.tolist(), trace.starts[1:].tolist(), trace.stored.tolist(), strict=False)
+            for first, end, stored in bounds:
                 keys = trace.keys[first : min(end, first + blocks)]
-                hits.append(server.serve(keys, np.arange(len(keys))))
+                if stored:
+                    server.store(keys, np.arange(len(keys)))
+                else:
+                    hits.append(server.serve(keys, np.arange(len(keys))))
                 progress.advance(f"{label(policy, admit_after)}, {blocks} blocks")
             seconds, stats = time.perf_counter() - began, engine.get_stats()
         return {
@@ -65,7 +69,7 @@ def _replay(
             "pool_blocks": stats.capacity_blocks,
             "prefix_hits": server.hits,
             "prefix_hit_rate": rate(trace, server.hits),
-            "blocks_beyond_pool": len(trace.ids) - server.blocks,
+            "blocks_beyond_pool": trace.references - server.blocks,
             "evictions": stats.evictions,
             "saved_blocks": stats.saved_blocks,
             "saved_bytes": stats.saved_bytes,

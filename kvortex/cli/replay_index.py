@@ -33,8 +33,8 @@ def bounds_of(trace: Trace, grid: Grid, progress: console.Progress) -> list[dict
 
 
 def rate(trace: Trace, hits: int) -> float:
-    """Of all full blocks that were asked for, those beyond the pool too."""
-    return hits / len(trace.ids) if len(trace.ids) else 0.0
+    """Of all full blocks that requests asked for, those beyond the pool too."""
+    return hits / trace.references if trace.references else 0.0
 
 
 def _row(trace: Trace, run: Run) -> dict[str, Any]:
@@ -45,8 +45,8 @@ def _row(trace: Trace, run: Run) -> dict[str, Any]:
         "pool_blocks": run.pool_blocks,
         "prefix_hits": hits,
         "prefix_hit_rate": rate(trace, hits),
-        "blocks_beyond_pool": len(trace.ids) - trace.within(run.pool_blocks),
+        "blocks_beyond_pool": trace.references - trace.within(run.pool_blocks),
         "evictions": run.evictions,
         "seconds": run.seconds,
-        "hits": run.hits.tolist(),
+        "hits": run.hits[~trace.stored].tolist(),
     }

@@ -59,6 +59,11 @@ class Server:
         self.hits += hits
         return hits
 
+    def store(self, keys: KeyArray, block_ids: BlockIds) -> None:
+        """Blocks that the model generated: saved, and no request. Arguments as for :meth:`serve`."""
+        self._pages.fill(block_ids, keys)
+        self._engine.save_blocks(keys, block_ids).wait()
+
     def _load(self, keys: KeyArray, block_ids: BlockIds) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
         """Which blocks came; the engine counts those that failed."""
         if not len(keys):

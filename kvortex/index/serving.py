@@ -19,10 +19,12 @@ from kvortex.index.core import ANY_LENGTH, NEW, OK, Slots, Table
 from kvortex.index.table import BlockIndex
 from kvortex.keys import KeyArray
 
+Flags = npt.NDArray[np.bool_]
+
 
 @njit(nogil=True, cache=True)
 def _serve(
-    t: Table, words: Words, starts: Slots, most: int, prints: Slots, rows: Rows, hits: Slots
+    t: Table, words: Words, starts: Slots, stored: Flags, most: int, prints: Slots, rows: Rows, hits: Slots
 ) -> tuple[int, int]:
     """Fill ``hits``; (OK, 0), or what went wrong and with which request. ``prints`` and ``rows`` do for the longest one."""
     longest = 0
@@ -34,7 +36,9 @@ def _serve(
     for request in range(hits.size):
         first, count = starts[request], min(starts[request + 1] - starts[request], most)
         keys = words[first : first + count]
-        run = match(t.sequence, t.buckets, t.words, t.shorts, keys)  # nobody writes beside it
+        run = 0  # of what is stored without being asked for
+        if not stored[request]:
+            run = match(t.sequence, t.buckets, t.words, t.shorts, keys)  # nobody writes beside it
         hits[request] = run
         if run > 0:
             held = slots[:run]
@@ -63,7 +67,9 @@ def _serve(
     return OK, 0
 
 
-def serve(index: BlockIndex, keys: KeyArray, starts: npt.NDArray[np.int64], most: int) -> npt.NDArray[np.int64]:
+def serve(
+    index: BlockIndex, keys: KeyArray, starts: npt.NDArray[np.int64], most: int, stored: Flags | None = None
+) -> npt.NDArray[np.int64]:
     """Serves requests one after the other: looks for the leading run of resident keys, uses it, and stores the others.
 
     Parameters
@@ -75,6 +81,8 @@ def serve(index: BlockIndex, keys: KeyArray, starts: npt.NDArray[np.int64], most
         Request ``i`` asks for ``keys[starts[i]:starts[i + 1]]``, all different.
     most
         Of a longer request only so many leading keys are used; the index's capacity at most.
+    stored : (r,) bool
+        Which are no requests: all of their keys are stored, and hits are 0. None for none.
 
     Returns
     -------
@@ -87,9 +95,10 @@ def serve(index: BlockIndex, keys: KeyArray, starts: npt.NDArray[np.int64], most
         A request names a key twice. Those before it have been served.
     """
     words, hits = keys.view(np.int64), np.zeros(len(starts) - 1, np.int64)
+    flags = np.zeros(len(hits), bool) if stored is None else np.ascontiguousarray(stored)
     prints, rows = scratch(int(np.diff(starts).max(initial=0)))
     with index._lock:
-        fault, request = _serve(index._table, words, starts, most, prints, rows, hits)
+        fault, request = _serve(index._table, words, starts, flags, most, prints, rows, hits)
     if fault == core.DUPLICATE:
         raise ArgumentError(f"request {request} names a key twice")
     if fault != OK:

@@ -7,7 +7,7 @@ import numpy.typing as npt
 from numba import njit
 
 from kvortex.traces._naming import CALL, LAST_TIME, LINES, LOST_CALLS, Names, Numbers, is_new, name
-from kvortex.traces._ring import CHECK, COUNT, KIND, LOST, TAIL, TIME, Ring, give_back, is_ready
+from kvortex.traces._ring import CHECK, COUNT, KIND, LOST, SAVE, TAIL, TIME, Ring, give_back, is_ready
 
 Text = npt.NDArray[np.uint8]
 
@@ -20,14 +20,19 @@ def _text(text: str) -> Text:
     return np.frombuffer(text.encode(), np.uint8).copy()
 
 
-_TIMESTAMP, _INPUT, _LOST, _CLOSE = (
-    _text(part) for part in ('{"timestamp": ', ', "input_length": ', ', "dropped": ', "]}\n")
+_TIMESTAMP, _INPUT, _STORED, _LOST, _CLOSE = (
+    _text(part) for part in ('{"timestamp": ', ', "input_length": ', ', "stored": true', ', "dropped": ', "]}\n")
 )
 
 
 def opening(block_size: int) -> Text:
     """What stands between a line's tokens and its ids."""
     return _text(f', "output_length": 0, "block_size": {block_size}, "hash_ids": [')
+
+
+def lost(time: int, block_size: int, calls: int) -> Text:
+    """A line that is no request, of calls that no other line tells of."""
+    return _text(f'{{"timestamp": {time}, "block_size": {block_size}, "dropped": {calls}}}\n')
 
 
 def room(keys: int) -> int:
@@ -87,6 +92,8 @@ def write_lines(ring: Ring, names: Names, opening: Text, block_size: int, out: T
         if own > 0 or kind == CHECK:  # a prompt without a full block is a request too
             at = _put_number(out, _put(out, at, _TIMESTAMP), counters[LAST_TIME])
             at = _put_number(out, _put(out, at, _INPUT), own * block_size)
+            if kind == SAVE:  # of keys that nobody had asked for: no request
+                at = _put(out, at, _STORED)
             if counters[LOST_CALLS] > 0:
                 at = _put_number(out, _put(out, at, _LOST), counters[LOST_CALLS])
             counters[LOST_CALLS] = 0

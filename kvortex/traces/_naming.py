@@ -18,12 +18,14 @@ from kvortex.index._hash import Buckets, find, fingerprint, insert, new_buckets,
 from kvortex.traces._ring import CHECK, LOAD, Rows
 
 Numbers = npt.NDArray[np.int64]
-Flags = npt.NDArray[np.uint8]
+Flags = npt.NDArray[np.uint16]
 
 # Rows of Names.counters.
 USED, HAND, NEXT, CALL, LINES, FORGOTTEN, LAST_TIME, LOST_CALLS = 0, 1, 2, 3, 4, 5, 6, 7
-# Bits of Names.flags: named again (for the clock); named by a check; asked for by a load, and not saved since.
-_AGAIN, _CHECKED, _WANTED = 1, 2, 4
+# Names.flags: a bit for named again (for the clock), one for asked for by a load and not saved since, and above them the number
+# of checks that no load and no save has followed.
+_AGAIN, _WANTED, _CHECKED = 1, 2, 4
+_MOST_CHECKED = 2**16 - _CHECKED
 
 
 class Names(NamedTuple):
@@ -38,13 +40,13 @@ class Names(NamedTuple):
 
 
 def new_names(capacity: int) -> Names:
-    """An empty table: 65 bytes a key."""
+    """An empty table: 66 bytes a key."""
     return Names(
         np.zeros((capacity, 4), np.int64),
         new_buckets(2 * capacity),
         np.zeros(capacity, np.int64),
         np.zeros(capacity, np.int64),
-        np.zeros(capacity, np.uint8),
+        np.zeros(capacity, np.uint16),
         np.zeros(8, np.int64),
     )
 
@@ -55,7 +57,7 @@ def name(names: Names, rows: Rows, row: int) -> int:
     tag = tag_of(fingerprint(rows, row))
     entry: int = find(names.buckets, names.keys, tag, rows, row)
     if entry >= 0:
-        names.flags[entry] |= _AGAIN
+        names.flags[entry] |= np.uint16(_AGAIN)
         return entry
     entry = _entry(names)
     for j in range(4):
@@ -76,7 +78,7 @@ def _entry(names: Names) -> int:
         return int(counters[USED]) - 1
     hand = counters[HAND]
     while flags[hand] & _AGAIN or names.calls[hand] == counters[CALL]:
-        flags[hand] &= ~np.uint8(_AGAIN)
+        flags[hand] &= ~np.uint16(_AGAIN)
         hand = (hand + 1) % flags.size
     counters[HAND] = (hand + 1) % flags.size
     counters[FORGOTTEN] += 1
@@ -89,20 +91,23 @@ def is_new(names: Names, entry: int, kind: int) -> bool:
     """Whether a key of this call belongs into a line of its own: nothing written so far accounts for it.
 
     A prompt that is checked, loaded in part and saved for the rest is one request, not three. So is one that is loaded,
-    without a check, and saved where it missed.
+    without a check, and saved where it missed. A check accounts for one load or save, since several requests may have been
+    checked before the first of them loads; a load, for one save.
     """
     if names.calls[entry] == names.counters[CALL]:
         return False  # twice in one call
     names.calls[entry] = names.counters[CALL]
     flags = names.flags
     if kind == CHECK:
-        flags[entry] |= _CHECKED
+        if flags[entry] < _MOST_CHECKED:
+            flags[entry] += np.uint16(_CHECKED)
         return True
-    if flags[entry] & _CHECKED:
-        return False
     if kind == LOAD:
-        flags[entry] |= _WANTED
+        flags[entry] |= np.uint16(_WANTED)
+    elif flags[entry] & _WANTED:
+        flags[entry] &= ~np.uint16(_WANTED)
+        return False
+    if flags[entry] < _CHECKED:
         return True
-    wanted = flags[entry] & _WANTED
-    flags[entry] &= ~np.uint8(_WANTED)
-    return bool(wanted == 0)
+    flags[entry] -= np.uint16(_CHECKED)
+    return False

@@ -24,6 +24,7 @@ Marks = npt.NDArray[np.int64]
 # in a cache line of its own.
 HEAD, TAIL, DROPPED, DROPPED_BEFORE = 0, 8, 16, 24
 _MARKS = 32
+_SHUT = 1 << 62  # more than HEAD ever comes to, and than there is room for
 # What a call did; columns of its header row.
 CHECK, LOAD, SAVE = 0, 1, 2
 COUNT, KIND, TIME, LOST = 0, 1, 2, 3
@@ -76,3 +77,14 @@ def is_ready(ring: Ring, tail: int) -> bool:
 def give_back(ring: Ring, tail: int) -> None:
     """The reader is done with all rows before that one."""
     exchange(ring.marks, TAIL, tail)
+
+
+@njit(nogil=True, cache=True)
+def shut(ring: Ring) -> None:
+    """Refuses all calls from now on, and counts those that wait with those that it refuses. Once, by the reader."""
+    rows, marks = ring.rows, ring.marks
+    tail, head = marks[TAIL], exchange(marks, HEAD, _SHUT)
+    while tail < head:
+        if is_ready(ring, tail):  # else a push is just filling it
+            tail += 1 + rows[tail & (rows.shape[0] - 1), COUNT]
+            fetch_add(marks, DROPPED, 1)

@@ -14,8 +14,11 @@ _NEVER = np.iinfo(np.int64).max
 
 
 @njit(nogil=True, cache=True)
-def _min(blocks: npt.NDArray[np.int64], distinct: int, capacity: int) -> int:
-    """Hits of MIN with bypass on ``blocks`` ((n,) numbers below ``distinct``), one reference after another."""
+def _min(blocks: npt.NDArray[np.int64], free: npt.NDArray[np.bool_], distinct: int, capacity: int) -> int:
+    """Hits of MIN with bypass on ``blocks`` ((n,) numbers below ``distinct``), one reference after another.
+
+    A block that comes next where it is ``free`` ((n,) bool) is not kept: it is stored there again, and was no hit.
+    """
     n = blocks.size
     following = np.empty(n, np.int64)  # where the same block comes next
     place = np.full(distinct, _NEVER, np.int64)
@@ -33,7 +36,7 @@ def _min(blocks: npt.NDArray[np.int64], distinct: int, capacity: int) -> int:
             hits += 1
             resident -= 1
         after = following[at]
-        if after == _NEVER:
+        if after == _NEVER or free[after]:
             continue
         if resident == capacity:
             if -latest[0] < after:
@@ -73,6 +76,10 @@ def bound(trace: Trace, pool_blocks: int) -> int:
     Where each block always has the same block before it, as in Mooncake's traces, the bound is reached. A block is never
     used again sooner than the one before it, so MIN gives up the tail of a prefix before its head, and all its hits
     are prefix hits.
+
+    What was stored without being asked for (``Trace.stored``) is stored for nothing and counts as no hit, so MIN keeps a
+    block only for its next use by a request: the most hits still. With such blocks the bound need not be reached.
     """
     inside = np.arange(len(trace.ids)) - np.repeat(trace.starts[:-1], np.diff(trace.starts)) < pool_blocks
-    return int(_min(trace.numbers[inside], trace.distinct, pool_blocks))
+    free = np.repeat(trace.stored, np.diff(trace.starts))
+    return int(_min(trace.numbers[inside], free[inside], trace.distinct, pool_blocks))

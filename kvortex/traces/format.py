@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -28,19 +29,36 @@ class Trace:
         Of the full blocks of all requests.
     starts : (r + 1,) int64
         Request ``i`` has ``ids[starts[i]:starts[i + 1]]``, all different, maybe none.
+    stored : (r,) bool
+        Which of them are no requests, but stored without being asked for: blocks that a model generated. They count in no rate.
     block_tokens
         Tokens of one block.
     dropped
         Calls that a recording lost because its writer fell behind; 0 for a whole trace.
+    torn
+        Whether the file ends within a line, as that of a process that was killed may; it is not in the trace.
     """
 
     ids: npt.NDArray[np.uint64]
     starts: npt.NDArray[np.int64]
+    stored: npt.NDArray[np.bool_]
     block_tokens: int = BLOCK_TOKENS
     dropped: int = 0
+    torn: bool = False
 
     def __len__(self) -> int:
+        """Requests, and what was stored without one."""
         return len(self.starts) - 1
+
+    @property
+    def asked(self) -> int:
+        """Requests."""
+        return len(self) - int(self.stored.sum())
+
+    @property
+    def references(self) -> int:
+        """Blocks that requests ask for, one counted as often as it is asked for."""
+        return self.within(len(self.ids))
 
     @cached_property
     def keys(self) -> KeyArray:
@@ -67,18 +85,25 @@ class Trace:
 
     def within(self, pool_blocks: int) -> int:
         """References that are left when each request is cut to its first ``pool_blocks`` blocks."""
-        return int(np.minimum(np.diff(self.starts), pool_blocks).sum())
+        return int(np.minimum(np.diff(self.starts), pool_blocks)[~self.stored].sum())
 
     def requests(self) -> list[list[int]]:
-        """The ids of each request."""
+        """The ids of each request, and of what was stored without one."""
         return [part.tolist() for part in np.split(self.ids, self.starts[1:-1])] if len(self) else []
 
     @classmethod
-    def of(cls, requests: list[list[int]], block_tokens: int = BLOCK_TOKENS, dropped: int = 0) -> Trace:
+    def of(
+        cls,
+        requests: list[list[int]],
+        block_tokens: int = BLOCK_TOKENS,
+        dropped: int = 0,
+        stored: Sequence[bool] | None = None,
+    ) -> Trace:
         """From the ids of each request, which must all be different within it."""
         starts = np.zeros(len(requests) + 1, np.int64)
         np.cumsum([len(ids) for ids in requests], out=starts[1:])
-        return cls(np.array([one for ids in requests for one in ids], np.uint64), starts, block_tokens, dropped)
+        flags = np.zeros(len(requests), bool) if stored is None else np.array(stored, bool)
+        return cls(np.array([one for ids in requests for one in ids], np.uint64), starts, flags, block_tokens, dropped)
 
 
 def read_trace(path: str | os.PathLike[str], limit: int | None = None) -> Trace:
@@ -89,9 +114,11 @@ def read_trace(path: str | os.PathLike[str], limit: int | None = None) -> Trace:
     path
         JSON lines with ``timestamp`` (milliseconds), ``input_length`` and ``output_length`` (tokens) and ``hash_ids``,
         one for each 512 tokens of the prompt, or as many as ``block_size`` says, which kvortex writes into its own
-        recordings. An id names a block and all that is before it. Empty lines, and other fields, are passed over.
+        recordings. An id names a block and all that is before it. A line with ``"stored": true`` is no request: its blocks were
+        stored without being asked for. One with ``dropped`` and without ``hash_ids`` only says how many calls are missing.
+        Empty lines, and other fields, are passed over.
     limit
-        Read this many requests at most; lines behind them are not looked at.
+        Read this many requests at most, and what was stored before and between them; lines behind them are not looked at.
 
     Returns
     -------
@@ -101,34 +128,46 @@ def read_trace(path: str | os.PathLike[str], limit: int | None = None) -> Trace:
     Raises
     ------
     ArgumentError
-        The file cannot be read, or a line is no request; the message names line and field.
+        The file cannot be read, or a line is no request, but for a last one that was cut off; the message names line and field.
     """
     requests: list[list[int]] = []
-    block_tokens, dropped = BLOCK_TOKENS, 0
+    stored: list[bool] = []
+    block_tokens, dropped, torn = BLOCK_TOKENS, 0, False
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
-                if limit is not None and len(requests) >= limit:
+                if limit is not None and len(requests) - sum(stored) >= limit:
                     break
                 if not line.strip():
                     continue
                 where = f"{os.fspath(path)}: line {number}"
-                record = _record(line, where)
+                try:
+                    record = _record(line, where)
+                except ArgumentError:
+                    torn = not line.endswith(b"\n") and number > 1  # the last one then
+                    if not torn:
+                        raise
+                    break
                 tokens = _block_tokens(record, where)
                 if requests and tokens != block_tokens:
                     raise ArgumentError(f"{where}: blocks of {tokens} tokens, and of {block_tokens} before it; play them apart")
                 block_tokens = tokens
+                if "dropped" in record:
+                    dropped += _number(record, "dropped", where, (int,))
+                    if "hash_ids" not in record:  # the last line of a recording, which lost calls at its end
+                        continue
                 requests.append(_full_blocks(record, tokens, where))
-                dropped += _number(record, "dropped", where, (int,)) if "dropped" in record else 0
+                stored.append(_flag(record, "stored", where))
     except OSError as error:
         raise ArgumentError(f"{os.fspath(path)}: {error.strerror or error}") from None
     except ValueError as error:
         if isinstance(error, ArgumentError):
             raise
         raise ArgumentError(f"{os.fspath(path)!r}: {error}") from None  # a path with a NUL
-    if not requests:
-        raise ArgumentError(f"{os.fspath(path)}: no requests in it")
-    return Trace.of(requests, block_tokens, dropped)
+    if all(stored):
+        missing = f", and {dropped} calls are missing" if dropped else ""
+        raise ArgumentError(f"{os.fspath(path)}: no requests in it{missing}")
+    return replace(Trace.of(requests, block_tokens, dropped, stored), torn=torn)
 
 
 def _record(line: bytes, where: str) -> dict[str, Any]:
@@ -191,6 +230,13 @@ def _number(record: dict[str, Any], name: str, where: str, kinds: tuple[type, ..
     if type(value) not in kinds or not 0 <= value < float("inf"):  # a bool is an int, and no length
         kind = "an integer" if kinds == (int,) else "a number"
         raise ArgumentError(f"{where}: {name} must be {kind} of at least 0; seen: {_short(value)}")
+    return value
+
+
+def _flag(record: dict[str, Any], name: str, where: str) -> bool:
+    value = record.get(name, False)
+    if type(value) is not bool:
+        raise ArgumentError(f"{where}: {name} must be true or false; seen: {_short(value)}")
     return value
 
 

@@ -22,9 +22,9 @@ class Recordings:
         self._block_size = block_size
         self._open: dict[int, Recording] = {}
 
-    def open(self, path: str | os.PathLike[str]) -> Recording:
+    def open(self, path: str | os.PathLike[str], aloud: bool = False) -> Recording:
         """One more; see :meth:`kvortex.KVortexEngine.record`."""
-        recording = Recording(path, self._block_size)
+        recording = Recording(path, self._block_size, aloud=aloud)
         self._open[id(recording)] = recording
         return recording
 
@@ -34,13 +34,15 @@ class Recordings:
         Raises
         ------
         ConfigError
-            The file cannot be written.
+            The file cannot be written, or what is there is no file.
         """
         told = os.environ.get(VARIABLE, "") if path is None else path
+        if os.path.lexists(told) and not os.path.isfile(told):  # a neighbour of /dev/null is not what was meant
+            raise ConfigError(f"record_trace = {shown(told)}: is there, and is no regular file; take another name")
         while told:
             free = _free_path(told)
             try:
-                self.open(free)
+                self.open(free, aloud=path is None)  # nobody in the program looks after that one
                 return
             except ArgumentError as error:
                 if not os.path.lexists(free):  # else another engine was quicker, and there is a next name
@@ -51,7 +53,7 @@ class Recordings:
         if not self._open:
             return
         for recording in list(self._open.values()):
-            if recording.closed:
+            if recording.closed and not recording.failed:  # what failed counts what it lacks, until close() has told it
                 self._open.pop(id(recording), None)
             else:
                 recording.note(kind, keys)
@@ -65,7 +67,8 @@ class Recordings:
             except TraceError as error:  # the engine has ended well, whatever became of the trace
                 notes.append(f"recording: {error}")
             if recording.dropped:
-                notes.append(f"recording: {recording.path} lacks {recording.dropped} calls, for which its writer was too slow")
+                why = "" if recording.failed else ", for which its writer was too slow"
+                notes.append(f"recording: {recording.path} lacks {recording.dropped} calls{why}")
             self._open.pop(id(recording), None)
         return notes
 

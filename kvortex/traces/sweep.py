@@ -25,7 +25,8 @@ class Run:
     ----------
     policy, admit_after, pool_blocks
     hits : (r,) int64
-        Of each request: its leading blocks that were resident when it came, without a gap.
+        Of each request: its leading blocks that were resident when it came, without a gap. 0 for what was stored
+        without being asked for.
     evictions
     seconds
         Of the index, by the wall clock.
@@ -71,7 +72,7 @@ def play(trace: Trace, policy: str, pool_blocks: int, admit_after: int = 1, tell
     index, hits = BlockIndex(slots, policy, admit_after=admit_after), np.zeros(len(trace), np.int64)
     began = time.perf_counter()
     for first, end in batches(trace):
-        hits[first:end] = serve(index, trace.keys, trace.starts[first : end + 1], pool_blocks)
+        hits[first:end] = serve(index, trace.keys, trace.starts[first : end + 1], pool_blocks, trace.stored[first:end])
         tell()
     return Run(policy, admit_after, pool_blocks, hits, index.counts().evictions, time.perf_counter() - began)
 

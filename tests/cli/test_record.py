@@ -14,10 +14,13 @@ from typing import Any
 import pytest
 
 from kvortex.cli import main
+from kvortex.devices import HostDevice
 from kvortex.traces.format import read_trace
 from tests.cli.screen import rows
 from tests.conversations import conversations, write
+from tests.naive import replay as naive_replay
 from tests.naive import replay_lru
+from tests.pages import PagedCache
 
 ROOT = Path(__file__).resolve().parents[2]
 KVORTEX = [sys.executable, "-m", "kvortex"]
@@ -32,8 +35,9 @@ def test_a_demo_that_was_recorded_is_replayed(tmp_path: Path, capfd: pytest.Capt
     trace = str(tmp_path / "demo.jsonl")
     demo = ["demo", "--device", "host", "--turns", "5", "--conversations", "4", "--pool-blocks", "200"]
     assert main(["record", trace, "--", *KVORTEX, *demo]) == 0
-    out, _ = capfd.readouterr()
-    played, recorded = (rows(part) for part in out.split(f"recorded in {os.path.relpath(trace)}\n"))
+    out, err = capfd.readouterr()
+    played, recorded = rows(out), rows(err.split(f"recorded in {os.path.relpath(trace)}\n")[1])
+    assert "recorded" not in out  # which is the program's
     assert recorded["requests"] == "20" and played["turns"].startswith("20 of 20")
     assert recorded["block references"] == f"{played['blocks checked']} to blocks of 16 tokens"
     assert int(played["blocks evicted"]) > 0 < int(played["blocks hit"])
@@ -58,7 +62,38 @@ def test_a_replay_that_is_recorded_is_the_same_trace(tmp_path: Path, capfd: pyte
         numbers.clear()
         renamed = [[numbers.setdefault(one, len(numbers)) for one in ids[:blocks]] for ids in requests]
         assert read_trace(path).requests() == renamed and read_trace(path).block_tokens == 512
-    assert "recorded in" in capfd.readouterr().out
+    assert "recorded in" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("options", [["--no-data"], ["--device", "host", "--record-bytes", "1KiB"]], ids=["index", "data"])
+def test_blocks_that_a_model_generates_are_no_requests(
+    options: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    cache, tokens = PagedCache.plain(HostDevice(), blocks=64), list(range(40))
+    with cache.engine(slots=64) as engine:
+        with engine.record(tmp_path / "t"):
+            for _ in range(6):
+                keys = engine.block_keys(tokens)
+                hits = int(engine.check_blocks(keys).sum())
+                if hits:
+                    engine.load_blocks(keys[:hits], range(hits)).wait()
+                engine.save_blocks(keys[hits:], range(hits, len(keys))).wait()
+                for _ in range(50):  # tokens of an answer: blocks are saved as they fill
+                    tokens.append(len(tokens))
+                    if len(tokens) % 16 == 0:
+                        engine.save_blocks(engine.block_keys(tokens)[-1:], [0]).wait()
+                tokens += range(20)  # of the next question
+        stats = engine.get_stats()
+    trace = read_trace(tmp_path / "t")
+    assert trace.asked == 6 < len(trace) and trace.references == stats.checked_blocks
+    for blocks in ("64", "20"):
+        assert main(["replay", str(tmp_path / "t"), "--pool-blocks", blocks, "--json", "-", *options]) == 0
+        report = json.loads(capfd.readouterr().out)
+        assert report["hits"] == naive_replay(trace.requests(), int(blocks), "lru", stored=trace.stored.tolist())
+        assert report["prefix_hit_rate"] <= report["bound"][0]["hit_rate"] and len(report["hits"]) == 6
+        if blocks == "64":
+            assert report["prefix_hit_rate"] == stats.cache_hit_rate == report["bound"][0]["hit_rate"] > 0.6
+            assert (report["requests"], report["block_references"]) == (6, stats.checked_blocks)
 
 
 REFUSED: list[tuple[list[str], str]] = [
@@ -93,7 +128,23 @@ def test_it_exits_as_the_program_does(code: str, status: int, tmp_path: Path) ->
 def test_an_engine_that_was_asked_for_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     code = "from tests.pages import *; from kvortex.devices import HostDevice; PagedCache.plain(HostDevice()).engine()"
     assert main(["record", str(tmp_path / "t"), "--", sys.executable, "-c", code]) == 0
-    assert "no requests" in rows(capfd.readouterr().out)
+    assert "no requests" in rows(capfd.readouterr().err)
+
+
+def test_a_file_that_could_not_be_written_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    code = """
+import resource, time
+from tests.pages import PagedCache, keys_of
+from kvortex.devices import HostDevice
+engine = PagedCache.plain(HostDevice()).engine()
+resource.setrlimit(resource.RLIMIT_FSIZE, (150, 150))
+for at in range(20):
+    engine.check_blocks(keys_of(1, 2))
+    time.sleep(0.02)
+"""
+    assert main(["record", str(tmp_path / "t"), "--", sys.executable, "-c", code]) == 0
+    told = f"kvortex: recording: {tmp_path / 't'}: File too large; the trace ends after 95 bytes\n"
+    assert capfd.readouterr().err.count(told) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -110,15 +161,15 @@ for at in range(10**6):
     time.sleep(1e-4)
 """
     command = [*KVORTEX, "record", str(tmp_path / "t"), "--", sys.executable, "-c", code]
-    child: Any = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True)
+    child: Any = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     assert child.stdout.readline() == "ready\n"
     time.sleep(0.05)
     if number == signal.SIGINT:  # as a terminal does: to all
         os.killpg(child.pid, number)
     else:
         child.send_signal(number)
-    out, _ = child.communicate(timeout=60)
+    _, err = child.communicate(timeout=60)
     assert child.returncode == (130 if number == signal.SIGINT else 5)
     requests = read_trace(tmp_path / "t").requests()
     assert requests == [[at] for at in range(len(requests))] and len(requests) > 100
-    assert rows(out)["requests"] == str(len(requests))
+    assert rows(err)["requests"] == str(len(requests))

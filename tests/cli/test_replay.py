@@ -62,6 +62,18 @@ def test_a_recorded_trace_hits_as_the_reference_does(blocks: int, capsys: pytest
     assert report["evictions"] > 0
 
 
+def test_a_trace_that_ends_within_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    requests = conversations(20)
+    trace = write(tmp_path / "t", requests)
+    whole = Path(trace).read_bytes()
+    for cut in (-1, -2, -30, -len(whole.splitlines()[-1])):  # without the line's end, it is whole still
+        Path(trace).write_bytes(whole[:cut])
+        assert main(["replay", trace, "--no-data", "--json", "-"]) == 0
+        out, err = capsys.readouterr()
+        assert json.loads(out)["hits"] == replay_lru(requests[: 20 if cut == -1 else 19], 3000)
+        assert ("ends within a line" in err) == (cut != -1)
+
+
 def test_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     requests = conversations(20)
     trace = write(tmp_path / "trace.jsonl", requests)
@@ -203,6 +215,19 @@ def test_a_plot_without_matplotlib(
     assert main(["replay", trace, "--no-data"]) == 0
 
 
+def test_a_name_with_dollars_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace, out, picture = write(tmp_path / "a$b_{$.jsonl", conversations(5)), tmp_path / "out", tmp_path / "p.png"
+    command = ["replay", trace, "--no-data", "--json", str(out), "--plot", str(picture)]
+    assert main(command) == 0 and picture.read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(plot, "draw", lambda *_: (_ for _ in ()).throw(ValueError("of the picture")))
+    out.unlink()
+    capsys.readouterr()
+    assert main(command) == 2
+    assert json.loads(out.read_text())["requests"] == 5 and "prefix hits" in capsys.readouterr().out
+
+
 def test_the_plot_shows_every_policy_and_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib.figure import Figure
 
@@ -257,6 +282,12 @@ def test_a_report_replaces_the_one_before_it_whole(tmp_path: Path, monkeypatch: 
     assert main(["replay", trace, "--json", str(link), *SMALL]) == 0
     assert json.loads(out.read_text())["requests"] == 5 and link.is_symlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "out.json", "t"]
+
+
+def test_a_report_whose_name_is_as_long_as_can_be(tmp_path: Path) -> None:
+    out = tmp_path / ("\u8a9e" * 85)  # 255 bytes
+    assert main(["replay", write(tmp_path / "t", conversations(5)), "--no-data", "--json", str(out)]) == 0
+    assert json.loads(out.read_text())["requests"] == 5
 
 
 def test_a_device_is_written_into_and_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -15,13 +16,13 @@ from tests.naive import replay_lru
 Requests = list[list[int]]
 
 
-def most_hits(requests: Requests, capacity: int) -> int:
+def most_hits(requests: Requests, capacity: int, stored: Sequence[bool] | None = None) -> int:
     """The most prefix hits that any policy can have which stores nothing but what is asked for: it tries all of them."""
     best: dict[frozenset[int], int] = {frozenset(): 0}
-    for request in requests:
+    for request, unasked in zip(requests, stored or [False] * len(requests), strict=True):
         after: dict[frozenset[int], int] = {}
         for held, before in best.items():
-            run = len(list(itertools.takewhile(held.__contains__, request[:capacity])))
+            run = 0 if unasked else len(list(itertools.takewhile(held.__contains__, request[:capacity])))
             there = held.union(request[:capacity])
             for size in range(min(capacity, len(there)) + 1):
                 for kept in map(frozenset, itertools.combinations(sorted(there), size)):
@@ -71,6 +72,18 @@ def test_no_policy_is_above_the_bound_of_any_trace() -> None:
             gaps.append(bound(Trace.of(requests), capacity) - most_hits(requests, capacity))
             assert bound(Trace.of(requests), capacity) == naive_min(requests, capacity)
     assert min(gaps) == 0 < max(gaps)  # a block behind a gap counts for the bound, and for no replay
+
+
+def test_what_is_stored_unasked_is_no_hit_and_costs_nothing() -> None:
+    gaps = []
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        requests, stored = unchained(rng), (rng.random(8) < 0.4).tolist()
+        trace = Trace.of(requests, stored=stored)
+        gaps += [bound(trace, capacity) - most_hits(requests, capacity, stored) for capacity in range(1, 6)]
+    assert min(gaps) == 0 < max(gaps)
+    twice = Trace.of([[1], [2], [1], [2], [1]], stored=[False, False, True, False, False])
+    assert bound(twice, 1) == 1 and bound(twice, 2) == 2  # the 1 is not kept for where it is stored again: 2 is
 
 
 @pytest.mark.parametrize("capacity", [1, 3, 10, 40, 500])

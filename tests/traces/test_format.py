@@ -66,6 +66,7 @@ BAD = [
     (line(hash_ids=[4, 9, 4]), "hash_ids[0] and hash_ids[2] are both 4; an id names a block and all that is before it"),
     (line(block_size=0), "block_size must be at least 1; seen: 0"),
     (line(block_size="16"), 'block_size must be an integer of at least 0; seen: "16"'),
+    (line(stored=1), "stored must be true or false; seen: 1"),
     (line(dropped=-1), "dropped must be an integer of at least 0; seen: -1"),
     (line(hash_ids=[4, 5, 6, 7]), "hash_ids has 4 ids, and input_length = 1025 needs 3, one for each 512 tokens"),
 ]

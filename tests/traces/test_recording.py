@@ -33,7 +33,7 @@ def ids_of(path: Any) -> list[list[int]]:
     """Of each line, which must be whole."""
     text = Path(path).read_text()
     assert not text or text.endswith("\n")
-    return [json.loads(line)["hash_ids"] for line in text.splitlines()]
+    return [line["hash_ids"] for line in map(json.loads, text.splitlines()) if "hash_ids" in line]
 
 
 def pending(recording: Recording) -> int:
@@ -54,7 +54,7 @@ class NaiveNames:
         for key in keys:
             entry = next((one for one in self.entries if one["key"] == key), None)
             if entry is None:
-                entry = {"key": key, "id": self.next, "again": False, "checked": False, "wanted": False}
+                entry = {"key": key, "id": self.next, "again": False, "checked": 0, "wanted": False}
                 self.next += 1
                 self.put(entry, named)
             else:
@@ -62,10 +62,14 @@ class NaiveNames:
             if entry in named:
                 continue
             named.append(entry)
-            if kind == CHECK or (not entry["checked"] and not (kind == SAVE and entry["wanted"])):
+            known = kind != CHECK and (entry["checked"] > 0 or (kind == SAVE and entry["wanted"]))
+            if not known:
                 ids.append(entry["id"])
-            entry["wanted"] = not entry["checked"] if kind == LOAD else False if kind == SAVE else entry["wanted"]
-            entry["checked"] |= kind == CHECK
+            if kind == CHECK:
+                entry["checked"] += 1
+            elif entry["checked"] and not (kind == SAVE and entry["wanted"]):
+                entry["checked"] -= 1
+            entry["wanted"] = kind == LOAD or (kind == CHECK and entry["wanted"])
         return ids
 
     def put(self, entry: dict[str, Any], named: list[dict[str, Any]]) -> None:
@@ -88,8 +92,8 @@ def test_what_an_engine_is_asked_for(device: Device, tmp_path: Path) -> None:
         engine.load_blocks(keys_of(1, 2), [4, 5]).wait()
         engine.save_blocks(keys_of(4, 5), [6, 7]).wait()
         engine.check_blocks(keys_of())  # a prompt without a full block
-        engine.load_blocks(keys_of(7, 8, 1), [1, 2, 3]).wait()  # nobody checked 7 and 8 ...
-        engine.save_blocks(keys_of(7, 8), [1, 2]).wait()  # ... which are computed, then
+        engine.load_blocks(keys_of(7, 8, 1), [1, 2, 3]).wait()  # not checked since the last load ...
+        engine.save_blocks(keys_of(7, 8), [1, 2]).wait()  # ... two missed, and are computed
         engine.save_blocks(keys_of(9), [9], layerwise=True).abort()
         engine.check_blocks([bytes(keys_of(2)[0])] * 2)
         for refused in (lambda: engine.save_blocks(keys_of(20, 20), [1, 2]), lambda: engine.load_blocks(keys_of(21), [99])):
@@ -97,13 +101,26 @@ def test_what_an_engine_is_asked_for(device: Device, tmp_path: Path) -> None:
                 refused()
         with pytest.raises(PoolFullError):
             engine.save_blocks(keys_of(*range(30, 39)), range(9))
-    assert ids_of(tmp_path / "t") == [[0, 1, 2], [0, 1, 3, 4], [], [5, 6], [7], [1]]
+    assert ids_of(tmp_path / "t") == [[0, 1, 2], [0, 1, 3, 4], [], [5, 6, 0], [7], [1]]
     assert (recording.lines, recording.dropped, recording.forgotten, recording.closed) == (6, 0, 0, True)
     lines = [json.loads(line) for line in (tmp_path / "t").read_text().splitlines()]
-    assert [line["input_length"] for line in lines] == [48, 64, 0, 32, 16, 16] and lines[0]["block_size"] == 16
+    assert [line["input_length"] for line in lines] == [48, 64, 0, 48, 16, 16] and lines[0]["block_size"] == 16
     assert [line["timestamp"] for line in lines] == sorted(line["timestamp"] for line in lines)
     assert list(lines[0]) == ["timestamp", "input_length", "output_length", "block_size", "hash_ids"]
     assert read_trace(tmp_path / "t").requests() == ids_of(tmp_path / "t")
+
+
+def test_a_check_accounts_for_one_load_or_save(tmp_path: Path) -> None:
+    with Recording(tmp_path / "t", 16) as recording:
+        for kind in (CHECK, CHECK, LOAD, LOAD, LOAD, CHECK, LOAD, SAVE, SAVE, CHECK, SAVE, LOAD):
+            recording.note(kind, keys_of(1))
+    lines = [json.loads(line) for line in (tmp_path / "t").read_text().splitlines()]
+    # Two were checked before they were loaded; the third load is one of its own, as is the last; the second save is unasked.
+    assert [line.get("stored", False) for line in lines] == [False, False, False, False, True, False, False]
+    with Recording(tmp_path / "u", 16) as recording:
+        for kind in [CHECK] * 2**15 + [LOAD] * 2**14:
+            recording.note(kind, keys_of(1))
+    assert len(ids_of(tmp_path / "u")) == 2**15 + 1  # more than can be counted
 
 
 @pytest.mark.parametrize("names", [32, 40, 64, 4096])
@@ -168,6 +185,23 @@ def test_calls_that_cannot_wait_are_left_out_and_told(tmp_path: Path, monkeypatc
     assert [json.loads(line).get("dropped") for line in (tmp_path / "t").read_text().splitlines()] == [None, 1, 2]
 
 
+def test_calls_that_are_left_out_at_the_end_are_told(tmp_path: Path) -> None:
+    for name, first, saved in (("t", [1, 2, 3], True), ("u", [1, 2], False), ("v", [], False)):
+        recording = Recording(tmp_path / name, 16, ring_rows=16)
+        for at, keys in enumerate([first, list(range(40)), list(range(17))]):
+            if at or first:
+                recording.note(CHECK, keys_of(*keys))
+        if saved:  # it carries the number, and has no line of its own
+            recording.note(SAVE, keys_of(1))
+        recording.close()
+        assert recording.dropped == 2 and ids_of(tmp_path / name) == ([list(range(len(first)))] if first else [])
+        assert json.loads((tmp_path / name).read_text().splitlines()[-1])["dropped"] == 2
+    for name in "tu":
+        assert read_trace(tmp_path / name).dropped == 2 and len(read_trace(tmp_path / name)) == 1
+    with pytest.raises(ArgumentError, match="no requests in it, and 2 calls are missing"):
+        read_trace(tmp_path / "v")
+
+
 def test_threads(tmp_path: Path) -> None:
     def work(number: int) -> None:
         for at in range(300):
@@ -207,15 +241,77 @@ def test_a_full_disk_ends_the_trace_and_nothing_else(tmp_path: Path, monkeypatch
         with pytest.raises(TraceError, match="No space left on device; the trace ends after 95 bytes"):
             recording.close()
     assert ids_of(tmp_path / "t") == [[0, 1]]
+    with pytest.raises(ZeroDivisionError), recording:
+        raise ZeroDivisionError("of the body")
+    with pytest.raises(TraceError), recording:
+        pass
     engine.shutdown()
 
     room[0] = 150
     engine = cache.engine()
-    engine.record(tmp_path / "u")
+    recording = engine.record(tmp_path / "u")
+    for _ in range(3):
+        engine.check_blocks(keys_of(1, 2))
+    while not recording.closed:
+        time.sleep(0.01)
     for _ in range(3):
         engine.check_blocks(keys_of(1, 2))
     engine.shutdown()
     assert any("No space left on device" in note for note in engine.notes) and ids_of(tmp_path / "u") == [[0, 1]]
+    assert (recording.lines, recording.dropped) == (1, 5)
+    assert any(f"{tmp_path / 'u'} lacks 5 calls" in note and "slow" not in note for note in engine.notes)
+
+
+def test_a_writer_that_dies_of_anything_tells_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def die(*_: Any) -> Any:
+        raise MemoryError
+
+    engine = PagedCache.plain(HostDevice()).engine()
+    recording = engine.record(tmp_path / "t")
+    engine.check_blocks(keys_of(1, 2))
+    while not recording._writer.whole:
+        time.sleep(0.01)
+    monkeypatch.setattr(module._lines, "write_lines", die)
+    for _ in range(7):
+        engine.check_blocks(keys_of(3))
+    while not recording.closed:
+        time.sleep(0.01)
+    with pytest.raises(TraceError, match="t: MemoryError; the trace ends after 95 bytes"):
+        recording.close()
+    engine.shutdown()
+    assert any("MemoryError; the trace ends" in note for note in engine.notes) and ids_of(tmp_path / "t") == [[0, 1]]
+    assert recording.dropped == 7  # which waited for it, or came later
+    assert not capfd.readouterr().err
+
+
+def held(path: Path) -> int:
+    """Descriptors of this process for a file."""
+    return sum(os.path.realpath(f"/proc/self/fd/{number}") == str(path.resolve()) for number in os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.parametrize("end", ["close", "failure", "drop", "no start"])
+def test_the_file_is_closed(end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+    if end == "no start":
+        monkeypatch.setattr(module._Writer, "start", lambda *_: None)
+    recording = Recording(tmp_path / "t", 16)
+    assert held(tmp_path / "t") == 1
+    thread = recording._writer._thread
+    if end == "failure":
+        monkeypatch.setattr(module.os, "write", full)
+        recording.note(CHECK, keys_of(1))
+    elif end == "drop":
+        del recording
+        gc.collect()
+    else:
+        recording.close()
+    if end != "no start":
+        thread.join(10)
+    assert held(tmp_path / "t") == 0
 
 
 def test_a_writer_that_hangs_does_not_hang_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,6 +372,9 @@ def test_as_the_config_or_the_environment_says(tmp_path: Path, monkeypatch: pyte
     assert {path.name: ids_of(path) for path in tmp_path.iterdir()} == {name: [[0]] for name in ("t.jsonl", "t-2.jsonl", "u")}
     with pytest.raises(ConfigError, match="^record_trace = '/no/such/t': /no/such/t: no trace can be written there"):
         use(record_trace="/no/such/t")
+    for path in (tmp_path, "/dev/null"):
+        with pytest.raises(ConfigError, match="is there, and is no regular file"):
+            use(record_trace=str(path))
 
 
 def test_several_recordings_of_one_engine(tmp_path: Path) -> None:

@@ -49,6 +49,19 @@ def test_every_policy_on_every_size() -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("blocks", [1, 7, 30, 1000])
+def test_what_is_stored_unasked(policy: str, blocks: int) -> None:
+    requests = conversations(150)
+    stored = [at % 3 == 1 for at in range(150)]
+    trace = Trace.of(requests, stored=stored)
+    hits = play(trace, policy, blocks).hits
+    assert hits[~trace.stored].tolist() == replay(requests, blocks, policy, stored=stored)
+    assert not hits[trace.stored].any() and hits.sum() <= bound(trace, blocks)
+    asked = [ids for ids, unasked in zip(requests, stored, strict=True) if not unasked]
+    assert trace.asked == len(asked) == 100 and trace.references == sum(map(len, asked))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("admit_after", [1, 3])
 def test_a_pool_that_is_larger_than_the_trace(policy: str, admit_after: int) -> None:
     requests = conversations(100)
