@@ -276,8 +276,7 @@ def test_a_writer_that_dies_of_anything_tells_it(
     monkeypatch.setattr(module._lines, "write_lines", die)
     for _ in range(7):
         engine.check_blocks(keys_of(3))
-    while not recording.closed:
-        time.sleep(0.01)
+    recording._writer._thread.join(10)
     with pytest.raises(TraceError, match="t: MemoryError; the trace ends after 95 bytes"):
         recording.close()
     engine.shutdown()
