@@ -44,8 +44,9 @@ def settle(offers: Ghosts, print_: int, admitted: bool, slots: int) -> None:
     if row >= 0:
         count = _ghosts.mark_of(offers, row)
         _ghosts.take(offers, 0, row)
-    if admitted:
+    most = min(_KEYS_A_SLOT * slots, _MOST_KEYS)
+    if admitted or most == 0:
         return
-    if _ghosts.length(offers, 0) >= min(_KEYS_A_SLOT * slots, _MOST_KEYS):
+    if _ghosts.length(offers, 0) >= most:
         _ghosts.take_oldest(offers, 0)
     _ghosts.add(offers, 0, print_, count + 1)

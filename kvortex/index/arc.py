@@ -98,9 +98,13 @@ def evict(order: Order, origin: int) -> int:
 @inlined
 def _remember(order: Order, ring_: int, slot: int) -> None:
     ghosts = order.ghosts
+    print_ = fingerprint(order.words, slot)
+    twin = _ghosts.seek(ghosts, print_)
+    if twin >= 0:  # another key of the same fingerprint: a table has each but once
+        _ghosts.take(ghosts, _ghosts.mark_of(ghosts, twin), twin)
     if _ghosts.length(ghosts, _B1) + _ghosts.length(ghosts, _B2) >= order.head[THERE]:
         _ghosts.take_oldest(ghosts, _B2 if _ghosts.length(ghosts, _B2) > 0 else _B1)
-    _ghosts.add(ghosts, ring_, fingerprint(order.words, slot), ring_)
+    _ghosts.add(ghosts, ring_, print_, ring_)
 
 
 @inlined

@@ -146,9 +146,13 @@ def _remember(order: Order, slot: int) -> None:
     ghosts, most = order.ghosts, order.head[THERE] - _share(order)
     if most == 0:
         return
+    print_ = fingerprint(order.words, slot)
+    twin = _ghosts.seek(ghosts, print_)
+    if twin >= 0:  # another key of the same fingerprint: a table has each but once
+        _ghosts.take(ghosts, 0, twin)
     if _ghosts.length(ghosts, 0) == most:
         _ghosts.take_oldest(ghosts, 0)
-    _ghosts.add(ghosts, 0, fingerprint(order.words, slot), 0)
+    _ghosts.add(ghosts, 0, print_, 0)
 
 
 @compiled

@@ -26,6 +26,9 @@ Once: TypeAlias = npt.NDArray[np.uint8]
 SlotsLike: TypeAlias = npt.NDArray[Any] | Sequence[int]
 
 
+_OWNERS = 2**63
+
+
 class Reservation(NamedTuple):
     """What :meth:`BlockIndex.reserve` found or made, one entry a key.
 
@@ -100,7 +103,7 @@ class BlockIndex:
         if not isinstance(policy, str) or policy not in POLICIES:
             raise ConfigError(f"policy = {shown(policy)}: unknown; known are {', '.join(sorted(POLICIES))}")
         self.policy = policy
-        self.ready = self.capacity if ready is None else ready
+        self.ready = self.capacity if ready is None else _integer("ready", ready, self.capacity, least=0)
         self._table = core.new_table(self.capacity, POLICIES[policy], self.ready, self.admit_after)
         # Re-entrant, because the garbage collector may run a finaliser that releases a pin in a thread that is just
         # taking the lock. The compiled call is all that the lock guards, and no Python runs inside that.
@@ -117,10 +120,17 @@ class BlockIndex:
         return sum(array.nbytes for array in own) + sum(array.nbytes for array in ghosts)
 
     def grow(self, ready: int) -> None:
-        """The first ``ready`` slots are there from now on, up to the capacity. Slots never go."""
+        """The first ``ready`` slots are there from now on, up to the capacity. Slots never go.
+
+        Raises
+        ------
+        ConfigError
+            It is no integer, or below 0.
+        """
+        more = min(_integer("ready", ready, None, least=0), self.capacity)
         with self._lock:
-            core.grow(self._table, ready)
-            self.ready = max(self.ready, min(ready, self.capacity))
+            core.grow(self._table, more)
+            self.ready = max(self.ready, more)
 
     def lookup(self, keys: KeysLike) -> npt.NDArray[np.bool_]:
         """Which keys are resident, as (n,) bool. Changes nothing, not even the eviction order."""
@@ -176,10 +186,12 @@ class BlockIndex:
         sizes = _sizes(nbytes, len(words))
         n = len(words)
         made = Reservation(np.empty(n, np.int64), np.empty(n, np.uint8), np.empty(n, np.int64))
-        mine = np.empty(n, np.int64) if taken is None else taken
+        mine = np.empty(n, np.int64) if taken is None else _room("taken", taken, np.int64, n)
+        if isinstance(owner, bool) or not isinstance(owner, (int, np.integer)) or not -_OWNERS <= owner < _OWNERS:
+            raise ArgumentError(f"owner = {shown(owner)}: must be an integer of 64 bits")
         prints, rows = scratch(n)
         with self._lock:
-            fault, a, b = core.reserve(self._table, words, sizes, owner, prints, rows, *made, mine)
+            fault, a, b = core.reserve(self._table, words, sizes, int(owner), prints, rows, *made, mine)
             counts = self.counts() if fault == core.FULL else None
         if counts is not None:
             raise PoolFullError(
@@ -240,7 +252,7 @@ class BlockIndex:
         """
         words = _words(keys)
         sizes = np.array([core.ANY_LENGTH]) if nbytes is None else _sizes(nbytes, len(words))
-        slots = np.empty(len(words), np.int64) if taken is None else taken
+        slots = np.empty(len(words), np.int64) if taken is None else _room("taken", taken, np.int64, len(words))
         prints = np.empty(len(words), np.int64)
         with self._lock:
             fault, at, there = core.acquire(self._table, words, sizes, prints, slots)
@@ -308,7 +320,7 @@ class BlockIndex:
             raise IndexStateError(f"index is damaged at {place}: {PROBLEMS[problem]}")
 
     def _settle(self, name: str, call: Any, slots: SlotsLike, once: Once | None) -> bool:
-        batch, cell = _slots(slots), np.zeros(1, np.uint8) if once is None else once
+        batch, cell = _slots(slots), np.zeros(1, np.uint8) if once is None else _room("once", once, np.uint8, 1)
         with self._lock:
             fault, place = call(self._table, batch, cell)
             if fault not in (core.OK, core.AGAIN):
@@ -328,10 +340,21 @@ class BlockIndex:
         raise IndexStateError(f"{name}: slots[{place}] = {slot} is {what}; nothing was changed")
 
 
-def _integer(name: str, value: int, most: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 1 <= value <= most:
-        raise ConfigError(f"{name} = {shown(value)}: must be an integer from 1 to {most}")
+def _integer(name: str, value: int, most: int | None, least: int = 1) -> int:
+    is_number = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not is_number or value < least or (most is not None and value > most):
+        upwards = "on" if most is None else f"to {most}"
+        raise ConfigError(f"{name} = {shown(value)}: must be an integer from {least} {upwards}")
     return int(value)
+
+
+def _room(name: str, array: Any, kind: type, length: int) -> Any:
+    """An array of the caller's that compiled code writes to, and not behind its end."""
+    fits = isinstance(array, np.ndarray) and array.dtype == kind and array.shape == (length,) and array.flags.carray
+    if not fits:
+        seen = f"shape {array.shape}, dtype {array.dtype}" if isinstance(array, np.ndarray) else type(array).__name__
+        raise ArgumentError(f"{name} must be a contiguous, writable ({length},) {np.dtype(kind)} array; seen: {seen}")
+    return array
 
 
 # Each distinct array type would be compiled again, so the compiled code is only ever handed writable, aligned,

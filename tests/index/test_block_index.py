@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -556,3 +557,49 @@ def test_check_sees_damage_of_a_policy(policy: str, part: str, array: str, place
     getattr(target, array)[place] = value
     with pytest.raises(IndexStateError, match="damaged"):
         index.check()
+
+
+@pytest.mark.parametrize(
+    "taken",
+    [
+        *(np.zeros(shape, np.int64) for shape in (1, 3, (2, 1))),
+        np.zeros(2, np.int32),
+        np.zeros(4, np.int64)[::2],
+        np.frombuffer(bytes(16), np.int64),
+        [0, 0],
+        int,
+    ],
+)
+def test_an_array_that_compiled_code_would_write_beyond_is_refused(taken: Any) -> None:
+    index, keys = BlockIndex(4), np.arange(64, dtype=np.uint8).reshape(2, 32)
+    for call in (index.reserve, index.acquire):
+        with pytest.raises(ArgumentError, match=r"taken must be a contiguous, writable \(2,\) int64 array; seen: "):
+            call(keys, taken=taken)
+    assert index.counts().reserved == index.counts().pinned == 0
+
+
+@pytest.mark.parametrize("once", [np.zeros(0, np.uint8), np.zeros(2, np.uint8), np.zeros(1, np.int32), 0])
+def test_a_cell_that_is_none_is_refused(once: Any) -> None:
+    index = BlockIndex(4)
+    slots = index.reserve(np.arange(32, dtype=np.uint8).reshape(1, 32)).slots
+    with pytest.raises(ArgumentError, match="once must be"):
+        index.commit(slots, once=once)
+    assert index.counts().reserved == 1
+
+
+@pytest.mark.parametrize("owner", [1.5, "x", None, True, 1 << 63, -(1 << 63) - 1])
+def test_an_owner_that_is_no_number_is_refused(owner: Any) -> None:
+    with pytest.raises(ArgumentError, match="owner = "):
+        BlockIndex(4).reserve(np.arange(32, dtype=np.uint8).reshape(1, 32), owner=owner)
+
+
+@pytest.mark.parametrize("ready", [-1, 9, 2.5, "2", True])
+def test_slots_that_cannot_be_ready_are_refused(ready: Any) -> None:
+    with pytest.raises(ConfigError, match="ready = .*: must be an integer from 0 to 4"):
+        BlockIndex(4, ready=ready)
+    index = BlockIndex(4, ready=1)
+    if ready != 9:
+        with pytest.raises(ConfigError, match="ready = .*: must be an integer from 0 on"):
+            index.grow(ready)
+    index.grow(1 << 70)
+    assert index.ready == index.counts().capacity == 4

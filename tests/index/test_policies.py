@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvortex.index import DECLINED, NEW, PENDING, POLICIES, RESIDENT, BlockIndex
+from kvortex.errors import PoolFullError
+from kvortex.index import DECLINED, NEW, PENDING, POLICIES, RESIDENT, BlockIndex, _hash
 from kvortex.index._ghosts import listing
 from kvortex.index._hash import fingerprint
 from kvortex.index._order import OWN
@@ -25,15 +27,20 @@ NAMES = {NEW: "new", PENDING: "pending", RESIDENT: "resident", DECLINED: "declin
 class Twins:
     """An index and its reference, told the same; every difference is an error. ``slot_of`` ties records to slots."""
 
-    def __init__(self, capacity: int, policy: str, admit_after: int = 1) -> None:
-        self.index = BlockIndex(capacity, policy, admit_after=admit_after)
-        self.naive = NaiveIndex(capacity, policy, admit_after)
+    def __init__(self, capacity: int, policy: str, admit_after: int = 1, ready: int | None = None) -> None:
+        self.index = BlockIndex(capacity, policy, admit_after=admit_after, ready=ready)
+        self.naive = NaiveIndex(capacity if ready is None else ready, policy, admit_after)
         self.slot_of: dict[Record, int] = {}
         self.held: list[Record] = []
         self.hits = 0
 
     def slots(self, records: Any) -> list[int]:
         return [self.slot_of[record] for record in records]
+
+    def grow(self, ready: int) -> None:
+        self.index.grow(ready)
+        self.naive.capacity = self.naive.policy.slots = ready
+        self.naive.admission.most = 4 * ready
 
     def reserve(self, names: list[int]) -> bool:
         expected = self.naive.reserve(names)
@@ -122,29 +129,100 @@ def test_random_streams_with_pins_drops_and_aborts(policy: str, kind: str, capac
     for seed, (most, admit_after) in enumerate([(capacity + 2, 1), (2 * capacity + 1, 1), (UNIVERSE, 1), (2 * capacity, 2)]):
         rng, twins = np.random.default_rng(seed), Twins(capacity, policy, admit_after)
         for turn in range(250):
-            chosen = names(rng, kind, most, int(rng.integers(1, min(most, capacity + 2) + 1)))
-            what = rng.random()
-            if what < 0.45:
-                if twins.reserve(chosen) and rng.random() < 0.9:
-                    mine = [twins.naive.named[name] for name in chosen if name in twins.naive.named]
-                    mine = [record for record in mine if record in twins.naive.reserved]
-                    (twins.abort if rng.random() < 0.1 else twins.commit)(mine)
-            elif what < 0.75:
-                twins.acquire(chosen[: int(rng.integers(1, 4))])
-                if rng.random() < 0.8:
-                    twins.release(list(twins.held))
-            elif what < 0.85:
-                twins.release([twins.held[at] for at in rng.permutation(len(twins.held))[:2]])
-            elif what < 0.93:
-                pending = list(twins.naive.reserved)
-                twins.commit([pending[at] for at in rng.permutation(len(pending))])
-            else:
-                twins.drop(chosen[:2])
+            play(twins, rng, names(rng, kind, most, int(rng.integers(1, min(most, capacity + 2) + 1))))
             if turn % 5 == 0:
                 twins.agree()
         twins.end()
         evictions, hits = evictions + twins.naive.evictions, hits + twins.hits
     assert evictions > 50 and hits > 0
+
+
+def play(twins: Twins, rng: np.random.Generator, chosen: list[int]) -> None:
+    """One call or two, of any kind."""
+    what = rng.random()
+    if what < 0.45:
+        if twins.reserve(chosen) and rng.random() < 0.9:
+            mine = [twins.naive.named[name] for name in chosen if name in twins.naive.named]
+            mine = [record for record in mine if record in twins.naive.reserved]
+            (twins.abort if rng.random() < 0.1 else twins.commit)(mine)
+    elif what < 0.75:
+        twins.acquire(chosen[: int(rng.integers(1, 4))])
+        if rng.random() < 0.8:
+            twins.release(list(twins.held))
+    elif what < 0.85:
+        twins.release([twins.held[at] for at in rng.permutation(len(twins.held))[:2]])
+    elif what < 0.93:
+        pending = list(twins.naive.reserved)
+        twins.commit([pending[at] for at in rng.permutation(len(pending))])
+    else:
+        twins.drop(chosen[:2])
+
+
+@pytest.mark.parametrize("admit_after", [1, 2])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_policies_and_admission_grow_with_the_pool(policy: str, admit_after: int) -> None:
+    rng, twins, capacity = np.random.default_rng(7), Twins(60, policy, admit_after, ready=3), 3
+    for turn in range(600):
+        play(twins, rng, names(rng, "skewed", 90, int(rng.integers(1, capacity + 2))))
+        if turn % 40 == 39:
+            capacity = min(60, capacity + 5)
+            twins.grow(capacity)
+        if turn % 5 == 0:
+            twins.agree()
+    twins.end()
+    assert capacity == 60 and twins.naive.evictions > 50 and twins.hits > 50
+
+
+@pytest.mark.parametrize("admit_after", [1, 2])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_pool_that_is_not_there_yet_stores_nothing(policy: str, admit_after: int) -> None:
+    index, answers = BlockIndex(4, policy, admit_after=admit_after, ready=0), list[str]()
+
+    def ask() -> None:
+        for _ in range(2):
+            try:
+                answers.append(str(index.reserve(KEYS[:1]).status.tolist()))
+            except PoolFullError:
+                answers.append("full")
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(60)
+    assert answers == (["full"] * 2 if admit_after == 1 else [str([DECLINED])] * 2)
+    index.check()
+
+
+def keys_of_one_hash(count: int) -> np.ndarray:
+    """Different keys with the same 64 bits of hash: of each the last word undoes what the others have made of it."""
+    word, start, mask = int(_hash._WORD), int(_hash._START), 2**64 - 1
+    keys = np.zeros((count, 4), np.uint64)
+    for row in range(count):
+        state = start
+        for at, value in enumerate((row + 1, 7 * row, 3)):
+            keys[row, at] = value
+            state = (state ^ value) * word & mask
+            state ^= state >> 32
+        wanted = 0x0123456789ABCDEF
+        keys[row, 3] = state ^ ((wanted ^ (wanted >> 32)) * pow(word, -1, 2**64) & mask)
+    return keys.view(np.uint8)
+
+
+@pytest.mark.parametrize("policy", ["arc", "s3fifo"])
+def test_keys_that_share_a_fingerprint_are_remembered_once(policy: str) -> None:
+    twins, others = keys_of_one_hash(3), KEYS[:200]
+    prints = {_hash.fingerprint(twins.view(np.int64), row) for row in range(3)}
+    assert len(prints) == 1
+    index = BlockIndex(20, policy)
+    for _ in range(2):
+        index.commit(index.reserve(twins).slots) if not index.lookup(twins).any() else None
+        index.release(index.acquire(twins))
+        for at in range(0, 200, 10):
+            found = index.reserve(others[at : at + 10])
+            index.commit(found.slots[found.status == NEW])
+            if at % 40 == 0:
+                index.release(index.acquire(others[at : at + 10]))
+            index.check()
+        assert not index.lookup(twins).any()
 
 
 @pytest.mark.parametrize("policy", POLICIES)
