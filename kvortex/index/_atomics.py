@@ -86,17 +86,6 @@ def fence_acquire(typingctx: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def fence_release(typingctx: Any) -> Any:
-    """No store from below is seen before the loads and stores above."""
-
-    def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        builder.fence("release")
-        return context.get_dummy_value()
-
-    return types.void(), emit
-
-
-@intrinsic  # type: ignore[untyped-decorator]
 def prefetch(typingctx: Any, array: Any, row: Any) -> Any:
     """Has the cache line of ``array[row]`` on its way, and waits for nothing. No row is out of bounds."""
 

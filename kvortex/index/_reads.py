@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from kvortex.index._atomics import fence_acquire, fence_release, load, load_item, store_item
+from kvortex.devices.native import release
+from kvortex.index._atomics import fence_acquire, load, load_item, store_item
 from kvortex.index._compiled import compiled
 from kvortex.index._hash import GROUP, Buckets, find_group
 from kvortex.index._lines import RESIDENT, STATE, Shorts, Words
@@ -29,13 +30,13 @@ Found = npt.NDArray[np.bool_]
 def begin_write(sequence: Sequence) -> None:
     """From here on readers may see things half done; the lock is held."""
     store_item(sequence, 0, sequence[0] + 1)
-    fence_release()
+    release()
 
 
 @compiled
 def end_write(sequence: Sequence) -> None:
     """Everything is whole again."""
-    fence_release()
+    release()
     store_item(sequence, 0, sequence[0] + 1)
 
 
