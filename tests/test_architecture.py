@@ -19,6 +19,7 @@ FLOORS = {
     "memory": 2,
     "layout": 2,
     "codecs": 2,
+    "digests": 2,
     "transfer": 3,
     "keys": 4,
     "index": 4,
