@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -16,7 +18,7 @@ from kvortex.transfer.bench import FRAGMENTS, Bench
 from kvortex.transfer.cuda import launches_block
 from kvortex.transfer.executor import Direction
 from kvortex.transfer.measurements import Measurement, first_of_the_best, least_short, long_enough, rank
-from kvortex.transfer.profile import Profile, guess, most_resident_ctas
+from kvortex.transfer.profile import KERNEL_S, Profile, guess, most_resident_ctas
 from kvortex.transfer.routes import Route
 
 FRAGMENT_BYTES = (4 << 10, 16 << 10, 32 << 10, 128 << 10)
@@ -30,6 +32,7 @@ ROUNDS = 5
 STEPS = 3 + 2 * len(FRAGMENT_BYTES)  # that ``tell`` hears of
 _EQUAL, _HOPELESS = 0.002, 0.5  # of the best rate: as good, and not worth another round
 _WORTH_BESIDE = 0.4  # of the link's rate, with the GPU idle
+_DEEP = 2  # times what the link carries while a kernel of a model runs: one half on the link, one that is filled at its end
 _T = TypeVar("_T")
 
 
@@ -164,7 +167,7 @@ def _best_ctas(machine: Machine, profile: Profile) -> Profile:
 
 def _best_launches_beside(machine: Machine, profile: Profile, link: dict[Direction, float]) -> Profile:
     def cost(shape: Profile, route: Route) -> list[tuple[float, float]]:
-        found = {d: machine.beside(shape, d, MIDDLE_BYTES, route) for d in Direction}
+        found = {d: _one_beside(machine, shape, d, MIDDLE_BYTES, route) for d in Direction}
         return [(rate / link[d], slowdown) for d, (rate, slowdown) in found.items()]
 
     if Route.RESIDENT in machine.routes():
@@ -194,9 +197,22 @@ def _beside(
     for row in idle:
         worth = row.rate >= _WORTH_BESIDE * link[row.direction] and row.route is not Route.MAPPED
         if worth and (row.fragment_bytes, row.nbytes, row.slowdown) == (fragment_bytes, machine.nbytes, None):
-            rate, slowdown = machine.beside(profile, row.direction, fragment_bytes, row.route)
+            rate, slowdown = _one_beside(machine, profile, row.direction, fragment_bytes, row.route)
             table.append(replace(row, rate=rate, slowdown=slowdown))
     return table
+
+
+def _one_beside(
+    machine: Machine, profile: Profile, direction: Direction, fragment_bytes: int, route: Route
+) -> tuple[float, float]:
+    """As ``Machine.beside``. Staging is chosen beside a computation only where its buffers are deep, so it is measured with
+    such as are; where the GPU has no memory for them, with what there is."""
+    if route is Route.STAGED:
+        deep = math.ceil(_DEEP * KERNEL_S * profile.link_rate / max(profile.buffers, profile.streams))
+        with contextlib.suppress(DeviceError):
+            shape = replace(profile, buffer_bytes=max(profile.buffer_bytes, deep))
+            return machine.beside(shape, direction, fragment_bytes, route)
+    return machine.beside(profile, direction, fragment_bytes, route)
 
 
 def profile_for(device: CudaDevice, when: str, notes: list[str]) -> Profile:
