@@ -26,8 +26,8 @@ MIDDLE_BYTES = 16 << 10  # for what hardly depends on it
 PAYLOADS = (1 << 20, 4 << 20, 16 << 20)  # or one record, if that is more; and the largest, which the bench knows
 COPY_BYTES = (64 << 10, 128 << 10, 256 << 10, 512 << 10, 1 << 20)
 STREAMS, RESIDENT_CTAS, BESIDE_CTAS = (1, 2, 3), (1, 2, 3, 4, 6, 8), (1, 2, 4)
-CHUNK_PARTS = (4, 2, 1)  # of the staging buffer that is guessed
-STAGED_PARTS = (8, 4, 2, 1)  # of the multiprocessors, for a launch
+CHUNK_PARTS = (1, 2, 4)  # of the staging buffer that is guessed; of equals the longest, which both ways at once need
+STAGED_PARTS = (2, 4, 8, 1)  # of the multiprocessors, for a launch; of equals one that is soon over
 ROUNDS = 5
 STEPS = 3 + 2 * len(FRAGMENT_BYTES)  # that ``tell`` hears of
 _EQUAL, _HOPELESS = 0.002, 0.5  # of the best rate: as good, and not worth another round
@@ -148,7 +148,7 @@ def _copies(machine: Machine, profile: Profile, nbytes: int, direction: Directio
 
 
 def _best_buffers(machine: Machine, profile: Profile) -> Profile:
-    """Streams and length of staging buffers; of those that are as good the shortest, then the fewest."""
+    """Streams and length of staging buffers; of those that are as good the longest, then the fewest."""
     shapes = [
         replace(profile, buffer_bytes=max(4096, profile.buffer_bytes // part), streams=streams)
         for part in CHUNK_PARTS

@@ -30,7 +30,8 @@ MIB = 1 << 20
 class Invented(Machine):
     """A GPU whose transfers take a time for their bytes, and what this says beside it.
 
-    ``least_chunk``, ``streams`` and ``ctas`` of a resident kernel are those from which on staging does not hold the link up.
+    ``streams`` and ``ctas`` of a resident kernel are those from which on staging does not hold the link up, ``most_chunk``
+    that up to which it does not.
     """
 
     nbytes: int = 256 * MIB
@@ -40,7 +41,7 @@ class Invented(Machine):
     batched_s: float = 1e-6
     start_s: float = 80e-6
     copy_s: float = 1e-6
-    least_chunk: int = 0
+    most_chunk: int = 1 << 40
     streams: int = 1
     ctas: int = 1
     ctas_beside: int = 1
@@ -63,7 +64,7 @@ class Invented(Machine):
     def idle(self, profile: Profile, direction: Direction, fragment_bytes: int, nbytes: int, route: Route) -> float:
         self.runs.append((direction, fragment_bytes, nbytes, route))
         seconds, lines = nbytes / self.link(profile, direction), nbytes / fragment_bytes
-        held_up = 0.1 * (profile.buffer_bytes < self.least_chunk) + 0.1 * (profile.streams < self.streams)
+        held_up = 0.1 * (profile.buffer_bytes > self.most_chunk) + 0.1 * (profile.streams < self.streams)
         held_up += 0.1 * (profile.resident_ctas < self.ctas)
         extra = {
             Route.STAGED: self.start_s + 0.03 * seconds,
@@ -99,19 +100,39 @@ def route(profile: Profile, fragment: int, nbytes: int, busy: bool, direction: D
 
 
 def test_numbers_follow_what_was_measured() -> None:
-    profile = found_on(rate=20e9, copy_s=1e-6, least_chunk=16 * MIB, streams=3, ctas=4)
+    profile = found_on(rate=20e9, copy_s=1e-6, most_chunk=16 * MIB, streams=3, ctas=4)
     assert profile.measured and profile.link_rate == 20e9
     assert profile.copy_bytes == 256 << 10 and profile.group_bytes == 8 * profile.copy_bytes, "0.9 of 20 GB/s from 180 KB on"
     assert (profile.buffer_bytes, profile.streams, profile.resident_ctas) == (16 * MIB, 3, 4)
     assert found_on(copy_s=1e-7).copy_bytes == 64 << 10 and found_on(copy_s=1e-3).copy_bytes == MIB
     few = found_on()
-    assert (few.buffer_bytes, few.streams, few.resident_ctas) == (8 * MIB, 1, 1), "no more than is of use"
+    assert (few.buffer_bytes, few.streams, few.resident_ctas) == (32 * MIB, 1, 1), "long buffers, else no more than is of use"
 
 
 def test_numbers_of_launches_beside_a_computation() -> None:
     assert found_on(ctas_beside=2, staged_ctas=16).resident_ctas_beside == 2
-    assert found_on(staged_ctas=64).staged_ctas == 8, "the fewest of those that are as good"
-    assert found_on(staged_ctas=8).staged_ctas == 8
+    assert found_on(staged_ctas=64).staged_ctas == 32, "of those that are as good one that is soon over"
+    assert found_on(staged_ctas=16).staged_ctas == 16 and found_on(staged_ctas=8).staged_ctas == 8
+
+
+class Shallow(Invented):
+    """Beside whose computation staging is fast with deep buffers only, for which there may be no memory."""
+
+    room: int = 1 << 40
+
+    def beside(self, profile: Profile, direction: Direction, fragment_bytes: int, route: Route) -> tuple[float, float]:
+        if profile.staging_bytes > self.room:
+            raise DeviceError("out of memory")
+        rate, slowdown = super().beside(profile, direction, fragment_bytes, route)
+        deep = profile.is_deep(profile.staging_bytes // 2)
+        return (rate if deep or route is not Route.STAGED else 0.3 * rate), slowdown
+
+
+def test_staging_is_measured_beside_a_computation_with_buffers_as_deep_as_where_it_is_chosen() -> None:
+    machine = Shallow(nbytes=256 * MIB, rate=50e9)
+    assert route(measure(machine, H100).profile, 4096, 256 * MIB, True) is Route.STAGED
+    machine.room = H100.staging_bytes
+    assert route(measure(machine, H100).profile, 4096, 256 * MIB, True) is not Route.STAGED
 
 
 def test_routes_of_an_idle_gpu() -> None:
@@ -165,7 +186,7 @@ def test_what_is_hopeless_is_measured_once_and_never_beside_a_computation() -> N
 def test_a_gpu_without_resident_kernels() -> None:
     machine = Invented(without=(Route.RESIDENT,), staged_ctas=16)
     found = measure(machine, H100)
-    assert not any(Route.RESIDENT in run for run in machine.runs) and found.profile.staged_ctas == 8
+    assert not any(Route.RESIDENT in run for run in machine.runs) and found.profile.staged_ctas == 16
     assert not any(Route.RESIDENT in row.routes for row in found.profile.rankings)
 
 
