@@ -1,7 +1,7 @@
 """Digests by the CPU: what kernels compute while bytes stream through them, of bytes that lie in host memory.
 
-Two 32-bit words are taken at a time, as one of 64 bits. A product of 64 by 32 bits is two of 32 by 32, each of which vector
-units have in one instruction (``vpmuludq``), summed apart; the compiler makes vectors of the loop over a row.
+A product of 64 by 32 bits is two of 32 by 32, which vector units have: of the lower one all 64 bits (``vpmuludq``), of the
+higher one 32 (``vpmulld``), summed apart. The compiler makes vectors of the loops over a row.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from kvortex.devices.native import call
-from kvortex.digests.keys import COLUMNS, ROW_BYTES, Numbers, columns, lengths, rows
+from kvortex.digests.keys import ROW_BYTES, Numbers, columns, lengths, rows
 
 _PAIR = 8  # bytes of two words
 _PAIRS = ROW_BYTES // _PAIR
@@ -25,29 +25,30 @@ _MASK = np.uint64(0xFFFFFFFF)
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _pointer(typingctx: Any, address: Any) -> Any:
-    """An address as a pointer."""
-    if not isinstance(address, types.Integer):
-        return None
-
-    def emit(context: Any, builder: Any, signature: Any, given: Any) -> Any:
-        number = context.cast(builder, given[0], signature.args[0], types.int64)
-        return builder.inttoptr(number, context.get_value_type(signature.return_type))
-
-    return types.CPointer(types.uint64)(address), emit
+def _pairs(typingctx: Any, address: Any) -> Any:
+    """An address as a pointer to pairs of words."""
+    return types.CPointer(types.uint64)(address), _as_pointer
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _pair(typingctx: Any, pointer: Any, at: Any) -> Any:
-    """The ``at``-th two words behind a pointer, which need not be aligned."""
-    if not isinstance(pointer, types.CPointer) or not isinstance(at, types.Integer):
-        return None
+def _words(typingctx: Any, address: Any) -> Any:
+    return types.CPointer(types.uint32)(address), _as_pointer
+
+
+def _as_pointer(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+    number = context.cast(builder, given[0], signature.args[0], types.int64)
+    return builder.inttoptr(number, context.get_value_type(signature.return_type))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _item(typingctx: Any, pointer: Any, at: Any) -> Any:
+    """The ``at``-th number behind a pointer, which need not be aligned."""
 
     def emit(context: Any, builder: Any, signature: Any, given: Any) -> Any:
         number = context.cast(builder, given[1], signature.args[1], types.int64)
         return builder.load(builder.gep(given[0], [number]), align=1)
 
-    return types.uint64(pointer, at), emit
+    return pointer.dtype(pointer, at), emit
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -65,28 +66,39 @@ def _byte(typingctx: Any, address: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _reversed(typingctx: Any, pair: Any) -> Any:
-    """Eight bytes in the other order: each word reversed, and both exchanged."""
-    if not isinstance(pair, types.Integer):
+def _reversed(typingctx: Any, number: Any) -> Any:
+    """A number's bytes in the other order; of two words, each reversed and both exchanged."""
+    if not isinstance(number, types.Integer):
         return None
-    return types.uint64(pair), lambda context, builder, signature, given: builder.bswap(given[0])
+    return number(number), lambda context, builder, signature, given: builder.bswap(given[0])
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _more(typingctx: Any, total: Any, a: Any, b: Any) -> Any:
+    """``total + a * b`` of 32-bit words, which Numba would widen."""
+    if not all(kind == types.uint32 for kind in (total, a, b)):
+        return None
+    return total(total, a, b), lambda context, builder, signature, given: builder.add(given[0], builder.mul(given[1], given[2]))
 
 
 @njit(nogil=True, cache=True, inline="always")  # type: ignore[untyped-decorator]
-def _sum_pairs(pointer, first, count, lanes):  # type: ignore[no-untyped-def]
-    """Both halves' sums over ``count`` pairs of a row, the first of which is its ``first``-th."""
-    a_low, a_high, b_low, b_high = np.uint64(0), np.uint64(0), np.uint64(0), np.uint64(0)
+def _sum_pairs(pairs, words, first, count, lows, highs):  # type: ignore[no-untyped-def]
+    """Both halves' sums over ``count`` pairs of a row, the first of which is its ``first``-th. ``pairs`` and ``words`` are
+    pointers to the same bytes."""
+    a, b = np.uint64(0), np.uint64(0)
     for at in range(count):
         i = first + at
-        pair = _pair(pointer, at)
+        pair = _item(pairs, at)
         turned = _reversed(pair)
-        even, odd = pair & _MASK, pair >> np.uint64(32)
-        last, former = turned & _MASK, turned >> np.uint64(32)
-        a_low += even * (lanes[0, i] & _MASK) + odd * (lanes[2, i] & _MASK)
-        a_high += even * (lanes[1, i] & _MASK) + odd * (lanes[3, i] & _MASK)
-        b_low += former * (lanes[4, i] & _MASK) + last * (lanes[6, i] & _MASK)
-        b_high += former * (lanes[5, i] & _MASK) + last * (lanes[7, i] & _MASK)
-    return a_low + (a_high << np.uint64(32)), b_low + (b_high << np.uint64(32))
+        a += (pair & _MASK) * (lows[0, i] & _MASK) + (pair >> np.uint64(32)) * (lows[1, i] & _MASK)
+        b += (turned >> np.uint64(32)) * (lows[2, i] & _MASK) + (turned & _MASK) * (lows[3, i] & _MASK)
+    a_high, b_high = np.uint32(0), np.uint32(0)
+    for at in range(2 * count):  # of these only 32 bits matter
+        i = 2 * first + at
+        word = _item(words, at)
+        a_high = _more(a_high, word, highs[0, i])
+        b_high = _more(b_high, _reversed(word), highs[1, i])
+    return a + (np.uint64(a_high) << np.uint64(32)), b + (np.uint64(b_high) << np.uint64(32))
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
@@ -103,7 +115,7 @@ def _sum_bytes(address, nbytes, offset, c, r):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def sum_part(address, nbytes, offset, c, lanes, r):  # type: ignore[no-untyped-def]
+def sum_part(address, nbytes, offset, c, lows, highs, r):  # type: ignore[no-untyped-def]
     """What a part of a record adds to both halves of its digest, without what its length adds.
 
     Parameters
@@ -112,7 +124,7 @@ def sum_part(address, nbytes, offset, c, lanes, r):  # type: ignore[no-untyped-d
         Where it lies; any alignment.
     offset : int
         Of the part in the record.
-    c, lanes, r : (2, COLUMNS), (8, COLUMNS / 2), (rows, 2) uint64
+    c, lows, highs, r
         Of :func:`numbers`, for records at least as long.
 
     Returns
@@ -125,11 +137,11 @@ def sum_part(address, nbytes, offset, c, lanes, r):  # type: ignore[no-untyped-d
     while nbytes >= _PAIR:
         j, within = offset // ROW_BYTES, offset % ROW_BYTES
         if within == 0 and nbytes >= ROW_BYTES:
-            a, b = _sum_pairs(_pointer(address), 0, _PAIRS, lanes)
+            a, b = _sum_pairs(_pairs(address), _words(address), 0, _PAIRS, lows, highs)
             taken = ROW_BYTES
         else:
             count = min(nbytes, ROW_BYTES - within) // _PAIR
-            a, b = _sum_pairs(_pointer(address), within // _PAIR, count, lanes)
+            a, b = _sum_pairs(_pairs(address), _words(address), within // _PAIR, count, lows, highs)
             taken = count * _PAIR
         first += r[j, 0] * a
         second += r[j, 1] * b
@@ -139,7 +151,7 @@ def sum_part(address, nbytes, offset, c, lanes, r):  # type: ignore[no-untyped-d
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def copy_part(memcpy, target, source, nbytes, of_source, offset, c, lanes, r):  # type: ignore[no-untyped-def]
+def copy_part(memcpy, target, source, nbytes, of_source, offset, c, lows, highs, r):  # type: ignore[no-untyped-def]
     """Copies a part of a record, and gives what :func:`sum_part` does, of its source or its target: bytes that are in the
     nearest cache, since they were just copied."""
     first, second = np.uint64(0), np.uint64(0)
@@ -147,33 +159,31 @@ def copy_part(memcpy, target, source, nbytes, of_source, offset, c, lanes, r):  
     while done < nbytes:
         count = min(_COPY_BYTES, nbytes - done)
         call(memcpy, (target + done, source + done, count))
-        a, b = sum_part((source if of_source else target) + done, count, offset + done, c, lanes, r)
+        a, b = sum_part((source if of_source else target) + done, count, offset + done, c, lows, highs, r)
         first, second = first + a, second + b
         done += count
     return first, second
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _digest_all(addresses, sizes, c, lanes, r, length, out):  # type: ignore[no-untyped-def]
+def _digest_all(addresses, sizes, c, lows, highs, r, length, out):  # type: ignore[no-untyped-def]
     for at in range(addresses.size):
-        first, second = sum_part(addresses[at], sizes[at], 0, c, lanes, r)
+        first, second = sum_part(addresses[at], sizes[at], 0, c, lows, highs, r)
         out[at, 0] = first + length[0] * np.uint64(sizes[at])
         out[at, 1] = second + length[1] * np.uint64(sizes[at])
 
 
 @functools.cache
-def _lanes() -> Numbers:
-    """(8, COLUMNS / 2) uint64: low and high words of the numbers of even columns, then of odd ones, for each half."""
-    found = np.empty((2, 2, 2, COLUMNS // 2), np.uint64)
-    for parity in range(2):
-        mine = columns()[:, parity::2]
-        found[:, parity, 0], found[:, parity, 1] = mine & _MASK, mine >> np.uint64(32)
-    return found.reshape(8, -1)
+def _parts_of_columns() -> tuple[Numbers, npt.NDArray[np.uint32]]:
+    """(4, COLUMNS / 2) uint64, low words of the numbers of even columns and of odd ones, for each half; and (2, COLUMNS)
+    uint32, the high words."""
+    lows = np.stack([columns()[half, parity::2] & _MASK for half in range(2) for parity in range(2)])
+    return lows, (columns() >> np.uint64(32)).astype(np.uint32)
 
 
-def numbers(most_bytes: int) -> tuple[Numbers, Numbers, Numbers]:
-    """``c, lanes, r`` of :func:`sum_part`, for records of up to so many bytes."""
-    return columns(), _lanes(), rows(most_bytes)
+def numbers(most_bytes: int) -> tuple[Numbers, Numbers, npt.NDArray[np.uint32], Numbers]:
+    """``c, lows, highs, r`` of :func:`sum_part`, for records of up to so many bytes."""
+    return (columns(), *_parts_of_columns(), rows(most_bytes))
 
 
 def add_lengths(sums: Numbers, sizes: npt.ArrayLike) -> npt.NDArray[np.uint8]:

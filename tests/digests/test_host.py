@@ -67,14 +67,14 @@ def test_parts_of_a_record_add_up_wherever_it_is_cut(of_source: bool) -> None:
     rng = np.random.default_rng(4)
     data = rng.integers(0, 256, 30_000, np.uint8)
     copy = np.full(data.size + 64, 0xEE, np.uint8)
-    c, lanes, r = numbers(data.size)
+    fixed = numbers(data.size)
     for _ in range(20):
         cuts = np.concatenate(([0], np.sort(rng.integers(0, data.size + 1, 6)), [data.size])).tolist()
         sums = np.zeros((1, 2), np.uint64)
         copy[:] = 0xEE
         for first, last in zip(cuts[:-1], cuts[1:], strict=True):
             target, source = copy[32:].ctypes.data + first, data.ctypes.data + first
-            part = copy_part(memcpy_address(), target, source, last - first, of_source, first, c, lanes, r)
+            part = copy_part(memcpy_address(), target, source, last - first, of_source, first, *fixed)
             sums += np.array(part, np.uint64)
         np.testing.assert_array_equal(copy[32:-32], data)
         assert (copy[:32] == 0xEE).all() and (copy[-32:] == 0xEE).all()
