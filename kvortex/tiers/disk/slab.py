@@ -12,6 +12,7 @@ import errno
 import fcntl
 import os
 import stat
+import weakref
 
 from kvortex.errors import ConfigError
 from kvortex.tiers.disk import superblock
@@ -81,6 +82,7 @@ class Slab:
         self.notes: list[str] = []
         self._system, self._fd = system, -1
         self._pages = Pages()
+        _OPEN.add(self)
         try:
             self._fd, self.direct = self._open(direct, durable)
             self._own(namespace, reset)
@@ -160,6 +162,9 @@ class Slab:
         nbytes = START + self.slots * self.slot_bytes
         if self.was is not None and before > nbytes:
             self._system.ftruncate(self._fd, nbytes)
+        free = self._free_bytes()
+        if free is not None and nbytes - os.fstat(self._fd).st_blocks * 512 > free:  # asked first, for trying takes it all
+            raise self._no_room(nbytes, before, "the disk is too full")
         try:
             self._system.fallocate(self._fd, nbytes)
         except OSError as error:
@@ -171,11 +176,18 @@ class Slab:
                 self._system.ftruncate(self._fd, before if self.was is not None else 0)
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
-            free = os.statvfs(self.folder)
-            raise ConfigError(
-                f"{self.path}: {nbytes} bytes cannot be had ({error.strerror}): {free.f_bavail * free.f_frsize} are free "
-                f"beside the {before} that the slab has; lower capacity_bytes, or make room"
-            ) from error
+            raise self._no_room(nbytes, before, error.strerror) from error
+
+    def _free_bytes(self) -> int | None:
+        """None where the file system does not say."""
+        found = os.statvfs(self.folder)
+        return found.f_bavail * found.f_frsize if found.f_blocks else None
+
+    def _no_room(self, nbytes: int, before: int, why: str) -> ConfigError:
+        return ConfigError(
+            f"{self.path}: {nbytes} bytes cannot be had ({why}): {self._free_bytes()} are free beside the {before} that the "
+            "slab has; lower capacity_bytes, or make room"
+        )
 
     def _read_superblock(self) -> bytes:
         pages = [self._pages.header, self._pages.tail]
@@ -249,6 +261,18 @@ class Slab:
         if fd >= 0:
             with contextlib.suppress(OSError):
                 os.close(fd)
+
+
+_OPEN: weakref.WeakSet[Slab] = weakref.WeakSet()
+
+
+def _let_go() -> None:
+    """A forked child would keep its parent's slabs locked for as long as it lives."""
+    for slab in list(_OPEN):
+        slab.close()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 def lock(fd: int, path: str) -> None:
