@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from kvortex.keys import KeyArray
-from kvortex.tiers.base import Call, Outcome, Outcomes
+from kvortex.tiers.base import Call, Int64s, Outcome, Outcomes
 from kvortex.tiers.disk.crew import Crew
 from kvortex.tiers.disk.pages import Pages
 from kvortex.tiers.disk.store import Store
+
+_LOOK = 0.05  # seconds between looks at places where somebody else is writing
+Flags = npt.NDArray[np.bool_]
 
 
 def forget(store: Store, crew: Crew, keys: KeyArray, call: Call) -> Outcomes:
     """:meth:`kvortex.tiers.Tier.delete`. What is not ``OK`` or ``MISS`` is not found any more, and may be after a restart.
 
-    The headers of all places that may hold one of the keys are overwritten: also where another record is just being
-    written over one, which may then be lost. All slabs are flushed: a drive might otherwise forget, with its power, what was
-    written over a record a second ago.
+    The headers of all places that may hold one of the keys are overwritten, evicted records among them; where another record is
+    just being written over one, that is waited for. All slabs are flushed: a drive might otherwise forget, with its
+    power, what was written over a record a second ago.
     """
     n = len(keys)
     outcomes = np.full(n, Outcome.FAILED, np.uint8)
@@ -25,35 +29,57 @@ def forget(store: Store, crew: Crew, keys: KeyArray, call: Call) -> Outcomes:
         store.index.acquire(keys, taken=slots)
         there = slots >= 0
         store.index.drop(keys)
-        places = store.places.holding(keys)
-        generations = store.places.generations[places]
-        erased = np.zeros(len(places), np.bool_)
-        synced = np.zeros(len(store.slabs), np.bool_)
-
-        def erase(at: int, pages: Pages) -> None:
-            slab, offset = store.where(int(places[at]))
-            try:
-                slab.erase(offset, pages)
-                erased[at] = True
-            except OSError as error:
-                store.failed(error)
-
-        def sync(at: int, pages: Pages) -> None:
-            try:
-                store.slabs[at].sync()
-                synced[at] = True
-            except OSError as error:
-                store.failed(error)
-
-        begun, why = crew.run(erase, len(places), call)
-        if begun == len(places):
-            begun, why = crew.run(sync, len(store.slabs), call)
-        store.places.erased(places[erased], generations[erased])
-        whole = why == Outcome.OK and synced.all() and erased.all()
-        if whole:
-            outcomes[:] = np.where(there, Outcome.OK, Outcome.MISS)
-        elif why != Outcome.OK:
-            outcomes[:] = why
+        why = _erase(store, crew, keys, call) or _sync(store, crew, call)
+        outcomes[:] = np.where(there, Outcome.OK, Outcome.MISS) if why == Outcome.OK else why
     finally:
         store.index.release(slots, once=once)
     return outcomes
+
+
+def _erase(store: Store, crew: Crew, keys: KeyArray, call: Call) -> Outcome:
+    """Headers of all places that may hold one of the keys; ``OK`` where none of them is left."""
+    places, places_left = store.places, store.places.holding(keys)
+    failed: list[int] = []
+
+    while len(places_left):
+        asked, busy = places_left, np.zeros(len(places_left), np.bool_)
+
+        def step(at: int, pages: Pages, asked: Int64s = asked, busy: Flags = busy) -> None:
+            place = int(asked[at])
+            if not places.begin_erasing(place):
+                busy[at] = True
+                return
+            slab, offset = store.where(place)
+            whole = False
+            try:
+                slab.erase(offset, pages)
+                whole = True
+            except OSError as error:
+                store.failed(error)
+                failed.append(place)
+            finally:
+                places.end(place, whole=whole, erased=True)
+
+        _, why = crew.run(step, len(asked), call)
+        if why != Outcome.OK or failed:
+            return Outcome.FAILED if failed else why
+        if busy.any():
+            with places.news:
+                places.news.wait(min(_LOOK, call.left()))
+        places_left = np.intersect1d(asked[busy], places.holding(keys))
+    return Outcome.OK
+
+
+def _sync(store: Store, crew: Crew, call: Call) -> Outcome:
+    """Flushes every slab; ``OK`` where all went."""
+    synced = np.zeros(len(store.slabs), np.bool_)
+
+    def step(at: int, pages: Pages) -> None:
+        try:
+            store.slabs[at].sync()
+            synced[at] = True
+        except OSError as error:
+            store.failed(error)
+
+    _, why = crew.run(step, len(store.slabs), call)
+    return why if why != Outcome.OK or synced.all() else Outcome.FAILED

@@ -17,6 +17,15 @@ from kvortex.tiers.base import Int64s
 
 ANY = np.uint64(2**64 - 1)  # of ``before``: nobody knows
 NOTHING = np.uint64(0)
+_MIX = np.array([[0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 0xD6E8FEB86659FD93]], np.uint64)
+Marks = npt.NDArray[np.uint64]
+
+
+def marks_of(keys: KeyArray) -> Marks:
+    """(n,) uint64 for n keys, odd: two that share one cost a record now and then, never a wrong byte."""
+    words = np.ascontiguousarray(keys).view(np.uint64).reshape(-1, 4)
+    found: Marks = (words * _MIX).sum(1, np.uint64) | np.uint64(1)
+    return found
 
 
 class Places:
@@ -29,10 +38,14 @@ class Places:
     sizes : (count,) int64
         Bytes of its payload.
     generations : (count,) uint64
+    marks : (count,) uint64
+        Of its key; ``NOTHING`` where there is no record.
     before : (count,) uint64
-        The first 8 bytes of the key of what else may still be there, ``ANY`` where that may be anything.
+        The mark of what else may still be there, ``NOTHING``, or ``ANY``.
     of_slot : (count,) int64
         The place of each slot of the index.
+    news : threading.Condition
+        Told when a write of any kind has ended.
     """
 
     def __init__(self, count: int) -> None:
@@ -40,11 +53,12 @@ class Places:
         self.keys = np.zeros((count, 32), np.uint8)
         self.sizes = np.zeros(count, np.int64)
         self.generations = np.zeros(count, np.uint64)
+        self.marks = np.zeros(count, np.uint64)
         self.before = np.zeros(count, np.uint64)
         self.of_slot = np.arange(count)
-        self._marks = self.keys.view(np.uint64)[:, 0]
+        self.news = threading.Condition()
+        self._busy = np.zeros(count, np.bool_)  # somebody is writing there
         self._generation = 1
-        self._lock = threading.Lock()
 
     @property
     def next_generation(self) -> int:
@@ -57,36 +71,49 @@ class Places:
 
     def new_generations(self, count: int) -> npt.NDArray[np.uint64]:
         """Generations of ``count`` new records."""
-        with self._lock:
+        with self.news:
             first = self._generation
             self._generation += count
         return np.arange(first, first + count, dtype=np.uint64)
 
-    def begin(self, place: int, key: KeyArray, size: int, generation: int) -> None:
-        """A record is about to be written; what was there may outlive that.
+    def begin(self, place: int, key: KeyArray, mark: np.uint64, size: int, generation: int) -> None:
+        """A record is about to be written by the slot's owner; what was there may outlive that.
 
-        ``before`` first: a search that runs beside this, which looks at ``keys`` first, sees the old key in one of them.
+        ``before`` first: a search that runs beside this, which looks at ``marks`` first, sees the old one in one of them.
         """
-        self.before[place] = self._marks[place] if self.before[place] == NOTHING else ANY
+        with self.news:
+            while self._busy[place]:  # what was there is being erased
+                self.news.wait()
+            self._busy[place] = True
+        self.before[place] = self.marks[place] if self.before[place] == NOTHING else ANY
+        self.marks[place] = mark
         self.keys[place] = key
         self.sizes[place], self.generations[place] = size, generation
 
-    def wrote(self, place: int) -> None:
-        """It was written as a whole: nothing else is there."""
-        self.before[place] = NOTHING
+    def begin_erasing(self, place: int) -> bool:
+        """The header there is about to be overwritten with zeros; not so while somebody else is writing there."""
+        with self.news:
+            if self._busy[place]:
+                return False
+            self._busy[place] = True
+            return True
 
-    def unsure(self, place: int) -> None:
-        """It was not: anything may be there."""
-        self.before[place] = ANY
+    def end(self, place: int, *, whole: bool, erased: bool = False) -> None:
+        """A write of either kind has ended. If it was whole, nothing else is there; else anything may be."""
+        if erased and whole:
+            self.marks[place] = NOTHING
+            self.keys[place] = 0
+        if whole:
+            self.before[place] = NOTHING
+        elif not erased:
+            self.before[place] = ANY
+        with self.news:
+            self._busy[place] = False
+            self.news.notify_all()
 
     def holding(self, keys: KeyArray) -> Int64s:
         """Places whose header on disk may be that of one of the keys."""
-        wanted = np.ascontiguousarray(keys).view(np.uint64)[:, 0]
-        found = np.isin(self._marks, wanted)
+        wanted = marks_of(keys)
+        found = np.isin(self.marks, wanted)
         found |= np.isin(self.before, wanted) | (self.before == ANY)
         return np.flatnonzero(found)
-
-    def erased(self, places: Int64s, generations: npt.NDArray[np.uint64]) -> None:
-        """Headers there were overwritten with zeros; not counting what was begun since there were these generations."""
-        same = self.generations[places] == generations
-        self.before[places[same]] = NOTHING

@@ -17,7 +17,7 @@ from kvortex.index import BlockIndex
 from kvortex.tiers.base import Int64s, Outcome
 from kvortex.tiers.disk import snapshot
 from kvortex.tiers.disk.pages import PAGE
-from kvortex.tiers.disk.places import ANY, Places
+from kvortex.tiers.disk.places import ANY, NOTHING, Places, marks_of
 from kvortex.tiers.disk.slab import Slab
 from kvortex.tiers.disk.system import System
 from kvortex.tiers.record import HEADER, HEADER_BYTES, Headers, RecordFormat
@@ -41,7 +41,8 @@ def recover(slabs: list[Slab], places: Places, form: RecordFormat, index: BlockI
         rows = snapshot.read(slab.folder, slab.was, system)
         if rows is not None and slab.slots == slab.was.slots == len(rows):
             places.keys[mine], places.sizes[mine] = rows["key"], rows["bytes"]
-            places.generations[mine], places.before[mine] = rows["generation"], rows["before"]
+            places.generations[mine] = rows["generation"]
+            places.marks[mine], places.before[mine] = rows["mark"], rows["before"]
             live[mine] = rows["live"] == 1
         else:
             quick = False
@@ -64,7 +65,8 @@ def _take_headers(
     places.keys[mine] = np.where(ok[:, None], headers["key"], 0)
     places.sizes[mine] = np.where(ok, headers["payload_bytes"], 0)
     places.generations[mine] = np.where(ok, headers["generation"], 0)
-    places.before[mine] = np.where(unread, ANY, 0)
+    places.marks[mine] = np.where(ok, marks_of(headers["key"]), NOTHING)
+    places.before[mine] = np.where(unread, ANY, NOTHING)
 
 
 def scan(slab: Slab) -> tuple[Headers, Flags]:

@@ -176,7 +176,7 @@ class Slab:
                 self._system.ftruncate(self._fd, before if self.was is not None else 0)
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
-            raise self._no_room(nbytes, before, error.strerror) from error
+            raise self._no_room(nbytes, before, str(error.strerror)) from error
 
     def _free_bytes(self) -> int | None:
         """None where the file system does not say."""

@@ -30,7 +30,9 @@ HEADER = np.dtype(
         ("check", "u1", 16),
     ]
 )
-ROW = np.dtype([("key", "u1", 32), ("bytes", "<i8"), ("generation", "<u8"), ("before", "<u8"), ("live", "<u8")])
+ROW = np.dtype(
+    [("key", "u1", 32), ("bytes", "<i8"), ("generation", "<u8"), ("mark", "<u8"), ("before", "<u8"), ("live", "<u8")]
+)
 Rows = npt.NDArray[np.void]
 
 

@@ -200,7 +200,7 @@ class DiskTier(Tier):
         store.index.release(slots)
         rows = np.zeros(places.count, snapshot.ROW)
         rows["key"], rows["bytes"], rows["generation"] = places.keys, places.sizes, places.generations
-        rows["before"], rows["live"] = places.before, live
+        rows["mark"], rows["before"], rows["live"] = places.marks, places.before, live
         for number, slab in enumerate(store.slabs):
             try:
                 slab.sync()

@@ -13,6 +13,7 @@ from kvortex.keys import KeyArray
 from kvortex.tiers.base import Call, Digests, Int64s, Outcome, Outcomes
 from kvortex.tiers.disk.crew import Crew
 from kvortex.tiers.disk.pages import Pages
+from kvortex.tiers.disk.places import marks_of
 from kvortex.tiers.disk.store import Store, is_bad_spot
 
 _WAVE = 256  # records that become visible together
@@ -97,24 +98,27 @@ class Putting:
         store, mine = self.store, rows[new]
         generations = store.places.new_generations(len(new))
         headers = store.form.headers(self.keys[mine], self.sizes[mine], self.digests[mine], generations)
+        marks = marks_of(self.keys[mine])
         at_place = store.places.of_slot[slots[new]].tolist()
 
         def step(at: int, pages: Pages) -> None:
             row, place = mine[at], at_place[at]
             size = int(self.sizes[row])
             pages.put_header(headers[at].tobytes())
-            store.places.begin(place, self.keys[row], size, int(generations[at]))
+            store.places.begin(place, self.keys[row], marks[at], size, int(generations[at]))
             slab, offset = store.where(place)
+            whole = False
             try:
                 slab.write(offset, int(self.addresses[row]), size, pages)
+                whole = True
             except OSError as error:
-                store.places.unsure(place)
                 store.failed(error)
                 full = error.errno in _FULL
                 self.outcomes[row] = Outcome.FULL if full else Outcome.FAILED
                 bad[new[at]] = is_bad_spot(error)
                 return
-            store.places.wrote(place)
+            finally:
+                store.places.end(place, whole=whole)
             good[new[at]] = True
             self.outcomes[row] = Outcome.OK
 
