@@ -34,7 +34,7 @@ class DiskOptions:
     sync_seconds
         Between two flushes under ``"group"``.
     readers, writers
-        Threads that read and write: what one call, or several, have under way at once in all.
+        How many records are read, and written, at once, in all calls together.
     direct
         Keep out of the page cache (O_DIRECT) where the file system can. Off, the kernel caches records in memory that the
         pool in RAM might have had.

@@ -57,7 +57,8 @@ def _read(
     size = int(store.places.sizes[place])
     slab, offset = store.where(place)
     try:
-        slab.read(offset, address, size, pages)
+        with store.reading:
+            slab.read(offset, address, size, pages)
     except OSError as error:
         store.failed(error)
         found.outcomes[row] = Outcome.FAILED

@@ -26,9 +26,15 @@ class Store:
         All of as many slots.
     settled : threading.Condition
         Told when a reserved key was committed or aborted.
+    reading, writing : threading.BoundedSemaphore
+        Held for a read and a write: the disk has so many under way at once. There are more threads than that, so that it
+        does not wait while one checks a digest.
     """
 
-    def __init__(self, slabs: list[Slab], places: Places, index: BlockIndex, form: RecordFormat) -> None:
+    def __init__(
+        self, slabs: list[Slab], places: Places, index: BlockIndex, form: RecordFormat, readers: int = 1, writers: int = 1
+    ) -> None:
+        self.reading, self.writing = threading.BoundedSemaphore(readers), threading.BoundedSemaphore(writers)
         self.slabs, self.places, self.index, self.form = slabs, places, index, form
         self.settled = threading.Condition()
         self.unsynced = False  # whether anything was written since the last flush

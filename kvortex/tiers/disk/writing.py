@@ -109,7 +109,8 @@ class Putting:
             slab, offset = store.where(place)
             whole = False
             try:
-                slab.write(offset, int(self.addresses[row]), size, pages)
+                with store.writing:
+                    slab.write(offset, int(self.addresses[row]), size, pages)
                 whole = True
             except OSError as error:
                 store.failed(error)

@@ -153,7 +153,7 @@ def test_an_interrupted_call_leaves_nothing_behind(tmp_path: Path, name: str) ->
                 blocks.put(tier, call=call)
         assert gate.open.is_set(), "it came back while a thread used its buffers"
         assert_whole(tier)
-        assert sum(blocks.found(tier)) == (8 if name == "preadv" else 1)
+        assert sum(blocks.found(tier)) in ([8] if name == "preadv" else [1, 2]), "a spare thread may have begun one more"
 
 
 @pytest.mark.parametrize("why", ["deadline", "cancelled"])
@@ -214,6 +214,44 @@ def test_a_record_that_is_being_read_is_neither_evicted_nor_written_over(tmp_pat
         gate.open.set()
         thread.join(20)
         assert found == [[True]] and blocks.put(tier, [1]).tolist() == [Outcome.OK]
+
+
+def test_a_delete_waits_for_a_write_over_what_it_deletes(tmp_path: Path) -> None:
+    """Until that has ended, the evicted record is still on disk; and the new one must not be erased in its place."""
+    blocks, system = Blocks(2), Failing()
+    with opened(tmp_path, 1, system=system) as tier:
+        blocks.put(tier, [0])
+        gate, found = Gate("pwritev"), []
+        system.rule = gate
+        thread = threading.Thread(target=lambda: found.append(blocks.put(tier, [1]).tolist()))
+        thread.start()
+        assert gate.reached.acquire(timeout=20)
+        assert tier.delete(blocks.keys[:1], Call(time.monotonic() + 0.2)).tolist() == [Outcome.TIMEOUT]
+        threading.Timer(0.1, gate.open.set).start()
+        assert tier.delete(blocks.keys[:1], soon()).tolist() == [Outcome.MISS]
+        thread.join(20)
+        assert found == [[Outcome.OK]] and blocks.found(tier) == [False, True]
+
+
+def test_a_write_waits_for_an_erasure_of_what_it_writes_over(tmp_path: Path) -> None:
+    """Else the zeros might come last."""
+    blocks, system = Blocks(2), Failing()
+    with opened(tmp_path, 1, system=system) as tier:
+        blocks.put(tier, [0])
+        tier._store.index.drop(blocks.keys)  # the header is still there, and the slot is free
+        gate, found = Gate("pwritev"), []
+        system.rule = lambda name, fd, buffers, offset: gate(name, fd, buffers, offset) if len(buffers) == 1 else None
+        deleting = threading.Thread(target=lambda: found.append(tier.delete(blocks.keys[:1], soon()).tolist()))
+        deleting.start()
+        assert gate.reached.acquire(timeout=20)
+        writing = threading.Thread(target=lambda: found.append(blocks.put(tier, [1]).tolist()))
+        writing.start()
+        time.sleep(0.1)
+        assert found == []
+        gate.open.set()
+        deleting.join(20)
+        writing.join(20)
+        assert sorted(found) == [[Outcome.OK], [Outcome.MISS]] and blocks.found(tier) == [False, True]
 
 
 def test_a_probe_does_what_get_and_put_do(tmp_path: Path) -> None:
