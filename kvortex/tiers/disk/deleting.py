@@ -9,6 +9,7 @@ from kvortex.keys import KeyArray
 from kvortex.tiers.base import Call, Int64s, Outcome, Outcomes
 from kvortex.tiers.disk.crew import Crew
 from kvortex.tiers.disk.pages import Pages
+from kvortex.tiers.disk.places import marks_of
 from kvortex.tiers.disk.store import Store
 
 _LOOK = 0.05  # seconds between looks at places where somebody else is writing
@@ -39,15 +40,16 @@ def forget(store: Store, crew: Crew, keys: KeyArray, call: Call) -> Outcomes:
 def _erase(store: Store, crew: Crew, keys: KeyArray, call: Call) -> Outcome:
     """Headers of all places that may hold one of the keys; ``OK`` where none of them is left."""
     places, places_left = store.places, store.places.holding(keys)
-    failed: list[int] = []
+    marks, failed = frozenset(marks_of(keys).tolist()), list[int]()
 
     while len(places_left):
         asked, busy = places_left, np.zeros(len(places_left), np.bool_)
 
         def step(at: int, pages: Pages, asked: Int64s = asked, busy: Flags = busy) -> None:
             place = int(asked[at])
-            if not places.begin_erasing(place):
-                busy[at] = True
+            mine = places.begin_erasing(place, marks)
+            if not mine:
+                busy[at] = mine is False
                 return
             slab, offset = store.where(place)
             whole = False

@@ -90,11 +90,15 @@ class Places:
         self.keys[place] = key
         self.sizes[place], self.generations[place] = size, generation
 
-    def begin_erasing(self, place: int) -> bool:
-        """The header there is about to be overwritten with zeros; not so while somebody else is writing there."""
+    def begin_erasing(self, place: int, marks: frozenset[int]) -> bool | None:
+        """The header there is about to be overwritten with zeros: True. False while somebody else is writing there; None where
+        nothing of these marks is there any more."""
         with self.news:
             if self._busy[place]:
                 return False
+            before = self.before[place]
+            if before != ANY and int(before) not in marks and int(self.marks[place]) not in marks:
+                return None
             self._busy[place] = True
             return True
 
