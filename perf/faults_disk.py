@@ -7,6 +7,7 @@ pins that are left, errors that are raised, and deleted records that are found a
 from __future__ import annotations
 
 import collections
+import itertools
 import mmap
 import os
 import random
@@ -70,6 +71,7 @@ class Campaign:
         self.options: dict[str, Any] = {"paths": folders, "capacity_bytes": total, "readers": 2, "writers": 2}
         self.lives: collections.Counter[str] = collections.Counter()
         self.deleted: set[int] = set()  # keys that must not be found until they are stored again
+        self._ends = itertools.cycle(["killed", "closed", "snapshot", "superblock"])
         self.operations = self.outcomes_ok = 0
         self.wrong_bytes = self.hangs = self.leaked = self.raised = self.returned = 0
         self.tier = self._open(reset=True)
@@ -105,7 +107,7 @@ class Campaign:
             if self.system.dead:
                 break
             self._count_leaks()
-        self._end("killed" if self.system.dead else self.random.choice(["closed", "killed", "snapshot", "superblock"]))
+        self._end("killed" if self.system.dead else next(self._ends))
         self.tier = self._open()
         if lies:
             self.deleted = set()

@@ -28,7 +28,7 @@ HONEST_READS = ("EIO while reading", "short read", "slow read")
 # What a drive does and says nothing of: bytes are checked, and what was deleted may come back.
 LYING_WRITES = ("torn write", "lost write", "misdirected write")
 LYING_READS = ("bit flip while reading", "another slot's bytes")
-_SELDOM = {"slow write": 0.05, "slow read": 0.05, "killed while writing": 0.05}
+_SELDOM = {"slow write": 0.05, "slow read": 0.05, "killed while writing": 0.01}
 
 
 class FaultySystem(System):

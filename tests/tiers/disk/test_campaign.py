@@ -20,7 +20,8 @@ def test_no_fault_hands_out_a_wrong_byte(tmp_path: Path, seed: int) -> None:
     seen: list[tuple[int, int]] = []
     found = campaign(seed, 4000, tmp_path, lambda done, of: seen.append((done, of)))
     assert found | RIGHT == found and found["faults"] >= 4000 and found["records_right"] > 1000
-    kinds = {*HONEST_READS, *HONEST_WRITES, *LYING_READS, *LYING_WRITES, *AtRest.KINDS, "killed between calls"}
+    kinds = {"killed between calls", *HONEST_READS, *HONEST_WRITES, *LYING_READS, *LYING_WRITES, *AtRest.KINDS}
+    kinds -= {"killed while writing"}  # seldom; the next test does nothing else
     assert kinds <= set(found["kinds"]), "a kind was never tried"
     assert sum(found["kinds"].values()) == found["faults"] and seen[-1][1] == 4000
     assert list(tmp_path.iterdir()) == [], "nothing is left behind"
