@@ -192,7 +192,7 @@ class Campaign:
             _flip(path.with_name("kvortex.snapshot"), self.random)
         elif how == "superblock":
             self.lives["damaged superblock"] += 1
-            _flip(path, self.random, 120)
+            _flip(path, self.random, 112)
 
     def serves_again(self) -> bool:
         """Whether, with the disk in order, everything is stored and found as it should be."""

@@ -37,7 +37,6 @@ def recover(slabs: list[Slab], places: Places, form: RecordFormat, index: BlockI
         mine = slice(number, None, len(slabs))
         if slab.was is None:
             continue
-        places.go_on_from(slab.was.generation)
         rows = snapshot.read(slab.folder, slab.was, system)
         if rows is not None and slab.slots == slab.was.slots == len(rows):
             places.keys[mine], places.sizes[mine] = rows["key"], rows["bytes"]

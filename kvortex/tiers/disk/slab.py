@@ -250,9 +250,9 @@ class Slab:
         """What was written until now is on the drive."""
         self._system.fdatasync(self._fd)
 
-    def end(self, generation: int) -> None:
+    def end(self) -> None:
         """Says on disk that it was closed, after which nothing is written."""
-        self.now = dataclasses.replace(self.now, closed=True, generation=generation)
+        self.now = dataclasses.replace(self.now, closed=True)
         self._write_superblock(self.now)
 
     def close(self) -> None:

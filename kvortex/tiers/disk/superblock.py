@@ -1,7 +1,7 @@
 """The first two pages of a slab, which are the same twice: whose it is, how it is divided, and how it was left.
 
-120 bytes, little-endian, zeros to the end of the page: magic, version, length, bytes of a slot, slots, namespace, store id
-(random, of the slab), session (counts openings), whether it was closed, the next generation, and a digest of all that.
+112 bytes, little-endian, zeros to the end of the page: magic, version, length, bytes of a slot, slots, namespace, store id
+(random, of the slab), session (counts openings), whether it was closed, and a digest of all that.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ SUPERBLOCK = np.dtype(
         ("store", "u1", 16),
         ("session", "<u8"),
         ("closed", "<u8"),
-        ("generation", "<u8"),
         ("check", "u1", 16),
     ]
 )
@@ -44,7 +43,6 @@ class Superblock:
     store: bytes = field(default_factory=lambda: secrets.token_bytes(16))
     session: int = 0
     closed: bool = False
-    generation: int = 1
 
     def page(self) -> bytes:
         """One copy."""
@@ -52,7 +50,7 @@ class Superblock:
         raw["magic"], raw["version"], raw["bytes"] = MAGIC, VERSION, SUPERBLOCK.itemsize
         raw["slot_bytes"], raw["slots"] = self.slot_bytes, self.slots
         raw["namespace"], raw["store"] = np.frombuffer(self.namespace, np.uint8), np.frombuffer(self.store, np.uint8)
-        raw["session"], raw["closed"], raw["generation"] = self.session, self.closed, self.generation
+        raw["session"], raw["closed"] = self.session, self.closed
         raw["check"] = np.frombuffer(digest_of(raw.tobytes()[:-16]), np.uint8)
         return raw.tobytes().ljust(PAGE, b"\0")
 
@@ -70,8 +68,10 @@ def _read(page: bytes) -> Superblock | None:
     ours = (int(raw["magic"]), int(raw["version"]), int(raw["bytes"])) == (MAGIC, VERSION, SUPERBLOCK.itemsize)
     if not ours or raw["check"].tobytes() != digest_of(raw.tobytes()[:-16]):
         return None
-    numbers = int(raw["session"]), bool(raw["closed"]), int(raw["generation"])
-    return Superblock(int(raw["slot_bytes"]), int(raw["slots"]), raw["namespace"].tobytes(), raw["store"].tobytes(), *numbers)
+    namespace, store = raw["namespace"].tobytes(), raw["store"].tobytes()
+    return Superblock(
+        int(raw["slot_bytes"]), int(raw["slots"]), namespace, store, int(raw["session"]), bool(raw["closed"])
+    )
 
 
 def digest_of(data: bytes) -> bytes:

@@ -209,7 +209,7 @@ class DiskTier(Tier):
             try:
                 slab.sync()
                 snapshot.write(slab.folder, rows[number :: len(store.slabs)], slab.now, self._system)
-                slab.end(places.next_generation)
+                slab.end()
             except OSError as error:
                 store.failed(error)
                 self.notes.append(f"{slab.folder}: was not closed as it should be: {told(error)}")

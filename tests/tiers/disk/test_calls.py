@@ -378,4 +378,4 @@ def test_a_closed_file_that_hangs_is_not_waited_for(tmp_path: Path, monkeypatch:
     gate.open.set()
     thread.join(20)
     crash(tier)
-    assert np.frombuffer(Patch(tmp_path).read(0, 120), "<u8")[11] == 0, "it is not said to be closed"
+    assert np.frombuffer(Patch(tmp_path).read(0, 112), "<u8")[11] == 0, "it is not said to be closed"

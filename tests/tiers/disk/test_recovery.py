@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from kvortex.tiers import Outcome
-from kvortex.tiers.disk import recovery
+from kvortex.tiers.disk import recovery, snapshot
 from kvortex.tiers.disk.places import ANY
+from kvortex.tiers.disk.system import System
 from tests.tiers.disk.rig import EIO, Blocks, Failing, Patch, crash, opened, raising, shorter, soon
 
 ENDINGS = pytest.mark.parametrize("closed", [True, False])
@@ -165,13 +167,21 @@ def test_a_snapshot_is_worth_nothing_after_a_crash(tmp_path: Path) -> None:
     blocks = Blocks(4)
     with opened(tmp_path) as tier:
         blocks.put(tier, [0, 1])
-    snapshot = (tmp_path / "kvortex.snapshot").read_bytes()
+    old = (tmp_path / "kvortex.snapshot").read_bytes()
     with opened(tmp_path) as tier:
         blocks.put(tier, [2, 3])
         crash(tier)
-    (tmp_path / "kvortex.snapshot").write_bytes(snapshot)
+    (tmp_path / "kvortex.snapshot").write_bytes(old)
     with opened(tmp_path) as tier:
         assert tier.recovered == 4 and all(blocks.found(tier))
+
+
+def test_a_snapshot_of_a_store_that_is_not_said_to_be_closed_is_not_believed(tmp_path: Path) -> None:
+    with opened(tmp_path) as tier:
+        Blocks(1).put(tier)
+    now = tier._store.slabs[0].now
+    assert now.closed and snapshot.read(str(tmp_path), now, System()) is not None
+    assert snapshot.read(str(tmp_path), dataclasses.replace(now, closed=False), System()) is None
 
 
 @ENDINGS
