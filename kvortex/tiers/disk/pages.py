@@ -33,12 +33,15 @@ class Pages:
         A page each.
     headers : (1,) HEADER
         The same memory as ``header``.
+    address : int
+        Of it.
     """
 
     def __init__(self) -> None:
         whole = memoryview(mmap.mmap(-1, 2 * PAGE))
         self.header, self.tail = whole[:PAGE], whole[PAGE:]
         self.headers: Headers = np.frombuffer(self.header, HEADER, 1)
+        self.address = self.headers.ctypes.data
 
     def put_header(self, header: bytes) -> None:
         """The page of a header: behind it are zeros."""

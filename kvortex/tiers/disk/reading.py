@@ -7,12 +7,13 @@ import errno
 import numpy as np
 import numpy.typing as npt
 
+from kvortex.digests import digest_records
 from kvortex.keys import KeyArray
 from kvortex.tiers.base import Call, Fetched, Int64s, Outcome
 from kvortex.tiers.disk.crew import Crew
 from kvortex.tiers.disk.pages import Pages
 from kvortex.tiers.disk.store import Store, is_bad_spot
-from kvortex.tiers.record import HEADER_BYTES, check_payloads
+from kvortex.tiers.record import CHECKED_BYTES
 
 
 def fetch(store: Store, crew: Crew, keys: KeyArray, addresses: Int64s, room: Int64s, call: Call) -> Fetched:
@@ -76,13 +77,17 @@ def _read(
 
 
 def _checked(store: Store, place: int, key: KeyArray, address: int, size: int, pages: Pages) -> Outcome:
-    """What was read: what was written there last under this key, or not."""
-    header = pages.headers
-    if not any(pages.header[:HEADER_BYTES]):
+    """What was read: what was written there last under this key, or not.
+
+    All of a header is known but the digest, and that is known from the payload: one call digests both.
+    """
+    start = bytes(pages.header[:CHECKED_BYTES])
+    if not any(start):
         return Outcome.MISS  # somebody is just deleting it
-    if store.form.check_headers(header, key[None])[0] != Outcome.OK:
+    digest, generation = pages.headers["digest"], int(store.places.generations[place])
+    if start != store.form.start_of_header(key.tobytes(), size, digest.tobytes(), generation):
         return Outcome.CORRUPT
-    same = header["payload_bytes"][0] == size and header["generation"][0] == store.places.generations[place]
-    if not same or not check_payloads(np.array([address]), np.array([size]), header["digest"])[0]:
-        return Outcome.CORRUPT
-    return Outcome.OK
+    found = np.empty((2, 16), np.uint8)
+    digest_records(np.array([pages.address, address]), np.array([CHECKED_BYTES, size]), found)
+    right = found[0].tobytes() == pages.headers["check"].tobytes() and found[1].tobytes() == digest.tobytes()
+    return Outcome.OK if right else Outcome.CORRUPT
