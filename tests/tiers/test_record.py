@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from kvortex.tiers.base import Outcome
-from kvortex.tiers.record import HEADER, HEADER_BYTES, MAGIC, RecordFormat, _checks, check_payloads
+from kvortex.tiers.record import CHECKED_BYTES, HEADER, HEADER_BYTES, MAGIC, RecordFormat, _checks, check_payloads
 
 FORM = RecordFormat(bytes(range(32)), 4096)
 RNG = np.random.default_rng(1)
@@ -21,6 +21,12 @@ def test_a_header_is_144_little_endian_bytes() -> None:
     assert first[8:16] == bytes([1, 0, 144, 0, 0, 0, 0, 0])
     assert first[16:24] == first[24:32] == (100).to_bytes(8, "little")
     assert first[32:64] == bytes(range(32)) and first[64:96] == KEYS[0].tobytes() and first[96:112] == DIGESTS[0].tobytes()
+
+
+def test_the_start_of_one_header_is_that_of_many() -> None:
+    for row, header in enumerate(HEADERS):
+        start = FORM.start_of_header(KEYS[row].tobytes(), 100, DIGESTS[row].tobytes(), row)
+        assert len(start) == CHECKED_BYTES == 128 and header.tobytes()[:CHECKED_BYTES] == start
 
 
 def test_a_header_is_known_by_its_own_key_only() -> None:
