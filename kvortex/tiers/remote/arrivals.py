@@ -1,0 +1,66 @@
+"""Records of one batch while they arrive: where each goes, and what became of it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvortex.keys import KeyArray
+from kvortex.tiers.base import Digests, Fetched, Int64s, Outcome
+from kvortex.tiers.record import HEADER, HEADER_BYTES, RecordFormat, check_payloads
+from kvortex.tiers.remote.wire import view_of
+
+_PAYLOAD_BYTES = HEADER.fields["payload_bytes"][1]  # type: ignore[index]
+PENDING = 255  # no outcome yet
+
+
+class Arrivals:
+    """Headers, outcomes and slots of n records. Threads that share one use different records."""
+
+    def __init__(self, record_format: RecordFormat, keys: KeyArray, addresses: Int64s, room: Int64s) -> None:
+        count = len(keys)
+        self.format, self.keys = record_format, keys
+        self.addresses, self.room = np.ascontiguousarray(addresses, np.int64), np.ascontiguousarray(room, np.int64)
+        self.outcomes = np.full(count, PENDING, np.uint8)
+        self.headers = np.zeros(count, HEADER)
+        self._bytes = view_of(self.headers.ctypes.data, count * HEADER_BYTES)
+
+    def header(self, at: int) -> memoryview:
+        """Where the header of one record is to go."""
+        return self._bytes[at * HEADER_BYTES : (at + 1) * HEADER_BYTES]
+
+    def payload_bytes(self, at: int) -> int:
+        """What the header says, which nobody has checked yet; -1 where that does not fit into the slot."""
+        start = at * HEADER_BYTES + _PAYLOAD_BYTES
+        said = int.from_bytes(self._bytes[start : start + 8], "little")
+        return said if said <= min(int(self.room[at]), self.format.most_bytes) else -1
+
+    def slot(self, at: int, start: int, nbytes: int) -> memoryview:
+        """A part of the slot of one record."""
+        return view_of(int(self.addresses[at]) + start, nbytes)
+
+    def check(self, at: int, is_whole: bool) -> None:
+        """Says what became of a record whose header has come, and of whose payload ``is_whole`` says whether it had the
+        length that the header states."""
+        outcome = int(self.format.check_headers(self.headers[at : at + 1], self.keys[at : at + 1])[0])
+        if outcome == Outcome.OK and self.payload_bytes(at) < 0:
+            outcome = Outcome.MISS  # ours, and larger than the slot
+        elif outcome == Outcome.OK and not (is_whole and self._payload_checks(at)):
+            outcome = Outcome.CORRUPT
+        self.outcomes[at] = outcome
+
+    def _payload_checks(self, at: int) -> bool:
+        one = slice(at, at + 1)
+        sizes = self.headers["payload_bytes"][one].astype(np.int64)
+        return bool(check_payloads(self.addresses[one], sizes, self.headers["digest"][one])[0])
+
+    def settle(self, outcome: Outcome) -> None:
+        """Gives this outcome to all that have none."""
+        self.outcomes[self.outcomes == PENDING] = outcome
+
+    def fetched(self) -> Fetched:
+        """What a tier hands out."""
+        self.settle(Outcome.FAILED)
+        ok = self.outcomes == Outcome.OK
+        sizes = np.where(ok, self.headers["payload_bytes"], 0).astype(np.int64)
+        digests: Digests = np.where(ok[:, None], self.headers["digest"], 0).astype(np.uint8)
+        return Fetched(self.outcomes, sizes, digests)
