@@ -27,6 +27,7 @@ def s3_endpoint() -> Iterator[str]:
     """moto's S3."""
     try:
         with servers.moto_server() as (endpoint, _):
+            servers.wake_obstore()
             yield endpoint
     except servers.Absent as error:
         pytest.skip(str(error))

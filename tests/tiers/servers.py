@@ -183,6 +183,15 @@ def moto_server() -> Iterator[tuple[str, Server]]:
         server.stop()
 
 
+def wake_obstore() -> None:
+    """Its threads and files live as long as the process, from the first request on."""
+    from datetime import timedelta
+
+    import obstore
+
+    obstore.sign(_bucket_root("http://127.0.0.1:1"), "GET", "x", timedelta(seconds=1))
+
+
 def weed_program() -> str:
     """SeaweedFS, a real object store that checks signatures."""
     beside = Path(sys.executable).parent / "weed"
