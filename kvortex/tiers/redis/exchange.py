@@ -240,7 +240,7 @@ class Getting(Exchange):
         wire.into(self._arrivals.header(at)[: min(length, HEADER_BYTES)], call)
         tail, whole = length - HEADER_BYTES, self._arrivals.payload_bytes(at)
         if 0 <= tail <= whole:
-            wire.into(self._arrivals.slot(at, whole - tail, tail), call)
+            self._arrivals.take(wire, at, whole - tail, tail, call)
         else:
             wire.skip(max(0, tail), call)
             tail = -2
@@ -253,7 +253,7 @@ class Getting(Exchange):
         if length == -1:
             return -1
         if tail >= 0 and length + tail == self._arrivals.payload_bytes(at):
-            wire.into(self._arrivals.slot(at, 0, length), call)
+            self._arrivals.take(wire, at, 0, length, call)
         else:
             wire.skip(length, call)
         end_bulk(wire, call)

@@ -38,7 +38,7 @@ class RedisOptions:
     ttl_s: int | None = None
     renew_ttl: bool = False
     connections: int = 4
-    in_flight_bytes: int = 32 << 20
+    in_flight_bytes: int = 8 << 20
     connect_timeout_s: float = 2.0
 
     def __post_init__(self) -> None:

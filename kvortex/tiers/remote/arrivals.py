@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
+from kvortex.digests.host import add_lengths, numbers, sum_part
 from kvortex.keys import KeyArray
-from kvortex.tiers.base import Digests, Fetched, Int64s, Outcome
-from kvortex.tiers.record import HEADER, HEADER_BYTES, RecordFormat, check_payloads
-from kvortex.tiers.remote.wire import view_of
+from kvortex.tiers.base import Call, Digests, Fetched, Int64s, Outcome
+from kvortex.tiers.record import HEADER, HEADER_BYTES, RecordFormat
+from kvortex.tiers.remote.wire import Wire, view_of
 
 _PAYLOAD_BYTES = HEADER.fields["payload_bytes"][1]  # type: ignore[index]
+_PIECE = 1 << 19  # bytes that are added to a digest while they are still in the cache
+_MASK = (1 << 64) - 1
 PENDING = 255  # no outcome yet
 
 
@@ -22,10 +25,13 @@ class Arrivals:
         self.addresses, self.room = np.ascontiguousarray(addresses, np.int64), np.ascontiguousarray(room, np.int64)
         self.outcomes = np.full(count, PENDING, np.uint8)
         self.headers = np.zeros(count, HEADER)
+        self._sums = [(0, 0)] * count
+        self._numbers = numbers(record_format.most_bytes)
         self._bytes = view_of(self.headers.ctypes.data, count * HEADER_BYTES)
 
     def header(self, at: int) -> memoryview:
-        """Where the header of one record is to go."""
+        """Where the header of one record is to go, and what came before of it is forgotten."""
+        self._sums[at] = (0, 0)
         return self._bytes[at * HEADER_BYTES : (at + 1) * HEADER_BYTES]
 
     def payload_bytes(self, at: int) -> int:
@@ -34,9 +40,15 @@ class Arrivals:
         said = int.from_bytes(self._bytes[start : start + 8], "little")
         return said if said <= min(int(self.room[at]), self.format.most_bytes) else -1
 
-    def slot(self, at: int, start: int, nbytes: int) -> memoryview:
-        """A part of the slot of one record."""
-        return view_of(int(self.addresses[at]) + start, nbytes)
+    def take(self, wire: Wire, at: int, start: int, nbytes: int, call: Call) -> None:
+        """Reads a part of one payload to its place. Its digest grows with it: the bytes are read again while they are near."""
+        address, (first, second) = int(self.addresses[at]), self._sums[at]
+        for place in range(start, start + nbytes, _PIECE):
+            count = min(_PIECE, start + nbytes - place)
+            wire.into(view_of(address + place, count), call)
+            more = sum_part(address + place, count, place, *self._numbers)
+            first, second = (first + int(more[0])) & _MASK, (second + int(more[1])) & _MASK
+        self._sums[at] = first, second
 
     def check(self, at: int, is_whole: bool) -> None:
         """Says what became of a record whose header has come, and of whose payload ``is_whole`` says whether it had the
@@ -50,8 +62,8 @@ class Arrivals:
 
     def _payload_checks(self, at: int) -> bool:
         one = slice(at, at + 1)
-        sizes = self.headers["payload_bytes"][one].astype(np.int64)
-        return bool(check_payloads(self.addresses[one], sizes, self.headers["digest"][one])[0])
+        found = add_lengths(np.array([self._sums[at]], np.uint64), self.headers["payload_bytes"][one])
+        return bool((found == self.headers["digest"][one]).all())
 
     def settle(self, outcome: Outcome) -> None:
         """Gives this outcome to all that have none."""

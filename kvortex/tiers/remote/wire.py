@@ -12,6 +12,7 @@ import ctypes
 import select
 import socket
 import ssl
+import struct
 from collections.abc import Callable, Sequence
 
 from kvortex.tiers.base import Call, Outcome
@@ -70,6 +71,8 @@ class Wire:
         self._is_tls = isinstance(sock, ssl.SSLSocket)
         self._buffer = memoryview(bytearray(_READ_AHEAD))
         self._start = self._end = 0
+        self._patience = 0.0  # seconds that a step waits at most, as the socket was told
+        self._is_blocking = False
         self.owed = self.served = 0
 
     def is_idle(self) -> bool:
@@ -136,7 +139,7 @@ class Wire:
         view[:done] = self._buffer[self._start : self._start + done]
         self._start += done
         while done < len(view):
-            done += self._receive(view[done:], call)
+            done += self._receive(view[done:], call, 0 if self._is_tls else socket.MSG_WAITALL)
 
     def skip(self, count: int, call: Call) -> None:
         """Reads ``count`` bytes and forgets them."""
@@ -146,8 +149,8 @@ class Wire:
             self.into(scratch[:here], call)
             count -= here
 
-    def _receive(self, view: memoryview, call: Call) -> int:
-        count = self._step(lambda: self._sock.recv_into(view), call)
+    def _receive(self, view: memoryview, call: Call, flags: int = 0) -> int:
+        count = self._step(lambda: self._sock.recv_into(view, len(view), flags), call)
         if not count:
             raise Broken("the other side hung up")
         return count
@@ -158,13 +161,35 @@ class Wire:
             left = call.left()
             if not left:
                 raise Late("the deadline passed")
-            self._sock.settimeout(min(left, _PATIENCE))
+            self._wait_at_most(min(left, _PATIENCE))
             try:
                 return step()
-            except (TimeoutError, ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
-                if getattr(error, "errno", None) not in (None, ssl.SSL_ERROR_WANT_READ, ssl.SSL_ERROR_WANT_WRITE):
-                    raise Broken(f"the connection failed: {error}") from None  # ETIMEDOUT, from the network
+            except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                pass
+            except TimeoutError as error:
+                if error.errno is not None:  # of the network, not of this step
+                    raise Broken(f"the connection failed: {error}") from None
             except (OSError, ValueError) as error:
                 raise Broken(f"the connection failed: {error}") from None
             if call.cancelled():
                 raise Stopped("the call was cancelled")
+
+    def _wait_at_most(self, seconds: float) -> None:
+        """Python's own time-out costs two more system calls a step, and keeps the kernel from filling a whole buffer in one;
+        so a plain socket blocks, and the kernel ends the wait."""
+        if seconds == self._patience:
+            return
+        self._patience = seconds
+        if self._is_tls:
+            self._sock.settimeout(seconds)
+            return
+        micros = max(1, int(seconds * 1e6))
+        spec = struct.pack("@ll", micros // 1_000_000, micros % 1_000_000)
+        try:
+            if not self._is_blocking:
+                self._sock.settimeout(None)
+                self._is_blocking = True
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, spec)
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, spec)
+        except OSError as error:
+            raise Broken(f"the connection failed: {error}") from None

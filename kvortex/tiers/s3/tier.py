@@ -196,7 +196,7 @@ class S3Tier(Tier):
         payload = length - HEADER_BYTES
         is_whole = payload >= 0 and payload == arrivals.payload_bytes(at)
         if is_whole:
-            wire.into(arrivals.slot(at, 0, payload), call)
+            arrivals.take(wire, at, 0, payload, call)
         elif payload <= _SKIPPED:
             wire.skip(max(0, payload), call)
         if is_whole or payload <= _SKIPPED:
