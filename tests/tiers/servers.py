@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import json
 import os
@@ -258,3 +259,47 @@ def _bucket_root(endpoint: str):  # type: ignore[no-untyped-def]
         "x", endpoint=endpoint, access_key_id=S3_KEY, secret_access_key=S3_SECRET, region="us-east-1",
         virtual_hosted_style_request=True, client_options={"allow_http": True},
     )  # fmt: skip
+
+
+_MOONCAKE_NODE = """
+import sys, time
+from mooncake.store import MooncakeDistributedStore
+store = MooncakeDistributedStore()
+assert store.setup("127.0.0.1", "P2PHANDSHAKE", 256 << 20, 16 << 20, "tcp", "", sys.argv[1]) == 0
+print("up", flush=True)
+time.sleep(3600)
+"""
+
+
+@contextlib.contextmanager
+def mooncake() -> Iterator[tuple[str, Server, Server]]:
+    """A master, and a machine with 256 MiB for the store; the master's address, and both processes."""
+    program = Path(sys.executable).parent / "mooncake_master"
+    try:
+        importlib.import_module("mooncake.store")
+    except ImportError as error:
+        raise Absent(f"no Mooncake ({error}): pip install mooncake-transfer-engine-non-cuda, libibverbs1, libnuma1") from None
+    port = free_port()
+    address = f"127.0.0.1:{port}"
+    command = [
+        str(program), "--rpc_address=127.0.0.1", f"--rpc_port={port}", f"--metrics_port={free_port()}",
+        "--default_kv_lease_ttl=100", "--enable_http_metadata_server=false",
+    ]  # fmt: skip
+    master = Server(command, lambda: _is_listening(port))
+    master.start()
+    with tempfile.TemporaryDirectory() as folder:
+        up = Path(folder, "up")
+        script = _MOONCAKE_NODE.replace('print("up", flush=True)', f"open({str(up)!r}, 'w').close()")
+        node = Server([sys.executable, "-c", script, address], up.exists)
+        try:
+            node.start()
+            yield address, master, node
+        finally:
+            node.stop()
+            master.stop()
+
+
+def _is_listening(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        return True
+    return False

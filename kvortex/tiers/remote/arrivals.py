@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Sequence
+
 import numpy as np
 
 from kvortex.digests.host import add_lengths, numbers, sum_part
@@ -50,6 +53,18 @@ class Arrivals:
             first, second = (first + int(more[0])) & _MASK, (second + int(more[1])) & _MASK
         self._sums[at] = first, second
 
+    def bring(self, at: int, address: int, nbytes: int) -> None:
+        """A whole record that lies elsewhere in memory: copied, and checked where it lies then."""
+        ctypes.memmove(self.headers.ctypes.data + at * HEADER_BYTES, address, min(nbytes, HEADER_BYTES))
+        self._sums[at] = (0, 0)
+        payload = nbytes - HEADER_BYTES
+        is_whole = payload >= 0 and payload == self.payload_bytes(at)
+        if is_whole:
+            ctypes.memmove(int(self.addresses[at]), address + HEADER_BYTES, payload)
+            first, second = sum_part(int(self.addresses[at]), payload, 0, *self._numbers)
+            self._sums[at] = int(first) & _MASK, int(second) & _MASK
+        self.check(at, is_whole)
+
     def check(self, at: int, is_whole: bool) -> None:
         """Says what became of a record whose header has come, and of whose payload ``is_whole`` says whether it had the
         length that the header states."""
@@ -65,9 +80,10 @@ class Arrivals:
         found = add_lengths(np.array([self._sums[at]], np.uint64), self.headers["payload_bytes"][one])
         return bool((found == self.headers["digest"][one]).all())
 
-    def settle(self, outcome: Outcome) -> None:
-        """Gives this outcome to all that have none."""
-        self.outcomes[self.outcomes == PENDING] = outcome
+    def settle(self, outcome: Outcome, some: Sequence[int] | slice = slice(None)) -> None:
+        """Gives this outcome to all of ``some`` that have none."""
+        outcomes = self.outcomes[some]
+        self.outcomes[some] = np.where(outcomes == PENDING, outcome, outcomes)
 
     def fetched(self) -> Fetched:
         """What a tier hands out."""
