@@ -60,7 +60,7 @@ class MemoryStore:
 
     def _serve(self, sock: socket.socket) -> None:
         rest = b""
-        with sock, contextlib.suppress(OSError, ValueError, IndexError):
+        with sock, contextlib.suppress(OSError, ValueError, LookupError):
             while True:
                 while b"\r\n\r\n" not in rest:
                     more = sock.recv(_HEAD_BYTES)
