@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import ssl
 import sys
 import threading
 
@@ -15,9 +16,10 @@ _HEAD_BYTES = 1 << 14
 
 
 class MemoryStore:
-    """``objects`` maps paths to bytes."""
+    """``objects`` maps paths to bytes. ``context`` is for TLS."""
 
-    def __init__(self, port: int = 0) -> None:
+    def __init__(self, port: int = 0, context: ssl.SSLContext | None = None) -> None:
+        self._context = context
         self.objects: dict[str, bytes | bytearray] = {}
         self._listener = socket.create_server(("127.0.0.1", port), backlog=128)
         self.port = int(self._listener.getsockname()[1])
@@ -60,7 +62,11 @@ class MemoryStore:
 
     def _serve(self, sock: socket.socket) -> None:
         rest = b""
-        with sock, contextlib.suppress(OSError, ValueError, LookupError):
+        self._connections.discard(plain := sock)
+        with contextlib.suppress(OSError):
+            sock = self._context.wrap_socket(sock, server_side=True) if self._context is not None else sock
+        self._connections.add(sock)
+        with plain, sock, contextlib.suppress(OSError, ValueError, LookupError):
             while True:
                 while b"\r\n\r\n" not in rest:
                     more = sock.recv(_HEAD_BYTES)
@@ -109,8 +115,8 @@ class MemoryStore:
         if not with_body:
             sock.sendall(head % len(body))
             return
-        sent = sock.sendmsg([head % len(body), body]) - len(head % len(body))
-        sock.sendall(memoryview(body)[max(0, sent) :])
+        sock.sendall(head % len(body))
+        sock.sendall(body)
 
 
 if __name__ == "__main__":

@@ -27,10 +27,15 @@ def s3_endpoint() -> Iterator[str]:
     """moto's S3."""
     try:
         with servers.moto_server() as (endpoint, _):
-            servers.wake_obstore()
             yield endpoint
     except servers.Absent as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def obstore_is_awake() -> None:
+    """Its own threads and files live as long as the process, from its first request on: they are no leak."""
+    servers.wake_obstore()
 
 
 @pytest.fixture
