@@ -30,7 +30,7 @@ from kvortex.errors import ConfigError, cut, shown, told
 from kvortex.keys import KeyArray
 from kvortex.tiers.base import Call, Digests, Fetched, Int64s, Outcome, Outcomes, Tier
 from kvortex.tiers.record import HEADER_BYTES, RecordFormat
-from kvortex.tiers.remote.arrivals import PENDING, Arrivals
+from kvortex.tiers.remote.arrivals import PENDING, Arrivals, load_compiled
 from kvortex.tiers.remote.probing import probe_record
 from kvortex.tiers.remote.wire import Broken, Late, Stopped
 
@@ -118,6 +118,7 @@ class MooncakeTier(Tier):
         self._process = os.getpid()
         self._closed = False
         self.trouble = ""  # what was wrong last, in words; for whoever asks
+        load_compiled()
 
     def contains(self, keys: KeyArray, call: Call) -> npt.NDArray[np.bool_]:
         names = self._names(keys)
@@ -319,6 +320,7 @@ def _import_mooncake() -> Any:
         return importlib.import_module("mooncake.store").MooncakeDistributedStore
     except ImportError as error:
         if getattr(error, "name", None) in ("mooncake", "mooncake.store"):
-            raise ConfigError("a Mooncake tier needs its client: pip install 'kvortex[mooncake]'") from None
+            cure = "pip install -e '.[mooncake]' in kvortex's checkout"
+            raise ConfigError(f"a Mooncake tier needs its client, of the extra mooncake: {cure}") from None
         needs = "it needs the system's libibverbs1 and libnuma1"
         raise ConfigError(f"Mooncake's client does not load ({told(error)}): {needs}") from None

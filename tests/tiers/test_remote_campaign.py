@@ -8,7 +8,7 @@ import pytest
 from kvortex.tiers.base import Outcome
 from kvortex.tiers.record import RecordFormat
 from kvortex.tiers.remote import arrivals
-from perf import faults_remote
+from perf import faults_remote, tiers_remote
 from tests.tiers import servers
 
 
@@ -39,3 +39,8 @@ def test_a_tier_that_checks_no_headers_is_found_out(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(RecordFormat, "check_headers", lambda self, headers, keys: np.full(len(keys), Outcome.OK, np.uint8))
     monkeypatch.setattr(arrivals.Arrivals, "_payload_checks", lambda self, at: True)
     assert run(3, 200, "redis")["wrong_bytes"] > 0
+
+
+def test_the_measurement_against_bare_clients_runs() -> None:
+    found = tiers_remote.rows(quick=True)
+    assert {row["tier"] for row in found} >= {"s3"} and all(row["wrong_bytes"] == 0 < row["gb_per_s"] for row in found)

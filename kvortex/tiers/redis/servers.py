@@ -183,7 +183,8 @@ def _import_redis() -> Any:
             importlib.import_module(f"redis.{part}")
         return importlib.import_module("redis")
     except ImportError:
-        raise ConfigError("a Redis tier needs redis-py: pip install 'kvortex[redis]'") from None
+        cure = 'pip install -e ".[redis]" in the kvortex checkout'
+        raise ConfigError(f"a Redis tier needs redis-py, of the extra redis: {cure}") from None
 
 
 def _hidden(text: str, url: str) -> str:

@@ -16,7 +16,7 @@ from kvortex.tiers.redis.exchange import Exchange, Existing, Getting, Putting, R
 from kvortex.tiers.redis.layout import names
 from kvortex.tiers.redis.options import RedisOptions
 from kvortex.tiers.redis.servers import Endpoint, Servers, parse_address
-from kvortex.tiers.remote.arrivals import PENDING, Arrivals
+from kvortex.tiers.remote.arrivals import PENDING, Arrivals, load_compiled
 from kvortex.tiers.remote.crew import Crew
 from kvortex.tiers.remote.probing import probe_record
 from kvortex.tiers.remote.wire import Broken
@@ -54,6 +54,7 @@ class RedisTier(Tier):
         self._largest: dict[Endpoint, int] = {}
         self._closed = False
         self.trouble = ""  # what was wrong last, in words; for whoever asks
+        load_compiled()
 
     def contains(self, keys: KeyArray, call: Call) -> npt.NDArray[np.bool_]:
         found = Existing(self._names(keys))

@@ -112,4 +112,4 @@ def _import_obstore() -> tuple[Any, Any]:
     try:
         return importlib.import_module("obstore"), importlib.import_module("obstore.store").S3Store
     except ImportError:
-        raise ConfigError("an S3 tier needs obstore: pip install 'kvortex[s3]'") from None
+        raise ConfigError("an S3 tier needs obstore, of the extra s3: pip install -e '.[s3]' in kvortex's checkout") from None

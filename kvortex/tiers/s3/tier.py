@@ -17,7 +17,7 @@ from kvortex.errors import ConfigError, cut
 from kvortex.keys import KeyArray
 from kvortex.tiers.base import Call, Digests, Fetched, Int64s, Outcome, Outcomes, Tier
 from kvortex.tiers.record import HEADER_BYTES, RecordFormat
-from kvortex.tiers.remote.arrivals import PENDING, Arrivals
+from kvortex.tiers.remote.arrivals import PENDING, Arrivals, load_compiled
 from kvortex.tiers.remote.crew import Crew
 from kvortex.tiers.remote.pool import Pool
 from kvortex.tiers.remote.probing import probe_record
@@ -69,6 +69,7 @@ class S3Tier(Tier):
         self._pool: Pool[http.Endpoint] = Pool(self._connect, options.connections)
         self._crew = Crew(self.name, options.connections)
         self.trouble = ""  # what was wrong last, in words; for whoever asks
+        load_compiled()
 
     def contains(self, keys: KeyArray, call: Call) -> npt.NDArray[np.bool_]:
         outcomes = np.full(len(keys), PENDING, np.uint8)
