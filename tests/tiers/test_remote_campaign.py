@@ -31,13 +31,13 @@ def test_faults_cost_records_and_nothing_else(tier: str) -> None:
 
 @pytest.mark.parametrize("tier", ["redis", "s3"])
 def test_a_tier_that_checks_no_payloads_is_found_out(tier: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arrivals.Arrivals, "_payload_checks", lambda self, at: True)
+    monkeypatch.setattr(arrivals.Arrivals, "_payload_checks", lambda self, at: np.ones(len(at), bool))
     assert run(3, 200, tier)["wrong_bytes"] > 0
 
 
 def test_a_tier_that_checks_no_headers_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RecordFormat, "check_headers", lambda self, headers, keys: np.full(len(keys), Outcome.OK, np.uint8))
-    monkeypatch.setattr(arrivals.Arrivals, "_payload_checks", lambda self, at: True)
+    monkeypatch.setattr(arrivals.Arrivals, "_payload_checks", lambda self, at: np.ones(len(at), bool))
     assert run(3, 200, "redis")["wrong_bytes"] > 0
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from kvortex.tiers.base import Call, Outcome
 from kvortex.tiers.redis import RedisOptions, RedisTier
+from kvortex.tiers.remote import arrivals
 from kvortex.tiers.remote.crew import Crew
 from kvortex.tiers.remote.pool import Pool
 from kvortex.tiers.remote.wire import Broken, Late, Wire
@@ -64,6 +65,13 @@ def test_what_nobody_asked_for_makes_a_connection_unfit(pair: tuple[Wire, socket
     assert wire.is_idle()
     far.sendall(b"x")
     assert not wire.is_idle()
+
+
+def test_what_is_compiled_is_there_before_the_first_call() -> None:
+    """It would take seconds of a call's time."""
+    arrivals.load_compiled.cache_clear()
+    RedisTier(RedisOptions(), FORMAT).close()
+    assert arrivals.load_compiled.cache_info().currsize == 1
 
 
 def test_steps_end_with_the_deadline(pair: tuple[Wire, socket.socket]) -> None:

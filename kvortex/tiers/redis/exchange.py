@@ -66,18 +66,24 @@ class Exchange:
         """Sends and receives for keys of one server, the answers in the order of the requests."""
         waiting: deque[int] = deque()
         in_flight = 0
-        for at in some:
-            cost = self.cost(at)
-            while waiting and (in_flight + cost > self._in_flight_bytes or len(waiting) >= _IN_FLIGHT):
-                in_flight -= self._finish(wire, waiting, endpoint, call)
-            if call.cancelled():
-                break
-            self._send(wire, at, call)
-            waiting.append(at)
-            in_flight += cost
-        while waiting:
-            self._finish(wire, waiting, endpoint, call)
+        try:
+            for at in some:
+                cost = self.cost(at)
+                while waiting and (in_flight + cost > self._in_flight_bytes or len(waiting) >= _IN_FLIGHT):
+                    in_flight -= self._finish(wire, waiting, endpoint, call)
+                if call.cancelled():
+                    break
+                self._send(wire, at, call)
+                waiting.append(at)
+                in_flight += cost
+            while waiting:
+                self._finish(wire, waiting, endpoint, call)
+        finally:
+            self.conclude(some)
         self.settle(Outcome.CANCELLED, some)
+
+    def conclude(self, some: Sequence[int]) -> None:
+        """Judges what has come, whatever came of the rest."""
 
     def _send(self, wire: Wire, at: int, call: Call) -> None:
         parts: Command = []
@@ -229,8 +235,11 @@ class Getting(Exchange):
             raise trouble
         if tail == -1 or (body == -1 and tail >= 0):
             return Outcome.MISS
-        self._arrivals.check(at, tail >= 0 and body + tail == self._arrivals.payload_bytes(at))
-        return int(self.outcomes[at])
+        self._arrivals.arrived(at, tail >= 0 and body + tail == self._arrivals.payload_bytes(at))
+        return PENDING
+
+    def conclude(self, some: Sequence[int]) -> None:
+        self._arrivals.judge(some)
 
     def _head(self, wire: Wire, at: int, call: Call) -> int:
         """Header and end of the payload; -1 where there is no such string, -2 where it is none of ours or does not fit."""

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from kvortex.digests import host
 from kvortex.digests.host import add_lengths, numbers, sum_part
@@ -16,7 +17,7 @@ from kvortex.tiers.record import HEADER, HEADER_BYTES, RecordFormat
 from kvortex.tiers.remote.wire import Wire, view_of
 
 _PAYLOAD_BYTES = HEADER.fields["payload_bytes"][1]  # type: ignore[index]
-_PIECE = 1 << 19  # bytes that are added to a digest while they are still in the cache
+_PIECE = 2 << 20  # bytes that are added to a digest while they are still in the cache
 _MASK = (1 << 64) - 1
 PENDING = 255  # no outcome yet
 
@@ -37,13 +38,14 @@ class Arrivals:
         self.addresses, self.room = np.ascontiguousarray(addresses, np.int64), np.ascontiguousarray(room, np.int64)
         self.outcomes = np.full(count, PENDING, np.uint8)
         self.headers = np.zeros(count, HEADER)
-        self._sums = [(0, 0)] * count
+        self._sums = np.zeros((count, 2), np.uint64)
+        self._arrived, self._whole = np.zeros(count, np.bool_), np.zeros(count, np.bool_)
         self._numbers = numbers(record_format.most_bytes)
         self._bytes = view_of(self.headers.ctypes.data, count * HEADER_BYTES)
 
     def header(self, at: int) -> memoryview:
         """Where the header of one record is to go, and what came before of it is forgotten."""
-        self._sums[at] = (0, 0)
+        self._sums[at], self._arrived[at] = 0, False
         return self._bytes[at * HEADER_BYTES : (at + 1) * HEADER_BYTES]
 
     def payload_bytes(self, at: int) -> int:
@@ -54,7 +56,7 @@ class Arrivals:
 
     def take(self, wire: Wire, at: int, start: int, nbytes: int, call: Call) -> None:
         """Reads a part of one payload to its place. Its digest grows with it: the bytes are read again while they are near."""
-        address, (first, second) = int(self.addresses[at]), self._sums[at]
+        address, (first, second) = int(self.addresses[at]), map(int, self._sums[at])
         for place in range(start, start + nbytes, _PIECE):
             count = min(_PIECE, start + nbytes - place)
             wire.into(view_of(address + place, count), call)
@@ -65,7 +67,6 @@ class Arrivals:
     def bring(self, at: int, address: int, nbytes: int) -> None:
         """A whole record that lies elsewhere in memory: copied, and checked where it lies then."""
         ctypes.memmove(self.headers.ctypes.data + at * HEADER_BYTES, address, min(nbytes, HEADER_BYTES))
-        self._sums[at] = (0, 0)
         payload = nbytes - HEADER_BYTES
         is_whole = payload >= 0 and payload == self.payload_bytes(at)
         if is_whole:
@@ -74,20 +75,32 @@ class Arrivals:
             self._sums[at] = int(first) & _MASK, int(second) & _MASK
         self.check(at, is_whole)
 
-    def check(self, at: int, is_whole: bool) -> None:
-        """Says what became of a record whose header has come, and of whose payload ``is_whole`` says whether it had the
-        length that the header states."""
-        outcome = int(self.format.check_headers(self.headers[at : at + 1], self.keys[at : at + 1])[0])
-        if outcome == Outcome.OK and self.payload_bytes(at) < 0:
-            outcome = Outcome.MISS  # ours, and larger than the slot
-        elif outcome == Outcome.OK and not (is_whole and self._payload_checks(at)):
-            outcome = Outcome.CORRUPT
-        self.outcomes[at] = outcome
+    def arrived(self, at: int, is_whole: bool) -> None:
+        """The header of a record has come, and its payload if ``is_whole``: it had the length that the header states."""
+        self._arrived[at], self._whole[at] = True, is_whole
 
-    def _payload_checks(self, at: int) -> bool:
-        one = slice(at, at + 1)
-        found = add_lengths(np.array([self._sums[at]], np.uint64), self.headers["payload_bytes"][one])
-        return bool((found == self.headers["digest"][one]).all())
+    def judge(self, some: Sequence[int]) -> None:
+        """Says what became of those of ``some`` that arrived: together, which costs no more than one."""
+        at = np.array([each for each in some if self._arrived[each]], np.int64)
+        if not len(at):
+            return
+        headers = self.headers[at]
+        outcomes = self.format.check_headers(headers, self.keys[at])
+        fits = headers["payload_bytes"] <= self.room[at].astype(np.uint64)
+        right = np.where(self._whole[at] & self._payload_checks(at), Outcome.OK, Outcome.CORRUPT)
+        # Ours, and larger than the slot: a miss.
+        self.outcomes[at] = np.where(outcomes == Outcome.OK, np.where(fits, right, Outcome.MISS), outcomes)
+        self._arrived[at] = False
+
+    def check(self, at: int, is_whole: bool) -> None:
+        """Both for one record."""
+        self.arrived(at, is_whole)
+        self.judge([at])
+
+    def _payload_checks(self, at: Int64s) -> npt.NDArray[np.bool_]:
+        headers = self.headers[at]
+        found = add_lengths(self._sums[at], headers["payload_bytes"])
+        return np.asarray((found == headers["digest"]).all(1))
 
     def settle(self, outcome: Outcome, some: Sequence[int] | slice = slice(None)) -> None:
         """Gives this outcome to all of ``some`` that have none."""
