@@ -72,3 +72,9 @@ def _rows(steps: int) -> Numbers:
     found = (splitmix64(_SEED_R, 2 * steps * (_ROWS_BYTES // ROW_BYTES)) | np.uint64(1)).reshape(-1, 2)
     found.flags.writeable = False
     return found
+
+
+def kernel_numbers(nbytes: int) -> Numbers:
+    """(k,) uint64: ``C``, the halves of each column side by side, then ``R`` for records of up to ``nbytes``. What kernels
+    read (:mod:`kvortex.kernels.digest`)."""
+    return np.concatenate((columns().T.ravel(), rows(nbytes)[: -(-nbytes // ROW_BYTES)].ravel()))
