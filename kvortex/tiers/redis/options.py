@@ -1,0 +1,62 @@
+"""What a user says about a Redis tier."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+from kvortex.errors import ConfigError, shown
+
+_SCHEMES = ("redis", "rediss", "unix")
+_MOST_CONNECTIONS = 256
+_MOST_SECONDS = 10 * 365 * 86400
+
+
+@dataclass(frozen=True, kw_only=True)
+class RedisOptions:
+    """Options of a :class:`RedisTier`.
+
+    Parameters
+    ----------
+    url
+        As redis-py reads it: ``redis://[[user]:password@]host[:port][/db]``, ``rediss://`` for TLS (``?ssl_ca_certs=file``,
+        ``?ssl_cert_reqs=none``), ``unix://[[user]:password@]/path.sock[?db=n]``. Whether a cluster answers there is asked of
+        the server. Never shown: it may hold a password.
+    ttl_s
+        Seconds until the server forgets a record; None to leave that to its eviction.
+    renew_ttl
+        Whether a get starts those seconds anew (``GETEX``, Redis 6.2 and newer).
+    connections
+        Threads, and connections to each server, that share a batch; 1 to 256.
+    in_flight_bytes
+        Payload that one connection asks for or sends before it has read the answers.
+    connect_timeout_s
+        Of a connection, login included; a call's deadline bounds it too.
+    """
+
+    url: str = field(default="redis://127.0.0.1:6379/0", repr=False)
+    ttl_s: int | None = None
+    renew_ttl: bool = False
+    connections: int = 4
+    in_flight_bytes: int = 8 << 20
+    connect_timeout_s: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.url, str) or urlsplit(self.url).scheme not in _SCHEMES:
+            raise ConfigError("url of a Redis tier must begin with redis://, rediss:// or unix://")
+        if self.ttl_s is not None:
+            _check_integer("ttl_s", self.ttl_s, 1, _MOST_SECONDS)
+        if not isinstance(self.renew_ttl, bool):
+            raise ConfigError(f"renew_ttl must be true or false, not {shown(self.renew_ttl)}")
+        if self.renew_ttl and self.ttl_s is None:
+            raise ConfigError("renew_ttl needs ttl_s: there is nothing to renew")
+        _check_integer("connections", self.connections, 1, _MOST_CONNECTIONS)
+        _check_integer("in_flight_bytes", self.in_flight_bytes, 1, 1 << 40)
+        seconds = self.connect_timeout_s
+        if not isinstance(seconds, (int, float)) or not 0 < seconds <= 3600:
+            raise ConfigError(f"connect_timeout_s must be above 0 and at most 3600 seconds, not {shown(seconds)}")
+
+
+def _check_integer(name: str, value: object, least: int, most: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise ConfigError(f"{name} must be an integer from {least} to {most}, not {shown(value)}")

@@ -1,0 +1,88 @@
+"""Threads that share the work of one call with the thread that makes it."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+
+from kvortex.tiers.base import Call
+
+Job = Callable[[Call], None]
+
+
+class Crew:
+    """Runs jobs on the caller's thread and up to ``threads - 1`` others.
+
+    The caller works too, so a call gets on however busy the others are with those of other callers, and it comes back only
+    when nobody touches its buffers any more.
+    """
+
+    def __init__(self, name: str, threads: int) -> None:
+        self._name, self._threads = name, threads
+        self._executor: ThreadPoolExecutor | None = None
+        self._process = 0
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def run(self, jobs: Sequence[Job], call: Call) -> None:
+        """Each job once, unless an earlier one raised. A job is to notice deadline and cancellation by itself."""
+        todo = deque(jobs)
+        stopped = threading.Event()
+        terms = Call(call.deadline, lambda: stopped.is_set() or call.cancelled())
+
+        def work() -> None:
+            while not stopped.is_set():
+                try:
+                    job = todo.popleft()
+                except IndexError:
+                    return
+                job(terms)
+
+        helpers: list[Future[None]] = []
+        try:
+            for _ in range(min(len(jobs), self._threads) - 1):
+                helper = self._submit(work)
+                if helper is not None:
+                    helpers.append(helper)
+            work()
+        except BaseException:
+            stopped.set()
+            raise
+        finally:
+            _join([helper for helper in helpers if not helper.cancel()], stopped)
+        for helper in helpers:
+            if not helper.cancelled():
+                helper.result()
+
+    def _submit(self, work: Callable[[], None]) -> Future[None] | None:
+        with self._lock:
+            if self._closed:
+                return None
+            if self._executor is None or self._process != os.getpid():  # threads do not survive a fork
+                self._executor, self._process = ThreadPoolExecutor(self._threads, f"kvortex-{self._name}"), os.getpid()
+            return self._executor.submit(work)
+
+    def close(self) -> None:
+        """Ends the threads when they have done what they do. Twice does no harm."""
+        with self._lock:
+            self._closed = True
+            executor, self._executor = self._executor, None
+        if executor is not None and self._process == os.getpid():
+            executor.shutdown(wait=True)
+
+
+def _join(helpers: list[Future[None]], stopped: threading.Event) -> None:
+    """Waits for threads that have begun, through signals too: they write into the caller's memory."""
+    interrupt: BaseException | None = None
+    while True:
+        try:
+            wait(helpers)
+            break
+        except BaseException as error:  # KeyboardInterrupt: from now on they hurry
+            interrupt = error
+            stopped.set()
+    if interrupt is not None:
+        raise interrupt
