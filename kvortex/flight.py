@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from kvortex.errors import TransferError, shown
 from kvortex.index import BlockIndex
+from kvortex.keys import KeyArray
 from kvortex.stats import Counters
 from kvortex.transfer.executor import Direction, poll
+from kvortex.transfer.plan import Int64s
 from kvortex.transfer.transfer import Call, Transfer
 
 
 class Flight:
     """The transfers of one engine that have not been settled. Thread-safe.
 
+    Parameters
+    ----------
+    index, counters
+    saved
+        Told of blocks that have just become visible, by keys and sizes.
+    numbers
+        Of transfers; shared with others who reserve slots.
+
+    Notes
+    -----
     Nothing here runs by itself: a transfer is settled by the first call that finds it ended, be it its ticket's or the
     engine's next. Until then nobody could have noticed.
 
@@ -24,9 +37,15 @@ class Flight:
     Settling is a row of steps that each may be done again: the index gives slots back once however often it is asked.
     """
 
-    def __init__(self, index: BlockIndex, counters: Counters) -> None:
-        self._index, self._counters = index, counters
-        self._numbers = itertools.count(1)
+    def __init__(
+        self,
+        index: BlockIndex,
+        counters: Counters,
+        saved: Callable[[KeyArray, Int64s], None] | None = None,
+        numbers: Iterator[int] | None = None,
+    ) -> None:
+        self._index, self._counters, self._saved = index, counters, saved
+        self._numbers = itertools.count(1) if numbers is None else numbers
         self._transfers: dict[int, Transfer] = {}  # single operations of a dict are atomic
 
     def open(self, direction: Direction, count: int, call: Call) -> Transfer:
@@ -46,8 +65,11 @@ class Flight:
         if not self._end(transfer) or not all(self._end(save) for save, _ in transfer.after):
             return False
         for save, at in transfer.after:
-            if save.error is not None:
+            if save.direction is Direction.LOAD:  # the second part of this load
+                transfer.mask[at] = save.mask
+            elif save.error is not None:
                 transfer.mask[at] = False
+            if save.error is not None:
                 transfer.error = transfer.error or save.error
         self._transfers.pop(transfer.number, None)  # first: once settled, nobody looks here again
         transfer.settled = True
@@ -81,6 +103,9 @@ class Flight:
         else:
             mine = self._index.commit(held, once=transfer.once)
         transfer.ended = True
+        if mine and error is None and transfer.saved is not None and self._saved is not None:
+            keys, sizes = transfer.saved
+            self._saved(keys[transfer.slots >= 0], sizes[transfer.slots >= 0])
         if mine and error is not None:
             self._counters.fail(len(held))
         elif mine and completion is not None:

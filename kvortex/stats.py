@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 
+from kvortex.tiers.metrics import TierStats
 from kvortex.transfer.executor import Direction
 
 
@@ -59,6 +60,8 @@ class EngineStats:
         :meth:`kvortex.KVortexEngine.wait_ready`).
     routes
         The same blocks, bytes and seconds by direction and route; only those that were used.
+    tiers
+        Of each tier below RAM, the fastest first: :class:`kvortex.tiers.TierStats`.
     """
 
     checked_blocks: int
@@ -78,6 +81,7 @@ class EngineStats:
     capacity_blocks: int
     routes: tuple[RouteStats, ...] = ()
     declined_blocks: int = 0
+    tiers: tuple[TierStats, ...] = ()
 
     @property
     def cache_hit_rate(self) -> float:
@@ -132,8 +136,16 @@ class Counters:
         with self._lock:
             self.failed += blocks
 
-    def snapshot(self, evictions: int, resident: int, reserved: int, pinned: int, capacity: int) -> EngineStats:
-        """The totals, with the index's numbers."""
+    def snapshot(
+        self,
+        evictions: int,
+        resident: int,
+        reserved: int,
+        pinned: int,
+        capacity: int,
+        tiers: tuple[TierStats, ...] = (),
+    ) -> EngineStats:
+        """The totals, with the numbers of the index and of tiers."""
         with self._lock:
             routes = tuple(self._routes.values())
             checked, hit, missed, failed = self.checked, self.hit, self.missed, self.failed
@@ -158,4 +170,5 @@ class Counters:
             capacity_blocks=capacity,
             routes=routes,
             declined_blocks=declined,
+            tiers=tiers,
         )

@@ -79,10 +79,13 @@ class Tier(ABC):
         Of the kind, for metrics and messages: ``"disk"``, ``"redis"``, ``"s3"``.
     capacity_bytes : int or None
         None where somebody else bounds it.
+    local : bool
+        Whether :meth:`contains` is a look into this process's memory, which is asked on a caller's thread.
     """
 
     name: str
     capacity_bytes: int | None = None
+    local: bool = False
 
     @abstractmethod
     def contains(self, keys: KeyArray, call: Call) -> npt.NDArray[np.bool_]:

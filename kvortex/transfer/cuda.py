@@ -20,7 +20,7 @@ from kvortex.kernels import build
 from kvortex.memory.arena import SLOT_ALIGNMENT
 from kvortex.memory.ids import IdBuffer, IdPool
 from kvortex.memory.staging import StagingRing
-from kvortex.transfer.cuda_completion import CudaCompletion, Events
+from kvortex.transfer.cuda_completion import CudaCompletion, CudaMark, Events
 from kvortex.transfer.executor import Completion, Direction, Executor, poll
 from kvortex.transfer.issue import NO_STREAM
 from kvortex.transfer.lane import ROW_WORDS, Job, Lane
@@ -231,10 +231,11 @@ class CudaExecutor(Executor):
     def prepare_blocks(
         self, direction: Direction, blocks: Int64s, slots: Int64s, stream: Any, layerwise: bool = False
     ) -> Completion:
-        caller = cuda_stream_handle(stream)
+        mark = stream if isinstance(stream, CudaMark) else None
+        caller = NO_STREAM if mark is not None else cuda_stream_handle(stream)
         nbytes = len(blocks) * int(self._layer_offsets[-1])
         in_groups = layerwise and direction is Direction.SAVE
-        busy = in_groups or self._is_busy(caller)  # who saves layer by layer computes meanwhile
+        busy = in_groups or self._is_busy(caller, mark)  # who saves layer by layer computes meanwhile
         table = self._table_of_routes
         route = self.route or choose(table, direction, nbytes, beside_compute=busy, layerwise=layerwise)
         num_layers = len(self._layer_offsets) - 1
@@ -244,11 +245,11 @@ class CudaExecutor(Executor):
             plan = self._layered_plan(route, blocks, slots, busy, sections)
             if in_groups:
                 return self._layer_save(split_groups(plan), route, sections.group_of)
-            return CudaCompletion(self, direction, plan, caller, route, sections.group_of)
+            return CudaCompletion(self, direction, plan, caller, route, sections.group_of, mark)
         plan = self._plan(direction, route, blocks, slots, busy)
         if in_groups:  # the other routes take all layers at once
             return self._layer_save([plan], route, np.zeros(num_layers, np.int64))
-        return CudaCompletion(self, direction, plan, caller, route)
+        return CudaCompletion(self, direction, plan, caller, route, mark=mark)
 
     def _layer_save(self, plans: list[Plan], route: Route, group_of: Int64s) -> LayerSave:
         parts: list[CudaCompletion] = []
@@ -296,17 +297,24 @@ class CudaExecutor(Executor):
         size = self._staging.buffer_bytes
         return plan_staged(blocks, slots, self._pieces, self._pool, size, self._depth, MAX_BLOCKS)
 
-    def _is_busy(self, caller: int) -> bool:
+    def _is_busy(self, caller: int, mark: CudaMark | None) -> bool:
         """Whether a model is computing: as the user says, or mostly when the caller's stream has work on it."""
         if self.beside_compute is not None:
             return self.beside_compute
+        if mark is not None:
+            return mark.busy()
         return self._ask(cu.STREAM_QUERY, caller) == asking.NOT_READY
 
     def prepare_buffers(
         self, direction: Direction, addresses: Int64s, sizes: Int64s, slots: Int64s, stream: Any
     ) -> CudaCompletion:
         plan = plan_direct(addresses, sizes, slots, self._pool, self._count, one_tensor=False)
-        return CudaCompletion(self, direction, plan, cuda_stream_handle(stream), Route.DIRECT)
+        mark = stream if isinstance(stream, CudaMark) else None
+        caller = NO_STREAM if mark is not None else cuda_stream_handle(stream)
+        return CudaCompletion(self, direction, plan, caller, Route.DIRECT, mark=mark)
+
+    def mark(self, stream: Any) -> CudaMark:
+        return CudaMark(self, cuda_stream_handle(stream))
 
     def check_stream(self, stream: Any) -> None:
         status = np.zeros(1, np.int64)

@@ -16,7 +16,7 @@ from kvortex.devices.host import HostEvent, HostStream
 from kvortex.devices.native import memcpy_address
 from kvortex.errors import ArgumentError, TransferError, TransferTimeoutError
 from kvortex.transfer.copies import copy_buffers, copy_paged, load_compiled
-from kvortex.transfer.executor import Completion, Direction, Executor, Part
+from kvortex.transfer.executor import Completion, Direction, Executor, Mark, Part
 from kvortex.transfer.layers import cut_layers, cut_sections, group_count
 from kvortex.transfer.layerwise import LayerSave
 from kvortex.transfer.plan import Int64s, Pool
@@ -27,6 +27,16 @@ _Part: TypeAlias = Callable[[], None]
 
 # Of a group of layers, in one record and in all: below, handing it to a thread outweighs copying it.
 LEAST_COPY_BYTES, LEAST_GROUP_BYTES = 256 << 10, 2 << 20
+
+
+class HostMark(Mark):
+    """An event of a host stream; None where the calling thread was the stream, and has done what it did."""
+
+    def __init__(self, event: HostEvent | None) -> None:
+        self.event = event
+
+    def busy(self) -> bool:
+        return self.event is not None and not self.event.query()
 
 
 class HostCompletion(Part):
@@ -51,7 +61,7 @@ class HostCompletion(Part):
         work: queue.SimpleQueue[_Part | None],
         groups: Sequence[Sequence[_Part]],
         group_of: Sequence[int],
-        stream: HostStream | None,
+        stream: HostStream | HostMark | None,
     ) -> None:
         self._work, self._group_of, self._stream = work, group_of, stream
         self._before: collections.deque[HostEvent] = collections.deque()
@@ -69,7 +79,10 @@ class HostCompletion(Part):
         self.started = True
 
     def follow(self, stream: Any) -> None:
-        if stream is not None:  # else the calling thread is the stream, and has done what it did
+        if isinstance(stream, HostMark):
+            if stream.event is not None:
+                self._before.append(stream.event)
+        elif stream is not None:  # else the calling thread is the stream, and has done what it did
             self._before.append(stream.record())
 
     def _enqueue(self) -> None:
@@ -179,6 +192,9 @@ class HostExecutor(Executor):
         self, direction: Direction, addresses: Int64s, sizes: Int64s, slots: Int64s, stream: Any
     ) -> HostCompletion:
         return HostCompletion(self._work, [self._parts(copy_buffers, (), (addresses, sizes), slots, direction)], (), stream)
+
+    def mark(self, stream: Any) -> HostMark:
+        return HostMark(None if stream is None else stream.record())
 
     def check_stream(self, stream: Any) -> None:
         check_stream(stream)
