@@ -25,6 +25,8 @@ _POLICIES = ("arc", "lfu", "lru", "s3fifo")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 # [0-9] and not \d, which takes the digits of every script.
 _SIZE = re.compile(r"\s*([0-9]{1,99}(?:\.[0-9]{1,99})?)\s*([A-Za-z]*)\s*")
+_MOST_TIERS = 16
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:")
 _NEXT_URL = re.compile(r",\s*(?=[a-z][a-z0-9+.-]*:)")  # options of a URL may have commas of their own
 _DEVICE = re.compile(r"auto|host|cuda(:(0|[1-9][0-9]{0,5}))?")
 _MOST_NAMED = 5  # of names that nobody knows
@@ -87,7 +89,7 @@ class KVortexConfig:
         Deadline in seconds of every wait that names none of its own.
     tiers
         Where blocks rest below RAM, the fastest first: URLs as ``"disk:/var/cache/kv?capacity=100GiB"``, tables of ``url``
-        and its options, or tiers; see :mod:`kvortex.tiers.urls`. In the environment a list of URLs, separated by commas.
+        and its options, or functions that make tiers; see :func:`kvortex.tiers.urls.open_tiers`. In the environment a list of URLs, separated by commas.
     tier_pool_share
         The most of the pool that blocks may hold while they are written to tiers, and again those that are read from
         there, above 0 and up to 0.5; whatever it is, one block for each thread of a tier. While a tier hangs, saves have
@@ -164,7 +166,12 @@ class KVortexConfig:
     def _check_tiers(self) -> None:
         given: Any = self.tiers
         if not isinstance(given, (list, tuple)):
-            raise ConfigError(f"tiers = {shown(given)}: must be a sequence of URLs, tables or tiers")
+            raise ConfigError(f"tiers = {shown(given)}: must be a sequence of URLs, tables or functions")
+        if len(given) > _MOST_TIERS:
+            raise ConfigError(f"tiers = {shown(given)}: {len(given)} of them, {_MOST_TIERS} at most")
+        for at, entry in enumerate(given):
+            if isinstance(entry, str) and not _SCHEME.match(entry):
+                raise ConfigError(f"tiers[{at}] = {shown(entry)}: must be a URL as disk:/folder or redis://host:6379/0")
         object.__setattr__(self, "tiers", tuple(given))  # a list, as TOML has it
         share = self.tier_pool_share
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 0.5:

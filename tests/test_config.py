@@ -41,6 +41,8 @@ GOOD: dict[str, list[Any]] = {
     "key_scheme": ["kvortex", "vllm", "vllm-0.15"],
     "key_seed": ["0", "", "random", None],
     "transfer_timeout_s": [0.001, 1, 3600.0],
+    "tiers": [(), ("disk:/var/cache/kv?capacity=100GiB", {"url": "redis://host:6379/0", "mode": "back"}, print)],
+    "tier_pool_share": [0.01, 0.5],
 }
 BAD: dict[str, list[Any]] = {
     "cpu_pool_size_bytes": [0, -1, 1.5, 1e9, "16 GiB", True, None],
@@ -66,6 +68,8 @@ BAD: dict[str, list[Any]] = {
     "key_scheme": ["", "VLLM", "sha256_cbor", "vllm-0.33", None, 1],
     "key_seed": [0, b"0", True],
     "transfer_timeout_s": [0, 0.0, -1.0, float("inf"), float("nan"), True, "60", None],
+    "tiers": [None, "disk:/var/cache/kv", 3, {"url": "disk:/"}, ["memory:"] * 17],
+    "tier_pool_share": [0, -0.1, 0.51, float("nan"), True, "0.1", None],
 }
 CASES = [(name, value) for name, values in BAD.items() for value in values]
 

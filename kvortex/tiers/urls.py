@@ -50,8 +50,9 @@ def open_tiers(given: Any, form: RecordFormat) -> list[OpenTier]:
     Parameters
     ----------
     given
-        A sequence of URLs; of mappings with ``url`` and its options, as TOML has them; of :class:`Tier`; or of pairs of a tier
-        and :class:`TierOptions`. Whoever hands in a tier hands it over: it is closed with the engine.
+        A sequence of URLs; of mappings with ``url`` and its options, as TOML has them; of functions that make a
+        :class:`Tier` of a :class:`RecordFormat`; or of pairs of such a function and :class:`TierOptions`. The tiers are
+        closed with the engine.
     form
 
     Raises
@@ -60,7 +61,7 @@ def open_tiers(given: Any, form: RecordFormat) -> list[OpenTier]:
         It is none of these, or the tier's module refuses it, or is missing.
     """
     if isinstance(given, str) or not isinstance(given, Sequence):
-        raise ConfigError(f"tiers = {shown(given)}: must be a sequence of URLs, tables or tiers")
+        raise ConfigError(f"tiers = {shown(given)}: must be a sequence of URLs, tables or functions")
     with contextlib.ExitStack() as undo:
         found = []
         for entry in given:
@@ -72,15 +73,15 @@ def open_tiers(given: Any, form: RecordFormat) -> list[OpenTier]:
 
 def open_tier(entry: Any, form: RecordFormat) -> OpenTier:
     """One of them."""
-    if isinstance(entry, Tier):
-        return OpenTier(entry, TierOptions())
-    if isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], Tier) and isinstance(entry[1], TierOptions):
-        return OpenTier(*entry)
+    if callable(entry):
+        return OpenTier(entry(form), TierOptions())
+    if isinstance(entry, tuple) and len(entry) == 2 and callable(entry[0]) and isinstance(entry[1], TierOptions):
+        return OpenTier(entry[0](form), entry[1])
     if isinstance(entry, str):
         return _open_url(entry, {}, form)
     if isinstance(entry, Mapping) and isinstance(entry.get("url"), str):
         return _open_url(entry["url"], {name: value for name, value in entry.items() if name != "url"}, form)
-    raise ConfigError(f"tiers: {shown(entry)} is no URL, no table with a url, and no tier")
+    raise ConfigError(f"tiers: {shown(entry)} is no URL, no table with a url, and makes no tier")
 
 
 def _open_url(url: str, more: Mapping[str, Any], form: RecordFormat) -> OpenTier:
