@@ -89,7 +89,8 @@ class KVortexConfig:
         Deadline in seconds of every wait that names none of its own.
     tiers
         Where blocks rest below RAM, the fastest first: URLs as ``"disk:/var/cache/kv?capacity=100GiB"``, tables of ``url``
-        and its options, or functions that make tiers; see :func:`kvortex.tiers.urls.open_tiers`. In the environment a list of URLs, separated by commas.
+        and its options, or functions that make tiers; see :func:`kvortex.tiers.urls.open_tiers`. In the environment a list of
+        URLs, separated by commas.
     tier_pool_share
         The most of the pool that blocks may hold while they are written to tiers, and again those that are read from
         there, above 0 and up to 0.5; whatever it is, one block for each thread of a tier. While a tier hangs, saves have
