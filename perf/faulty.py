@@ -17,7 +17,7 @@ from kvortex.tiers.memory import MemoryStore, MemoryTier
 from kvortex.tiers.record import RecordFormat
 
 # What a call can be told to do. Those of the first row happen to the call, those of the second to records that it is about.
-CALL_FAULTS = ("raise", "failed", "timeout", "slow", "hang", "nonsense", "scribble")
+CALL_FAULTS = ("raise", "failed", "timeout", "slow", "late", "hang", "nonsense", "scribble")
 RECORD_FAULTS = ("flip", "torn", "longer", "foreign", "older", "lost", "empty")
 FAULTS = CALL_FAULTS + RECORD_FAULTS
 
@@ -30,7 +30,7 @@ class FaultyTier(MemoryTier):
     store, form
     plan
     slow_s
-        How long a ``"slow"`` call sleeps.
+        How long a ``"slow"`` call sleeps before, and a ``"late"`` one after its work.
     seed
         Of where records are damaged.
 
@@ -117,17 +117,19 @@ class FaultyTier(MemoryTier):
         else:
             self.store.put(name, bytes(changed))
 
-    def contains(self, keys: KeyArray, call: Call) -> npt.NDArray[np.bool_]:
+    def contains(self, keys: KeyArray, call: Call) -> npt.NDArray[np.bool_] | None:
         fault = self._begin("contains", keys)
         if fault == "nonsense":
             return np.zeros(len(keys) + 1, bool)
-        return np.zeros(len(keys), bool) if fault in ("failed", "timeout") else super().contains(keys, call)
+        return None if fault in ("failed", "timeout") else super().contains(keys, call)
 
     def get_into(self, keys: KeyArray, addresses: Int64s, room: Int64s, call: Call) -> Fetched:
         fault, n = self._begin("get", keys), len(keys)
         if fault == "nonsense":
             return Fetched(np.full(n, 200, np.uint8), np.zeros(n, np.int64), np.zeros((n, 16), np.uint8))
         found = super().get_into(keys, addresses, room, call)
+        if fault == "late":
+            time.sleep(self.slow_s)
         if fault == "scribble":  # all that was promised of what is not OK is that it may have been overwritten in part
             for address, nbytes in zip(addresses.tolist(), room.tolist(), strict=True):
                 ctypes.memset(address, 0xEE, int(nbytes) // 2)

@@ -88,8 +88,9 @@ class Tier(ABC):
     local: bool = False
 
     @abstractmethod
-    def contains(self, keys: KeyArray, call: Call) -> npt.NDArray[np.bool_]:
-        """Which of n keys are there, (n,) bool; false where that cannot be found out. Promises nothing about a later get."""
+    def contains(self, keys: KeyArray, call: Call) -> npt.NDArray[np.bool_] | None:
+        """Which of n keys are there, (n,) bool; None where that cannot be found out, which counts as a failed call. Promises
+        nothing about a later get."""
 
     @abstractmethod
     def get_into(self, keys: KeyArray, addresses: Int64s, room: Int64s, call: Call) -> Fetched:

@@ -44,8 +44,11 @@ class Guarded:
     def contains(self, keys: KeyArray, call: Call) -> npt.NDArray[np.bool_] | None:
         """Which keys are there; None where that could not be found out."""
 
-        def ask() -> tuple[npt.NDArray[np.bool_], Outcomes, int]:
-            found = np.asarray(self.tier.contains(keys, call), bool)
+        def ask() -> tuple[npt.NDArray[np.bool_] | None, Outcomes, int]:
+            seen = self.tier.contains(keys, call)
+            if seen is None:
+                return None, np.full(len(keys), Outcome.FAILED, np.uint8), 0
+            found = np.asarray(seen, bool)
             _expect(found.shape == (len(keys),), found)
             return found, np.where(found, Outcome.OK, Outcome.MISS).astype(np.uint8), 0
 

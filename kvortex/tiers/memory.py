@@ -86,7 +86,7 @@ class MemoryTier(Tier):
     def _name(self, key: npt.NDArray[np.uint8]) -> bytes:
         return self.form.namespace + key.tobytes()
 
-    def contains(self, keys: KeyArray, call: Call) -> npt.NDArray[np.bool_]:
+    def contains(self, keys: KeyArray, call: Call) -> npt.NDArray[np.bool_] | None:
         return np.array([self.store.get(self._name(key)) is not None for key in keys], bool)
 
     def get_into(self, keys: KeyArray, addresses: Int64s, room: Int64s, call: Call) -> Fetched:
