@@ -8,12 +8,13 @@ from pathlib import Path
 from types import ModuleType
 
 from kvortex.errors import KVortexError, told
-from perf import compute, duplex, fragments, gil, index, keys, latency, link, pinned, submit
+from perf import compute, duplex, faults, fragments, gil, index, keys, latency, link, pinned, submit, tiers
 from perf.report import Report, check_writable, environment, progress
 
 QUESTIONS = {
     "compute": compute,
     "duplex": duplex,
+    "faults": faults,
     "fragments": fragments,
     "gil": gil,
     "index": index,
@@ -22,6 +23,7 @@ QUESTIONS = {
     "link": link,
     "pinned": pinned,
     "submit": submit,
+    "tiers": tiers,
 }
 WRONG_BYTES, FAILED = 1, 2  # exit statuses
 

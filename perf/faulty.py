@@ -56,9 +56,8 @@ class FaultyTier(MemoryTier):
         *,
         slow_s: float = 0.05,
         seed: int = 0,
-        name: str = "memory",
     ) -> None:
-        super().__init__(store, form, name)
+        super().__init__(store, form)
         self.plan, self.slow_s = plan, slow_s
         self.gate = threading.Event()
         self.hung = 0
@@ -74,9 +73,9 @@ class FaultyTier(MemoryTier):
             fault = self.plan(operation)
             if fault is None:
                 return None
-            self.injected[fault] = self.injected.get(fault, 0) + 1
+            happened = fault not in RECORD_FAULTS or self._damage(fault, keys)
+            self.injected[fault] = self.injected.get(fault, 0) + happened
             if fault in RECORD_FAULTS:
-                self._damage(fault, keys)
                 return None
         if fault == "slow":
             time.sleep(self.slow_s)
@@ -90,12 +89,12 @@ class FaultyTier(MemoryTier):
             raise OSError("injected")
         return fault
 
-    def _damage(self, fault: str, keys: KeyArray) -> None:
-        """Of one record of these keys, as an old disk, another program or another version would leave it."""
+    def _damage(self, fault: str, keys: KeyArray) -> bool:
+        """Changes one record of these keys as an old disk, another program or another version would; whether it was there."""
         name = self._name(keys[int(self._rng.integers(len(keys)))]) if len(keys) else b""
         record = self.store.get(name)
-        if record is None:
-            return
+        if not record:
+            return False
         changed = bytearray(record)
         at = int(self._rng.integers(len(changed)))
         if fault == "flip":
@@ -110,12 +109,14 @@ class FaultyTier(MemoryTier):
             changed[8] ^= 0xFF  # of the version
         elif fault == "foreign":
             others = [other for other in self.store.objects.values() if other != record]
-            if others:
-                changed = bytearray(others[int(self._rng.integers(len(others)))])
+            if not others:
+                return False
+            changed = bytearray(others[int(self._rng.integers(len(others)))])
         if fault == "lost":
             self.store.remove(name)
         else:
             self.store.put(name, bytes(changed))
+        return True
 
     def contains(self, keys: KeyArray, call: Call) -> npt.NDArray[np.bool_] | None:
         fault = self._begin("contains", keys)

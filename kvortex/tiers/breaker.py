@@ -133,11 +133,15 @@ class Breaker:
                 self.reason, self._pause = why, self.options.pause_s
                 self.trips += 1
                 self.closed = False
-                self._rest()
+                self._pause_now()
 
-    def _rest(self) -> None:
+    def _pause_now(self) -> None:
         self._events.clear()
         self._until = self._clock() + self._pause * (1 + _JITTER * self._draw())
+
+    def rest(self) -> float:
+        """Seconds until a probe is due, while it is open."""
+        return max(0.0, self._until - self._clock())
 
     def wants_probe(self) -> bool:
         """Whether a probe is due; true once, until :meth:`probed` tells how it went."""
@@ -158,4 +162,4 @@ class Breaker:
                 return
             self.reason = wrong
             self._pause = min(self._pause * _GROWTH, self.options.longest_pause_s)
-            self._rest()
+            self._pause_now()

@@ -68,7 +68,8 @@ class Cascade:
         self._promotions: dict[int, Promotion] = {}
         self._flushes: list[threading.Event] = []
         self._keeper = Keeper(self._tick, self._failed, "kvortex-tiers")
-        writers, readers = (sum(getattr(line.options, kind) for line in self.lines) for kind in ("writers", "readers"))
+        writers = sum(line.options.write_threads for line in self.lines)
+        readers = sum(line.options.read_threads for line in self.lines)
         self._writing = [Writing(line, room, writers, self._keeper.put) for line in self.lines]
         self._fetcher = Fetcher(room, self, readers)
         self._started: list[threading.Thread] = []
@@ -253,7 +254,7 @@ class Cascade:
             if not line.breaker.closed and not self._closing:
                 self._pass_by(at)
                 line.start_probe()
-                wants.append(_TICK_S)
+                wants.append(max(_TICK_S, line.breaker.rest()))
             due = writing.next_due()
             if due is not None:
                 wants.append(max(due, _TICK_S))
@@ -324,7 +325,7 @@ class Cascade:
         for writing in self._writing:
             writing.abandon("closed")
         for line in self.lines:
-            for work, count in ((line.readers, line.options.readers), (line.writers, line.options.writers)):
+            for work, count in ((line.readers, line.options.read_threads), (line.writers, line.options.write_threads)):
                 for _ in range(count):
                     work.put(None)
 

@@ -53,7 +53,7 @@ class Line:
         self.absent, self.asked = KeySet(few, self.options.absent_s), KeySet(few, self.options.absent_s)
         self.readers: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
         self.writers: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
-        kinds = (("read", self.readers, self.options.readers), ("write", self.writers, self.options.writers))
+        kinds = (("read", self.readers, self.options.read_threads), ("write", self.writers, self.options.write_threads))
         self.threads = [
             threading.Thread(target=_serve, args=(work, self.guard.tally), name=f"kvortex-{name}-{kind}-{at}", daemon=True)
             for kind, work, count in kinds

@@ -6,13 +6,11 @@ import collections
 import ctypes
 import functools
 import threading
-from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from kvortex.config import parse_size
-from kvortex.errors import ConfigError
 from kvortex.keys import KeyArray
 from kvortex.tiers.base import Call, Digests, Fetched, Int64s, Outcome, Outcomes, Tier
 from kvortex.tiers.record import HEADER, HEADER_BYTES, RecordFormat, check_payloads
@@ -68,19 +66,31 @@ def shared_store(name: str) -> MemoryStore:
     return MemoryStore()
 
 
+@dataclass(frozen=True, kw_only=True)
+class MemoryOptions:
+    """A store of this process by its name, and its bound, where it is to have one (another)."""
+
+    name: str
+    capacity_bytes: int | None = None
+
+
 class MemoryTier(Tier):
     """Records of one engine in a :class:`MemoryStore`, by namespace and key.
 
     Parameters
     ----------
     store
+        Or the options of a shared one.
     form
-    name
-        For metrics.
     """
 
-    def __init__(self, store: MemoryStore, form: RecordFormat, name: str = "memory") -> None:
-        self.store, self.form, self.name = store, form, name
+    name = "memory"
+
+    def __init__(self, store: MemoryStore | MemoryOptions, form: RecordFormat) -> None:
+        if isinstance(store, MemoryOptions):
+            capacity, store = store.capacity_bytes, shared_store(store.name)
+            store.capacity_bytes = capacity or store.capacity_bytes
+        self.store, self.form = store, form
         self.capacity_bytes = store.capacity_bytes
 
     def _name(self, key: npt.NDArray[np.uint8]) -> bytes:
@@ -152,15 +162,3 @@ def _stopped(call: Call) -> int:
     if call.cancelled():
         return Outcome.CANCELLED
     return 0 if call.left() else Outcome.TIMEOUT
-
-
-def open_url(url: str, options: Mapping[str, str], form: RecordFormat) -> MemoryTier:
-    """``memory:NAME?capacity=1GiB``: a store of this process, shared by all engines that name it."""
-    left = dict(options)
-    capacity = left.pop("capacity", None)
-    if left:
-        raise ConfigError(f"tier {url}: unknown option {', '.join(sorted(left))}; known is capacity")
-    store = shared_store(url.partition(":")[2].strip("/"))
-    if capacity is not None:
-        store.capacity_bytes = parse_size(capacity)
-    return MemoryTier(store, form)

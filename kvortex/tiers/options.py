@@ -24,8 +24,8 @@ class TierOptions:
         Of write-back.
     read_timeout_s, write_timeout_s
         Deadline of each call with one batch.
-    writers, readers
-        Threads, and so the most calls at a time of each kind.
+    write_threads, read_threads
+        Of this tier, and so the most calls at a time of each kind.
     batch_blocks, batch_bytes
         Of one call at most, but for a single larger block.
     queue_blocks, queue_bytes
@@ -50,8 +50,8 @@ class TierOptions:
     write_delay_s: float = 30.0
     read_timeout_s: float = 2.0
     write_timeout_s: float = 10.0
-    writers: int = 1
-    readers: int = 2
+    write_threads: int = 1
+    read_threads: int = 2
     batch_blocks: int = 64
     batch_bytes: int = 64 << 20
     queue_blocks: int = 8192
@@ -81,6 +81,6 @@ class TierOptions:
             raise ConfigError(f"breaker = {shown(self.breaker)}: must be BreakerOptions")
 
     def _check_integer(self, name: str, value: object) -> None:
-        most = {"admit_after": 255, "writers": 64, "readers": 64, "known_keys": 1 << 28}.get(name, 1 << 62)
+        most = {"admit_after": 255, "write_threads": 64, "read_threads": 64, "known_keys": 1 << 28}.get(name, 1 << 62)
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
             raise ConfigError(f"{name} = {shown(value)}: must be an integer from 1 to {most}")

@@ -51,7 +51,7 @@ class Writing:
         self._queued = KeySet(min(line.options.queue_blocks, 1 << 16), _QUEUED_S)
         admit_after = line.options.admit_after
         self._offers = BlockIndex(line.options.known_keys, admit_after=admit_after) if admit_after > 1 else None
-        self._idle = line.options.writers
+        self._idle = line.options.write_threads
         self.blocks = self.nbytes = 0
         self.flushing = False
 

@@ -72,7 +72,7 @@ def test_a_dead_tier_opens_its_breaker_and_comes_back(fault: str) -> None:
 def test_a_tier_that_hangs_holds_nobody_up() -> None:
     store = MemoryStore()
     cache, before = filled(store)
-    tiers = Tiers(store, breaker={"failures": 100, "pause_s": 0.05}, readers=2)
+    tiers = Tiers(store, breaker={"failures": 100, "pause_s": 0.05}, read_threads=2)
     with cache.engine(slots=16, tiers=tiers.config) as engine:
         tiers[0].plan = lambda operation: "hang" if operation in ("get", "put") else None
         poisoned = cache.randomize()

@@ -351,7 +351,7 @@ def test_no_threads_without_tiers_and_none_left_after(device: Device) -> None:
     with cache.engine() as engine:
         save(engine, cache, keys_of(1), [1])
         assert not mine()
-    with cache.engine(tiers=Tiers(store, readers=3).config) as engine:
+    with cache.engine(tiers=Tiers(store, read_threads=3).config) as engine:
         assert len(mine()) == 1 + 3 + 1
     assert not mine()
 

@@ -32,13 +32,14 @@ BAD = [
     ("ftp://x", "unknown scheme; known are disk"),
     ("nothing", "unknown scheme"),
     ("disk:/x?mode=sideways", "mode = 'sideways': must be one of"),
-    ("disk:/x?readers=0", "readers = 0: must be an integer"),
-    ("disk:/x?readers=many", "readers = 'many' is no int"),
+    ("disk:/x?read_threads=0", "read_threads = 0: must be an integer"),
+    ("disk:/x?read_threads=many", "read_threads = 'many' is no int"),
     ("disk:/x?queue_bytes=1Gib&queue_bytes=2", "'queue_bytes' stands twice"),
     ("disk:/x?least_bytes=12parsecs", "least_bytes = '12parsecs' is no int"),
     ("disk:/x?local=perhaps", "local = 'perhaps' is no bool"),
     ("disk:/x?breaker_pause_s=0", "pause_s = 0.0: must be a number of seconds"),
-    ("memory:x?colour=red", "unknown option colour"),
+    ("memory:x?colour=red", "unknown option 'colour'; known are capacity_bytes"),
+    ("memory:x?capacity=big", "capacity_bytes = 'big' is no int: 'big' is no size"),
     (17, "17 is no URL"),
     ({"mode": "back"}, "is no URL, no table with a url"),
     ((MemoryTier, 3), "makes no tier"),
@@ -73,10 +74,10 @@ def test_what_was_opened_before_a_refusal_is_closed() -> None:
 
 
 def test_memory_by_name_is_shared_and_local() -> None:
-    first, second = open_tiers(("memory:shared-here?capacity=1MiB", {"url": "memory:shared-here", "writers": 3}), FORM)
+    first, second = open_tiers(("memory:shared-here?capacity=1MiB", {"url": "memory:shared-here", "write_threads": 3}), FORM)
     assert isinstance(first.tier, MemoryTier) and isinstance(second.tier, MemoryTier)
     assert first.tier.store is second.tier.store is shared_store("shared-here") and first.tier.capacity_bytes == 1 << 20
-    assert first.options.local and second.options == TierOptions(writers=3, local=True)
+    assert first.options.local and second.options == TierOptions(write_threads=3, local=True)
 
 
 def test_the_environment_and_toml_name_tiers(tmp_path: Path) -> None:
@@ -96,7 +97,7 @@ def test_the_environment_and_toml_name_tiers(tmp_path: Path) -> None:
         KVortexConfig.from_env({"KVORTEX_TIER_POOL_SHARE": "much"})
 
 
-IMPOSSIBLE = [("admit_after", 256), ("writers", 0), ("fresh_s", 0.0), ("local", 1), ("breaker", 3)]
+IMPOSSIBLE = [("admit_after", 256), ("write_threads", 0), ("fresh_s", 0.0), ("local", 1), ("breaker", 3)]
 
 
 @pytest.mark.parametrize(("name", "value"), IMPOSSIBLE)
