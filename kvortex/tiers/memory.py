@@ -162,3 +162,60 @@ def _stopped(call: Call) -> int:
     if call.cancelled():
         return Outcome.CANCELLED
     return 0 if call.left() else Outcome.TIMEOUT
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a store holds: records whose headers check, bytes of their payloads, and objects that are something else."""
+
+    name: str
+    records: int
+    payload_bytes: int
+    others: int
+
+
+@dataclass(frozen=True)
+class Verified:
+    """How many records of a store are what was stored, and how many are not."""
+
+    name: str
+    right: int
+    corrupt: int
+
+
+def _payloads(options: MemoryOptions) -> list[bool | None]:
+    """Of each object whether its payload is what was stored; None of what is no record."""
+    found: list[bool | None] = []
+    for record in list(shared_store(options.name).objects.values()):
+        header = np.frombuffer(record[:HEADER_BYTES].ljust(HEADER_BYTES, b"\0"), HEADER)
+        form = RecordFormat(header["namespace"].tobytes(), len(record))
+        if form.check_headers(header, np.ascontiguousarray(header["key"]))[0] != Outcome.OK:
+            found.append(None)
+            continue
+        payload = np.frombuffer(record, np.uint8)[HEADER_BYTES:]
+        at, nbytes = np.array([payload.ctypes.data]), np.array([len(payload)])
+        whole = len(payload) == int(header["payload_bytes"][0])
+        found.append(whole and bool(check_payloads(at, nbytes, np.ascontiguousarray(header["digest"]))[0]))
+    return found
+
+
+def listing(options: MemoryOptions) -> Listing:
+    """What is in a shared store."""
+    found = _payloads(options)
+    sizes = [len(record) - HEADER_BYTES for record in shared_store(options.name).objects.values()]
+    payload = sum(size for size, whole in zip(sizes, found, strict=True) if whole is not None)
+    return Listing(options.name, sum(whole is not None for whole in found), payload, found.count(None))
+
+
+def verify(options: MemoryOptions) -> Verified:
+    """Checks every record of a shared store."""
+    found = _payloads(options)
+    return Verified(options.name, found.count(True), len(found) - found.count(True))
+
+
+def purge(options: MemoryOptions) -> int:
+    """Empties a shared store; the bytes that it held."""
+    store = shared_store(options.name)
+    held, store.used_bytes = store.used_bytes, 0
+    store.objects.clear()
+    return held

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlencode, urlsplit
@@ -32,6 +32,8 @@ class Scheme:
         Options of other names stay in the URL, for a client library that reads them there.
     local
         Whether to ask for keys costs no round trip.
+    targets
+        What the module's ``listing``, ``verify`` and ``purge`` take, one after the other; None for its options.
     """
 
     module: str
@@ -40,11 +42,17 @@ class Scheme:
     parts: Callable[[str], dict[str, Any]]
     keeps_others: bool = False
     local: bool = False
+    targets: Callable[[str], Sequence[Any]] | None = None
 
     def open(self, url: str, given: Mapping[str, Any], form: RecordFormat) -> Tier:
         """The tier. ConfigError for an option that it does not have, or its module refuses."""
-        module = importlib.import_module(self.module)
-        kind = getattr(module, self.options)
+        options = self.options_of(url, given)
+        tier: Tier = getattr(importlib.import_module(self.module), self.tier)(options, form)
+        return tier
+
+    def options_of(self, url: str, given: Mapping[str, Any]) -> Any:
+        """The tier's own options."""
+        kind = getattr(importlib.import_module(self.module), self.options)
         kinds = {entry.name: str(entry.type) for entry in dataclasses.fields(kind)}
         named = {_SHORT.get(name, name): value for name, value in given.items()}
         if others := {name: value for name, value in named.items() if name not in kinds}:
@@ -57,8 +65,7 @@ class Scheme:
         values = self.parts(url) | chosen
         if absent := [name for name in missing if name not in values]:
             raise ConfigError(f"{', '.join(absent)} must be given")
-        tier: Tier = getattr(module, self.tier)(kind(**values), form)
-        return tier
+        return kind(**values)
 
 
 def _is_required(entry: dataclasses.Field[Any]) -> bool:
@@ -96,6 +103,10 @@ def _of_s3(url: str) -> dict[str, Any]:
     return {"bucket": parts.netloc} | ({"prefix": prefix} if prefix else {})
 
 
+def _folders(url: str) -> tuple[str, ...]:
+    return tuple(_of_disk(url)["paths"])
+
+
 def _of_memory(url: str) -> dict[str, Any]:
     return {"name": url.partition(":")[2]}
 
@@ -106,7 +117,7 @@ def _of_url(url: str) -> dict[str, Any]:
 
 _REDIS = Scheme("kvortex.tiers.redis", "RedisOptions", "RedisTier", _of_url, keeps_others=True)
 SCHEMES = {
-    "disk": Scheme("kvortex.tiers.disk", "DiskOptions", "DiskTier", _of_disk, local=True),
+    "disk": Scheme("kvortex.tiers.disk", "DiskOptions", "DiskTier", _of_disk, local=True, targets=_folders),
     "memory": Scheme("kvortex.tiers.memory", "MemoryOptions", "MemoryTier", _of_memory, local=True),
     "mooncake": Scheme("kvortex.tiers.mooncake", "MooncakeOptions", "MooncakeTier", _of_url),
     "redis": _REDIS,
