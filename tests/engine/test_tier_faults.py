@@ -90,6 +90,7 @@ def test_a_tier_that_hangs_holds_nobody_up() -> None:
         assert stats.tiers[0].errors["Overdue"] == 3
         for turn in range(3):  # saves have the rest of the pool
             save(engine, cache, keys_of(*range(100 + 10 * turn, 110 + 10 * turn)), np.arange(10))
+        time.sleep(0.2)
         assert "probe" not in tiers[0].calls, "it is not probed before its calls have come back"
         tiers[0].plan = lambda _: None
         tiers[0].gate.set()

@@ -281,6 +281,19 @@ def test_what_is_evicted_before_its_turn_is_counted() -> None:
         assert stats.queue_blocks == stats.queue_bytes == 0
 
 
+def test_what_waits_already_is_not_offered_again() -> None:
+    cache, tiers = PagedCache.plain(HostDevice()), Tiers(MemoryStore(), write_timeout_s=10.0)
+    with cache.engine(slots=4, tiers=tiers.config) as engine:
+        tiers[0].plan = lambda operation: "hang" if operation == "put" else None
+        for key in (0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5):  # each was evicted when it is saved again
+            save(engine, cache, keys_of(key), [key])
+        engine.get_stats()
+        save(engine, cache, keys_of(6), [6])
+        until(lambda: engine.get_stats().tiers[0].queue_blocks == 7)
+        tiers[0].gate.set()
+        assert engine.flush(10.0)
+
+
 def test_a_full_queue_drops_and_never_blocks_a_save() -> None:
     cache, store = PagedCache.plain(HostDevice()), MemoryStore()
     tiers = Tiers(store, queue_blocks=3, write_timeout_s=10.0)

@@ -46,6 +46,7 @@ def nothing_is_held(engine: KVortexEngine) -> None:
     """No pin and no reserved slot is left, and the index is whole; waits for what runs in the background."""
     until(lambda: not (stats := engine.get_stats()).pinned_blocks and not stats.reserved_blocks)
     engine._index.check()
+    until(lambda: engine._cascade is None or not engine._cascade.fetches)
 
 
 def save(engine: KVortexEngine, cache: PagedCache, keys: Any, pages: Any) -> None:
