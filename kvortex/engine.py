@@ -26,7 +26,7 @@ from kvortex.errors import (
     TransferTimeoutError,
 )
 from kvortex.index import DECLINED, PENDING, Reservation
-from kvortex.issuing import Memory, Rest, start
+from kvortex.issuing import Memory, memory_of, rest_of, start
 from kvortex.keys import KeyArray, KeyScheme, KeySequence, KeysLike, as_keys, make_scheme
 from kvortex.layout import KVLayout
 from kvortex.opening import check_given, namespace_of, open_for
@@ -237,10 +237,11 @@ class KVortexEngine:
             Lengths, ranges or duplicates, or a key whose block has another size; nothing was done.
         PoolFullError
             Too many slots are pinned or being written; nothing was done. Wait for a ticket, or enlarge the pool. While the
-            pool still grows the call waits for more of it instead.
+            pool still grows the call waits for more of it instead, and up to 0.2 s for slots that tiers below have just now.
+            A tier that hangs keeps at most ``config.tier_pool_share`` of the pool, twice: what it writes, and what it reads.
         """
         keys = self._stored(keys)
-        memory = self._pages(len(keys), block_ids, data_ptrs, sizes, Direction.SAVE)
+        memory = self._memory(len(keys), block_ids, data_ptrs, sizes, Direction.SAVE)
         if layerwise and not memory.paged:
             raise ArgumentError(_NO_LAYERS)
         with EngineCall(self) as call:
@@ -307,7 +308,7 @@ class KVortexEngine:
             Lengths, ranges, duplicates, or a size that is not the saved one; nothing was done.
         """
         keys = self._stored(keys)
-        memory = self._pages(len(keys), block_ids, output_ptrs, sizes, Direction.LOAD)
+        memory = self._memory(len(keys), block_ids, output_ptrs, sizes, Direction.LOAD)
         if layerwise and not memory.paged:
             raise ArgumentError(_NO_LAYERS)
         with EngineCall(self) as call:
@@ -316,26 +317,14 @@ class KVortexEngine:
             transfer.layers = self.layout.num_layers if memory.paged and self.layout is not None else 0
             self._index.acquire(keys, memory.lengths, taken=transfer.slots)
             transfer.mask = transfer.slots >= 0
-            rest = self._rest(transfer, keys, memory, stream, bool(layerwise)) if fetch else None
+            longest = self.config.transfer_timeout_s
+            rest = rest_of(self._parts, transfer, keys, memory, stream, bool(layerwise), longest) if fetch else None
             self._counters.miss(len(keys) - int(transfer.mask.sum()) - (0 if rest is None else len(rest.keys)))
             start(self._executor, transfer, memory, stream, bool(layerwise))
             if rest is not None and self._cascade is not None:
                 self._cascade.submit(rest)
             self._recordings.note(LOAD, keys)
             return self._ticket(transfer)
-
-    def _rest(self, whole: Transfer, keys: KeyArray, memory: Memory, stream: Any, layerwise: bool) -> Rest | None:
-        """The second part of a load, where a tier may have what is not in RAM."""
-        missing = np.flatnonzero(~whole.mask)
-        if self._cascade is None or not len(missing):
-            return None
-        missing = missing[self._cascade.may_have(keys[missing])]
-        if not len(missing):
-            return None
-        deadline = self._cascade.deadline(self.config.transfer_timeout_s)
-        rest = Rest(keys[missing], memory[missing], deadline, self._parts, whole, stream, layerwise)
-        whole.after.append((rest.transfer, missing))
-        return rest
 
     def prefetch(self, keys: KeysLike, sizes: Any = None, *, timeout: float | None = None) -> Prefetch:
         """Starts bringing blocks from tiers below into RAM, and returns at once. What two calls ask for is fetched once.
@@ -393,29 +382,18 @@ class KVortexEngine:
         return self.scheme.stored(as_keys(keys))
 
     def _reserve(self, keys: KeyArray, lengths: Int64s, transfer: Transfer) -> Reservation:
+        began = time.monotonic()
         while True:
             try:
                 return self._index.reserve(keys, lengths, owner=transfer.number, taken=transfer.slots)
             except PoolFullError:
-                if not self._parts.wait_for_more(self.config.transfer_timeout_s):
+                if self._parts.wait_for_more(self.config.transfer_timeout_s):
+                    continue
+                if self._cascade is None or not self._cascade.give_way(began):
                     raise
 
-    def _pages(
-        self, count: int, block_ids: Any, pointers: Any, sizes: Any, direction: Direction
-    ) -> Memory:
-        """What moves: pages of the layout, or buffers."""
-        if sizes is None and pointers is None:
-            if self.layout is None:
-                raise ArgumentError("this engine has no layout: pass pointers and sizes")
-            if block_ids is None:
-                raise ArgumentError("block_ids are missing")
-            ids = arguments.block_ids(block_ids, count, self.layout.num_blocks)
-            return Memory(True, ids, np.full(count, self.layout.record_bytes, np.int64))
-        if sizes is None or (pointers is None) == (block_ids is None):
-            raise ArgumentError("opaque buffers need pointers and sizes, and no block_ids")
-        given = block_ids if pointers is None else pointers
-        most = self._parts.record_bytes
-        return Memory(False, *arguments.buffers(given, sizes, count, most, written=direction is Direction.LOAD))
+    def _memory(self, count: int, block_ids: Any, pointers: Any, sizes: Any, direction: Direction) -> Memory:
+        return memory_of(self.layout, self._parts.record_bytes, count, block_ids, pointers, sizes, direction)
 
     def _ticket(self, transfer: Transfer, stream: Any = None) -> Ticket:
         feed = functools.partial(EngineCall, self, reap=False)

@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kvortex import arguments
 from kvortex.errors import ArgumentError, DeviceError, TransferError
 from kvortex.keys import KeyArray
+from kvortex.layout import KVLayout
 from kvortex.parts import Parts
 from kvortex.tiers.promotion import Promotion
-from kvortex.transfer.executor import Completion, Executor, Failed
+from kvortex.transfer.executor import Completion, Direction, Executor, Failed
 from kvortex.transfer.plan import Int64s
 from kvortex.transfer.transfer import Transfer
 
@@ -28,6 +30,23 @@ class Memory:
 
     def __getitem__(self, rows: Int64s | npt.NDArray[np.bool_]) -> Memory:
         return Memory(self.paged, self.pages[rows], self.lengths[rows])
+
+
+def memory_of(
+    layout: KVLayout | None, most: int, count: int, block_ids: Any, pointers: Any, sizes: Any, direction: Direction
+) -> Memory:
+    """What a call names: ``count`` pages of the layout, or buffers of up to ``most`` bytes; ArgumentError for neither."""
+    if sizes is None and pointers is None:
+        if layout is None:
+            raise ArgumentError("this engine has no layout: pass pointers and sizes")
+        if block_ids is None:
+            raise ArgumentError("block_ids are missing")
+        ids = arguments.block_ids(block_ids, count, layout.num_blocks)
+        return Memory(True, ids, np.full(count, layout.record_bytes, np.int64))
+    if sizes is None or (pointers is None) == (block_ids is None):
+        raise ArgumentError("opaque buffers need pointers and sizes, and no block_ids")
+    given = block_ids if pointers is None else pointers
+    return Memory(False, *arguments.buffers(given, sizes, count, most, written=direction is Direction.LOAD))
 
 
 def start(executor: Executor, transfer: Transfer, memory: Memory, stream: Any, layerwise: bool) -> None:
@@ -89,3 +108,18 @@ class Rest(Promotion):
         parts.counters.miss(len(self.keys) - int(transfer.mask.sum()))
         start(parts.executor, transfer, self._memory, self._mark, self._layerwise)
         self._whole.fetched_bytes = transfer.nbytes
+
+
+def rest_of(
+    parts: Parts, whole: Transfer, keys: KeyArray, memory: Memory, stream: Any, layerwise: bool, longest: float
+) -> Rest | None:
+    """The second part of a load, where a tier may have what is not in RAM; it may take ``longest`` seconds."""
+    missing = np.flatnonzero(~whole.mask)
+    if parts.cascade is None or not len(missing):
+        return None
+    missing = missing[parts.cascade.may_have(keys[missing])]
+    if not len(missing):
+        return None
+    rest = Rest(keys[missing], memory[missing], parts.cascade.deadline(longest), parts, whole, stream, layerwise)
+    whole.after.append((rest.transfer, missing))
+    return rest

@@ -29,7 +29,7 @@ def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]]
         progress(part)
         rows += module.rows(quick=quick)
         methods[part] = " ".join(str(module.__doc__).split())
-    return "host", [dict.fromkeys(COLUMNS, "") | row for row in rows], {"methods": methods}
+    return "host", [dict.fromkeys(COLUMNS, "") | row for row in rows], {"parts": methods}
 
 
 def draw(axes: Any, report: Report) -> None:

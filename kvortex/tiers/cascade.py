@@ -33,6 +33,7 @@ from kvortex.tiers.writing import Writing
 Flags = npt.NDArray[np.bool_]
 _MOST_OFFERS = 4096  # that the keeper has not looked at
 _TICK_S = 0.05
+_PATIENCE_S, _NAP_S = 0.2, 2e-4  # of a save for which tiers have too many slots
 
 
 class Cascade:
@@ -62,12 +63,13 @@ class Cascade:
     def __init__(self, tiers: Sequence[OpenTier], room: Room) -> None:
         self._room, self._closing, self.closed = room, False, False
         opened = list(tiers)
-        self.lines = [Line(each, name, self.is_closing) for each, name in zip(opened, line_names(opened), strict=True)]
+        self._keeper = Keeper(self._tick, self._failed, "kvortex-tiers")
+        names = zip(opened, line_names(opened), strict=True)
+        self.lines = [Line(each, name, self.is_closing, self._wake) for each, name in names]
         self.fetches: dict[int, None] = {}
         self.notes: list[str] = []
         self._promotions: dict[int, Promotion] = {}
         self._flushes: list[threading.Event] = []
-        self._keeper = Keeper(self._tick, self._failed, "kvortex-tiers")
         writers = sum(line.options.write_threads for line in self.lines)
         readers = sum(line.options.read_threads for line in self.lines)
         self._writing = [Writing(line, room, writers, self._keeper.put) for line in self.lines]
@@ -112,7 +114,8 @@ class Cascade:
         for line in self.lines:
             line.lost(keys)
             if line.breaker.closed and not self._closing:
-                line.writers.put(functools.partial(self._delete, line, keys))
+                line.hand(line.writers, functools.partial(self._delete, line, keys))
+                self._wake()
 
     def _delete(self, line: Line, keys: KeyArray) -> None:
         line.guard.delete(keys, line.call(line.options.write_timeout_s))
@@ -130,6 +133,16 @@ class Cascade:
         self._flushes.append(written)
         for writing in self._writing:
             writing.flushing = True
+
+    def give_way(self, began: float) -> bool:
+        """For who finds no free slot, since ``began``: waits a moment for those that tiers have just now, and keeps them from
+        taking others; whether to try again. Not for long, and not for calls that hang."""
+        held, now = len(self._room.held), time.monotonic()
+        if not held or now - began > _PATIENCE_S or held <= sum(line.guard.overdue() for line in self.lines):
+            return False
+        self._room.quiet_until = now + _PATIENCE_S / 4
+        time.sleep(_NAP_S)
+        return True
 
     # -- up
 
@@ -150,7 +163,7 @@ class Cascade:
             at, promotion.at = promotion.at, promotion.at + 1
             if self.lines[at].breaker.closed:
                 promotion.step = at
-                self.lines[at].readers.put(functools.partial(self._fetcher.step, promotion, at))
+                self.lines[at].hand(self.lines[at].readers, functools.partial(self._fetcher.step, promotion, at))
                 return
         self._finish(promotion)
 
@@ -243,13 +256,15 @@ class Cascade:
 
     # -- the keeper's
 
+    def _wake(self) -> None:
+        """Makes it look after what was handed to threads behind its back."""
+        self._keeper.put(_nothing)
+
     def _tick(self) -> float | None:
         """Looks after what comes with time; says when to look again."""
         wants: list[float] = []
         for at, (line, writing) in enumerate(zip(self.lines, self._writing, strict=True)):
-            if line.guard.running():
-                line.guard.overdue()
-                wants.append(_TICK_S)
+            line.guard.overdue()
             writing.pump()
             if not line.breaker.closed and not self._closing:
                 self._pass_by(at)
@@ -258,7 +273,7 @@ class Cascade:
             due = writing.next_due()
             if due is not None:
                 wants.append(max(due, _TICK_S))
-            if not line.readers.empty():
+            if line.busy() or line.guard.running():
                 wants.append(_TICK_S)
         if self._flushes and all(writing.idle for writing in self._writing):
             for writing in self._writing:
@@ -328,6 +343,10 @@ class Cascade:
             for work, count in ((line.readers, line.options.read_threads), (line.writers, line.options.write_threads)):
                 for _ in range(count):
                     work.put(None)
+
+
+def _nothing() -> None:
+    """Work that is done when the keeper has woken."""
 
 
 def _ended(thread: threading.Thread, deadline: float) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import queue
 import threading
 import time
@@ -42,9 +43,11 @@ class Line:
         What the threads of each kind do next; None ends one.
     """
 
-    def __init__(self, opened: OpenTier, name: str, closing: Callable[[], bool]) -> None:
+    def __init__(self, opened: OpenTier, name: str, closing: Callable[[], bool], wake: Work) -> None:
         self.tier, self.options = opened
-        self.name, self._closing = name, closing
+        self.name, self._closing, self._wake = name, closing, wake
+        self._numbers = itertools.count()
+        self._handed: dict[int, None] = {}
         self.breaker = Breaker(self.options.breaker)
         self.guard = Guarded(self.tier, self.breaker)
         self.local = self.tier.local if self.options.local is None else self.options.local
@@ -59,6 +62,22 @@ class Line:
             for kind, work, count in kinds
             for at in range(count)
         ]
+
+    def hand(self, work: queue.SimpleQueue[Work | None], job: Work) -> None:
+        """Leaves a job to a thread of the tier."""
+        number = next(self._numbers)
+        self._handed[number] = None  # from now on, lest a call that hangs is overlooked before it has begun
+        work.put(functools.partial(self._do, number, job))
+
+    def _do(self, number: int, job: Work) -> None:
+        try:
+            job()
+        finally:
+            self._handed.pop(number, None)
+
+    def busy(self) -> bool:
+        """Whether a thread has something to do."""
+        return bool(self._handed)
 
     def call(self, seconds: float, cancelled: Callable[[], bool] | None = None) -> Call:
         """The terms of a call that begins now."""
@@ -90,7 +109,8 @@ class Line:
             if not len(keys):
                 return False
             self.asked.add(keys)
-        self.readers.put(functools.partial(self._answer, keys, told))
+        self.hand(self.readers, functools.partial(self._answer, keys, told))
+        self._wake()
         return True
 
     def _answer(self, keys: KeyArray, told: Work | None) -> None:

@@ -108,6 +108,7 @@ class Fetcher:
             there = line.has(keys) if len(keys) and not promotion.over else np.zeros(len(keys), bool)
             keys, sizes = keys[there], sizes[there]
             while len(keys) and line.breaker.closed and not promotion.over:
+                time.sleep(self._room.quiet())
                 count = self._fitting(line, sizes)
                 pending |= self._fetch(promotion, at, keys[:count], sizes[:count])
                 keys, sizes = keys[count:], sizes[count:]
@@ -123,6 +124,7 @@ class Fetcher:
         number, taken = self._room.number(), np.full(len(keys), -1, np.int64)
         good = np.zeros(len(keys), bool)
         self._cascade.fetches[number] = None  # before anybody can find it in the index
+        self._room.held[number] = None
         try:
             pending = self._reserve(keys, sizes, number, taken)
             mine = np.flatnonzero(taken >= 0)
@@ -136,6 +138,7 @@ class Fetcher:
             index = self._room.index
             index.commit(taken[good])  # first those: who is told that this fetch has ended must find them
             index.abort(taken[(taken >= 0) & ~good])
+            self._room.held.pop(number, None)
             self._cascade.fetched(number, at, keys[good], sizes[good])
 
     def _reserve(self, keys: KeyArray, sizes: Int64s, number: int, taken: Int64s) -> set[int]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -26,6 +27,10 @@ class Room:
         Of what is in each slot, kept by whoever fills it; None where nobody keeps them, and they are computed for each write.
     number
         A new number for what reserves slots; see ``owner`` of :meth:`BlockIndex.reserve`.
+    held
+        Numbers of batches that have slots just now; those of a fetch are its owner's.
+    quiet_until
+        ``time.monotonic()`` before which no batch takes slots, since somebody else needs them.
     share
         The most that tiers may pin for writing, and again reserve for reading, of all slots; at least one for each thread.
     """
@@ -36,6 +41,8 @@ class Room:
     digests: Digests | None
     number: Callable[[], int]
     share: float
+    held: dict[int, None] = field(default_factory=dict)
+    quiet_until: float = 0.0
 
     def at(self, slots: Int64s) -> Int64s:
         """(n,) int64 addresses."""
@@ -53,6 +60,10 @@ class Room:
         """Of what was just put into slots that are reserved still."""
         if self.digests is not None:
             self.digests[slots] = digests
+
+    def quiet(self) -> float:
+        """Seconds for which no batch takes slots."""
+        return max(0.0, self.quiet_until - time.monotonic())
 
     def most_held(self, threads: int) -> int:
         """Slots that one of so many threads may hold."""

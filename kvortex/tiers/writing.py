@@ -29,6 +29,7 @@ class Batch:
     slots: Int64s
     sizes: Int64s
     waited: int  # bytes by which the queue is shorter when this has been written
+    number: int
     once: npt.NDArray[np.uint8] = field(default_factory=lambda: np.zeros(1, np.uint8))
 
 
@@ -100,34 +101,40 @@ class Writing:
         if not self._line.breaker.closed:
             self.abandon("breaker")
             return
-        while self._idle and self._waiting and self._is_due():
+        while self._idle and self._waiting and self._is_due() and not self._room.quiet():
             batch = self._next()
             if batch is not None:
                 self._idle -= 1
-                self._line.writers.put(functools.partial(self._write, batch))
+                self._line.hand(self._line.writers, functools.partial(self._write, batch))
 
     def _is_due(self) -> bool:
         return self.flushing or self._waiting[0][2] <= time.monotonic() or 2 * self.blocks > self._room.index.ready
 
     def next_due(self) -> float | None:
         """Seconds until something is due; None where nothing waits that a thread could write."""
-        return max(0.0, self._waiting[0][2] - time.monotonic()) if self._waiting and self._idle else None
+        if not self._waiting or not self._idle:
+            return None
+        return max(0.0 if self._is_due() else self._waiting[0][2] - time.monotonic(), self._room.quiet())
 
     def _next(self) -> Batch | None:
         """The first blocks that wait, pinned; None where all of these are gone from RAM."""
         keys, sizes = self._taken(min(self._line.options.batch_blocks, self._room.most_held(self._threads)))
         slots, index = np.full(len(keys), -1, np.int64), self._room.index
+        number = self._room.number()
+        self._room.held[number] = None
         index.acquire(keys, taken=slots, counts=False)
         try:
             there = slots >= 0
             if not there.all():
                 self._gone(keys[~there], int(sizes[~there].sum()))
                 self._line.guard.tally.drop("evicted", int((~there).sum()))
-            if not there.any():
-                return None
-            return Batch(keys[there], slots[there], index.size_of(slots[there]), int(sizes[there].sum()))
+            if there.any():
+                return Batch(keys[there], slots[there], index.size_of(slots[there]), int(sizes[there].sum()), number)
+            self._room.held.pop(number)
+            return None
         except BaseException:
             index.release(slots)
+            self._room.held.pop(number, None)
             raise
 
     def _taken(self, most: int) -> tuple[KeyArray, Int64s]:
@@ -157,6 +164,7 @@ class Writing:
                 outcomes = self._line.guard.put_from(batch.keys, addresses, batch.sizes, digests, call)
         finally:
             self._room.index.release(batch.slots, once=batch.once)
+            self._room.held.pop(batch.number, None)
             self._post(functools.partial(self._written, batch, outcomes))
 
     def _written(self, batch: Batch, outcomes: Outcomes) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from kvortex import parts as parts_module
 from kvortex.devices import HostDevice
-from kvortex.errors import TransferTimeoutError
+from kvortex.errors import PoolFullError, TransferTimeoutError
 from kvortex.tiers.memory import MemoryStore
 from perf.faulty import RECORD_FAULTS
 from tests.engine.tiered import Tiers, nothing_is_held, save, until
@@ -99,6 +99,18 @@ def test_a_tier_that_hangs_holds_nobody_up() -> None:
         poisoned = cache.memory()
         assert engine.load_blocks(keys_of(0, 1, 2), [20, 21, 22]).wait().all()
         assert_same(cache.memory(), cache.expected(poisoned, before, [(0, 20), (1, 21), (2, 22)]))
+
+
+def test_a_question_that_hangs_is_noticed() -> None:
+    store = MemoryStore()
+    cache, _ = filled(store)
+    tiers = Tiers(store, breaker={"pause_s": 60.0})
+    with cache.engine(slots=8, tiers=tiers.config) as engine:
+        tiers[0].plan = lambda _: "hang"
+        began = time.monotonic()
+        assert not engine.check_blocks(keys_of(1)).any() and time.monotonic() - began < 1.0
+        until(lambda: engine.get_stats().tiers[0].breaker != "closed")
+        tiers[0].gate.set()
 
 
 def test_a_tier_behind_one_that_hangs_serves_still() -> None:
@@ -203,6 +215,33 @@ def test_a_full_pool_makes_promotions_misses() -> None:
         assert engine.get_stats().tiers[0].dropped["pool_full"] == 2
         may_go.set()
         assert running.wait().all()
+        nothing_is_held(engine)
+
+
+def test_a_save_of_the_whole_pool_waits_for_what_a_tier_has_but_not_for_one_that_hangs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("kvortex.tiers.cascade._PATIENCE_S", 5.0)
+    cache, store = PagedCache.plain(HostDevice()), MemoryStore()
+    tiers = Tiers(store, write_timeout_s=0.05, breaker={"pause_s": 60.0})
+    with cache.engine(slots=4, tiers=tiers.config) as engine:
+        tiers[0].slow_s, tiers[0].plan = 0.02, lambda operation: "slow" if operation == "put" else None
+        for turn in range(8):
+            keys = keys_of(*range(10 * turn, 10 * turn + 4))
+            assert engine.save_blocks(keys, np.arange(4)).wait().all()
+            engine.get_stats()
+            time.sleep(0.005)  # the tier has begun to write
+        assert engine.flush(5.0)
+        tiers[0].plan = lambda operation: "hang" if operation == "put" else None
+        save(engine, cache, keys_of(100), [1])
+        engine.get_stats()
+        until(lambda: engine.get_stats().tiers[0].breaker != "closed")
+        began = time.monotonic()
+        with pytest.raises(PoolFullError, match="1 are pinned"):
+            engine.save_blocks(keys_of(110, 111, 112, 113), np.arange(4))
+        assert time.monotonic() - began < 2.5
+        save(engine, cache, keys_of(110, 111, 112), np.arange(3))
+        tiers[0].gate.set()
         nothing_is_held(engine)
 
 

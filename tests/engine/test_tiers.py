@@ -219,7 +219,7 @@ def test_what_a_tier_has_is_not_offered_again(device: Device) -> None:
         for turn in range(3):
             for key in range(8):
                 save(engine, cache, keys_of(key), [key])
-            assert engine.flush(10)
+                assert engine.flush(10)
             assert engine.get_stats().tiers[0].of("put").keys == 8, turn
 
 
