@@ -14,7 +14,7 @@ from kvortex.keys import KeyArray
 from kvortex.layout import KVLayout
 from kvortex.parts import Parts
 from kvortex.tiers.promotion import Promotion
-from kvortex.transfer.executor import Completion, Direction, Executor, Failed
+from kvortex.transfer.executor import Completion, Direction, Executor, Failed, Mark
 from kvortex.transfer.plan import Int64s
 from kvortex.transfer.transfer import Transfer
 
@@ -94,11 +94,12 @@ class Rest(Promotion):
         self._memory, self._parts, self._whole, self._layerwise = memory, parts, whole, layerwise
         self.transfer = parts.flight.open(whole.direction, len(keys), self)
         self.transfer.layers, self.transfer.mask = whole.layers, np.zeros(len(keys), bool)
-        self._mark = parts.executor.mark(stream)
+        self._mark: Mark | None = parts.executor.mark(stream)
 
     def finish(self, mask: npt.NDArray[np.bool_]) -> None:
         """Moves what is in RAM by now."""
         parts, transfer = self._parts, self.transfer
+        mark, self._mark = self._mark, None  # which goes back where nothing waits for it
         try:
             parts.index.acquire(self.keys, self.sizes, taken=transfer.slots)
         except ArgumentError:  # a record of another length came by one of these keys
@@ -106,7 +107,7 @@ class Rest(Promotion):
             return
         self.mask = transfer.mask = transfer.slots >= 0
         parts.counters.miss(len(self.keys) - int(transfer.mask.sum()))
-        start(parts.executor, transfer, self._memory, self._mark, self._layerwise)
+        start(parts.executor, transfer, self._memory, mark, self._layerwise)
         self._whole.fetched_bytes = transfer.nbytes
 
 
