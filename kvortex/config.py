@@ -25,6 +25,9 @@ _POLICIES = ("arc", "lfu", "lru", "s3fifo")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 # [0-9] and not \d, which takes the digits of every script.
 _SIZE = re.compile(r"\s*([0-9]{1,99}(?:\.[0-9]{1,99})?)\s*([A-Za-z]*)\s*")
+_MOST_TIERS = 16
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:")
+_NEXT_URL = re.compile(r",\s*(?=[a-z][a-z0-9+.-]*:)")  # options of a URL may have commas of their own
 _DEVICE = re.compile(r"auto|host|cuda(:(0|[1-9][0-9]{0,5}))?")
 _MOST_NAMED = 5  # of names that nobody knows
 _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
@@ -87,6 +90,14 @@ class KVortexConfig:
         For vLLM's: ``PYTHONHASHSEED`` of its processes, as it is written there; None where it is not set.
     transfer_timeout_s
         Deadline in seconds of every wait that names none of its own.
+    tiers
+        Where blocks rest below RAM, the fastest first: URLs as ``"disk:/var/cache/kv?capacity=100GiB"``, tables of ``url``
+        and its options, or functions that make tiers; see :func:`kvortex.tiers.urls.open_tiers`. In the environment a list of
+        URLs, separated by commas.
+    tier_pool_share
+        The most of the pool that blocks may hold while they are written to tiers, and again those that are read from
+        there, above 0 and up to 0.5; whatever it is, one block for each thread of a tier. While a tier hangs, saves have
+        so many fewer.
     """
 
     cpu_pool_size_bytes: int = 1 << 30
@@ -113,6 +124,8 @@ class KVortexConfig:
     key_scheme: str = "kvortex"
     key_seed: str | None = None
     transfer_timeout_s: float = 60.0
+    tiers: tuple[Any, ...] = ()
+    tier_pool_share: float = 0.25
 
     def __post_init__(self) -> None:
         for name in ("cpu_pool_size_bytes", "block_size", "world_size"):
@@ -149,11 +162,26 @@ class KVortexConfig:
             raise ConfigError(f"calibrate = {shown(self.calibrate)}: must be one of {', '.join(_CALIBRATE)}")
         if self.eviction_policy not in _POLICIES:
             raise ConfigError(f"eviction_policy = {shown(self.eviction_policy)}: must be one of {', '.join(_POLICIES)}")
+        self._check_tiers()
         seconds = self.transfer_timeout_s
         # Compared as it is: an int may be too large for a float, and what is above the limit no wait can take.
         if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds <= threading.TIMEOUT_MAX:
             span = f"above 0, {threading.TIMEOUT_MAX:.0f} at most"
             raise ConfigError(f"transfer_timeout_s = {shown(seconds)}: must be a number of seconds {span}")
+
+    def _check_tiers(self) -> None:
+        given: Any = self.tiers
+        if not isinstance(given, (list, tuple)):
+            raise ConfigError(f"tiers = {shown(given)}: must be a sequence of URLs, tables or functions")
+        if len(given) > _MOST_TIERS:
+            raise ConfigError(f"tiers = {shown(given)}: {len(given)} of them, {_MOST_TIERS} at most")
+        for at, entry in enumerate(given):
+            if isinstance(entry, str) and not _SCHEME.match(entry):
+                raise ConfigError(f"tiers[{at}] = {shown(entry)}: must be a URL as disk:/folder or redis://host:6379/0")
+        object.__setattr__(self, "tiers", tuple(given))  # a list, as TOML has it
+        share = self.tier_pool_share
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 0.5:
+            raise ConfigError(f"tier_pool_share = {shown(share)}: must be a number above 0, 0.5 at most")
 
     def _integer(self, name: str, *, at_least: int, at_most: int = _MOST) -> None:
         value = getattr(self, name)
@@ -245,7 +273,7 @@ def _value(name: str, value: Any, source: str) -> Any:
     except ConfigError as error:
         raise ConfigError(f"{source}: {name}: {error}") from None
     except ValueError:
-        wanted = "number of seconds" if kind == "float" else "integer"
+        wanted = "integer" if kind != "float" else "number of seconds" if name.endswith("_s") else "number"
         raise ConfigError(f"{source}: {name} = {shown(value)} is no {wanted}") from None
 
 
@@ -258,6 +286,8 @@ def _read(name: str, kind: str, text: str) -> Any:
         return word in _TRUE
     if name.endswith("_bytes"):
         return parse_size(text)
+    if name == "tiers":
+        return tuple(url.strip() for url in _NEXT_URL.split(text) if url.strip())
     if not text.isascii():  # int() and float() take the digits of every script
         raise ValueError
     return float(text) if kind == "float" else int(text)

@@ -13,29 +13,31 @@ from typing import Any
 import numpy as np
 
 from kvortex import arguments
+from kvortex.calls import EngineCall
 from kvortex.config import KVortexConfig
-from kvortex.devices import Device, open_device
+from kvortex.devices import Device
 from kvortex.errors import (
     ArgumentError,
     ConfigError,
-    DeviceError,
     EngineClosedError,
-    LayoutError,
     PoolFullError,
     PoolTimeoutError,
     ReentrantCallError,
-    TransferError,
     TransferTimeoutError,
-    shown,
 )
 from kvortex.index import DECLINED, PENDING, Reservation
-from kvortex.keys import KeyArray, KeyScheme, KeySequence, KeysLike, Namespace, as_keys, make_scheme
+from kvortex.issuing import Memory, memory_of, rest_of, start
+from kvortex.keys import KeyArray, KeyScheme, KeySequence, KeysLike, as_keys, make_scheme
 from kvortex.layout import KVLayout
+from kvortex.opening import check_given, namespace_of, open_for
 from kvortex.parts import Parts
 from kvortex.stats import EngineStats
+from kvortex.tiers.promotion import Prefetch, Promotion
+from kvortex.tiers.record import RecordFormat
+from kvortex.tiers.urls import open_tiers
 from kvortex.traces.recording import CHECK, LOAD, SAVE, Recording
 from kvortex.traces.recordings import Recordings
-from kvortex.transfer.executor import Completion, Direction, Failed, poll
+from kvortex.transfer.executor import Direction, poll
 from kvortex.transfer.plan import Int64s
 from kvortex.transfer.ticket import Ticket
 from kvortex.transfer.transfer import Mask, Transfer
@@ -67,7 +69,8 @@ class KVortexEngine:
         self.namespace, self.scheme = scheme.namespace, scheme
         self._parts = parts
         self._index, self._executor, self._flight, self._counters = parts.index, parts.executor, parts.flight, parts.counters
-        self._calls: dict[int, weakref.ref[_Call]] = {}
+        self._cascade, self._record_bytes = parts.cascade, layout.record_bytes if layout is not None else 0
+        self._calls: dict[int, weakref.ref[EngineCall]] = {}
         self._recordings = Recordings(config.block_size)
         self._closed = False
 
@@ -86,21 +89,28 @@ class KVortexEngine:
         ------
         ConfigError
             A budget is too small, there is neither a layout nor ``max_block_bytes``, ``transfer_route`` cannot run on this
-            GPU, ``key_scheme`` needs another ``key_seed`` or ``lora``, ``record_trace`` cannot be written, or ``config`` is
-            none.
+            GPU, ``key_scheme`` needs another ``key_seed`` or ``lora``, ``record_trace`` cannot be written, one of ``tiers``
+            cannot be opened, or ``config`` is none.
         LayoutError
             The layout's tensors are on another device, or ``layout`` is none.
         DeviceUnavailableError, DeviceError, BuildError, PinnedMemoryError
             The device, its kernels or the memory cannot be had. Nothing stays taken.
         """
         config = KVortexConfig.from_env() if config is None else config
-        _check_given(config, layout)
-        device = _open_for(config, layout)
+        check_given(config, layout)
+        device = open_for(config, layout)
         record_bytes = max(layout.record_bytes if layout is not None else 0, config.max_block_bytes or 0)
         if not record_bytes:
             raise ConfigError("max_block_bytes = None: an engine without a layout needs the size of its largest buffer")
-        scheme = make_scheme(config.key_scheme, _namespace(config, layout), seed=config.key_seed)
-        parts = Parts(config, layout, device, record_bytes)
+        namespace = namespace_of(config, layout)
+        scheme = make_scheme(config.key_scheme, namespace, seed=config.key_seed)
+        tiers = open_tiers(config.tiers, RecordFormat(namespace.seed, record_bytes))
+        try:
+            parts = Parts(config, layout, device, record_bytes, tiers)
+        except BaseException:
+            for opened in tiers:
+                opened.tier.close()
+            raise
         try:
             engine = cls(config, layout, device, parts, scheme)
             engine._recordings.open_as_told(config.record_trace)
@@ -155,11 +165,27 @@ class KVortexEngine:
         """
         return self.scheme.sequence(lora=lora, salt=salt, **about)
 
-    def check_blocks(self, keys: KeysLike) -> Mask:
-        """Which blocks are in the cache now, (n,) bool. Pins nothing: a later load may still miss."""
-        stored = self._stored(keys)
-        with _Call(self):
+    def check_blocks(self, keys: KeysLike, *, tiers: bool = True, timeout: float = 0.0) -> Mask:
+        """Which blocks are in the cache now, (n,) bool. Pins nothing: a later load may still miss.
+
+        True says that a block is in RAM, or that a tier below had it when it was last seen there, at most ``fresh_s`` ago
+        (:class:`kvortex.tiers.TierOptions`): it was written, read or asked for then. A disk is asked at once; of stores that
+        machines share, nobody is asked for an answer. False says that it is in none of these, as far as is known; what
+        is not known is asked for in the background, in one question for all, so that a later call knows.
+
+        Parameters
+        ----------
+        keys
+        tiers
+            False for RAM alone.
+        timeout
+            Seconds that the call may wait for answers of tiers about which nothing is known.
+        """
+        stored, allowed = self._stored(keys), arguments.seconds(timeout)
+        with EngineCall(self):
             found = self._index.lookup(stored)
+            if tiers and self._cascade is not None and not found.all():
+                found[~found] = self._cascade.check(stored[~found], allowed)
             self._counters.check(len(found), int(found.sum()))
             self._recordings.note(CHECK, stored)
             return found
@@ -211,17 +237,18 @@ class KVortexEngine:
             Lengths, ranges or duplicates, or a key whose block has another size; nothing was done.
         PoolFullError
             Too many slots are pinned or being written; nothing was done. Wait for a ticket, or enlarge the pool. While the
-            pool still grows the call waits for more of it instead.
+            pool still grows the call waits for more of it instead, and up to 0.2 s for slots that tiers below have just now.
+            A tier that hangs keeps at most ``config.tier_pool_share`` of the pool, twice: what it writes, and what it reads.
         """
         keys = self._stored(keys)
-        paged, pages, lengths = self._pages(len(keys), block_ids, data_ptrs, sizes, Direction.SAVE)
-        if layerwise and not paged:
+        memory = self._memory(len(keys), block_ids, data_ptrs, sizes, Direction.SAVE)
+        if layerwise and not memory.paged:
             raise ArgumentError(_NO_LAYERS)
-        with _Call(self) as call:
+        with EngineCall(self) as call:
             self._executor.check_stream(stream)
             transfer = self._flight.open(Direction.SAVE, len(keys), call)
             transfer.layers = self.layout.num_layers if layerwise and self.layout is not None else 0
-            found = self._reserve(keys, lengths, transfer)
+            found = self._reserve(keys, memory.lengths, transfer)
             transfer.mask[found.status == DECLINED] = False
             self._counters.decline(int((found.status == DECLINED).sum()))
             for owner in np.unique(found.owners[found.status == PENDING]).tolist():
@@ -231,7 +258,9 @@ class KVortexEngine:
                     transfer.mask[at] = self._index.lookup(keys[at])
                 else:
                     transfer.after.append((save, at))
-            self._start(transfer, paged, pages, lengths, stream, bool(layerwise))
+            if self._cascade is not None:
+                transfer.saved = keys, memory.lengths
+            start(self._executor, transfer, memory, stream, bool(layerwise))
             self._recordings.note(SAVE, keys)
             return self._ticket(transfer, stream if layerwise else None)
 
@@ -244,8 +273,13 @@ class KVortexEngine:
         output_ptrs: Any = None,
         stream: Any = None,
         layerwise: bool = False,
+        fetch: bool = True,
     ) -> Ticket:
         """Starts loading blocks, and returns at once. A block that is not in the cache is a miss, told by the mask.
+
+        What is in RAM moves now. What a tier below has, or may have, is brought into RAM first, in the background, and then
+        moves as a second part of the same ticket, which is done when both are. What has not come by the tiers' deadlines is
+        a miss. :meth:`prefetch` brings blocks into RAM ahead of need.
 
         ``load_blocks(keys, block_ids)`` loads into pages of the layout; ``load_blocks(keys, output_ptrs, sizes)`` into
         opaque contiguous buffers, whose sizes must be those that were saved.
@@ -264,6 +298,9 @@ class KVortexEngine:
         layerwise
             The first layers of all blocks first, so that a model can start on them: :meth:`Ticket.wait_layer`. A little
             slower as a whole, the more so the fewer blocks are neighbours in the pool. Not for opaque buffers.
+        fetch
+            False for what is in RAM alone. Otherwise :meth:`Ticket.add_to` and :meth:`Ticket.wait_layer` wait on the host
+            until the second part is on its way, since no stream can wait for what is not.
 
         Raises
         ------
@@ -271,73 +308,95 @@ class KVortexEngine:
             Lengths, ranges, duplicates, or a size that is not the saved one; nothing was done.
         """
         keys = self._stored(keys)
-        paged, pages, lengths = self._pages(len(keys), block_ids, output_ptrs, sizes, Direction.LOAD)
-        if layerwise and not paged:
+        memory = self._memory(len(keys), block_ids, output_ptrs, sizes, Direction.LOAD)
+        if layerwise and not memory.paged:
             raise ArgumentError(_NO_LAYERS)
-        with _Call(self) as call:
+        with EngineCall(self) as call:
             self._executor.check_stream(stream)
             transfer = self._flight.open(Direction.LOAD, len(keys), call)
-            transfer.layers = self.layout.num_layers if paged and self.layout is not None else 0
-            self._index.acquire(keys, lengths, taken=transfer.slots)
+            transfer.layers = self.layout.num_layers if memory.paged and self.layout is not None else 0
+            self._index.acquire(keys, memory.lengths, taken=transfer.slots)
             transfer.mask = transfer.slots >= 0
-            self._counters.miss(len(keys) - int(transfer.mask.sum()))
-            self._start(transfer, paged, pages, lengths, stream, bool(layerwise))
+            longest = self.config.transfer_timeout_s
+            rest = rest_of(self._parts, transfer, keys, memory, stream, bool(layerwise), longest) if fetch else None
+            self._counters.miss(len(keys) - int(transfer.mask.sum()) - (0 if rest is None else len(rest.keys)))
+            start(self._executor, transfer, memory, stream, bool(layerwise))
+            if rest is not None and self._cascade is not None:
+                self._cascade.submit(rest)
             self._recordings.note(LOAD, keys)
             return self._ticket(transfer)
+
+    def prefetch(self, keys: KeysLike, sizes: Any = None, *, timeout: float | None = None) -> Prefetch:
+        """Starts bringing blocks from tiers below into RAM, and returns at once. What two calls ask for is fetched once.
+
+        Parameters
+        ----------
+        keys
+            n keys. More than the pool holds evict each other.
+        sizes : (n,) integers
+            Bytes of each block, for opaque buffers; None for pages of the layout.
+        timeout
+            Seconds after which it ends with what is there; None for the tiers' own deadlines, at most
+            ``transfer_timeout_s``.
+
+        Returns
+        -------
+        Prefetch
+            Tells which blocks are in RAM. Without tiers it is done at once.
+
+        Raises
+        ------
+        ArgumentError
+            Sizes are missing, or do not fit.
+        """
+        keys = self._stored(keys)
+        if sizes is None and self.layout is None:
+            raise ArgumentError("this engine has no layout: pass sizes")
+        longest = self.config.transfer_timeout_s if timeout is None else arguments.seconds(timeout)
+        nbytes = np.full(len(keys), self._record_bytes) if sizes is None else arguments.integers(sizes, "sizes", len(keys))
+        with EngineCall(self):
+            deadline = time.monotonic() if self._cascade is None else self._cascade.deadline(longest)
+            promotion = Promotion(keys, nbytes, deadline)
+            if self._cascade is not None and len(keys):
+                self._cascade.submit(promotion)
+            else:
+                promotion.finish(self._index.lookup(keys))
+                promotion.over = True
+            return Prefetch(promotion, self._index.lookup)
+
+    def flush(self, timeout: float | None = None) -> bool:
+        """Waits until every block whose save has ended is written to the tiers below, or given up there; wait for tickets
+        first. :meth:`shutdown` does it too.
+
+        Returns
+        -------
+        bool
+            False where that was not so after ``timeout`` seconds (None: ``transfer_timeout_s``). Writing goes on.
+        """
+        seconds = self.config.transfer_timeout_s if timeout is None else arguments.seconds(timeout)
+        with EngineCall(self):
+            return self._cascade is None or self._cascade.flush(time.monotonic() + seconds)
 
     def _stored(self, keys: KeysLike) -> KeyArray:
         """The keys under which the pool holds blocks of these keys."""
         return self.scheme.stored(as_keys(keys))
 
     def _reserve(self, keys: KeyArray, lengths: Int64s, transfer: Transfer) -> Reservation:
+        began = time.monotonic()
         while True:
             try:
                 return self._index.reserve(keys, lengths, owner=transfer.number, taken=transfer.slots)
             except PoolFullError:
-                if not self._parts.wait_for_more(self.config.transfer_timeout_s):
+                if self._parts.wait_for_more(self.config.transfer_timeout_s):
+                    continue
+                if self._cascade is None or not self._cascade.give_way(began):
                     raise
 
-    def _pages(
-        self, count: int, block_ids: Any, pointers: Any, sizes: Any, direction: Direction
-    ) -> tuple[bool, Int64s, Int64s]:
-        """Whether pages of the layout move, their ids or the buffers' addresses, and the bytes of each."""
-        if sizes is None and pointers is None:
-            if self.layout is None:
-                raise ArgumentError("this engine has no layout: pass pointers and sizes")
-            if block_ids is None:
-                raise ArgumentError("block_ids are missing")
-            ids = arguments.block_ids(block_ids, count, self.layout.num_blocks)
-            return True, ids, np.full(count, self.layout.record_bytes, np.int64)
-        if sizes is None or (pointers is None) == (block_ids is None):
-            raise ArgumentError("opaque buffers need pointers and sizes, and no block_ids")
-        given = block_ids if pointers is None else pointers
-        most = self._parts.record_bytes
-        return False, *arguments.buffers(given, sizes, count, most, written=direction is Direction.LOAD)
-
-    def _start(
-        self, transfer: Transfer, paged: bool, pages: Int64s, lengths: Int64s, stream: Any, layerwise: bool
-    ) -> None:
-        """Issues what the transfer holds slots for. A failure of the device ends on the transfer, not here."""
-        moved = transfer.moved()
-        if not len(moved):
-            return
-        transfer.nbytes = int(lengths[moved].sum())
-        transfer.completion = self._prepare(transfer, paged, pages[moved], lengths[moved], stream, layerwise)
-        transfer.completion.start()
-
-    def _prepare(
-        self, transfer: Transfer, paged: bool, pages: Int64s, lengths: Int64s, stream: Any, layerwise: bool
-    ) -> Completion:
-        slots = transfer.slots[transfer.slots >= 0]
-        try:
-            if paged:
-                return self._executor.prepare_blocks(transfer.direction, pages, slots, stream, layerwise)
-            return self._executor.prepare_buffers(transfer.direction, pages, lengths, slots, stream)
-        except (DeviceError, TransferError) as error:
-            return Failed(TransferError(f"a {transfer.direction.value} could not be prepared: {error}"))
+    def _memory(self, count: int, block_ids: Any, pointers: Any, sizes: Any, direction: Direction) -> Memory:
+        return memory_of(self.layout, self._parts.record_bytes, count, block_ids, pointers, sizes, direction)
 
     def _ticket(self, transfer: Transfer, stream: Any = None) -> Ticket:
-        feed = functools.partial(_Call, self, reap=False)
+        feed = functools.partial(EngineCall, self, reap=False)
         return Ticket(transfer, self._settle, self.config.transfer_timeout_s, self._executor.check_stream, feed, stream)
 
     def _settle(self, transfer: Transfer) -> bool:
@@ -364,7 +423,7 @@ class KVortexEngine:
         ArgumentError
             It is there, or cannot be written.
         """
-        with _Call(self, reap=False):
+        with EngineCall(self, reap=False):
             return self._recordings.open(path)
 
     # -- numbers, and the end
@@ -381,7 +440,7 @@ class KVortexEngine:
             It is not whole after ``timeout`` seconds (None: ``transfer_timeout_s``).
         """
         seconds = self.config.transfer_timeout_s if timeout is None else arguments.seconds(timeout)
-        with _Call(self):
+        with EngineCall(self):
             arena = self._parts.arena
             if not arena.wait(arena.slots, seconds):
                 raise PoolTimeoutError(f"{arena.ready} of {arena.slots} slots are ready after {seconds} seconds")
@@ -392,24 +451,29 @@ class KVortexEngine:
     def notes(self) -> tuple[str, ...]:
         """What was wished for and this platform could not give: huge pages, the NUMA node, registering memory with the
         driver. Each costs speed and nothing else. Empty where all went well."""
-        return tuple(self._parts.arena.notes)
+        return (*self._parts.arena.notes, *(self._cascade.notes if self._cascade is not None else ()))
 
     def get_stats(self) -> EngineStats:
         """Counters since the start; see :class:`EngineStats`."""
-        with _Call(self):
+        with EngineCall(self):
             counts = self._index.counts()
+            tiers = () if self._cascade is None else self._cascade.stats()
             return self._counters.snapshot(
-                counts.evictions, counts.resident, counts.reserved, counts.pinned, counts.capacity
+                counts.evictions, counts.resident, counts.reserved, counts.pinned, counts.capacity, tiers
             )
 
     def shutdown(self, timeout: float | None = None) -> None:
         """Waits for running calls and transfers, then frees everything. Later calls raise; a second shutdown does nothing.
 
+        Blocks that wait for tiers are written first, for most of ``timeout``; what is left then is not stored there. A tier
+        that hangs does not hold this up beyond ``timeout``: the pool's memory is kept then, since the tier may still be
+        reading it.
+
         Raises
         ------
         TransferTimeoutError
-            Calls or transfers still run after ``timeout`` seconds (None: ``transfer_timeout_s``). Their memory stays;
-            call again.
+            Calls, transfers or calls of tiers still run after ``timeout`` seconds (None: ``transfer_timeout_s``). Their memory
+            stays; call again.
         ReentrantCallError
             This thread is in the middle of a call of this engine, which would wait for itself.
         """
@@ -423,13 +487,13 @@ class KVortexEngine:
         self._closed = True
         if not poll(lambda: not self._running(), deadline):
             raise TransferTimeoutError(f"{len(self._running())} calls of other threads are still running")
-        left = self._flight.drain(max(0.0, deadline - time.monotonic()))
+        left = self._parts.end(max(0.0, deadline - time.monotonic()))
         if left:
-            raise TransferTimeoutError(f"{left} transfers are still running; their memory cannot be freed yet")
+            raise TransferTimeoutError(f"{left}; their memory cannot be freed yet")
         self._finalizer()
         self._parts.arena.notes.extend(self._recordings.close(deadline))
 
-    def _running(self) -> list[_Call]:
+    def _running(self) -> list[EngineCall]:
         """Calls that have not ended. One that was lost to an interrupt disappears with its frame."""
         return [call for ref in list(self._calls.values()) if (call := ref()) is not None and not call.over]
 
@@ -443,78 +507,3 @@ class KVortexEngine:
         state = "closed" if self._closed else f"{self._index.capacity} blocks of {self._parts.record_bytes} bytes"
         return f"<KVortexEngine on {self.device.name}: {state}>"
 
-
-class _Call:
-    """One public call: refused after shutdown, waited for by shutdown, and settles what has ended meanwhile (``reap``).
-
-    ``over`` becomes true when the call returns or raises. Should a second interrupt prevent even that, the weak
-    reference in the engine dies with the frame.
-    """
-
-    def __init__(self, engine: KVortexEngine, *, reap: bool = True) -> None:
-        self._reap = reap
-        self._engine: KVortexEngine | None = engine  # until it is over: a transfer must not keep its engine alive
-        self.thread = threading.get_ident()
-        self.over = False
-
-    def __enter__(self) -> _Call:
-        engine = self._engine
-        assert engine is not None
-        if engine._parts.pid != os.getpid():
-            raise EngineClosedError("this engine belongs to the process that this one was forked from; create one here")
-        engine._calls[id(self)] = weakref.ref(self)  # before looking, so that shutdown either sees this call or stops it
-        if engine._closed:
-            self.__exit__()
-            raise EngineClosedError("this engine was shut down")
-        try:
-            if self._reap:
-                engine._flight.reap()
-                engine._parts.grow()
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.over = True
-        engine, self._engine = self._engine, None
-        if engine is not None:
-            engine._calls.pop(id(self), None)
-
-
-def _namespace(config: KVortexConfig, layout: KVLayout | None) -> Namespace:
-    return Namespace(
-        model=config.model,
-        dtype=config.dtype,
-        layout=layout.fingerprint if layout is not None else b"",
-        block_size=config.block_size,
-        rank=config.rank,
-        world_size=config.world_size,
-        lora=config.lora,
-        salt=config.salt,
-    )
-
-
-def _check_given(config: object, layout: object) -> None:
-    """Refuses other things in the places of a config and a layout, by name: tensors, a class, the two exchanged."""
-    if not isinstance(config, KVortexConfig):
-        how = "KVortexConfig(...), or None for KVortexConfig.from_env()"
-        raise ConfigError(f"config must be a KVortexConfig; seen: {type(config).__name__} {shown(config)}. Pass {how}.")
-    if layout is not None and not isinstance(layout, KVLayout):
-        how = "KVLayout.from_arrays(tensors, block_axis), or None for opaque buffers only"
-        raise LayoutError(f"layout must be a KVLayout; seen: {type(layout).__name__} {shown(layout)}. Pass {how}.")
-
-
-def _open_for(config: KVortexConfig, layout: KVLayout | None) -> Device:
-    """The device that the config names, or where the layout is; and only if they agree."""
-    if layout is None:
-        return open_device(config.device)
-    device = open_device(layout.device if config.device == "auto" else config.device)
-    if device.name != layout.device:
-        raise LayoutError(f"the layout's tensors are on {layout.device}, and the config says device = {shown(config.device)}")
-    for base, stride, _, nbytes in layout.fragments.tolist():
-        for address in (base, base + stride * (layout.num_blocks - 1) + nbytes - 1):
-            owner = device.owner_of(address)
-            if owner is not None and owner != device.name:
-                raise LayoutError(f"address {address:#x} of the layout belongs to {owner}, not to {device.name}")
-    return device

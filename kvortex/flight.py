@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from kvortex.digests.kept import Digests, compare, keep
 from kvortex.errors import CorruptBlocksError, TransferError, shown
 from kvortex.index import BlockIndex
+from kvortex.keys import KeyArray
 from kvortex.stats import Counters
 from kvortex.transfer.executor import Direction, poll
 from kvortex.transfer.plan import Int64s
@@ -19,6 +21,16 @@ from kvortex.transfer.transfer import Call, Transfer
 class Flight:
     """The transfers of one engine that have not been settled. Thread-safe.
 
+    Parameters
+    ----------
+    index, counters
+    saved
+        Told of blocks that have just become visible, by keys and sizes.
+    numbers
+        Of transfers; shared with others who reserve slots.
+
+    Notes
+    -----
     Nothing here runs by itself: a transfer is settled by the first call that finds it ended, be it its ticket's or the
     engine's next. Until then nobody could have noticed.
 
@@ -32,9 +44,16 @@ class Flight:
         Of the blocks in the pool: kept before a save's blocks are visible, compared before a load's are released.
     """
 
-    def __init__(self, index: BlockIndex, counters: Counters, digests: Digests | None = None) -> None:
-        self._index, self._counters, self._digests = index, counters, digests
-        self._numbers = itertools.count(1)
+    def __init__(
+        self,
+        index: BlockIndex,
+        counters: Counters,
+        digests: Digests | None = None,
+        saved: Callable[[KeyArray, Int64s], None] | None = None,
+        numbers: Iterator[int] | None = None,
+    ) -> None:
+        self._index, self._counters, self._digests, self._saved = index, counters, digests, saved
+        self._numbers = itertools.count(1) if numbers is None else numbers
         self._transfers: dict[int, Transfer] = {}  # single operations of a dict are atomic
 
     def open(self, direction: Direction, count: int, call: Call) -> Transfer:
@@ -54,8 +73,11 @@ class Flight:
         if not self._end(transfer) or not all(self._end(save) for save, _ in transfer.after):
             return False
         for save, at in transfer.after:
-            if save.error is not None:
+            if save.direction is Direction.LOAD:  # the second part of this load
+                transfer.mask[at] = save.mask
+            elif save.error is not None:
                 transfer.mask[at] = False
+            if save.error is not None:
                 transfer.error = transfer.error or save.error
         self._transfers.pop(transfer.number, None)  # first: once settled, nobody looks here again
         transfer.settled = True
@@ -94,6 +116,9 @@ class Flight:
         else:
             mine = self._index.commit(held, once=transfer.once)
         transfer.ended = True
+        if mine and error is None and transfer.saved is not None and self._saved is not None:
+            keys, sizes = transfer.saved
+            self._saved(keys[transfer.slots >= 0], sizes[transfer.slots >= 0])
         if mine and error is not None:
             self._counters.fail(len(held))
         elif mine and completion is not None:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import itertools
 import os
 import threading
+import time
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -22,18 +26,30 @@ from kvortex.keys import load_compiled as load_compiled_keys
 from kvortex.layout import KVLayout
 from kvortex.memory.arena import PinnedArena
 from kvortex.stats import Counters
+from kvortex.tiers.cascade import Cascade
+from kvortex.tiers.room import Room
+from kvortex.tiers.urls import OpenTier
 from kvortex.transfer.executor import Executor
 from kvortex.transfer.plan import Pool
 from kvortex.transfer.profile import Profile
 from kvortex.transfer.routes import Route
 
+_LONGEST_EXIT_S = 5.0  # that the end of a process waits for tiers
+_CLOSING_SHARE = 0.2  # of the time for an end, which calls that run have to come back
 _HOST_THREADS = 2  # of each direction, unless num_transfer_streams says how many
 
 
 class Parts:
     """What an engine owns, apart from the engine itself, so that it can be freed when the engine is dropped."""
 
-    def __init__(self, config: KVortexConfig, layout: KVLayout | None, device: Device, record_bytes: int) -> None:
+    def __init__(
+        self,
+        config: KVortexConfig,
+        layout: KVLayout | None,
+        device: Device,
+        record_bytes: int,
+        tiers: Sequence[OpenTier] = (),
+    ) -> None:
         self.pid = os.getpid()
         self.record_bytes = record_bytes
         self.layout = layout  # running transfers touch its tensors: they must outlive the engine's last transfer
@@ -51,11 +67,22 @@ class Parts:
             policy, admit_after = config.eviction_policy, config.admit_after
             self.index = BlockIndex(self.arena.slots, policy, admit_after=admit_after, ready=self.arena.ready)
             self.counters = Counters()
-            kept = None
+            self.digests = None
             if config.digests:  # (slots, 16) uint8: of the block in each slot that is resident
-                kept = self.digests = np.zeros((self.arena.slots, DIGEST_BYTES), np.uint8)
-            self.flight = Flight(self.index, self.counters, kept)
+                self.digests = np.zeros((self.arena.slots, DIGEST_BYTES), np.uint8)
+            numbers = itertools.count(1)
+            self.cascade = self._cascade(tiers, numbers, config.tier_pool_share) if tiers else None
+            saved = None
+            if self.cascade is not None:
+                undo.callback(self.cascade.close, time.monotonic() + _LONGEST_EXIT_S)
+                saved = self.cascade.offer
+            self.flight = Flight(self.index, self.counters, self.digests, saved, numbers)
             undo.pop_all()
+
+    def _cascade(self, tiers: Sequence[OpenTier], numbers: Iterator[int], share: float) -> Cascade:
+        number = functools.partial(next, numbers)
+        room = Room(self.index, self.arena.address, self.arena.slot_bytes, self.digests, number, share)
+        return Cascade(tiers, room)
 
     def grow(self) -> None:
         """Gives the index the slots that have become ready. Twice does no harm."""
@@ -75,17 +102,35 @@ class Parts:
         The collector may bring us here in any thread, also in one that the transfers need to end.
         """
         ending = not threading.main_thread().is_alive()  # the interpreter is: it starts no threads, or does not wait for them
-        if self.pid == os.getpid() and not ending and self.flight.drain(0.0):
+        if self.pid == os.getpid() and not ending and (self.flight.drain(0.0) or not self._is_quiet()):
             threading.Thread(target=self.dispose, args=(timeout,), name="kvortex-dispose", daemon=True).start()
         else:
-            self.dispose(timeout)
+            self.dispose(min(timeout, _LONGEST_EXIT_S) if ending and self.cascade is not None else timeout)
+
+    def end(self, timeout: float) -> str:
+        """Waits for the end of all transfers, and closes the tiers when they have what waits for them, or most of the time
+        is over. Empty, or what still runs, while which nothing may be freed."""
+        deadline = time.monotonic() + timeout
+        if self.cascade is not None:
+            self.cascade.stop_fetching()
+        if left := self.flight.drain(timeout):
+            return f"{left} transfers are still running"
+        if self.cascade is not None and not self.cascade.closed:
+            self.cascade.flush(deadline - _CLOSING_SHARE * (deadline - time.monotonic()))
+            if left := self.cascade.close(deadline):
+                return f"{left} calls of tiers below RAM are still running"
+        return ""
+
+    def _is_quiet(self) -> bool:
+        """Whether there are no tiers to wait for."""
+        return self.cascade is None or self.cascade.closed
 
     def dispose(self, timeout: float) -> None:
         """Frees everything, unless a transfer does not end: then its memory is leaked rather than written after free."""
         if self.pid != os.getpid():
             return
         try:
-            left = self.flight.drain(timeout)
+            left = self.end(timeout)
         except BaseException:  # an interrupt: what runs is not known
             _KEPT.append(self)
             raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 
+from kvortex.tiers.metrics import TierStats
 from kvortex.transfer.executor import Direction
 
 
@@ -61,6 +62,8 @@ class EngineStats:
         Blocks that a load found to be no longer what was saved, by their digests. They were dropped.
     routes
         The same blocks, bytes and seconds by direction and route; only those that were used.
+    tiers
+        Of each tier below RAM, the fastest first: :class:`kvortex.tiers.TierStats`.
     """
 
     checked_blocks: int
@@ -81,6 +84,7 @@ class EngineStats:
     routes: tuple[RouteStats, ...] = ()
     declined_blocks: int = 0
     corrupt_blocks: int = 0
+    tiers: tuple[TierStats, ...] = ()
 
     @property
     def cache_hit_rate(self) -> float:
@@ -140,8 +144,16 @@ class Counters:
         with self._lock:
             self.corrupt += blocks
 
-    def snapshot(self, evictions: int, resident: int, reserved: int, pinned: int, capacity: int) -> EngineStats:
-        """The totals, with the index's numbers."""
+    def snapshot(
+        self,
+        evictions: int,
+        resident: int,
+        reserved: int,
+        pinned: int,
+        capacity: int,
+        tiers: tuple[TierStats, ...] = (),
+    ) -> EngineStats:
+        """The totals, with the numbers of the index and of tiers."""
         with self._lock:
             routes = tuple(self._routes.values())
             checked, hit, missed, failed = self.checked, self.hit, self.missed, self.failed
@@ -167,4 +179,5 @@ class Counters:
             routes=routes,
             declined_blocks=declined,
             corrupt_blocks=corrupt,
+            tiers=tiers,
         )

@@ -8,13 +8,14 @@ from pathlib import Path
 from types import ModuleType
 
 from kvortex.errors import KVortexError, told
-from perf import compute, digest, duplex, fragments, gil, index, keys, latency, link, pinned, submit
+from perf import compute, digest, duplex, faults, fragments, gil, index, keys, latency, link, pinned, submit, tiers
 from perf.report import Report, check_writable, environment, progress
 
 QUESTIONS = {
     "compute": compute,
     "digest": digest,
     "duplex": duplex,
+    "faults": faults,
     "fragments": fragments,
     "gil": gil,
     "index": index,
@@ -23,6 +24,7 @@ QUESTIONS = {
     "link": link,
     "pinned": pinned,
     "submit": submit,
+    "tiers": tiers,
 }
 WRONG_BYTES, FAILED = 1, 2  # exit statuses
 

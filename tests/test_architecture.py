@@ -25,6 +25,9 @@ FLOORS = {
     "index": 4,
     "tiers": 5,
     "traces": 5,
+    "calls": 6,
+    "opening": 6,
+    "issuing": 6,
     "stats": 6,
     "flight": 6,
     "parts": 6,
@@ -35,8 +38,12 @@ FLOORS = {
 }
 FRONT_DOOR = ""  # kvortex/__init__.py shows floors 0 to 6; commands and connectors come in by it
 # Rooms of one floor that lean on each other, one way.
+_ENGINE = ("calls", "flight", "issuing", "opening", "parts", "stats")
 NEIGHBOURS = {("config", "errors"), ("kernels", "errors"), ("devices", "arguments"), ("index", "keys"), ("flight", "stats")} | {
-    (whole, part) for whole in ("engine", "parts") for part in ("flight", "stats", "parts") if whole != part
+    *(("engine", part) for part in _ENGINE),
+    *(("parts", part) for part in ("flight", "stats")),
+    ("issuing", "parts"),
+    ("calls", "engine"),  # for type checkers alone
 }
 FOREIGN = {"torch", "cupy", "jax"}
 

@@ -42,6 +42,8 @@ GOOD: dict[str, list[Any]] = {
     "key_scheme": ["kvortex", "vllm", "vllm-0.15"],
     "key_seed": ["0", "", "random", None],
     "transfer_timeout_s": [0.001, 1, 3600.0],
+    "tiers": [(), ("disk:/var/cache/kv?capacity=100GiB", {"url": "redis://host:6379/0", "mode": "back"}, print)],
+    "tier_pool_share": [0.01, 0.5],
 }
 BAD: dict[str, list[Any]] = {
     "cpu_pool_size_bytes": [0, -1, 1.5, 1e9, "16 GiB", True, None],
@@ -68,6 +70,8 @@ BAD: dict[str, list[Any]] = {
     "key_scheme": ["", "VLLM", "sha256_cbor", "vllm-0.33", None, 1],
     "key_seed": [0, b"0", True],
     "transfer_timeout_s": [0, 0.0, -1.0, float("inf"), float("nan"), True, "60", None],
+    "tiers": [None, "disk:/var/cache/kv", 3, {"url": "disk:/"}],
+    "tier_pool_share": [0, -0.1, 0.51, float("nan"), True, "0.1", None],
 }
 CASES = [(name, value) for name, values in BAD.items() for value in values]
 
@@ -394,3 +398,10 @@ def test_any_text_is_a_size_or_a_config_error(text: str) -> None:
 @given(st.decimals(0, 10**6, places=3, allow_nan=False), st.sampled_from(["KB", "MB", "GB"]))
 def test_decimal_sizes_are_read_exactly(number: Decimal, unit: str) -> None:
     assert parse_size(f"{number:f} {unit}") == number * {"KB": 10**3, "MB": 10**6, "GB": 10**9}[unit]
+
+
+def test_tiers_are_few_urls() -> None:
+    with pytest.raises(ConfigError, match="^tiers = .*17 of them, 16 at most"):
+        KVortexConfig(tiers=("memory:",) * 17)
+    with pytest.raises(ConfigError, match=r"^tiers\[1\] = '/var/cache/kv': must be a URL"):
+        KVortexConfig(tiers=("memory:", "/var/cache/kv"))

@@ -94,6 +94,10 @@ def _run(arguments: argparse.Namespace) -> int:
         from kvortex.cli import calibrate
 
         return calibrate.run(arguments)
+    if arguments.command == "tier":
+        from kvortex.cli import tier
+
+        return tier.run(arguments)
     from kvortex.cli import doctor
 
     return doctor.run(arguments)
@@ -110,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_record(commands)
     _add_doctor(commands)
     _add_calibrate(commands)
+    _add_tier(commands)
     return parser
 
 
@@ -185,6 +190,18 @@ def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]
     calibrate = commands.add_parser("calibrate", help="measure which route serves which transfer best", description=about)
     calibrate.add_argument("--device", default="auto", help=_DEVICE_HELP)
     calibrate.add_argument("--json", action="store_true", help="all measurements as JSON on stdout")
+
+
+def _add_tier(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    about = (
+        "Looks into a tier below RAM without an engine. ls: what is there. verify: reads every record and checks it; exits "
+        "with 1 where one is not what was stored. purge: removes every record."
+    )
+    tier = commands.add_parser("tier", help="look into a tier below RAM, verify it, or empty it", description=about)
+    tier.add_argument("action", choices=("ls", "verify", "purge"))
+    tier.add_argument("url", metavar="URL", help="as in KVORTEX_TIERS: disk:/folder, redis://host:6379/0, s3://bucket/prefix")
+    tier.add_argument("--yes", action="store_true", help="of purge: that it is meant")
+    tier.add_argument("--json", action="store_true", help="as JSON on stdout")
 
 
 def _count(text: str) -> int:

@@ -49,6 +49,9 @@ def examine(build: bool = False) -> Report:
     report["compiler"] = _probe(probes.compiler)
     report["memory"] = _probe(probes.memory)
     report["kernel_cache"] = _probe(probes.cache)
+    tiers = _probe(probes.tiers)
+    if tiers:  # only where some are configured
+        report["tiers"] = tiers
     if build:
         capability = str(_get(report, "cuda:0", "compute_capability") or "9.0")
         major, _, minor = capability.partition(".")
@@ -112,6 +115,10 @@ def _missing(report: Report) -> list[dict[str, str]]:
         found.append(("huge pages, for pinning large pools quickly", cure))
     if usable and _get(report, "memory", "memlock_soft") is not None:
         found.append(("unlimited locked memory, if pinning is refused", "ulimit -l unlimited (docker run --ulimit memlock=-1)"))
+    tiers = report.get("tiers")
+    for url, text in tiers.items() if isinstance(tiers, dict) else ():
+        if not text.startswith("works"):
+            found.append((f"a tier that works: {url}", f"{text}; see KVORTEX_TIERS"))
     if not _get(report, "versions", "rich"):
         found.append(("rich, for nicer tables", _extra("cli")))
     return [{"what": what, "cure": cure} for what, cure in found]

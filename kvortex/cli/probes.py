@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kvortex.cli.profiles import facts
+from kvortex.config import KVortexConfig
 from kvortex.devices import cuda_available
 from kvortex.devices.cuda import CudaDevice
 from kvortex.devices.driver import api, check
@@ -160,6 +161,14 @@ def build(compute_capability: tuple[int, int]) -> Facts:
         else:
             found[name] = f"{size} bytes in {time.perf_counter() - began:.1f} s"
     return found
+
+
+def tiers() -> Facts:
+    """Whether the tiers that the environment names (``KVORTEX_TIERS``) work; empty where it names none."""
+    text = os.environ.get("KVORTEX_TIERS", "")
+    named = KVortexConfig.from_mapping({"tiers": text}).tiers if text else ()
+    tools = importlib.import_module("kvortex.tiers.tools")
+    return {tools.hidden(str(entry)): tools.probe(entry) for entry in named}
 
 
 def cores() -> int:

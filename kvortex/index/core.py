@@ -303,8 +303,8 @@ def abort(t: Table, slots: Slots, once: Flags) -> tuple[int, int]:
 
 
 @compiled
-def acquire(t: Table, keys: Words, lengths: Slots, prints: Slots, slots: Slots) -> tuple[int, int, int]:
-    """Fill ``slots``, and pin them; (OK, 0, 0), or (LENGTH, row, bytes there) with every slot -1."""
+def acquire(t: Table, keys: Words, lengths: Slots, prints: Slots, slots: Slots, counts: bool) -> tuple[int, int, int]:
+    """Fill ``slots``, and pin them, as a use where that ``counts``; (OK, 0, 0), or (LENGTH, row, bytes there), all slots -1."""
     words, cells, shorts, order = t.words, t.cells, t.shorts, t.order
     find_all(t.buckets, words, keys, prints, slots)
     for i in range(keys.shape[0]):
@@ -323,7 +323,8 @@ def acquire(t: Table, keys: Words, lengths: Slots, prints: Slots, slots: Slots) 
             policies.pin(order, slot)
             pinned += 1
         cells[slot, PINS] += 1
-        policies.use(order, slot)
+        if counts:
+            policies.use(order, slot)
     t.counters[N_PINNED] += pinned
     return OK, 0, 0
 

@@ -42,7 +42,7 @@ def _serve(
         hits[request] = run
         if run > 0:
             held = slots[:run]
-            core.acquire(t, keys[:run], any_length[:run], prints, held)
+            core.acquire(t, keys[:run], any_length[:run], prints, held, True)
             once[0] = 0
             fault, _ = core.release(t, held, once)
             if fault != OK:

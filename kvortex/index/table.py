@@ -231,7 +231,12 @@ class BlockIndex:
         return self._settle("abort", core.abort, slots, once)
 
     def acquire(
-        self, keys: KeysLike, nbytes: int | npt.ArrayLike | None = None, *, taken: npt.NDArray[np.int64] | None = None
+        self,
+        keys: KeysLike,
+        nbytes: int | npt.ArrayLike | None = None,
+        *,
+        taken: npt.NDArray[np.int64] | None = None,
+        counts: bool = True,
     ) -> npt.NDArray[np.int64]:
         """Pin resident keys: (n,) int64 slots, -1 where a key is not resident.
 
@@ -244,6 +249,9 @@ class BlockIndex:
             Lengths that the records must have; None for any.
         taken : (n,) int64
             Filled with -1: to be used instead of a new array; see :meth:`reserve`.
+        counts
+            False for who only copies the records somewhere else: that nobody asked for them, the policy must not take for
+            a use. Their place among others is that of their release even so, where the policy goes by that.
 
         Raises
         ------
@@ -255,7 +263,7 @@ class BlockIndex:
         slots = np.empty(len(words), np.int64) if taken is None else _room("taken", taken, np.int64, len(words))
         prints = np.empty(len(words), np.int64)
         with self._lock:
-            fault, at, there = core.acquire(self._table, words, sizes, prints, slots)
+            fault, at, there = core.acquire(self._table, words, sizes, prints, slots, bool(counts))
         if fault == core.LENGTH:
             raise ArgumentError(f"keys[{at}] has a record of {there} bytes, not of {sizes[at if len(sizes) > 1 else 0]}")
         return slots

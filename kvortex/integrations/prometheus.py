@@ -20,6 +20,7 @@ from prometheus_client.registry import Collector
 
 from kvortex.engine import KVortexEngine
 from kvortex.errors import EngineClosedError
+from kvortex.integrations.tier_metrics import families
 from kvortex.stats import EngineStats
 
 _COUNTERS = {
@@ -56,7 +57,7 @@ class EngineCollector(Collector):
         self._names, self._values = list(labels or {}), list((labels or {}).values())
 
     def collect(self) -> Iterator[Metric]:
-        """One family a counter; transfers carry the labels ``direction`` and ``route``."""
+        """One family a counter; transfers carry the labels ``direction`` and ``route``, and what tiers did ``tier``."""
         engine = self._engine()
         try:
             stats = engine.get_stats() if engine is not None else None
@@ -79,6 +80,7 @@ class EngineCollector(Collector):
         for state in _SLOTS:
             slots.add_metric([*self._values, state], getattr(stats, f"{state}_blocks"))
         yield slots
+        yield from families(stats.tiers, self._names, self._values)
 
 
 def prometheus_text(engine: KVortexEngine, labels: Mapping[str, str] | None = None) -> str:

@@ -3,6 +3,22 @@
 from __future__ import annotations
 
 from kvortex.tiers.base import Call, Outcome, Tier
+from kvortex.tiers.breaker import BreakerOptions
+from kvortex.tiers.metrics import OperationStats, TierStats
+from kvortex.tiers.options import TierOptions
+from kvortex.tiers.promotion import Prefetch
 from kvortex.tiers.record import HEADER, HEADER_BYTES, RecordFormat
 
-__all__ = ["HEADER", "HEADER_BYTES", "Call", "Outcome", "RecordFormat", "Tier"]
+__all__ = [
+    "HEADER",
+    "HEADER_BYTES",
+    "BreakerOptions",
+    "Call",
+    "OperationStats",
+    "Outcome",
+    "Prefetch",
+    "RecordFormat",
+    "Tier",
+    "TierOptions",
+    "TierStats",
+]

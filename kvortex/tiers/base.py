@@ -63,6 +63,12 @@ class Fetched(NamedTuple):
     digests: Digests
 
 
+def answer(outcomes: Outcomes) -> npt.NDArray[np.bool_] | None:
+    """What :meth:`Tier.contains` gives where it found out so much about each key."""
+    known = np.isin(outcomes, (Outcome.OK, Outcome.MISS)).all()
+    return np.asarray(outcomes == Outcome.OK) if known else None
+
+
 class Tier(ABC):
     """Where records rest under their keys. Thread-safe; calls block, and hold no GIL while they wait.
 
@@ -79,14 +85,18 @@ class Tier(ABC):
         Of the kind, for metrics and messages: ``"disk"``, ``"redis"``, ``"s3"``.
     capacity_bytes : int or None
         None where somebody else bounds it.
+    local : bool
+        Whether :meth:`contains` is a look into this process's memory, which is asked on a caller's thread.
     """
 
     name: str
     capacity_bytes: int | None = None
+    local: bool = False
 
     @abstractmethod
-    def contains(self, keys: KeyArray, call: Call) -> npt.NDArray[np.bool_]:
-        """Which of n keys are there, (n,) bool; false where that cannot be found out. Promises nothing about a later get."""
+    def contains(self, keys: KeyArray, call: Call) -> npt.NDArray[np.bool_] | None:
+        """Which of n keys are there, (n,) bool; None where that cannot be found out, which counts as a failed call. Promises
+        nothing about a later get."""
 
     @abstractmethod
     def get_into(self, keys: KeyArray, addresses: Int64s, room: Int64s, call: Call) -> Fetched:

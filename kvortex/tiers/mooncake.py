@@ -120,10 +120,10 @@ class MooncakeTier(Tier):
         self.trouble = ""  # what was wrong last, in words; for whoever asks
         load_compiled()
 
-    def contains(self, keys: KeyArray, call: Call) -> npt.NDArray[np.bool_]:
+    def contains(self, keys: KeyArray, call: Call) -> npt.NDArray[np.bool_] | None:
         names = self._names(keys)
         found = self._guarded(lambda: self._wait(lambda store: store.batch_is_exist(names), call) if names else [])
-        return np.array([each == 1 for each in found] if isinstance(found, list) else [False] * len(names), np.bool_)
+        return np.array([each == 1 for each in found], np.bool_) if isinstance(found, list) else None
 
     def get_into(self, keys: KeyArray, addresses: Int64s, room: Int64s, call: Call) -> Fetched:
         arrivals = Arrivals(self.format, keys, addresses, room)

@@ -21,7 +21,7 @@ from kvortex.kernels import build
 from kvortex.memory.arena import SLOT_ALIGNMENT
 from kvortex.memory.ids import IdBuffer, IdPool
 from kvortex.memory.staging import StagingRing
-from kvortex.transfer.cuda_completion import CudaCompletion, Events
+from kvortex.transfer.cuda_completion import CudaCompletion, CudaMark, Events
 from kvortex.transfer.digesting import Digesting, Reading, buffers_reading, room_for
 from kvortex.transfer.executor import Completion, Direction, Executor, poll
 from kvortex.transfer.issue import NO_STREAM, PIECE_ROW_BYTES
@@ -250,10 +250,11 @@ class CudaExecutor(Executor):
     def prepare_blocks(
         self, direction: Direction, blocks: Int64s, slots: Int64s, stream: Any, layerwise: bool = False
     ) -> Completion:
-        caller = cuda_stream_handle(stream)
+        mark = stream if isinstance(stream, CudaMark) else None
+        caller = NO_STREAM if mark is not None else cuda_stream_handle(stream)
         nbytes = len(blocks) * int(self._layer_offsets[-1])
         in_groups = layerwise and direction is Direction.SAVE
-        busy = in_groups or self._is_busy(caller)  # who saves layer by layer computes meanwhile
+        busy = in_groups or self._is_busy(caller, mark)  # who saves layer by layer computes meanwhile
         table = self._table_of_routes
         route = self.route or choose(table, direction, nbytes, beside_compute=busy, layerwise=layerwise)
         num_layers = len(self._layer_offsets) - 1
@@ -265,12 +266,12 @@ class CudaExecutor(Executor):
                 edges = sections.first_pieces[[0, *sections.ends.tolist()]]
                 return self._layer_save(split_groups(plan), route, sections.group_of, blocks, edges)
             digests = self._digesting(route, blocks, 0, len(self._pieces)), self._sizes(blocks)
-            return CudaCompletion(self, direction, plan, caller, route, sections.group_of, *digests)
+            return CudaCompletion(self, direction, plan, caller, route, sections.group_of, *digests, mark)
         plan, edges = self._plan(direction, route, blocks, slots, busy), np.array([0, len(self._pieces)])
         if in_groups:  # the other routes take all layers at once
             return self._layer_save([plan], route, np.zeros(num_layers, np.int64), blocks, edges)
         digests = self._digesting(route, blocks, *edges.tolist()), self._sizes(blocks)
-        return CudaCompletion(self, direction, plan, caller, route, None, *digests)
+        return CudaCompletion(self, direction, plan, caller, route, None, *digests, mark)
 
     def _sizes(self, blocks: Int64s) -> Int64s:
         return np.full(len(blocks), self._layer_offsets[-1])
@@ -333,10 +334,12 @@ class CudaExecutor(Executor):
         size = self._staging.buffer_bytes
         return plan_staged(blocks, slots, self._pieces, self._pool, size, self._depth, MAX_BLOCKS)
 
-    def _is_busy(self, caller: int) -> bool:
+    def _is_busy(self, caller: int, mark: CudaMark | None) -> bool:
         """Whether a model is computing: as the user says, or mostly when the caller's stream has work on it."""
         if self.beside_compute is not None:
             return self.beside_compute
+        if mark is not None:
+            return mark.busy()
         return self._ask(cu.STREAM_QUERY, caller) == asking.NOT_READY
 
     def prepare_buffers(
@@ -347,7 +350,12 @@ class CudaExecutor(Executor):
         if self._readers is not None:
             reading = buffers_reading(self._readers[1], addresses, sizes)
             digesting = Digesting(len(sizes), self._numbers.address, reading)
-        return CudaCompletion(self, direction, plan, cuda_stream_handle(stream), Route.DIRECT, None, digesting, sizes)
+        mark = stream if isinstance(stream, CudaMark) else None
+        caller = NO_STREAM if mark is not None else cuda_stream_handle(stream)
+        return CudaCompletion(self, direction, plan, caller, Route.DIRECT, None, digesting, sizes, mark)
+
+    def mark(self, stream: Any) -> CudaMark:
+        return CudaMark(self, cuda_stream_handle(stream))
 
     def check_stream(self, stream: Any) -> None:
         status = np.zeros(1, np.int64)

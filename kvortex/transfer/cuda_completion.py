@@ -16,7 +16,7 @@ from kvortex.digests.host import add_lengths
 from kvortex.errors import DeviceError, TransferError, TransferTimeoutError
 from kvortex.transfer import issue as nogil
 from kvortex.transfer.digesting import Digesting, room_for, sums_of
-from kvortex.transfer.executor import Direction, Part, poll
+from kvortex.transfer.executor import Direction, Mark, Part, poll
 from kvortex.transfer.lane import ROW_WORDS, Job, is_short
 from kvortex.transfer.plan import Int64s, Plan
 from kvortex.transfer.routes import Route
@@ -50,6 +50,30 @@ class Events:
         self._free.clear()
 
 
+class CudaMark(Mark):
+    """An event behind what was on a stream. Goes back to its executor unused, or with the transfer that waited for it."""
+
+    def __init__(self, executor: CudaExecutor, stream: int) -> None:
+        self._executor = executor
+        self._event: int | None = executor.lend_event()
+        if code := executor.record(self._event, stream):
+            raise DeviceError(f"cuEventRecord on the stream of a load: {cu.describe(cu.api(), code)}")
+
+    def busy(self) -> bool:
+        return self._event is not None and bool(self._executor.query_event(self._event))
+
+    def take(self) -> int:
+        """The event, for good."""
+        event, self._event = self._event, None
+        assert event is not None
+        return event
+
+    def __del__(self) -> None:
+        event = getattr(self, "_event", None)
+        if event is not None:
+            self._executor.recycle([event], None)
+
+
 class CudaCompletion(Part):
     """A transfer on a GPU, between two timing events.
 
@@ -62,6 +86,8 @@ class CudaCompletion(Part):
         Of a layer-wise load: the mark of each layer.
     digesting, sizes
         What is digested, or None; and bytes of the records, (n,) int64, unless it is only a part of them.
+    mark
+        In the place of a stream to be started behind.
     """
 
     def __init__(
@@ -74,6 +100,7 @@ class CudaCompletion(Part):
         group_of: Int64s | None = None,
         digesting: Digesting | None = None,
         sizes: Int64s | None = None,
+        mark: CudaMark | None = None,
     ) -> None:
         self.route, self._group_of = route.value, group_of
         self._executor, self._direction, self._plan, self._caller = executor, direction, plan, caller
@@ -84,6 +111,8 @@ class CudaCompletion(Part):
         self._followed: list[int] = []  # events, recorded
         self._digesting, self._sizes = digesting, sizes
         self._events, self._ids = executor.lend(plan, digesting)
+        if mark is not None:
+            self._followed.append(mark.take())
 
     def start(self) -> None:
         if not is_short(self._plan) or not self._executor.issue(self._direction, self._made(self._caller)):

@@ -24,6 +24,14 @@ class Direction(enum.Enum):
     LOAD = "load"
 
 
+class Mark(ABC):
+    """What was on a stream at one moment: the place of a stream for a load that is prepared later. Used once."""
+
+    @abstractmethod
+    def busy(self) -> bool:
+        """Whether some of it is not done."""
+
+
 class Completion(ABC):
     """One transfer: prepared, then started, then ended.
 
@@ -129,6 +137,8 @@ class Executor(ABC):
         With ``layerwise`` the first layers of all blocks move before the last ones; of a save, each group of layers when they
         have been announced (:class:`kvortex.transfer.layerwise.LayerSave`).
 
+        ``stream`` may be a :class:`Mark` of this executor, unless it is ``layerwise`` and a save.
+
         Nothing moves before :meth:`Completion.start`, and then after the work that is on ``stream`` at that moment.
         Preparing and starting are two steps so that the owner of the slots has the completion in hand before the first
         byte moves, whatever interrupts it.
@@ -137,6 +147,10 @@ class Executor(ABC):
     @abstractmethod
     def prepare_buffers(self, direction: Direction, addresses: Int64s, sizes: Int64s, slots: Int64s, stream: Any) -> Completion:
         """Contiguous buffers to or from ``slots``; all arrays (n,), n > 0. See :meth:`prepare_blocks`."""
+
+    @abstractmethod
+    def mark(self, stream: Any) -> Mark:
+        """What is on a stream now. DeviceError where the driver cannot record an event there."""
 
     @abstractmethod
     def check_stream(self, stream: Any) -> None:

@@ -18,7 +18,7 @@ from kvortex.digests.host import add_lengths, numbers
 from kvortex.digests.keys import Numbers as Sums
 from kvortex.errors import ArgumentError, TransferError, TransferTimeoutError
 from kvortex.transfer.copies import copy_buffers, copy_paged, load_compiled
-from kvortex.transfer.executor import Completion, Direction, Executor, Part
+from kvortex.transfer.executor import Completion, Direction, Executor, Mark, Part
 from kvortex.transfer.layers import cut_layers, cut_sections, group_count
 from kvortex.transfer.layerwise import LayerSave
 from kvortex.transfer.plan import Int64s, Pool
@@ -29,6 +29,16 @@ _Part: TypeAlias = Callable[[], None]
 
 # Of a group of layers, in one record and in all: below, handing it to a thread outweighs copying it.
 LEAST_COPY_BYTES, LEAST_GROUP_BYTES = 256 << 10, 2 << 20
+
+
+class HostMark(Mark):
+    """An event of a host stream; None where the calling thread was the stream, and has done what it did."""
+
+    def __init__(self, event: HostEvent | None) -> None:
+        self.event = event
+
+    def busy(self) -> bool:
+        return self.event is not None and not self.event.query()
 
 
 class HostCompletion(Part):
@@ -57,7 +67,7 @@ class HostCompletion(Part):
         work: queue.SimpleQueue[_Part | None],
         groups: Sequence[Sequence[_Part]],
         group_of: Sequence[int],
-        stream: HostStream | None,
+        stream: HostStream | HostMark | None,
         sums: Sums | None = None,
         sizes: Int64s | None = None,
     ) -> None:
@@ -78,7 +88,10 @@ class HostCompletion(Part):
         self.started = True
 
     def follow(self, stream: Any) -> None:
-        if stream is not None:  # else the calling thread is the stream, and has done what it did
+        if isinstance(stream, HostMark):
+            if stream.event is not None:
+                self._before.append(stream.event)
+        elif stream is not None:  # else the calling thread is the stream, and has done what it did
             self._before.append(stream.record())
 
     def _enqueue(self) -> None:
@@ -207,6 +220,9 @@ class HostExecutor(Executor):
     def _zeros(self, groups: int, count: int) -> Sums | None:
         """Sums of each group apart, since threads may work on several of one record at a time."""
         return np.zeros((groups, count, 2), np.uint64) if self._digests else None
+
+    def mark(self, stream: Any) -> HostMark:
+        return HostMark(None if stream is None else stream.record())
 
     def check_stream(self, stream: Any) -> None:
         check_stream(stream)

@@ -242,8 +242,9 @@ class Ticket:
 
     @property
     def nbytes(self) -> int:
-        """Payload bytes that this transfer moves; 0 where everything was there already, or nothing was."""
-        return self._transfer.nbytes
+        """Payload bytes that this transfer moves; 0 where everything was there already, or nothing was. What is fetched from
+        a tier below RAM counts once its way into the pages has begun."""
+        return self._transfer.nbytes + self._transfer.fetched_bytes
 
     @property
     def seconds(self) -> float:

@@ -12,6 +12,7 @@ from kvortex.errors import TransferError
 from kvortex.transfer.executor import Completion, Direction
 from kvortex.transfer.plan import Int64s
 
+KeyArray = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
 
 
@@ -43,7 +44,12 @@ class Transfer:
     ticket
         The caller's, by a weak reference; None until there is one.
     after
-        Saves of other calls that bring blocks of this one, each with their positions in ``mask``.
+        Saves of other calls that bring blocks of this one, each with their positions in ``mask``; and of a load, its
+        second part, which moves what has to be fetched from a tier first.
+    saved
+        Of a save whose blocks tiers below RAM are offered: keys and sizes, (n, 32) and (n,).
+    fetched_bytes
+        Payload of the second part, once that is issued.
     mask : (n,) bool
         Which blocks succeed, as far as known.
     error
@@ -65,6 +71,8 @@ class Transfer:
         self.ticket: weakref.ref[object] | None = None
         self.after: list[tuple[Transfer, Int64s]] = []
         self.mask: Mask = np.ones(len(slots), bool)
+        self.saved: tuple[KeyArray, Int64s] | None = None
+        self.fetched_bytes = 0
         self.error: TransferError | None = None
         self.corrupt = 0
         self.ended = self.settled = False

@@ -66,7 +66,7 @@ class DiskTier(Tier):
         and what to do.
     """
 
-    name = "disk"
+    name, local = "disk", True
 
     def __init__(self, options: DiskOptions, form: RecordFormat, *, system: System | None = None) -> None:
         self.options, self.form = options, form

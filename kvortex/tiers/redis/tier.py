@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from kvortex.errors import cut
 from kvortex.keys import KeyArray
-from kvortex.tiers.base import Call, Digests, Fetched, Int64s, Outcome, Outcomes, Tier
+from kvortex.tiers.base import Call, Digests, Fetched, Int64s, Outcome, Outcomes, Tier, answer
 from kvortex.tiers.record import RecordFormat
 from kvortex.tiers.redis.exchange import Exchange, Existing, Getting, Putting, Removing
 from kvortex.tiers.redis.layout import names
@@ -56,10 +56,10 @@ class RedisTier(Tier):
         self.trouble = ""  # what was wrong last, in words; for whoever asks
         load_compiled()
 
-    def contains(self, keys: KeyArray, call: Call) -> npt.NDArray[np.bool_]:
+    def contains(self, keys: KeyArray, call: Call) -> npt.NDArray[np.bool_] | None:
         found = Existing(self._names(keys))
         self._run(found, call)
-        return np.asarray(found.outcomes == Outcome.OK)
+        return answer(found.outcomes)
 
     def get_into(self, keys: KeyArray, addresses: Int64s, room: Int64s, call: Call) -> Fetched:
         arrivals = Arrivals(self.format, keys, addresses, room)

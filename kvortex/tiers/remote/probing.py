@@ -33,8 +33,9 @@ def probe_record(tier: Tier, call: Call, trouble: Callable[[], str]) -> str | No
     outcome = int(tier.put_from(keys, at, sizes, digests, call)[0])
     if outcome != Outcome.OK:
         return said("put", outcome)
-    if not tier.contains(keys, call)[0]:
-        return said("contains", Outcome.MISS)
+    there = tier.contains(keys, call)
+    if there is None or not there[0]:
+        return said("contains", Outcome.FAILED if there is None else Outcome.MISS)
     payload[:] = 0
     outcome = int(tier.get_into(keys, at, sizes, call).outcomes[0])
     if outcome != Outcome.OK or payload.tobytes() != sent:

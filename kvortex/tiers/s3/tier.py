@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from kvortex.errors import ConfigError, cut
 from kvortex.keys import KeyArray
-from kvortex.tiers.base import Call, Digests, Fetched, Int64s, Outcome, Outcomes, Tier
+from kvortex.tiers.base import Call, Digests, Fetched, Int64s, Outcome, Outcomes, Tier, answer
 from kvortex.tiers.record import HEADER_BYTES, RecordFormat
 from kvortex.tiers.remote.arrivals import PENDING, Arrivals, load_compiled
 from kvortex.tiers.remote.crew import Crew
@@ -71,10 +71,10 @@ class S3Tier(Tier):
         self.trouble = ""  # what was wrong last, in words; for whoever asks
         load_compiled()
 
-    def contains(self, keys: KeyArray, call: Call) -> npt.NDArray[np.bool_]:
+    def contains(self, keys: KeyArray, call: Call) -> npt.NDArray[np.bool_] | None:
         outcomes = np.full(len(keys), PENDING, np.uint8)
         self._run("HEAD", keys, outcomes, self._head, call)
-        return np.asarray(outcomes == Outcome.OK)
+        return answer(outcomes)
 
     def get_into(self, keys: KeyArray, addresses: Int64s, room: Int64s, call: Call) -> Fetched:
         arrivals = Arrivals(self.format, keys, addresses, room)

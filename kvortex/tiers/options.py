@@ -1,0 +1,86 @@
+"""How the cascade treats one tier."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+from kvortex.errors import ConfigError, shown
+from kvortex.tiers.breaker import BreakerOptions
+
+MODES = ("through", "back", "read")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TierOptions:
+    """What a tier gets, when, and how long it may take.
+
+    Parameters
+    ----------
+    mode
+        ``"through"`` writes each block soon after it was saved. ``"back"`` waits: a block is written ``write_delay_s`` after
+        it was saved, or when blocks of half the pool wait, the oldest first, and at a flush; what RAM evicts before is lost to
+        this tier, and counted. ``"read"`` writes nothing.
+    write_delay_s
+        Of write-back.
+    read_timeout_s, write_timeout_s
+        Deadline of each call with one batch.
+    write_threads, read_threads
+        Of this tier, and so the most calls at a time of each kind.
+    batch_blocks, batch_bytes
+        Of one call at most, but for a single larger block.
+    queue_blocks, queue_bytes
+        That may wait to be written; what is beyond that is not stored, and counted.
+    admit_after
+        A block is stored at the n-th time that it is offered, 1 to 255.
+    least_bytes, most_bytes
+        Of a block that is stored here; None for no bound.
+    fresh_s
+        Seconds that a key counts as being there since it was seen there. A shared store may have lost it meanwhile.
+    absent_s
+        Seconds that a key which was not there is not asked for again.
+    known_keys
+        Keys that are remembered of each sort, 200 bytes each.
+    local
+        Whether ``contains`` costs no round trip, so that it is asked whenever somebody wants to know; None for what the tier
+        says.
+    breaker
+    """
+
+    mode: str = "through"
+    write_delay_s: float = 30.0
+    read_timeout_s: float = 2.0
+    write_timeout_s: float = 10.0
+    write_threads: int = 1
+    read_threads: int = 2
+    batch_blocks: int = 64
+    batch_bytes: int = 64 << 20
+    queue_blocks: int = 8192
+    queue_bytes: int = 4 << 30
+    admit_after: int = 1
+    least_bytes: int | None = None
+    most_bytes: int | None = None
+    fresh_s: float = 60.0
+    absent_s: float = 1.0
+    known_keys: int = 1 << 16
+    local: bool | None = None
+    breaker: BreakerOptions = field(default_factory=BreakerOptions)
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ConfigError(f"mode = {shown(self.mode)}: must be one of {', '.join(MODES)}")
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if entry.type == "float":
+                if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e9:
+                    raise ConfigError(f"{entry.name} = {shown(value)}: must be a number of seconds above 0")
+            elif entry.type == "int" or (entry.type == "int | None" and value is not None):
+                self._check_integer(entry.name, value)
+        if not isinstance(self.local, bool | None):
+            raise ConfigError(f"local = {shown(self.local)}: must be true, false or None")
+        if not isinstance(self.breaker, BreakerOptions):
+            raise ConfigError(f"breaker = {shown(self.breaker)}: must be BreakerOptions")
+
+    def _check_integer(self, name: str, value: object) -> None:
+        most = {"admit_after": 255, "write_threads": 64, "read_threads": 64, "known_keys": 1 << 28}.get(name, 1 << 62)
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            raise ConfigError(f"{name} = {shown(value)}: must be an integer from 1 to {most}")

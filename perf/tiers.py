@@ -1,0 +1,41 @@
+"""How fast are tiers below RAM beside what they stand on, and what does a dead one cost?
+
+The rows of ``tiers_disk.py`` (the disk tier beside bare reads and writes with O_DIRECT), ``tiers_remote.py`` (Redis and S3
+beside bare clients of the same servers) and ``tiers_replay.py`` (a replay with a dead tier beside one without), which say how
+each is measured. ``ratio`` is of rates, above 1 where the tier is faster. Runs on the host, whatever ``--device`` says.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import Any
+
+from perf.report import Report, progress
+
+PARTS = ("tiers_disk", "tiers_remote", "tiers_replay")
+KEYS = ("tier", "operation", "depth")
+BETTER = {"ratio": "higher"}
+COLUMNS = (*KEYS, "ratio", "wrong_bytes")
+
+
+def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]], dict[str, Any]]:
+    """The device's name, all rows, and what each part says of itself."""
+    rows, methods = [], {}
+    for part in PARTS:
+        if importlib.util.find_spec(f"perf.{part}") is None:
+            continue
+        module = importlib.import_module(f"perf.{part}")
+        progress(part)
+        rows += module.rows(quick=quick)
+        methods[part] = " ".join(str(module.__doc__).split())
+    return "host", [dict.fromkeys(COLUMNS, "") | row for row in rows], {"parts": methods}
+
+
+def draw(axes: Any, report: Report) -> None:
+    """Ratios, a bar a row."""
+    axes.barh(range(len(report.rows)), [row["ratio"] for row in report.rows], 0.7, color="#27608f")
+    axes.set_yticks(range(len(report.rows)), [" ".join(str(row[key]) for key in KEYS) for row in report.rows], fontsize=7)
+    axes.axvline(1, color="black", linewidth=0.6, linestyle=":")
+    axes.set_xlabel("rate, tier to what it stands on")
+    axes.set_title("Tiers below RAM", fontsize=10)

@@ -1,0 +1,106 @@
+"""Tiers by name: what is taken, what is refused, and that no password is shown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvortex import ConfigError, KVortexConfig
+from kvortex.tiers import BreakerOptions, RecordFormat, TierOptions
+from kvortex.tiers.memory import MemoryStore, MemoryTier, shared_store
+from kvortex.tiers.urls import hidden, open_tier, open_tiers, parse_url
+
+FORM = RecordFormat(bytes(32), 4096)
+
+
+def test_options_of_the_cascade_are_told_from_the_tiers_own() -> None:
+    url = "s3://bucket/prefix?mode=back&read_timeout_s=0.5&breaker_failures=7&region=eu&least_bytes=64KiB&local=no"
+    bare, options, left = parse_url(url, {"batch_blocks": 9, "endpoint": "http://127.0.0.1:1"})
+    assert bare == "s3://bucket/prefix" and left == {"region": "eu", "endpoint": "http://127.0.0.1:1"}
+    wanted: dict[str, Any] = {"mode": "back", "read_timeout_s": 0.5, "least_bytes": 64 << 10, "local": False, "batch_blocks": 9}
+    assert options == TierOptions(**wanted, breaker=BreakerOptions(failures=7))
+
+
+@pytest.mark.parametrize("url", ["disk:/a,/b", "redis://u:p@host:6379/0", "memory:name"])
+def test_a_url_without_options_is_as_it_was(url: str) -> None:
+    assert parse_url(url) == (url, TierOptions(), {})
+
+
+BAD = [
+    ("ftp://x", "unknown scheme; known are disk"),
+    ("nothing", "unknown scheme"),
+    ("disk:/x?mode=sideways", "mode = 'sideways': must be one of"),
+    ("disk:/x?read_threads=0", "read_threads = 0: must be an integer"),
+    ("disk:/x?read_threads=many", "read_threads = 'many' is no int"),
+    ("disk:/x?queue_bytes=1Gib&queue_bytes=2", "'queue_bytes' stands twice"),
+    ("disk:/x?least_bytes=12parsecs", "least_bytes = '12parsecs' is no int"),
+    ("disk:/x?local=perhaps", "local = 'perhaps' is no bool"),
+    ("disk:/x?breaker_pause_s=0", "pause_s = 0.0: must be a number of seconds"),
+    ("memory:x?colour=red", "unknown option 'colour'; known are capacity_bytes"),
+    ("memory:x?capacity=big", "capacity_bytes = 'big' is no int: 'big' is no size"),
+    (17, "17 is no URL"),
+    ({"mode": "back"}, "is no URL, no table with a url"),
+    ((MemoryTier, 3), "makes no tier"),
+]
+
+
+@pytest.mark.parametrize(("entry", "why"), BAD, ids=[str(entry) for entry, _ in BAD])
+def test_what_is_wrong_is_told(entry: Any, why: str) -> None:
+    with pytest.raises(ConfigError, match="^tier") as caught:
+        open_tier(entry, FORM)
+    assert why in str(caught.value)
+
+
+def test_a_password_is_in_no_message() -> None:
+    assert hidden("redis://me:secret@host:1/0") == "redis://me:***@host:1/0"
+    for url in ("redis://me:secret@host/0?mode=x", "redis://:secret@host/0?mode=x", "ftp://me:secret@host"):
+        with pytest.raises(ConfigError) as caught:
+            open_tier(url, FORM)
+        assert "secret" not in str(caught.value) and "host" in str(caught.value)
+
+
+def test_what_was_opened_before_a_refusal_is_closed() -> None:
+    closed = []
+
+    class Closing(MemoryTier):
+        def close(self) -> None:
+            closed.append(self)
+
+    with pytest.raises(ConfigError, match="unknown scheme"):
+        open_tiers((lambda form: Closing(MemoryStore(), form), "gopher://x"), FORM)
+    assert len(closed) == 1
+
+
+def test_memory_by_name_is_shared_and_local() -> None:
+    first, second = open_tiers(("memory:shared-here?capacity=1MiB", {"url": "memory:shared-here", "write_threads": 3}), FORM)
+    assert isinstance(first.tier, MemoryTier) and isinstance(second.tier, MemoryTier)
+    assert first.tier.store is second.tier.store is shared_store("shared-here") and first.tier.capacity_bytes == 1 << 20
+    assert first.options.local and second.options == TierOptions(write_threads=3, local=True)
+
+
+def test_the_environment_and_toml_name_tiers(tmp_path: Path) -> None:
+    text = "disk:/a,/b?capacity=1GiB, redis://h:1/0,s3://b/p"
+    environ = {"KVORTEX_TIERS": text, "KVORTEX_TIER_POOL_SHARE": "0.125"}
+    config = KVortexConfig.from_env(environ)
+    assert config.tiers == ("disk:/a,/b?capacity=1GiB", "redis://h:1/0", "s3://b/p") and config.tier_pool_share == 0.125
+    assert KVortexConfig.from_env({"KVORTEX_TIERS": ""}).tiers == ()
+    path = tmp_path / "kvortex.toml"
+    path.write_text('[kvortex]\ntiers = ["memory:a", {url = "redis://h:1/0", mode = "back", write_delay_s = 5}]\n')
+    config = KVortexConfig.from_toml(path)
+    assert config.tiers == ("memory:a", {"url": "redis://h:1/0", "mode": "back", "write_delay_s": 5})
+    assert parse_url(config.tiers[1]["url"], {"mode": "back", "write_delay_s": 5})[1].write_delay_s == 5
+    path.write_text(f'tiers = "{text}"\n')
+    assert len(KVortexConfig.from_toml(path).tiers) == 3
+    with pytest.raises(ConfigError, match="tier_pool_share = 'much' is no number"):
+        KVortexConfig.from_env({"KVORTEX_TIER_POOL_SHARE": "much"})
+
+
+IMPOSSIBLE = [("admit_after", 256), ("write_threads", 0), ("fresh_s", 0.0), ("local", 1), ("breaker", 3)]
+
+
+@pytest.mark.parametrize(("name", "value"), IMPOSSIBLE)
+def test_impossible_options_are_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"^{name} = "):
+        TierOptions(**{name: value})
