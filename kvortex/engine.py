@@ -285,6 +285,13 @@ class KVortexEngine:
             self._recordings.note(LOAD, keys)
             return self._ticket(transfer)
 
+    def drop_blocks(self, keys: KeysLike) -> int:
+        """Forgets blocks of the pool, and says how many there were. They are misses at once; a slot that a transfer still
+        uses is free when that has ended. Blocks that are being saved stay."""
+        stored = self._stored(keys)
+        with _Call(self):
+            return self._index.drop(stored)
+
     def _stored(self, keys: KeysLike) -> KeyArray:
         """The keys under which the pool holds blocks of these keys."""
         return self.scheme.stored(as_keys(keys))
