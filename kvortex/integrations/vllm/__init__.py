@@ -1,8 +1,8 @@
 """vLLM keeps its KV blocks in kvortex: as a connector, or as the store behind vLLM's own OffloadingConnector.
 
-In ``--kv-transfer-config`` either ``{"kv_connector": "KvortexConnector", "kv_connector_module_path": "kvortex.integrations.vllm"}``,
-or ``{"spec_name": "KvortexOffloadingSpec", "spec_module_path": "kvortex.integrations.vllm"}`` in the extra config of vLLM's own;
-docs/vllm.md has whole commands. Neither vLLM nor torch is imported before vLLM asks for one of the two.
+vLLM is told so in ``--kv-transfer-config``: ``"kv_connector": "KvortexConnector"`` and ``"kv_connector_module_path"``, or, in
+the extra config of its own connector, ``"spec_name": "KvortexOffloadingSpec"`` and ``"spec_module_path"``, with the name of
+this module as the path; docs/vllm.md has whole commands. Neither vLLM nor torch is imported before vLLM asks for one of the two.
 """
 
 from __future__ import annotations

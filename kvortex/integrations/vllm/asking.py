@@ -70,7 +70,7 @@ def warn_of_policy(config: Any) -> None:
     """Says what becomes of a load that fails, where vLLM would fail its request."""
     if getattr(config, "kv_load_failure_policy", "recompute") != "recompute":
         log.warning(
-            'with "kv_load_failure_policy": "recompute" beside %s vLLM computes blocks that kvortex finds damaged; as it is now, '
-            "their requests fail",
+            'with "kv_load_failure_policy": "recompute" beside %s vLLM computes blocks that kvortex finds damaged; as it is '
+            "now, their requests fail",
             SOURCE,
         )

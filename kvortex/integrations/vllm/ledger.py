@@ -71,14 +71,14 @@ class Ledger:
         return list(self._here)
 
     def reserve(self, names: Sequence[bytes]) -> Reserved:
-        """Slots for those of n different names that are neither here nor pending, evicting others; as many as fit, from the
-        first on, if not all do. Those that are here count as used."""
+        """Slots for those of n different names that are neither here nor pending, evicting others; as many as surely fit, from
+        the first on, if not all do. Those that are here count as used."""
         try:
             return self._reserve(names)
         except PoolFullError:
             counts = self._index.counts()
             mine = sum(name in self._here for name in names)
-            room = counts.free + counts.resident - counts.pinned - mine  # at least so many are free or may be evicted
+            room = counts.free + counts.resident - counts.pinned - mine  # at least: some of mine may be pinned
             missing = [at for at, name in enumerate(names) if name not in self._here and name not in self._pending]
             if room < 1 or not missing:
                 return Reserved(np.empty(0, np.int64), np.empty(0, np.int64), [])

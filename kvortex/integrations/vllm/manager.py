@@ -92,6 +92,7 @@ class Manager:
         slots = self.ledger.pin(names)
         for name, slot in zip(names, slots.tolist(), strict=True):
             self._pins[name].append(slot)
+            self._looked_at.pop(slot, None)  # each load is promised on a look of its own
         return Place(slots, rows_of(names))
 
     def complete_load(self, names: Iterable[bytes]) -> None:

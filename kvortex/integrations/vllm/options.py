@@ -13,8 +13,9 @@ from kvortex.memory.arena import SLOT_ALIGNMENT
 
 SOURCE = "kv_connector_extra_config"
 # Options that vLLM itself reads from the same dictionary, where a spec is plugged in.
+PROMPTS_ONLY = "offload_prompt_only"
 OF_VLLM = {
-    "spec_name", "spec_module_path", "block_size", "blocks_per_chunk", "offload_prompt_only", "self_describing_kv_events",
+    "spec_name", "spec_module_path", "block_size", "blocks_per_chunk", PROMPTS_ONLY, "self_describing_kv_events",
     "sync_load_budget_bytes",
 }  # fmt: skip
 # What vLLM knows, and nobody else should say.
@@ -61,6 +62,23 @@ def read_options(extra: Mapping[str, Any] | None, identity: Identity, beside: Co
         "rank": identity.rank % identity.world_size, "world_size": identity.world_size,
     }  # fmt: skip
     return KVortexConfig.from_mapping({**given, **said}, source=SOURCE)
+
+
+def prompts_only(extra: Mapping[str, Any]) -> bool:
+    """vLLM's ``offload_prompt_only``, which the connector reads too, and with vLLM's default.
+
+    What decoding computed for a token differs in its last bits from what a prefill computes. So answers are those of a run
+    without kvortex, also after preemptions, only while no blocks of generated tokens are loaded.
+
+    Raises
+    ------
+    ConfigError
+        It is neither true nor false.
+    """
+    value = extra.get(PROMPTS_ONLY, True)
+    if not isinstance(value, bool):
+        raise ConfigError(f"{SOURCE}: {PROMPTS_ONLY} = {shown(value)}: must be true or false")
+    return value
 
 
 def slots_for(config: KVortexConfig, block_bytes: int, blocks_per_slot: int = 1) -> int:

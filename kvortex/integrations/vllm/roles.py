@@ -29,7 +29,9 @@ class Roles:
         self._vllm_config = vllm_config
         self._caches = asking.cache_of(kv_cache_config)
         self._identity = asking.identity_of(vllm_config, self._caches.block_size)
-        self._config = options.read_options(vllm_config.kv_transfer_config.kv_connector_extra_config, self._identity)
+        extra = vllm_config.kv_transfer_config.kv_connector_extra_config or {}
+        self._config = options.read_options(extra, self._identity, (options.PROMPTS_ONLY,))
+        self._prompts_only = options.prompts_only(extra)
         self._slots = options.slots_for(self._config, self._caches.block_bytes)
 
     def scheduler(self) -> SchedulerSide:
@@ -37,7 +39,9 @@ class Roles:
         asking.warn_of_policy(self._vllm_config.kv_transfer_config)
         config, identity = self._config, self._identity
         ledger = Ledger(self._slots, config.eviction_policy, config.admit_after, options.ledger_namespace(config))
-        return SchedulerSide(ledger, identity.block_size, identity.world_size, self._ask)
+        return SchedulerSide(
+            ledger, identity.block_size, identity.world_size, self._ask, prompts_only=self._prompts_only
+        )
 
     def worker(self, caches: Mapping[str, Any], backend: Any) -> WorkerSide:
         """The half beside a model runner, with its pool.

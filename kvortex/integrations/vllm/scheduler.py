@@ -17,11 +17,12 @@ from kvortex.integrations.vllm.messages import Blocks, Int64s, Job, Orders, Repo
 class _Request:
     """A request that vLLM has not finished.
 
-    ``hashes`` is vLLM's own list, which grows. ``pages`` are its block ids, as far as they were told. Blocks before
-    ``offered`` were offered to be saved.
+    ``hashes`` is vLLM's own list, which grows; ``prompt`` are the tokens that it came with. ``pages`` are its block ids, as far
+    as they were told. Blocks before ``offered`` were offered to be saved.
     """
 
     hashes: Sequence[bytes]
+    prompt: int
     pages: list[int] = field(default_factory=list)
     offered: int = 0
     computed: int = 0
@@ -54,10 +55,15 @@ class SchedulerSide:
         How many must say that a transfer has ended.
     ask
         Gives what a worker in this process has to say, at once; None where it is elsewhere and says it behind a step.
+    prompts_only
+        Blocks with tokens that were generated are not saved.
     """
 
-    def __init__(self, ledger: Ledger, block_size: int, workers: int, ask: Callable[[], Report | None]) -> None:
+    def __init__(
+        self, ledger: Ledger, block_size: int, workers: int, ask: Callable[[], Report | None], *, prompts_only: bool = False
+    ) -> None:
         self.ledger, self._block_size, self._workers, self._ask = ledger, block_size, workers, ask
+        self._prompts_only = prompts_only
         self._numbers = itertools.count(1)
         self._requests: dict[str, _Request] = {}
         self._running: dict[int, _Running] = {}
@@ -71,7 +77,8 @@ class SchedulerSide:
     def matched(self, request: Any, computed: int) -> int:
         """Tokens behind the first ``computed`` ones that can be loaded. Asked as often as vLLM likes."""
         self._absorb_now()
-        known = self._requests[request.request_id] = _Request(request.block_hashes, computed=computed)
+        known = self._requests[request.request_id] = _Request(request.block_hashes, request.num_prompt_tokens)
+        known.computed = computed
         if computed % self._block_size or getattr(request, "skip_reading_prefix_cache", False):
             return 0
         first, full = computed // self._block_size, request.num_tokens // self._block_size
@@ -79,7 +86,7 @@ class SchedulerSide:
 
     def allocated(self, request: Any, pages: Sequence[int], external: int) -> None:
         """vLLM has given a request its pages; ``external`` tokens of them are to be loaded."""
-        known = self._requests.setdefault(request.request_id, _Request(request.block_hashes))
+        known = self._requests.setdefault(request.request_id, _Request(request.block_hashes, request.num_prompt_tokens))
         first = known.computed // self._block_size
         self._guard(pages[max(first, len(known.pages)) :])
         known.pages = list(pages)
@@ -116,7 +123,8 @@ class SchedulerSide:
 
     def _offer(self, name: str, known: _Request, computed: int) -> None:
         """Saves blocks of a request that are full behind this step, and are not there yet."""
-        full = min(computed // self._block_size, len(known.hashes), len(known.pages))
+        tokens = min(computed, known.prompt) if self._prompts_only else computed
+        full = min(tokens // self._block_size, len(known.hashes), len(known.pages))
         at = [i for i in range(known.offered, full) if known.pages[i]]
         known.offered = max(full, known.offered)
         names = list(dict.fromkeys(known.hashes[i] for i in at))
