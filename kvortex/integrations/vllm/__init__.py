@@ -2,7 +2,7 @@
 
 vLLM is told so in ``--kv-transfer-config``: ``"kv_connector": "KvortexConnector"`` and ``"kv_connector_module_path"``, or, in
 the extra config of its own connector, ``"spec_name": "KvortexOffloadingSpec"`` and ``"spec_module_path"``, with the name of
-this module as the path; docs/vllm.md has whole commands. Neither vLLM nor torch is imported before vLLM asks for one of the two.
+this module as the path; docs/vllm.md has whole commands. Neither vLLM nor torch is imported before vLLM asks for one of them.
 """
 
 from __future__ import annotations
