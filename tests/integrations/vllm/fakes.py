@@ -143,20 +143,19 @@ def modules(form: str) -> dict[str, ModuleType]:
 @contextmanager
 def installed(form: str) -> Iterator[ModuleType]:
     """The adapters, over one of the two; everything is as before at the end."""
-    ours = [name for name in sys.modules if name.startswith(f"{PLUGINS}.") and name.rpartition(".")[2] in OVER_VLLM]
-    before = {name: sys.modules.pop(name) for name in [*sys.modules] if name == "vllm" or name.startswith("vllm.") or name in ours}
+    before = {name: sys.modules.pop(name) for name in [*sys.modules] if _is_over_vllm(name)}
     sys.modules.update(modules(form))
     try:
         yield importlib.import_module(PLUGINS)
     finally:
-        for name in [*sys.modules]:
-            over = name.startswith(f"{PLUGINS}.") and name.rpartition(".")[2] in OVER_VLLM
-            if over or name == "vllm" or name.startswith("vllm."):
-                del sys.modules[name]
+        for name in filter(_is_over_vllm, [*sys.modules]):
+            del sys.modules[name]
         sys.modules.update(before)
 
 
-OVER_VLLM = {"connector", "spec", "spec_new", "spec_old"}
+def _is_over_vllm(name: str) -> bool:
+    ours = {f"{PLUGINS}.{each}" for each in ("connector", "spec", "spec_new", "spec_old")}
+    return name == "vllm" or name.startswith("vllm.") or name in ours
 
 
 def vllm_config(extra: dict[str, Any], block_size: int = 4, engine: str = "engine", **transfer: Any) -> Any:

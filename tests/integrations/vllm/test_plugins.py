@@ -35,7 +35,8 @@ class World:
         self.cache = PagedCache.plain(open_device("host"), blocks=BLOCKS)
         self.before = self.cache.randomize()
         page = self.cache.layout.record_bytes // 2
-        config = fakes.vllm_config({"cpu_pool_size_bytes": POOL * 2 * page, **(extra or {})}, kv_load_failure_policy="recompute")
+        pool = {"cpu_pool_size_bytes": POOL * 2 * page, **(extra or {})}
+        config = fakes.vllm_config(pool, kv_load_failure_policy="recompute")
         layer = SimpleNamespace(get_attn_backend=lambda: Backend((2, "B", "N", "H", "D")))
         config.compilation_config.static_forward_context = {f"layers.{at}": layer for at in range(2)}
         caches = fakes.cache_config(BLOCKS, 2, page, BS)
@@ -100,7 +101,8 @@ def test_a_connector_saves_and_loads(world: World) -> None:
     tokens, said = world.ask("a", PAGES)
     assert tokens == 0 and said.finished_recving is None
     assert said.kv_connector_stats.data["saved_blocks"] == 5 and "report" not in said.kv_connector_stats.data
-    assert not world.side.has_pending_push_work() and world.side.request_finished(FakeRequest("a", PROMPT, BS), []) == (False, None)
+    assert not world.side.has_pending_push_work()
+    assert world.side.request_finished(FakeRequest("a", PROMPT, BS), []) == (False, None)
     tokens, said = world.ask("b", [11, 12, 13, 14, 15, 16])
     assert tokens == 5 * BS and said.finished_recving == {"b"} and said.invalid_block_ids == set()
     assert said.kv_connector_stats.reduce()["loaded_blocks"] == 5
@@ -183,7 +185,8 @@ class SpecWorld:
         self.cache = PagedCache.plain(open_device("host"), blocks=BLOCKS)
         self.before = self.cache.randomize()
         page = self.cache.layout.record_bytes // 2
-        extra = {"cpu_pool_size_bytes": POOL * 2 * page, "spec_name": "KvortexOffloadingSpec", "spec_module_path": fakes.PLUGINS}
+        extra: dict[str, Any] = {"spec_name": "KvortexOffloadingSpec", "spec_module_path": fakes.PLUGINS}
+        extra["cpu_pool_size_bytes"] = POOL * 2 * page
         if form == "old":
             config = fakes.vllm_config({**extra, "block_size": BS * chunk}, BS)
             spec = plugin.KvortexOffloadingSpec(config, fakes.cache_config(BLOCKS, 2, page, BS))

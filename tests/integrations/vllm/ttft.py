@@ -1,6 +1,7 @@
 """Time to the first token of a prompt of 2,000 tokens, on a CPU: ``python ttft.py MODEL BLOCK_SIZE``, as live.py is run.
 
-One vLLM with the connector. In turn a prompt that nobody has asked before, and one that kvortex has and vLLM's own cache has not.
+One vLLM with the connector. In turn a prompt that nobody has asked before, and one that kvortex has and vLLM's own cache
+has not.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ def main() -> None:
             if turn:  # the first of each compiles
                 times[kind].append(took)
     for kind, all_ in times.items():
-        spread = f"{min(all_):.1f} to {max(all_):.1f}"
-        print(f"ttft {kind}: mean {statistics.mean(all_):.1f} ms, median {statistics.median(all_):.1f}, {spread}, of {len(all_)}")
+        mean, median, spread = statistics.mean(all_), statistics.median(all_), f"{min(all_):.1f} to {max(all_):.1f}"
+        print(f"ttft {kind}: mean {mean:.1f} ms, median {median:.1f}, {spread}, of {len(all_)}")
 
 
 if __name__ == "__main__":
