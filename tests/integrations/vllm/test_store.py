@@ -107,3 +107,18 @@ def test_a_pool_that_is_smaller_than_the_scheduler_believes_is_refused(cache: Pa
     slot = -(-cache.layout.record_bytes // 4096) * 4096
     with pytest.raises(ConfigError, match="holds 4 blocks .* counts on 5"):
         Store(KVortexConfig(cpu_pool_size_bytes=4 * slot, device="host"), cache.layout, 5)
+
+
+def test_a_block_that_is_lost_between_the_look_and_the_load_fails(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(store, 1, [3, 4, 5], ["a", "b", "c"], [0, 1, 2])
+    damage(store, 3)  # so that positions of the ticket are not those of the call
+    good = store.good
+
+    def lose(*given: Any) -> Any:
+        found = good(*given)
+        store.engine.drop_blocks(store._keys[[5]])
+        return found
+
+    monkeypatch.setattr(store, "good", lose)
+    store.load(2, blocks([3, 4, 5], ["a", "b", "c"], [7, 8, 9]))
+    assert ended(store, 2) == (0, 2)
