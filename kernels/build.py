@@ -32,6 +32,12 @@ KERNELS = {
     "scatter": "kvortex.kernels.paged",
     "gather_resident": "kvortex.kernels.resident",
     "scatter_resident": "kvortex.kernels.resident",
+    "gather_digest": "kvortex.kernels.paged",
+    "scatter_digest": "kvortex.kernels.paged",
+    "gather_resident_digest": "kvortex.kernels.resident",
+    "scatter_resident_digest": "kvortex.kernels.resident",
+    "read_pages": "kvortex.kernels.reading",
+    "read_buffers": "kvortex.kernels.reading",
     "compute": "kvortex.kernels.compute",
 }
 # The most that a CTA of 512 threads can have, and that four of them can.
@@ -93,7 +99,8 @@ def compile_kernel(name: str, compute_capability: tuple[int, int]) -> Cubin:
             from numba import cuda
 
             module = importlib.import_module(KERNELS[name])
-            ptx, _ = cuda.compile_ptx(getattr(module, name), module.SIGNATURE, cc=compute_capability)
+            signature = module.DIGEST_SIGNATURE if name.endswith("_digest") else module.SIGNATURE
+            ptx, _ = cuda.compile_ptx(getattr(module, name), signature, cc=compute_capability)
         entry = _ENTRY.search(ptx)
         if entry is None:
             raise BuildError(f"{name}: the compiler wrote no kernel")

@@ -11,47 +11,67 @@ operation on the stream.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from numba import cuda
 from numba.cuda import types
 
+from kvortex.kernels.digest import add_up, columns_of, digest_move
 from kvortex.kernels.move import move
 
 MAX_BLOCKS = 2048  # block ids of one launch: 8 KiB of shared memory
 
 _U64 = types.uint64
 SIGNATURE: Any = types.void(_U64, types.CPointer(_U64), types.int32, types.CPointer(types.int32), types.int32, _U64)
+DIGEST_SIGNATURE: Any = types.void(*SIGNATURE.args, _U64, _U64)
 
 
-@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _walk(staging, pieces, n_pieces, blocks, n_blocks, pitch, to_staging):  # type: ignore[no-untyped-def]
-    """Every warp takes every ``warps``-th of the ``n_blocks * n_pieces`` pieces. ``to_staging`` is a constant."""
-    ids = cuda.shared.array(MAX_BLOCKS, types.int32)
-    i = cuda.threadIdx.x
-    while i < n_blocks:
-        ids[i] = blocks[i]
-        i += cuda.blockDim.x
-    cuda.syncthreads()
-    lane = cuda.threadIdx.x & 31
-    warp = (cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) >> 5
-    warps = (cuda.gridDim.x * cuda.blockDim.x) >> 5
-    b = warp // n_pieces
-    p = warp - b * n_pieces
-    skip_b = warps // n_pieces  # steps by addition: a 64-bit division a piece would cost as much as its copy
-    skip_p = warps - skip_b * n_pieces
-    while b < n_blocks:
-        page = pieces[4 * p] + _U64(ids[b]) * pieces[4 * p + 1]
-        part = staging + _U64(b) * pitch + (pieces[4 * p + 2] - pieces[2])
-        if to_staging:
-            move(part, page, pieces[4 * p + 3], lane)
-        else:
-            move(page, part, pieces[4 * p + 3], lane)
-        b += skip_b
-        p += skip_p
-        if p >= n_pieces:
-            p -= n_pieces
-            b += 1
+def _walker(to_staging: bool, digests: bool) -> Callable[..., None]:
+    """Every warp takes every ``warps``-th of the ``n_blocks * n_pieces`` pieces."""
+
+    @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+    def walk(staging, pieces, n_pieces, blocks, n_blocks, pitch, numbers, sums):  # type: ignore[no-untyped-def]
+        ids = cuda.shared.array(MAX_BLOCKS, types.int32)
+        i = cuda.threadIdx.x
+        while i < n_blocks:
+            ids[i] = blocks[i]
+            i += cuda.blockDim.x
+        cuda.syncthreads()
+        lane = cuda.threadIdx.x & 31
+        warp = (cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) >> 5
+        warps = (cuda.gridDim.x * cuda.blockDim.x) >> 5
+        b = warp // n_pieces
+        p = warp - b * n_pieces
+        skip_b = warps // n_pieces  # steps by addition: a 64-bit division a piece would cost as much as its copy
+        skip_p = warps - skip_b * n_pieces
+        if digests:
+            within = _U64(0)
+            columns = columns_of(numbers, within, lane)
+        while b < n_blocks:
+            page = pieces[4 * p] + _U64(ids[b]) * pieces[4 * p + 1]
+            offset, nbytes = pieces[4 * p + 2], pieces[4 * p + 3]
+            part = staging + _U64(b) * pitch + (offset - pieces[2])
+            dst, src = (part, page) if to_staging else (page, part)
+            if digests:
+                if offset & _U64(511) != within:
+                    within = offset & _U64(511)
+                    columns = columns_of(numbers, within, lane)
+                first, second = digest_move(dst, src, nbytes, lane, offset, columns, numbers)
+                add_up(sums + _U64(b) * _U64(16), first, second, lane)
+            else:
+                move(dst, src, nbytes, lane)
+            b += skip_b
+            p += skip_p
+            if p >= n_pieces:
+                p -= n_pieces
+                b += 1
+
+    return walk  # type: ignore[no-any-return]
+
+
+_gather, _scatter = _walker(True, False), _walker(False, False)
+_gather_digest, _scatter_digest = _walker(True, True), _walker(False, True)
 
 
 def gather(staging, pieces, n_pieces, blocks, n_blocks, pitch):  # type: ignore[no-untyped-def]
@@ -72,9 +92,27 @@ def gather(staging, pieces, n_pieces, blocks, n_blocks, pitch):  # type: ignore[
     pitch : uint64
         Bytes from one record part in staging to the next.
     """
-    _walk(staging, pieces, n_pieces, blocks, n_blocks, pitch, True)
+    _gather(staging, pieces, n_pieces, blocks, n_blocks, pitch, _U64(0), _U64(0))
 
 
 def scatter(staging, pieces, n_pieces, blocks, n_blocks, pitch):  # type: ignore[no-untyped-def]
     """Copies staging into pages: the reverse of :func:`gather`, with the same parameters."""
-    _walk(staging, pieces, n_pieces, blocks, n_blocks, pitch, False)
+    _scatter(staging, pieces, n_pieces, blocks, n_blocks, pitch, _U64(0), _U64(0))
+
+
+def gather_digest(staging, pieces, n_pieces, blocks, n_blocks, pitch, numbers, sums):  # type: ignore[no-untyped-def]
+    """:func:`gather`, which also digests what it reads.
+
+    Parameters
+    ----------
+    numbers : uint64
+        Address of the table of :mod:`kvortex.kernels.digest`.
+    sums : uint64
+        Address of (n_blocks, 2) uint64 in VRAM, which the sums of the records' parts are added to.
+    """
+    _gather_digest(staging, pieces, n_pieces, blocks, n_blocks, pitch, numbers, sums)
+
+
+def scatter_digest(staging, pieces, n_pieces, blocks, n_blocks, pitch, numbers, sums):  # type: ignore[no-untyped-def]
+    """:func:`scatter`, which also digests what it writes."""
+    _scatter_digest(staging, pieces, n_pieces, blocks, n_blocks, pitch, numbers, sums)

@@ -16,6 +16,8 @@ from numba.cuda.extending import lower_builtin, type_callable
 
 F = TypeVar("F", bound=Callable[..., Any])
 WORDS = types.UniTuple(types.uint32, 4)
+PAIR = types.UniTuple(types.uint64, 2)
+_TUPLES: dict[str, tuple[Any, str, int]] = {"v": (WORDS, "r", 4), "d": (PAIR, "l", 2)}
 _KINDS: dict[str, tuple[Any, Any]] = {
     "l": (types.uint64, ir.IntType(64)),
     "r": (types.uint32, ir.IntType(32)),
@@ -23,7 +25,7 @@ _KINDS: dict[str, tuple[Any, Any]] = {
 }
 
 
-def statement(text: str, arguments: str, result: str = "") -> Callable[[F], F]:
+def statement(text: str, arguments: str, result: str = "", *, pure: bool = False) -> Callable[[F], F]:
     """Gives a function a PTX statement for kernels.
 
     Parameters
@@ -34,13 +36,11 @@ def statement(text: str, arguments: str, result: str = "") -> Callable[[F], F]:
         A letter for each: ``l``, ``r``, ``h`` for an integer in a register of 64, 32, 16 bits; ``v`` for a tuple of four
         32-bit words, which takes four places.
     result
-        A letter, or empty. ``h`` also receives bytes, for which PTX has no register.
-
-    Notes
-    -----
-    The statement counts as one that touches memory and has effects, so its order among others is kept.
+        A letter, or empty. ``h`` also receives bytes, for which PTX has no register; ``d`` is a tuple of two 64-bit numbers.
+    pure
+        Whether it is arithmetic. Else it counts as one that touches memory and has effects, so its order among others is kept.
     """
-    returned = WORDS if result == "v" else _KINDS[result][0] if result else types.void
+    returned = _TUPLES[result][0] if result in _TUPLES else _KINDS[result][0] if result else types.void
 
     def decorate(function: F) -> F:
         if config.ENABLE_CUDASIM:
@@ -66,17 +66,18 @@ def statement(text: str, arguments: str, result: str = "") -> Callable[[F], F]:
                 else:
                     operands.append(context.cast(builder, value, kind, _KINDS[letter][0]))
                     letters.append(letter)
-            outputs = ["r"] * 4 if result == "v" else list(result)
+            _, part, count = _TUPLES.get(result, (None, result, len(result)))
+            outputs = [part] * count
             form = ir.VoidType()
             if outputs:
-                form = ir.LiteralStructType([ir.IntType(32)] * 4) if result == "v" else _KINDS[result][1]
-            constraints = ",".join([*("=" + o for o in outputs), *letters, "~{memory}"])
-            line = ir.InlineAsm(
-                ir.FunctionType(form, [_KINDS[letter][1] for letter in letters]), text, constraints, side_effect=True
-            )
-            made = builder.call(line, operands)
-            if result == "v":
-                return context.make_tuple(builder, signature.return_type, [builder.extract_value(made, at) for at in range(4)])
+                one = _KINDS[part][1]
+                form = ir.LiteralStructType([one] * count) if result in _TUPLES else one
+            constraints = ",".join([*("=" + o for o in outputs), *letters, *([] if pure else ["~{memory}"])])
+            types_of = ir.FunctionType(form, [_KINDS[letter][1] for letter in letters])
+            made = builder.call(ir.InlineAsm(types_of, text, constraints, side_effect=not pure), operands)
+            if result in _TUPLES:
+                parts = [builder.extract_value(made, at) for at in range(count)]
+                return context.make_tuple(builder, signature.return_type, parts)
             return made if outputs else context.get_dummy_value()
 
         return function

@@ -10,11 +10,13 @@ for each other. When a warp is through with a chunk, each of its lanes raises th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from numba import cuda
 from numba.cuda import types
 
+from kvortex.kernels.digest import add_up, columns_of, digest_move_deep, digest_move_fresh
 from kvortex.kernels.flags import behind, nap, raise_flag
 from kvortex.kernels.move import move_deep, move_fresh
 
@@ -31,38 +33,61 @@ SIGNATURE: Any = types.void(
 )
 
 
-@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _serve(rows, n_chunks, pieces, blocks, pitch, to_staging):  # type: ignore[no-untyped-def]
-    """``to_staging`` is a constant."""
-    lane = cuda.threadIdx.x & 31
-    warp = (cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) >> 5
-    warps = (cuda.gridDim.x * cuda.blockDim.x) >> 5
-    chunk = 0
-    while chunk < n_chunks:
-        row = ROW_CELLS * chunk
-        while behind(rows[row + READY], rows[row + READY_VALUE]):
-            nap(_NAP_NS)
-        staging, first_block, first_piece = rows[row + STAGING], rows[row + FIRST_BLOCK], rows[row + FIRST_PIECE]
-        n_blocks, n_pieces = types.int32(rows[row + N_BLOCKS]), types.int32(rows[row + N_PIECES])
-        b = warp // n_pieces
-        p = warp - b * n_pieces
-        skip_b = warps // n_pieces  # steps by addition: a division a piece would cost as much as its copy
-        skip_p = warps - skip_b * n_pieces
-        while b < n_blocks:
-            at = 4 * (first_piece + _U64(p))
-            page = pieces[at] + _U64(blocks[first_block + _U64(b)]) * pieces[at + 1]
-            part = staging + _U64(b) * pitch + pieces[at + 2]
-            if to_staging:
-                move_deep(part, page, pieces[at + 3], lane)
-            else:
-                move_fresh(page, part, pieces[at + 3], lane)
-            b += skip_b
-            p += skip_p
-            if p >= n_pieces:
-                p -= n_pieces
-                b += 1
-        raise_flag(rows[row + DONE])
-        chunk += 1
+DIGEST_SIGNATURE: Any = types.void(*SIGNATURE.args, _U64, _U64)
+
+
+def _server(to_staging: bool, digests: bool) -> Callable[..., None]:
+    @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+    def serve(rows, n_chunks, pieces, blocks, pitch, numbers, sums):  # type: ignore[no-untyped-def]
+        lane = cuda.threadIdx.x & 31
+        warp = (cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) >> 5
+        warps = (cuda.gridDim.x * cuda.blockDim.x) >> 5
+        if digests:
+            within = _U64(0)
+            columns = columns_of(numbers, within, lane)
+        chunk = 0
+        while chunk < n_chunks:
+            row = ROW_CELLS * chunk
+            while behind(rows[row + READY], rows[row + READY_VALUE]):
+                nap(_NAP_NS)
+            staging, first_block, first_piece = rows[row + STAGING], rows[row + FIRST_BLOCK], rows[row + FIRST_PIECE]
+            n_blocks, n_pieces = types.int32(rows[row + N_BLOCKS]), types.int32(rows[row + N_PIECES])
+            b = warp // n_pieces
+            p = warp - b * n_pieces
+            skip_b = warps // n_pieces  # steps by addition: a division a piece would cost as much as its copy
+            skip_p = warps - skip_b * n_pieces
+            while b < n_blocks:
+                at = 4 * (first_piece + _U64(p))
+                record = first_block + _U64(b)
+                page = pieces[at] + _U64(blocks[record]) * pieces[at + 1]
+                offset, nbytes = pieces[at + 2], pieces[at + 3]
+                part = staging + _U64(b) * pitch + offset
+                if digests:
+                    if offset & _U64(511) != within:
+                        within = offset & _U64(511)
+                        columns = columns_of(numbers, within, lane)
+                    if to_staging:
+                        first, second = digest_move_deep(part, page, nbytes, lane, offset, columns, numbers)
+                    else:
+                        first, second = digest_move_fresh(page, part, nbytes, lane, offset, columns, numbers)
+                    add_up(sums + record * _U64(16), first, second, lane)
+                elif to_staging:
+                    move_deep(part, page, nbytes, lane)
+                else:
+                    move_fresh(page, part, nbytes, lane)
+                b += skip_b
+                p += skip_p
+                if p >= n_pieces:
+                    p -= n_pieces
+                    b += 1
+            raise_flag(rows[row + DONE])
+            chunk += 1
+
+    return serve  # type: ignore[no-any-return]
+
+
+_gather, _scatter = _server(True, False), _server(False, False)
+_gather_digest, _scatter_digest = _server(True, True), _server(False, True)
 
 
 def gather_resident(rows, n_chunks, pieces, blocks, pitch):  # type: ignore[no-untyped-def]
@@ -81,9 +106,27 @@ def gather_resident(rows, n_chunks, pieces, blocks, pitch):  # type: ignore[no-u
     pitch : uint64
         Bytes from one record part in a buffer to the next.
     """
-    _serve(rows, n_chunks, pieces, blocks, pitch, True)
+    _gather(rows, n_chunks, pieces, blocks, pitch, _U64(0), _U64(0))
 
 
 def scatter_resident(rows, n_chunks, pieces, blocks, pitch):  # type: ignore[no-untyped-def]
     """Copies staging buffers into pages: the reverse, with the same parameters; a buffer is ready when it is filled."""
-    _serve(rows, n_chunks, pieces, blocks, pitch, False)
+    _scatter(rows, n_chunks, pieces, blocks, pitch, _U64(0), _U64(0))
+
+
+def gather_resident_digest(rows, n_chunks, pieces, blocks, pitch, numbers, sums):  # type: ignore[no-untyped-def]
+    """:func:`gather_resident`, which also digests what it reads.
+
+    Parameters
+    ----------
+    numbers : uint64
+        Address of the table of :mod:`kvortex.kernels.digest`.
+    sums : uint64
+        Address of two uint64 in VRAM for each record of the transfer, which the sums of its parts are added to.
+    """
+    _gather_digest(rows, n_chunks, pieces, blocks, pitch, numbers, sums)
+
+
+def scatter_resident_digest(rows, n_chunks, pieces, blocks, pitch, numbers, sums):  # type: ignore[no-untyped-def]
+    """:func:`scatter_resident`, which also digests what it writes."""
+    _scatter_digest(rows, n_chunks, pieces, blocks, pitch, numbers, sums)

@@ -61,6 +61,9 @@ class KVortexConfig:
     admit_after
         A block that is not in the cache is saved at the n-th ``save_blocks`` that asks for it, 1 to 255; before, the save's
         mask says that it is not there. From 2 on, what is asked for only once takes no slot and crosses no link.
+    digests
+        Compute a 128-bit digest of each block while it moves, keep it, and compare when the block is loaded: a block that is
+        not what was saved is never handed out as if it were. See ``docs/digests.md``.
     enable_numa
         Bind the host pool to the GPU's NUMA node where the machine has several.
     device
@@ -95,6 +98,7 @@ class KVortexConfig:
     beside_compute: bool | None = None
     eviction_policy: str = "lru"
     admit_after: int = 1
+    digests: bool = True
     enable_numa: bool = True
     device: str = "auto"
     block_size: int = 16
@@ -122,8 +126,9 @@ class KVortexConfig:
             raise ConfigError(f"rank = {self.rank}: must be below world_size = {self.world_size}")
         if self.max_block_bytes is not None:
             self._integer("max_block_bytes", at_least=1)
-        if not isinstance(self.enable_numa, bool):
-            raise ConfigError(f"enable_numa = {shown(self.enable_numa)}: must be true or false")
+        for name in ("digests", "enable_numa"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} = {shown(getattr(self, name))}: must be true or false")
         if not isinstance(self.beside_compute, bool | None):
             raise ConfigError(f"beside_compute = {shown(self.beside_compute)}: must be true, false or None")
         names = ("model", "dtype", "lora", "salt", "device", "transfer_route", "calibrate", "eviction_policy", "key_scheme")

@@ -65,6 +65,13 @@ class TransferError(KVortexError, RuntimeError):
     """A transfer could not be issued."""
 
 
+class CorruptBlocksError(TransferError):
+    """Blocks of a load are not what was saved: their digests differ. The other blocks of the load are right; ``blocks`` is how
+    many are not."""
+
+    blocks = 0
+
+
 class LayersMissingError(TransferError):
     """A layer-wise save is waited for before all layers were announced; ``layers`` are those that were not."""
 

@@ -7,10 +7,12 @@ import time
 
 import numpy as np
 
-from kvortex.errors import TransferError, shown
+from kvortex.digests.kept import Digests, compare, keep
+from kvortex.errors import CorruptBlocksError, TransferError, shown
 from kvortex.index import BlockIndex
 from kvortex.stats import Counters
 from kvortex.transfer.executor import Direction, poll
+from kvortex.transfer.plan import Int64s
 from kvortex.transfer.transfer import Call, Transfer
 
 
@@ -22,10 +24,16 @@ class Flight:
 
     There is no lock, so a finaliser or signal handler that runs in the middle of anything here may call anything here.
     Settling is a row of steps that each may be done again: the index gives slots back once however often it is asked.
+
+    Parameters
+    ----------
+    index, counters
+    digests : (slots, 16) uint8, or None
+        Of the blocks in the pool: kept before a save's blocks are visible, compared before a load's are released.
     """
 
-    def __init__(self, index: BlockIndex, counters: Counters) -> None:
-        self._index, self._counters = index, counters
+    def __init__(self, index: BlockIndex, counters: Counters, digests: Digests | None = None) -> None:
+        self._index, self._counters, self._digests = index, counters, digests
         self._numbers = itertools.count(1)
         self._transfers: dict[int, Transfer] = {}  # single operations of a dict are atomic
 
@@ -74,6 +82,11 @@ class Flight:
         if error is not None:
             transfer.mask[transfer.slots >= 0] = False
             transfer.error = error
+        elif completion is not None and completion.digests is not None and self._digests is not None:
+            if transfer.direction is Direction.SAVE:
+                keep(transfer.once, held, completion.digests, self._digests)
+            else:
+                self._compare(transfer, held, completion.digests, self._digests)
         if transfer.direction is Direction.LOAD:
             mine = self._index.release(held, once=transfer.once)
         elif error is not None:
@@ -85,7 +98,23 @@ class Flight:
             self._counters.fail(len(held))
         elif mine and completion is not None:
             self._counters.transfer(transfer.direction, completion.route, len(held), transfer.nbytes, completion.seconds)
+            self._counters.damage(transfer.corrupt)
         return True
+
+    def _compare(self, transfer: Transfer, held: Int64s, found: Digests, kept: Digests) -> None:
+        """Blocks that are not what was saved are failures of a load, and nobody will find them again. The others are right."""
+        wrong = compare(transfer.once, held, found, kept)
+        if wrong is None or not wrong.any():  # without an answer, another thread has seen to it
+            return
+        transfer.mask[transfer.moved()[wrong]] = False
+        transfer.corrupt = int(wrong.sum())
+        error = CorruptBlocksError(
+            f"{transfer.corrupt} of {len(held)} blocks are not what was saved (their digests differ) and were dropped: compute "
+            "them again. Host memory, the link or the GPU's memory damaged them, or somebody wrote to pages while they moved."
+        )
+        error.blocks = transfer.corrupt
+        transfer.error = error
+        self._index.drop(self._index.keys_of(held[wrong]))
 
     def reap(self) -> None:
         """Settles whatever has ended."""

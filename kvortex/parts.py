@@ -13,6 +13,8 @@ import numpy.typing as npt
 from kvortex.config import KVortexConfig
 from kvortex.devices import Device
 from kvortex.devices.cuda import CudaDevice
+from kvortex.digests.kept import load_compiled as load_compiled_digests
+from kvortex.digests.keys import DIGEST_BYTES
 from kvortex.errors import TransferTimeoutError
 from kvortex.flight import Flight
 from kvortex.index import BlockIndex, load_compiled
@@ -45,10 +47,14 @@ class Parts:
             undo.callback(self.executor.close)
             load_compiled()
             load_compiled_keys()
+            load_compiled_digests()
             policy, admit_after = config.eviction_policy, config.admit_after
             self.index = BlockIndex(self.arena.slots, policy, admit_after=admit_after, ready=self.arena.ready)
             self.counters = Counters()
-            self.flight = Flight(self.index, self.counters)
+            kept = None
+            if config.digests:  # (slots, 16) uint8: of the block in each slot that is resident
+                kept = self.digests = np.zeros((self.arena.slots, DIGEST_BYTES), np.uint8)
+            self.flight = Flight(self.index, self.counters, kept)
             undo.pop_all()
 
     def grow(self) -> None:
@@ -120,10 +126,11 @@ def _executor(
         route = None if config.transfer_route == "auto" else Route(config.transfer_route)
         blocks = 0 if layout is None else layout.num_blocks
         budget = config.gpu_pool_size_bytes or profile.staging_bytes
-        return CudaExecutor(device, fragments, layer_offsets, blocks, pool, budget, profile, route, config.beside_compute)
+        options = (profile, route, config.beside_compute, config.digests)
+        return CudaExecutor(device, fragments, layer_offsets, blocks, pool, budget, *options)
     from kvortex.transfer.host import HostExecutor
 
-    return HostExecutor(fragments, layer_offsets, pool, config.num_transfer_streams or _HOST_THREADS)
+    return HostExecutor(fragments, layer_offsets, pool, config.num_transfer_streams or _HOST_THREADS, config.digests)
 
 
 def _overridden(profile: Profile, config: KVortexConfig) -> Profile:

@@ -57,6 +57,8 @@ class EngineStats:
     resident_blocks, reserved_blocks, pinned_blocks, capacity_blocks
         Slots by state: holding a block, being written, being read, and all that are ready (see
         :meth:`kvortex.KVortexEngine.wait_ready`).
+    corrupt_blocks
+        Blocks that a load found to be no longer what was saved, by their digests. They were dropped.
     routes
         The same blocks, bytes and seconds by direction and route; only those that were used.
     """
@@ -78,6 +80,7 @@ class EngineStats:
     capacity_blocks: int
     routes: tuple[RouteStats, ...] = ()
     declined_blocks: int = 0
+    corrupt_blocks: int = 0
 
     @property
     def cache_hit_rate(self) -> float:
@@ -100,7 +103,7 @@ class Counters:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()  # a finaliser that runs inside may count too
-        self.checked = self.hit = self.missed = self.failed = self.declined = 0
+        self.checked = self.hit = self.missed = self.failed = self.declined = self.corrupt = 0
         self._routes: dict[tuple[Direction, str], RouteStats] = {}
 
     def check(self, asked: int, found: int) -> None:
@@ -132,12 +135,17 @@ class Counters:
         with self._lock:
             self.failed += blocks
 
+    def damage(self, blocks: int) -> None:
+        """Blocks that a load found to be others than were saved."""
+        with self._lock:
+            self.corrupt += blocks
+
     def snapshot(self, evictions: int, resident: int, reserved: int, pinned: int, capacity: int) -> EngineStats:
         """The totals, with the index's numbers."""
         with self._lock:
             routes = tuple(self._routes.values())
             checked, hit, missed, failed = self.checked, self.hit, self.missed, self.failed
-            declined = self.declined
+            declined, corrupt = self.declined, self.corrupt
         saved = [entry for entry in routes if entry.direction == Direction.SAVE.value]
         loaded = [entry for entry in routes if entry.direction == Direction.LOAD.value]
         return EngineStats(
@@ -158,4 +166,5 @@ class Counters:
             capacity_blocks=capacity,
             routes=routes,
             declined_blocks=declined,
+            corrupt_blocks=corrupt,
         )

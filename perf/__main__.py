@@ -8,11 +8,12 @@ from pathlib import Path
 from types import ModuleType
 
 from kvortex.errors import KVortexError, told
-from perf import compute, duplex, fragments, gil, index, keys, latency, link, pinned, submit
+from perf import compute, digest, duplex, fragments, gil, index, keys, latency, link, pinned, submit
 from perf.report import Report, check_writable, environment, progress
 
 QUESTIONS = {
     "compute": compute,
+    "digest": digest,
     "duplex": duplex,
     "fragments": fragments,
     "gil": gil,

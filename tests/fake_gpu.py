@@ -18,6 +18,8 @@ import pytest
 
 from kvortex.devices import driver as cu
 from kvortex.devices.host import HostBuffer
+from kvortex.digests.host import numbers, sum_part
+from kvortex.digests.keys import kernel_numbers
 from kvortex.transfer import cuda as executor
 from tests.fake_driver import FakeDriver, Result, installed
 from tests.transfer.recorder import Call, Recorder
@@ -27,7 +29,12 @@ _SYMBOLS = ("cuCtxPushCurrent", "cuCtxPopCurrent", "cuEventRecord", "cuStreamWai
             "cuStreamWriteValue32", "cuCtxGetCurrent", "cuCtxSetCurrent", "cuThreadExchangeStreamCaptureMode", "cuEventQuery",
             "cuEventElapsedTime", "cuStreamQuery", "cuStreamIsCapturing")  # fmt: skip
 _NOT_CAPTURING = "CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE"
-_ENTRIES = {b"gather": 0x6A, b"scatter": 0x5C, b"gather_resident": 0x6B, b"scatter_resident": 0x5D, b"compute": 0xC0}
+_ENTRIES = {b"gather": 0x6A, b"scatter": 0x5C, b"gather_resident": 0x6B, b"scatter_resident": 0x5D, b"compute": 0xC0,
+            b"gather_digest": 0x16A, b"scatter_digest": 0x15C, b"gather_resident_digest": 0x16B,
+            b"scatter_resident_digest": 0x15D, b"read_pages": 0xD1, b"read_buffers": 0xD2}  # fmt: skip
+_TABLE, _NUMBERS = kernel_numbers(8 << 20), numbers(8 << 20)  # made here: tests interrupt every line of kvortex
+_DIGESTS = 0x100  # in the entry of a kernel that moves bytes: it digests them
+_RESIDENT = {_ENTRIES[name] for name in _ENTRIES if b"resident" in name}
 
 
 class FakeGpu(FakeDriver):
@@ -181,8 +188,9 @@ class FakeGpu(FakeDriver):
 
     def _serve(self, call: Call) -> Iterator[str]:
         """A resident kernel, which stops behind each block, and wherever a flag keeps it ``"waiting"``."""
-        table, n_chunks, pieces, ids, pitch = call.parameters[:5]
-        threads, gather = call.arguments[1] * call.arguments[4], call.arguments[0] == _ENTRIES[b"gather_resident"]
+        table, n_chunks, pieces, ids, pitch, numbers_at, sums = call.parameters[:7]
+        entry = call.arguments[0]
+        threads, gather = call.arguments[1] * call.arguments[4], entry & 0xFF == _ENTRIES[b"gather_resident"]
         if not self._reach("a kernel's rows", table, 64 * n_chunks):
             return
         for row in np.ctypeslib.as_array((ctypes.c_int64 * (8 * n_chunks)).from_address(table)).reshape(-1, 8).copy().tolist():
@@ -197,10 +205,39 @@ class FakeGpu(FakeDriver):
                 for base, stride, offset, nbytes in lines.tolist():
                     pair = staging + b * pitch + offset, base + block * stride
                     self._copy("a resident kernel", *(pair if gather else pair[::-1]), nbytes)
+                    if entry & _DIGESTS:
+                        self._digest(pair[1], nbytes, offset, numbers_at, sums + 16 * (first + b))
                 yield "moved"
             if self._reach("a kernel's flag", done, 4):
                 cell = ctypes.c_uint32.from_address(done)
                 cell.value += threads
+
+    def _digest(self, page: int, nbytes: int, offset: int, numbers_at: int, sums: int) -> None:
+        """Adds what a piece of a page adds to the two numbers at ``sums``."""
+        table = _TABLE[: 256 + 2 * -(-(offset + nbytes) // 512)]
+        if not (self._reach("digests", page, nbytes) and self._reach("digests", sums, 16)):
+            return
+        if not self._reach("digests", numbers_at, table.nbytes):
+            return
+        seen = np.ctypeslib.as_array((ctypes.c_uint64 * table.size).from_address(numbers_at))
+        assert (seen == table).all(), "another table than the digests'"
+        cells = np.ctypeslib.as_array((ctypes.c_uint64 * 2).from_address(sums))
+        cells += np.array(sum_part(page, nbytes, offset, *_NUMBERS), np.uint64)
+
+    def _read(self, call: Call) -> None:
+        """A kernel that digests pages or buffers."""
+        table, n_pieces, ids, n_blocks, numbers_at, sums = call.parameters[:6]
+        if call.arguments[0] == _ENTRIES[b"read_buffers"]:
+            if self._reach("a kernel's table", table, 16 * n_blocks):
+                rows = np.ctypeslib.as_array((ctypes.c_int64 * (2 * n_blocks)).from_address(table)).reshape(-1, 2).tolist()
+                assert n_pieces == -(-max(nbytes for _, nbytes in rows) // 4096)
+                for b, (address, nbytes) in enumerate(rows):
+                    self._digest(address, nbytes, 0, numbers_at, sums + 16 * b)
+        elif self._reach("a kernel's table", table, 32 * n_pieces) and self._reach("a kernel's ids", ids, 4 * n_blocks):
+            pieces = np.ctypeslib.as_array((ctypes.c_int64 * (4 * n_pieces)).from_address(table)).reshape(-1, 4).tolist()
+            for b, block in enumerate((ctypes.c_int32 * n_blocks).from_address(ids)):
+                for base, stride, offset, nbytes in pieces:
+                    self._digest(base + block * stride, nbytes, offset, numbers_at, sums + 16 * b)
 
     def _execute(self, call: Call) -> None:
         if call.name in ("to_host", "to_device"):
@@ -219,11 +256,14 @@ class FakeGpu(FakeDriver):
                 self._copy("a batch", *copy)
         elif call.name in ("wait_value", "write_value"):
             self._flag(call.name, *call.arguments[1:3])
-        elif call.name == "launch" and call.arguments[0] in (_ENTRIES[b"gather_resident"], _ENTRIES[b"scatter_resident"]):
+        elif call.name == "launch" and call.arguments[0] in (_ENTRIES[b"read_pages"], _ENTRIES[b"read_buffers"]):
+            self._read(call)
+        elif call.name == "launch" and call.arguments[0] in _RESIDENT:
             self.resident.append(self._serve(call))
             self._pump()
         elif call.name == "launch":
-            staging, table, n_pieces, ids, n_blocks, pitch = call.parameters
+            staging, table, n_pieces, ids, n_blocks, pitch, numbers_at, sums = call.parameters
+            entry = call.arguments[0]
             if not (self._reach("a kernel's table", table, 32 * n_pieces) and self._reach("a kernel's ids", ids, 4 * n_blocks)):
                 return
             pieces = np.ctypeslib.as_array((ctypes.c_int64 * (4 * n_pieces)).from_address(table)).reshape(-1, 4)
@@ -231,7 +271,9 @@ class FakeGpu(FakeDriver):
             for b, block in enumerate(blocks):
                 for base, stride, offset, nbytes in pieces.tolist():
                     pair = staging + b * pitch + offset - int(pieces[0, 2]), base + block * stride
-                    self._copy("a kernel", *(pair if call.arguments[0] == _ENTRIES[b"gather"] else pair[::-1]), nbytes)
+                    self._copy("a kernel", *(pair if entry & 0xFF == _ENTRIES[b"gather"] else pair[::-1]), nbytes)
+                    if entry & _DIGESTS:
+                        self._digest(pair[1], nbytes, offset, numbers_at, sums + 16 * b)
 
 
 @contextlib.contextmanager

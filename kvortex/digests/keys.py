@@ -11,10 +11,17 @@ part of a record through loads of any width, and two kernels that cut a record d
 Source: multilinear hashing (Carter and Wegman, "Universal classes of hash functions", 1979; Lemire and Kaser, "Strongly
 universal string hashing is fast", 2014) twice, over columns and over rows.
 
-Bound: for two different records of one length, chosen without looking at the numbers, and ``v`` the lowest bit in which
-words differ, ``D[0]`` agrees with a probability of at most (64 - v) * 2**-(64 - v), over the choice of the numbers. Where
-``v`` is large in a word, it is small in the same word reversed by bytes, so both halves together agree with at most
-2**-78; and damage that hits words at random goes unseen with 2**-128.
+Bound: take two different records of one length, chosen without looking at the numbers, and ``v`` (0 to 31) the lowest bit
+in which any of their words differ. Over the choice of the numbers, ``D[0]`` agrees with a probability of at most
+(65 - v) * 2**-(64 - v). For the differences, divided by 2**v, have an odd one in some column; the sum of that column over rows,
+weighted by ``R``, is a multiple of 2**u with at most 2**-(u - 1), since the ``R`` are odd and otherwise uniform; and multiplied
+by its ``C`` it then is 0 mod 2**(64 - v) with 2**-(64 - v - u). With ``v'`` for the words reversed, v + v' is 38 at most (one
+byte, its highest bit), and the numbers of both halves are independent: both agree with at most 2100 * 2**-90 < 2**-78.9. Damage
+within one word is always seen, a flipped bit among it, since no ``C`` is a multiple of 2**32. Words that random ones took the
+place of go unseen with about 2**-128. Records of lengths n and n' agree with at most 2**-(128 - 2 * w), where 2**w is the
+highest power of 2 that divides n - n'.
+
+The numbers are public: it tells damage, not forgery.
 """
 
 from __future__ import annotations
@@ -27,6 +34,7 @@ import numpy.typing as npt
 DIGEST_BYTES = 16
 ROW_BYTES = 512
 COLUMNS = ROW_BYTES // 4
+_ROWS_BYTES = 1 << 20  # tables of R are made for multiples of this, so that few are made
 _STEP, _MIX_A, _MIX_B = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # of SplitMix64
 _SEED_C, _SEED_R, _SEED_L = 0x6B766F7274657843, 0x6B766F7274657852, 0x6B766F727465784C  # "kvortexC", "..R", "..L"
 Numbers = npt.NDArray[np.uint64]
@@ -55,5 +63,18 @@ def lengths() -> Numbers:
 
 
 def rows(nbytes: int) -> Numbers:
-    """``R`` for records of up to ``nbytes``, (rows, 2) uint64: the halves of a row side by side."""
-    return (splitmix64(_SEED_R, 2 * -(-nbytes // ROW_BYTES)) | np.uint64(1)).reshape(-1, 2)
+    """``R`` for records of up to ``nbytes`` at least, (rows, 2) uint64: the halves of a row side by side. Read-only."""
+    return _rows(-(-nbytes // _ROWS_BYTES))
+
+
+@functools.lru_cache(4)
+def _rows(steps: int) -> Numbers:
+    found = (splitmix64(_SEED_R, 2 * steps * (_ROWS_BYTES // ROW_BYTES)) | np.uint64(1)).reshape(-1, 2)
+    found.flags.writeable = False
+    return found
+
+
+def kernel_numbers(nbytes: int) -> Numbers:
+    """(k,) uint64: ``C``, the halves of each column side by side, then ``R`` for records of up to ``nbytes``. What kernels
+    read (:mod:`kvortex.kernels.digest`)."""
+    return np.concatenate((columns().T.ravel(), rows(nbytes)[: -(-nbytes // ROW_BYTES)].ravel()))

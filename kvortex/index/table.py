@@ -299,6 +299,15 @@ class BlockIndex:
         with self._lock:
             return np.where(asked < 0, 0, self._table.words[asked, SIZE])
 
+    def keys_of(self, slots: SlotsLike) -> npt.NDArray[np.uint8]:
+        """Keys of the records in slots, (n, 32) uint8. Ask while you hold the slots, as for :meth:`size_of`."""
+        asked = _slots(slots)
+        if asked.size and (asked.min() < 0 or asked.max() >= self.capacity):
+            seen = f"{asked.min()} to {asked.max()}"
+            raise IndexStateError(f"keys_of: slots must be from 0 to {self.capacity - 1}; seen: {seen}")
+        with self._lock:
+            return np.ascontiguousarray(self._table.words[asked, :SIZE]).view(np.uint8)
+
     def counts(self) -> IndexCounts:
         """Slots by state, all from the same moment."""
         with self._lock:

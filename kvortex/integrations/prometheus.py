@@ -28,6 +28,7 @@ _COUNTERS = {
     "missed_blocks": "Keys asked for by load_blocks that were not there.",
     "declined_blocks": "Keys offered by save_blocks that were not stored, for want of offers.",
     "failed_blocks": "Blocks of transfers that the device failed.",
+    "corrupt_blocks": "Blocks that a load found to be others than were saved, by their digests.",
     "evictions": "Blocks that made room for others.",
 }
 _ROUTE_COUNTERS = {

@@ -15,14 +15,16 @@ from kvortex.devices import asking
 from kvortex.devices import driver as cu
 from kvortex.devices.cuda import CudaDevice
 from kvortex.devices.streams import cuda_stream_handle
+from kvortex.digests.keys import kernel_numbers
 from kvortex.errors import ArgumentError, ConfigError, DeviceError, TransferTimeoutError
 from kvortex.kernels import build
 from kvortex.memory.arena import SLOT_ALIGNMENT
 from kvortex.memory.ids import IdBuffer, IdPool
 from kvortex.memory.staging import StagingRing
 from kvortex.transfer.cuda_completion import CudaCompletion, Events
+from kvortex.transfer.digesting import Digesting, Reading, buffers_reading, room_for
 from kvortex.transfer.executor import Completion, Direction, Executor, poll
-from kvortex.transfer.issue import NO_STREAM
+from kvortex.transfer.issue import NO_STREAM, PIECE_ROW_BYTES
 from kvortex.transfer.lane import ROW_WORDS, Job, Lane
 from kvortex.transfer.layers import (
     Sections,
@@ -105,6 +107,8 @@ class CudaExecutor(Executor):
         For all transfers of blocks; None to choose for each.
     beside_compute
         Whether a model computes while blocks move; None to ask the caller's stream each time.
+    digests
+        Whether blocks are digested while they move.
 
     Attributes
     ----------
@@ -124,6 +128,7 @@ class CudaExecutor(Executor):
         profile: Profile,
         route: Route | None = None,
         beside_compute: bool | None = None,
+        digests: bool = False,
     ) -> None:
         self.device = device
         self.beside_compute = beside_compute
@@ -141,6 +146,9 @@ class CudaExecutor(Executor):
         self._table: Any = None
         self._flags: Any = None
         self._module: Any = None
+        self._numbers: Any = None
+        self._readers: tuple[int, int] | None = None  # kernels that digest pages, and buffers; None for no digests
+        self._digests = digests
         self._lanes: dict[Direction, Lane] = {}
         self._cuts: dict[int, Sections] = {}  # by number of groups
         self._allocations = _allocations(device, fragments, num_blocks)
@@ -166,18 +174,22 @@ class CudaExecutor(Executor):
         kernels = {direction: (0, 0) for direction in Direction}
         self._pieces = split_pieces(cut_layers(self._fragments, self._layer_offsets))
         self._ids = IdPool(self.device)
-        if staged:
-            self._staging = StagingRing(self.device, gpu_budget, 2 * depth)
-            buffers = self._staging.addresses
+        if len(self._pieces):
             self._table = self.device.allocate(self._pieces.nbytes)
             self._table.write(self._pieces)
             table = self._table.address
+        if self._digests:
+            self._open_digests()
+        suffix = "_digest" if self._digests else ""
+        if staged:
+            self._staging = StagingRing(self.device, gpu_budget, 2 * depth)
+            buffers = self._staging.addresses
             self._flags = self.device.allocate(2 * 2 * 2 * FLAG_BYTES)  # of each direction's two buffers
             self._flags.write(np.zeros(self._flags.nbytes, np.uint8))
             flags = self._flags.address
             kernels = {
-                Direction.SAVE: (self._kernel("gather"), self._kernel("gather_resident")),
-                Direction.LOAD: (self._kernel("scatter"), self._kernel("scatter_resident")),
+                Direction.SAVE: (self._kernel("gather" + suffix), self._kernel("gather_resident" + suffix)),
+                Direction.LOAD: (self._kernel("scatter" + suffix), self._kernel("scatter_resident" + suffix)),
             }
         for at, direction in enumerate(Direction):
             mine = buffers[at * depth : (at + 1) * depth]
@@ -194,6 +206,13 @@ class CudaExecutor(Executor):
                 table,
                 self._pieces[:, OFFSET],
             )
+
+    def _open_digests(self) -> None:
+        """The table of numbers, for records of any length that a slot takes, and the kernels that only read."""
+        numbers = kernel_numbers(self._pool.slot_bytes)
+        self._numbers = self.device.allocate(numbers.nbytes)
+        self._numbers.write(numbers)
+        self._readers = self._kernel("read_pages"), self._kernel("read_buffers")
 
     def _halves(self, buffers: list[int]) -> list[int]:
         """The staging buffers of a direction as a resident kernel uses them: two, so that a DMA is as long as can be.
@@ -243,19 +262,37 @@ class CudaExecutor(Executor):
             sections = self._sections(group_count(num_layers, int(self._layer_offsets[-1]), len(blocks), *least))
             plan = self._layered_plan(route, blocks, slots, busy, sections)
             if in_groups:
-                return self._layer_save(split_groups(plan), route, sections.group_of)
-            return CudaCompletion(self, direction, plan, caller, route, sections.group_of)
-        plan = self._plan(direction, route, blocks, slots, busy)
+                edges = sections.first_pieces[[0, *sections.ends.tolist()]]
+                return self._layer_save(split_groups(plan), route, sections.group_of, blocks, edges)
+            digests = self._digesting(route, blocks, 0, len(self._pieces)), self._sizes(blocks)
+            return CudaCompletion(self, direction, plan, caller, route, sections.group_of, *digests)
+        plan, edges = self._plan(direction, route, blocks, slots, busy), np.array([0, len(self._pieces)])
         if in_groups:  # the other routes take all layers at once
-            return self._layer_save([plan], route, np.zeros(num_layers, np.int64))
-        return CudaCompletion(self, direction, plan, caller, route)
+            return self._layer_save([plan], route, np.zeros(num_layers, np.int64), blocks, edges)
+        digests = self._digesting(route, blocks, *edges.tolist()), self._sizes(blocks)
+        return CudaCompletion(self, direction, plan, caller, route, None, *digests)
 
-    def _layer_save(self, plans: list[Plan], route: Route, group_of: Int64s) -> LayerSave:
+    def _sizes(self, blocks: Int64s) -> Int64s:
+        return np.full(len(blocks), self._layer_offsets[-1])
+
+    def _digesting(self, route: Route, blocks: Int64s, first: int, last: int) -> Digesting | None:
+        """What is digested of pages: pieces from ``first`` to ``last``, which a kernel reads where none moves them."""
+        if self._readers is None:
+            return None
+        if route in (Route.STAGED, Route.RESIDENT, Route.MAPPED):
+            return Digesting(len(blocks), self._numbers.address)
+        table = self._table.address + first * PIECE_ROW_BYTES
+        reading = Reading(self._readers[0], table, last - first, blocks.astype(np.int32))
+        return Digesting(len(blocks), self._numbers.address, reading)
+
+    def _layer_save(self, plans: list[Plan], route: Route, group_of: Int64s, blocks: Int64s, edges: Int64s) -> LayerSave:
+        """``edges`` are the first pieces of each group, and their number."""
         parts: list[CudaCompletion] = []
         try:
-            for plan in plans:
-                parts.append(CudaCompletion(self, Direction.SAVE, plan, NO_STREAM, route))
-            return LayerSave(parts, group_of)
+            for plan, first, last in zip(plans, edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+                digesting = self._digesting(route, blocks, first, last)
+                parts.append(CudaCompletion(self, Direction.SAVE, plan, NO_STREAM, route, None, digesting))
+            return LayerSave(parts, group_of, self._sizes(blocks) if self._digests else None)
         except BaseException:
             for part in parts:
                 part.cancel()
@@ -306,7 +343,11 @@ class CudaExecutor(Executor):
         self, direction: Direction, addresses: Int64s, sizes: Int64s, slots: Int64s, stream: Any
     ) -> CudaCompletion:
         plan = plan_direct(addresses, sizes, slots, self._pool, self._count, one_tensor=False)
-        return CudaCompletion(self, direction, plan, cuda_stream_handle(stream), Route.DIRECT)
+        digesting = None
+        if self._readers is not None:
+            reading = buffers_reading(self._readers[1], addresses, sizes)
+            digesting = Digesting(len(sizes), self._numbers.address, reading)
+        return CudaCompletion(self, direction, plan, cuda_stream_handle(stream), Route.DIRECT, None, digesting, sizes)
 
     def check_stream(self, stream: Any) -> None:
         status = np.zeros(1, np.int64)
@@ -317,17 +358,18 @@ class CudaExecutor(Executor):
         if status[0]:
             raise ArgumentError("the stream is being captured into a CUDA graph; a transfer cannot be part of one")
 
-    def lend(self, plan: Plan) -> tuple[Int64s, IdBuffer | None]:
-        """Events of a plan (start, end, one a mark) and its ids where kernels can read them, until :meth:`recycle`."""
+    def lend(self, plan: Plan, digesting: Digesting | None) -> tuple[Int64s, IdBuffer | None]:
+        """Events of a plan (start, end, one a mark), and room for what kernels read and the sums that they make, until
+        :meth:`recycle`."""
         events: list[int] = []
         try:
             with self._guard:
                 for _ in range(2 + len(plan.marks)):
                     events.append(self._events.take())
             ids = None
-            if len(plan.ids):
+            if words := room_for(plan, digesting, ROW_WORDS).words:
                 assert self._ids is not None
-                ids = self._ids.take(len(plan.ids) + (ROW_WORDS * len(plan.chunks) if plan.ctas else 0))
+                ids = self._ids.take(words)
         except BaseException:
             with self._guard:
                 for event in events:
@@ -348,10 +390,11 @@ class CudaExecutor(Executor):
         after: Int64s,
         events: Int64s,
         ids: IdBuffer | None,
+        digesting: Digesting | None,
         outcome: Int64s,
     ) -> Job:
         """What :meth:`submit` takes. See :meth:`kvortex.transfer.lane.Lane.job`."""
-        return self._lanes[direction].job(self._functions, plan, caller, after, events, ids, outcome)
+        return self._lanes[direction].job(self._functions, plan, caller, after, events, ids, digesting, outcome)
 
     def issue(self, direction: Direction, job: Job) -> bool:
         """Puts a plan on the streams of its direction, if nobody else puts one there just now."""
@@ -405,7 +448,7 @@ class CudaExecutor(Executor):
             self._ids.close()
         if self._staging is not None:
             self._staging.close()
-        for buffer in (self._table, self._flags):
+        for buffer in (self._table, self._flags, self._numbers):
             if buffer is not None:
                 with contextlib.suppress(DeviceError):
                     buffer.free()

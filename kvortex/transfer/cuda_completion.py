@@ -12,10 +12,12 @@ import numpy as np
 from kvortex.devices import driver as cu
 from kvortex.devices.cuda import CudaDevice
 from kvortex.devices.streams import cuda_stream_handle
+from kvortex.digests.host import add_lengths
 from kvortex.errors import DeviceError, TransferError, TransferTimeoutError
 from kvortex.transfer import issue as nogil
+from kvortex.transfer.digesting import Digesting, room_for, sums_of
 from kvortex.transfer.executor import Direction, Part, poll
-from kvortex.transfer.lane import Job, is_short
+from kvortex.transfer.lane import ROW_WORDS, Job, is_short
 from kvortex.transfer.plan import Int64s, Plan
 from kvortex.transfer.routes import Route
 
@@ -58,6 +60,8 @@ class CudaCompletion(Part):
         Stream to be started behind; ``NO_STREAM`` for those of :meth:`follow`.
     group_of : (L,) int64
         Of a layer-wise load: the mark of each layer.
+    digesting, sizes
+        What is digested, or None; and bytes of the records, (n,) int64, unless it is only a part of them.
     """
 
     def __init__(
@@ -68,6 +72,8 @@ class CudaCompletion(Part):
         caller: int,
         route: Route,
         group_of: Int64s | None = None,
+        digesting: Digesting | None = None,
+        sizes: Int64s | None = None,
     ) -> None:
         self.route, self._group_of = route.value, group_of
         self._executor, self._direction, self._plan, self._caller = executor, direction, plan, caller
@@ -76,7 +82,8 @@ class CudaCompletion(Part):
         self._lock = threading.RLock()
         self._finished = False
         self._followed: list[int] = []  # events, recorded
-        self._events, self._ids = executor.lend(plan)
+        self._digesting, self._sizes = digesting, sizes
+        self._events, self._ids = executor.lend(plan, digesting)
 
     def start(self) -> None:
         if not is_short(self._plan) or not self._executor.issue(self._direction, self._made(self._caller)):
@@ -95,7 +102,8 @@ class CudaCompletion(Part):
 
     def _made(self, caller: int) -> Job:
         after = np.array(self._followed, np.int64)
-        return self._executor.job(self._direction, self._plan, caller, after, self._events, self._ids, self.outcome)
+        lent = self._events, self._ids, self._digesting
+        return self._executor.job(self._direction, self._plan, caller, after, *lent, self.outcome)
 
     def follow(self, stream: Any) -> None:
         handle = cuda_stream_handle(stream)
@@ -133,8 +141,16 @@ class CudaCompletion(Part):
                 error = TransferError(f"{what}: {cu.describe(cu.api(), code)}")
             else:
                 self.seconds = self._executor.elapsed(start, done)
+                self._take_digests()
             self._finish(error)
             return True
+
+    def _take_digests(self) -> None:
+        """Before the memory that they lie in is others'."""
+        if self._digesting is not None and self._ids is not None:
+            self.sums = sums_of(self._ids.ids, room_for(self._plan, self._digesting, ROW_WORDS), self._plan)
+            if self._sizes is not None:
+                self.digests = add_lengths(self.sums, self._sizes)
 
     def _is_issued(self) -> bool:
         return self._finished or bool(self.outcome[nogil.ISSUED])

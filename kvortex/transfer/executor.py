@@ -8,6 +8,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from kvortex.errors import TransferError
 from kvortex.transfer.plan import Int64s
 
@@ -32,6 +35,9 @@ class Completion(ABC):
         Set, once :meth:`query` is true, if the device failed.
     seconds : float
         Device-timed duration, once :meth:`query` is true.
+    digests : (n, 16) uint8, or None
+        Digests of the records, once :meth:`query` is true and there is no :attr:`error`: of what was read from the pages, or
+        was written there, computed while it moved. None where the executor does not digest.
     route : str
         How the bytes travel, for the counters; the name of a :class:`kvortex.transfer.routes.Route`, or ``"host"``.
     """
@@ -40,6 +46,7 @@ class Completion(ABC):
     started: bool = False
     error: TransferError | None = None
     seconds: float = 0.0
+    digests: npt.NDArray[np.uint8] | None = None
 
     @abstractmethod
     def start(self) -> None:
@@ -74,7 +81,15 @@ class Completion(ABC):
 
 
 class Part(Completion):
-    """A transfer that can also be one group of a layer-wise save: the streams that it waits for come one by one."""
+    """A transfer that can also be one group of a layer-wise save: the streams that it waits for come one by one.
+
+    Attributes
+    ----------
+    sums : (n, 2) uint64, or None
+        What its bytes add to digests, once it has ended well; see :func:`kvortex.digests.host.add_lengths`.
+    """
+
+    sums: npt.NDArray[np.uint64] | None = None
 
     @abstractmethod
     def follow(self, stream: Any) -> None:

@@ -14,6 +14,8 @@ import numpy as np
 
 from kvortex.devices.host import HostEvent, HostStream
 from kvortex.devices.native import memcpy_address
+from kvortex.digests.host import add_lengths, numbers
+from kvortex.digests.keys import Numbers as Sums
 from kvortex.errors import ArgumentError, TransferError, TransferTimeoutError
 from kvortex.transfer.copies import copy_buffers, copy_paged, load_compiled
 from kvortex.transfer.executor import Completion, Direction, Executor, Part
@@ -42,6 +44,10 @@ class HostCompletion(Part):
         Group of each layer.
     stream
         To be started behind, or None.
+    sums : (g, n, 2) uint64, or None
+        What the parts of each group digest.
+    sizes : (n,) int64, or None
+        Bytes of the records; None where they are only a part of them.
     """
 
     route = "host"
@@ -52,7 +58,10 @@ class HostCompletion(Part):
         groups: Sequence[Sequence[_Part]],
         group_of: Sequence[int],
         stream: HostStream | None,
+        sums: Sums | None = None,
+        sizes: Int64s | None = None,
     ) -> None:
+        self._sums, self._sizes = sums, sizes
         self._work, self._group_of, self._stream = work, group_of, stream
         self._before: collections.deque[HostEvent] = collections.deque()
         self._parts = [(at, part) for at, parts in enumerate(groups) for part in parts][::-1]
@@ -110,6 +119,9 @@ class HostCompletion(Part):
             self.error = self.error or error
             group_is_done, last = self._left[group] == 0, not any(self._left)
             self.seconds = time.perf_counter() - self._began
+            if last and self._sums is not None:
+                self.sums = np.add.reduce(self._sums)
+                self.digests = None if self._sizes is None else add_lengths(self.sums, self._sizes)
         if group_is_done:
             self._groups_done[group].set()
         if last:
@@ -138,9 +150,14 @@ class HostExecutor(Executor):
         Of the layout; (1,) where there is none.
     pool
     threads
+    digests
+        Whether blocks are digested while they are copied.
     """
 
-    def __init__(self, fragments: Int64s, layer_offsets: Int64s, pool: Pool, threads: int) -> None:
+    def __init__(
+        self, fragments: Int64s, layer_offsets: Int64s, pool: Pool, threads: int, digests: bool = False
+    ) -> None:
+        self._digests, self._numbers = digests, numbers(pool.slot_bytes)
         self._fragments, self._layer_offsets, self._pool = np.ascontiguousarray(fragments), layer_offsets, pool
         self._memcpy = memcpy_address()
         load_compiled()
@@ -159,39 +176,60 @@ class HostExecutor(Executor):
     def prepare_blocks(
         self, direction: Direction, blocks: Int64s, slots: Int64s, stream: Any, layerwise: bool = False
     ) -> Completion:
+        sizes = np.full(len(blocks), self._layer_offsets[-1])
         if not layerwise:
-            parts = self._parts(copy_paged, (self._fragments,), (blocks,), slots, direction)
-            return HostCompletion(self._work, [parts], (), stream)
+            sums = self._zeros(1, len(blocks))
+            parts = self._parts(copy_paged, (self._fragments,), (blocks,), slots, direction, sums, 0)
+            return HostCompletion(self._work, [parts], (), stream, sums, sizes)
         fragments = cut_layers(self._fragments, self._layer_offsets)
         num_layers, record_bytes = len(self._layer_offsets) - 1, int(self._layer_offsets[-1])
         count = group_count(num_layers, record_bytes, len(blocks), LEAST_COPY_BYTES, LEAST_GROUP_BYTES)
         sections = cut_sections(fragments, self._layer_offsets, count, None)
         edges = sections.first_pieces.tolist()
+        sums = self._zeros(len(edges) - 1, len(blocks))
         groups = [
-            self._parts(copy_paged, (fragments[first:last],), (blocks,), slots, direction)
-            for first, last in zip(edges[:-1], edges[1:], strict=True)
+            self._parts(copy_paged, (fragments[first:last],), (blocks,), slots, direction, sums, at)
+            for at, (first, last) in enumerate(zip(edges[:-1], edges[1:], strict=True))
         ]
         if direction is Direction.SAVE:
-            return LayerSave([HostCompletion(self._work, [parts], (), None) for parts in groups], sections.group_of)
-        return HostCompletion(self._work, groups, sections.group_of.tolist(), stream)
+            each = [sums if sums is None else sums[at : at + 1] for at in range(len(groups))]
+            saves = [HostCompletion(self._work, [parts], (), None, mine) for parts, mine in zip(groups, each, strict=True)]
+            return LayerSave(saves, sections.group_of, sizes)
+        return HostCompletion(self._work, groups, sections.group_of.tolist(), stream, sums, sizes)
 
     def prepare_buffers(
         self, direction: Direction, addresses: Int64s, sizes: Int64s, slots: Int64s, stream: Any
     ) -> HostCompletion:
-        return HostCompletion(self._work, [self._parts(copy_buffers, (), (addresses, sizes), slots, direction)], (), stream)
+        sums = self._zeros(1, len(sizes))
+        parts = self._parts(copy_buffers, (), (addresses, sizes), slots, direction, sums, 0)
+        return HostCompletion(self._work, [parts], (), stream, sums, sizes)
+
+    def _zeros(self, groups: int, count: int) -> Sums | None:
+        """Sums of each group apart, since threads may work on several of one record at a time."""
+        return np.zeros((groups, count, 2), np.uint64) if self._digests else None
 
     def check_stream(self, stream: Any) -> None:
         check_stream(stream)
 
     def _parts(
-        self, copy: Any, fixed: tuple[Any, ...], rows: tuple[Int64s, ...], slots: Int64s, direction: Direction
+        self,
+        copy: Any,
+        fixed: tuple[Any, ...],
+        rows: tuple[Int64s, ...],
+        slots: Int64s,
+        direction: Direction,
+        sums: Sums | None,
+        group: int,
     ) -> list[_Part]:
+        mine = np.empty((0, 2), np.uint64) if sums is None else sums[group]
         records = self._pool.address + slots * self._pool.slot_bytes
         count = max(1, min(len(self._threads), len(slots) // _LEAST_RECORDS_A_THREAD))
         edges = np.linspace(0, len(slots), count + 1).astype(np.int64)
         to_host = direction is Direction.SAVE
         return [
-            functools.partial(copy, self._memcpy, *fixed, *(row[first:last] for row in (*rows, records)), to_host)
+            functools.partial(
+                copy, self._memcpy, *fixed, *(row[first:last] for row in (*rows, records, mine)), to_host, self._numbers
+            )
             for first, last in zip(edges[:-1], edges[1:], strict=True)
         ]
 

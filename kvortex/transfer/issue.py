@@ -22,6 +22,8 @@ from kvortex.devices.driver import (
     STREAM_WAIT,
 )
 from kvortex.devices.native import call, release
+from kvortex.transfer import digesting
+from kvortex.transfer.digesting import EVENT, NUMBERS, STREAM, SUMS, SUMS_BYTES, read, read_back, send
 from kvortex.transfer.plan import (
     BYTES,
     COPY_BYTES,
@@ -45,8 +47,10 @@ CONTEXT, KERNEL, THREADS, MAX_CTAS, TABLE, JOIN_STREAM, CALLER_EVENT, TO_HOST = 
 # whether it is left for another thread to issue.
 ISSUED, ERROR, LAST, QUEUED = range(OUTCOME_CELLS := 4)
 NO_STREAM = -1  # in the place of the caller's, where only events are waited for
-PARAMETERS = 6
+PARAMETERS = 8
 PIECE_ROW_BYTES = 8 * (BYTES + 1)
+_SUM_BYTES = 4 * digesting.SUM_WORDS
+_READS = digesting.KERNEL
 
 
 # Cells of ``scratch``: where the popped context goes, then a CUDA_MEMCPY2D (cuda.h): of each side x, y, kind of memory, host
@@ -117,7 +121,7 @@ def _copy_batch(to_host, functions, batch, chunk, stream, scratch):  # type: ign
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _launch(functions, lane, chunk, ids, buffer, pitch, stream, parameters, pointers):  # type: ignore[no-untyped-def]
+def _launch(functions, lane, chunk, ids, digest, buffer, pitch, stream, parameters, pointers):  # type: ignore[no-untyped-def]
     n_pieces, n_blocks = chunk[N_PIECES], chunk[N_BLOCKS]
     parameters[0] = buffer
     parameters[1] = lane[TABLE] + chunk[FIRST_PIECE] * PIECE_ROW_BYTES
@@ -125,6 +129,9 @@ def _launch(functions, lane, chunk, ids, buffer, pitch, stream, parameters, poin
     parameters[3] = ids + chunk[FIRST_BLOCK] * 4
     parameters[4] = n_blocks
     parameters[5] = pitch
+    if digest[SUMS_BYTES]:
+        parameters[6] = digest[NUMBERS]
+        parameters[7] = digest[SUMS] + chunk[FIRST_BLOCK] * _SUM_BYTES
     warps = lane[THREADS] // 32
     ctas = min(lane[MAX_CTAS], (n_pieces * n_blocks + warps - 1) // warps)
     return call(
@@ -180,7 +187,7 @@ def follow(functions, stream, events):  # type: ignore[no-untyped-def]
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def issue(  # type: ignore[no-untyped-def]
     functions, lane, streams, buffers, joins, copied, turn, caller, after, start, done, chunks, copies, batch, pitch, marks,
-    events, ids, parameters, pointers, scratch, outcome,
+    events, ids, digest, parameters, pointers, scratch, outcome,
 ):
     """Puts a plan on its streams, after the caller's and before ``done``.
 
@@ -212,7 +219,9 @@ def issue(  # type: ignore[no-untyped-def]
         Each is recorded when everything up to its mark has been issued.
     ids : int
         Address of the plan's block ids, readable by the GPU.
-    parameters, pointers : (6,) int64
+    digest : (DIGEST_CELLS,) int64
+        Of :mod:`kvortex.transfer.digesting`.
+    parameters, pointers : (PARAMETERS,) int64
         Values of the kernel's parameters, and their addresses. The driver copies them at each launch.
     scratch : (SCRATCH_CELLS,) int64
         Nothing that outlives the call.
@@ -234,11 +243,20 @@ def issue(  # type: ignore[no-untyped-def]
         return
     if caller != NO_STREAM:
         error = call(functions[EVENT_RECORD], (lane[CALLER_EVENT], caller))
+    digests, reads = digest[SUMS_BYTES] > 0, digest[_READS] != 0
+    if digests and not error:
+        error = send(functions, digest)
     for at in range(used):
         if not error:
             error = follow(functions, streams[(first + at) % n], after)
+        if not error and digests and not reads:
+            error = call(functions[STREAM_WAIT], (streams[(first + at) % n], digest[EVENT], 0))
     if not error:
         error = call(functions[EVENT_RECORD], (start, streams[first % n]))
+    if not error and reads and to_host:  # beside the copies
+        error = follow(functions, digest[STREAM], after)
+        if not error:
+            error = read(functions, digest, digest[STREAM], parameters, pointers)
     for c in range(len(chunks)):
         if error:
             break
@@ -249,7 +267,7 @@ def issue(  # type: ignore[no-untyped-def]
         if with_kernel and not base:
             base = buffers[at]
         if to_host and with_kernel:
-            error = _launch(functions, lane, chunk, ids, base, pitch, streams[at], parameters, pointers)
+            error = _launch(functions, lane, chunk, ids, digest, base, pitch, streams[at], parameters, pointers)
         in_turn = with_kernel and chunk[N_COPIES] > 0
         if not error and in_turn and n > 1:
             error = call(functions[STREAM_WAIT], (streams[at], copied[(at - 1) % n], 0))
@@ -260,19 +278,28 @@ def issue(  # type: ignore[no-untyped-def]
         if not error and in_turn:
             error = call(functions[EVENT_RECORD], (copied[at], streams[at]))
         if not error and not to_host and with_kernel:
-            error = _launch(functions, lane, chunk, ids, base, pitch, streams[at], parameters, pointers)
+            error = _launch(functions, lane, chunk, ids, digest, base, pitch, streams[at], parameters, pointers)
         while not error and mark < len(marks) and marks[mark] == c + 1:
             error = join(functions, lane, streams, joins, first, min(n, c + 1))
             if not error:
                 error = call(functions[EVENT_RECORD], (events[mark], lane[JOIN_STREAM]))
             mark += 1
-    if used == 1:  # joining streams takes microseconds on the GPU, and there is nothing to join
-        last = call(functions[EVENT_RECORD], (done, streams[first % n]))
-    else:
-        last = join(functions, lane, streams, joins, first, used)
-        code = call(functions[EVENT_RECORD], (done, lane[JOIN_STREAM]))
+    last, behind = np.int32(0), streams[first % n]
+    if used > 1:  # joining streams takes microseconds on the GPU, and of one there is nothing to join
+        last, behind = join(functions, lane, streams, joins, first, used), lane[JOIN_STREAM]
+    if digests:  # also after an error: what was sent and launched is in memory that is others' after ``done``
+        code = call(functions[EVENT_RECORD], (digest[EVENT], digest[STREAM]))
+        if not code:
+            code = call(functions[STREAM_WAIT], (behind, digest[EVENT], 0))
         if not last:
             last = code
+        if not error and reads and not to_host:
+            error = read(functions, digest, behind, parameters, pointers)
+        if not error:
+            error = read_back(functions, digest, behind)
+    code = call(functions[EVENT_RECORD], (done, behind))
+    if not last:
+        last = code
     call(functions[CTX_POP], (scratch.ctypes.data,))
     turn[0] = (first + len(chunks)) % n
     outcome[ERROR] = error

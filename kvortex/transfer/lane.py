@@ -11,8 +11,10 @@ from kvortex.devices import driver as cu
 from kvortex.devices.cuda import CudaDevice
 from kvortex.errors import DeviceError
 from kvortex.memory.ids import IdBuffer
+from kvortex.transfer import digesting as dg
 from kvortex.transfer import issue as nogil
 from kvortex.transfer import resident
+from kvortex.transfer.digesting import Digesting
 from kvortex.transfer.executor import Direction
 from kvortex.transfer.holding import FLAGS, NOTHING, STREAMS
 from kvortex.transfer.plan import INSTEAD, N_PIECES, Int64s, Plan
@@ -88,11 +90,12 @@ class Lane:
         except BaseException:
             self.close()
             raise
-        *streams, kernel_stream, flag_stream, join_stream = self._streams
-        joins, (kernel_event, flag_event, caller_event) = self._events[: len(streams)], self._events[len(streams) :][:3]
+        *streams, kernel_stream, flag_stream, self._digest_stream, join_stream = self._streams
+        joins, others = self._events[: len(streams)], self._events[len(streams) :][:4]
+        kernel_event, flag_event, caller_event, self._digest_event = others
         self._all = np.array([[*streams, kernel_stream], [*joins, kernel_event]], np.int64)
         self.streams, self.joins = self._all[0, :-1], self._all[1, :-1]
-        self._copied = np.array(self._events[len(streams) + 3 :], np.int64)
+        self._copied = np.array(self._events[len(streams) + 4 :], np.int64)
         self._count = count
         self.buffers, self.offsets = np.array(buffers, np.int64), np.ascontiguousarray(offsets)
         self._halves = np.array(halves, np.int64)
@@ -122,23 +125,24 @@ class Lane:
         after: Int64s,
         events: Int64s,
         ids: IdBuffer | None,
+        digesting: Digesting | None,
         outcome: Int64s,
     ) -> Job:
         """All that it takes to put a plan on the GPU, after what is on ``caller`` then, or, with ``NO_STREAM``, after the
-        events ``after``; ``outcome`` will tell how that went.
+        events ``after``; ``outcome`` will tell how that went. ``ids`` has room as :func:`kvortex.transfer.digesting.room_for`
+        says.
 
         ``events`` are recorded before, after, and at each mark. See :func:`kvortex.transfer.issue.issue`.
         """
         if caller != nogil.NO_STREAM:
             after = self._caller_event
         kind = _kind(plan)
+        digest = self._digest(plan, ids, digesting)
         if kind == FLAGS:
-            return RESIDENT, self._resident_job(functions, plan, caller, after, events, ids, outcome)
+            return RESIDENT, self._resident_job(functions, plan, caller, after, events, ids, digest, outcome)
         # Batches of short copies need many streams: at 32 KiB 8 of them brought 49 GB/s on an H100, and one 32 / 30.
         used = self._count if kind == NOTHING and not plan.batch.size else len(self.streams)
         address = ids.address if ids is not None else 0
-        if ids is not None:
-            ids.ids[: len(plan.ids)] = plan.ids
         return STREAMED, (
             kind,
             self._holder,
@@ -161,11 +165,38 @@ class Lane:
             plan.marks,
             events[2:],
             address,
+            digest,
             self._parameters,
             self._pointers,
             self._scratch,
             outcome,
         )
+
+    def _digest(self, plan: Plan, ids: IdBuffer | None, digesting: Digesting | None) -> Int64s:
+        """Puts ids and zeros where kernels find them; cells of :mod:`kvortex.transfer.digesting`."""
+        room = dg.room_for(plan, digesting, ROW_WORDS)
+        if ids is None:
+            return dg.NO_DIGESTS
+        reading = digesting.reading if digesting is not None else None
+        listed = plan.ids if reading is None else reading.listed
+        ids.ids[room.listed : room.listed + len(listed)] = listed
+        if digesting is None:
+            return dg.NO_DIGESTS
+        ids.ids[room.sums : room.words] = 0
+        sent = room.sums if reading is None else room.listed
+        cells = np.zeros(dg.DIGEST_CELLS, np.int64)
+        cells[dg.NUMBERS], cells[dg.SUMS_BYTES] = digesting.numbers, 4 * (room.words - room.sums)
+        cells[dg.SUMS], cells[dg.SUMS_HOST] = ids.mirror + 4 * room.sums, ids.address + 4 * room.sums
+        cells[dg.SENT_TO], cells[dg.SENT_FROM] = ids.mirror + 4 * sent, ids.address + 4 * sent
+        cells[dg.SENT_BYTES] = 4 * (room.words - sent)
+        cells[dg.STREAM], cells[dg.EVENT] = self._digest_stream, self._digest_event
+        if reading is not None:
+            cells[dg.KERNEL], cells[dg.IDS] = reading.kernel, ids.mirror + 4 * room.listed
+            cells[dg.TABLE] = reading.table or cells[dg.IDS]
+            cells[dg.N_PIECES], cells[dg.N_BLOCKS] = reading.n_pieces, digesting.count
+            ctas = -(-reading.n_pieces * digesting.count // (THREADS // 32))
+            cells[dg.CTAS], cells[dg.THREADS] = min(int(self.cells[nogil.MAX_CTAS]), ctas), THREADS
+        return cells
 
     def _resident_job(
         self,
@@ -175,11 +206,14 @@ class Lane:
         after: Int64s,
         events: Int64s,
         ids: IdBuffer | None,
+        digest: Int64s,
         outcome: Int64s,
     ) -> tuple[Any, ...]:
         assert ids is not None
         words = ROW_WORDS * len(plan.chunks)
-        ids.ids[words : words + len(plan.ids)] = plan.ids
+        sent = 4 * (words + len(plan.ids))
+        if digest[dg.SUMS_BYTES]:
+            sent = int(digest[dg.SUMS] + digest[dg.SUMS_BYTES]) - ids.mirror
         rows = ids.ids[:words].view(np.int64).reshape(-1, resident.ROW_CELLS)
         ring = self._ring.copy()
         ring[resident.THREADS] = plan.ctas * RESIDENT_THREADS
@@ -206,7 +240,8 @@ class Lane:
             plan.marks,
             events[2:],
             rows,
-            np.array([ids.address, ids.mirror, 4 * (words + len(plan.ids))], np.int64),
+            np.array([ids.address, ids.mirror, sent], np.int64),
+            digest,
             np.empty((4, max(len(self._halves), len(plan.chunks))), np.int64),
             self._parameters,
             self._pointers,
@@ -230,12 +265,12 @@ class Lane:
             # High priority: a short gather must not queue behind a model's kernels. Loads before saves,
             # since a model waits for them. (A smaller number is a higher priority.)
             priority = min(high + 1, low) if behind else high
-            for _ in range(count + 3):
+            for _ in range(count + 4):
                 # Non-blocking: not ordered with the legacy default stream but through events.
                 flags = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
                 self._streams.append(int(cu.check(driver.cuStreamCreateWithPriority(flags, priority), "cuStreamCreate")))
             no_timing = driver.CUevent_flags.CU_EVENT_DISABLE_TIMING
-            for _ in range(2 * count + 3):
+            for _ in range(2 * count + 4):
                 self._events.append(int(cu.check(driver.cuEventCreate(no_timing), "cuEventCreate")))
 
     @property

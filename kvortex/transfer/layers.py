@@ -144,7 +144,7 @@ def plan_layers(
     chunks = _chunks(count, starts, n, np.searchsorted(heads, starts), len(heads))
     chunks[..., FIRST_PIECE] = sections.first_pieces[:-1, None]
     chunks[..., N_PIECES] = np.diff(sections.first_pieces)[:, None]
-    return _plan(ids, chunks, copies, sections, pitch, ctas)
+    return _plan(ids, chunks, copies, sections, pitch, ctas, order)
 
 
 def plan_direct_layers(
@@ -159,7 +159,7 @@ def plan_direct_layers(
     copies[..., DEVICE_SIDE] = fragment[BASE] + blocks * fragment[STRIDE] + sections.offsets[:, None]
     copies[..., HOST_SIDE] = pool.address + slots * pool.slot_bytes + sections.offsets[:, None]
     copies[..., COPY_BYTES] = sections.nbytes[:, None]
-    return _plan(np.empty(0, np.int32), _chunks(count, starts, n, starts, n), copies, sections, 0, 0)
+    return _plan(np.empty(0, np.int32), _chunks(count, starts, n, starts, n), copies, sections, 0, 0, order)
 
 
 def split_groups(plan: Plan) -> list[Plan]:
@@ -171,7 +171,7 @@ def split_groups(plan: Plan) -> list[Plan]:
 def _group(plan: Plan, chunks: Int64s) -> Plan:
     copies = plan.copies[chunks[0, FIRST_COPY] : chunks[-1, FIRST_COPY] + chunks[-1, N_COPIES]]
     nbytes = int((copies[:, COPY_BYTES] * copies[:, LINES]).sum())
-    return Plan(plan.ids, chunks, plan.copies, nbytes, plan.pitch, plan.ctas)
+    return Plan(plan.ids, chunks, plan.copies, nbytes, plan.pitch, plan.ctas, order=plan.order)
 
 
 def _chunks(count: int, starts: Int64s, records: int, first_copies: Int64s, copies: int) -> Int64s:
@@ -184,7 +184,10 @@ def _chunks(count: int, starts: Int64s, records: int, first_copies: Int64s, copi
     return chunks
 
 
-def _plan(ids: Int32s, chunks: Int64s, copies: Int64s, sections: Sections, pitch: int, ctas: int) -> Plan:
+def _plan(
+    ids: Int32s, chunks: Int64s, copies: Int64s, sections: Sections, pitch: int, ctas: int, order: Int64s
+) -> Plan:
     marks = sections.ends * chunks.shape[1]
     nbytes = int(sections.nbytes.sum()) * int(chunks[0, :, N_BLOCKS].sum())
-    return Plan(ids, chunks.reshape(-1, CHUNK_COLUMNS), copies.reshape(-1, copies.shape[2]), nbytes, pitch, ctas, marks)
+    rows = chunks.reshape(-1, CHUNK_COLUMNS), copies.reshape(-1, copies.shape[2])
+    return Plan(ids, *rows, nbytes, pitch, ctas, marks, order=order if len(ids) else np.empty(0, np.int64))

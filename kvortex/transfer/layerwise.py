@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from kvortex.digests.host import add_lengths
 from kvortex.errors import ArgumentError, LayersMissingError, TransferError, TransferTimeoutError, shown
 from kvortex.transfer.executor import Completion, Part, poll
 from kvortex.transfer.plan import Int64s
@@ -31,9 +32,12 @@ class LayerSave(Completion):
         The transfer of each group, prepared.
     group_of : (L,) int64
         Group of each layer.
+    sizes : (n,) int64
+        Bytes of the records.
     """
 
-    def __init__(self, parts: Sequence[Part], group_of: Int64s) -> None:
+    def __init__(self, parts: Sequence[Part], group_of: Int64s, sizes: Int64s | None = None) -> None:
+        self._sizes = sizes
         self.route = parts[0].route
         self._parts, self._group_of = parts, group_of.tolist()
         self._layers: list[list[int]] = [np.flatnonzero(group_of == group).tolist() for group in range(len(parts))]
@@ -101,6 +105,9 @@ class LayerSave(Completion):
         first = next((part.error for part in self._parts if part.error is not None), None)
         self.error = self._verdict.setdefault("error", first)
         self.seconds = sum(part.seconds for part in self._parts)
+        sums = [part.sums for part in self._parts if part.sums is not None]
+        if self._sizes is not None and len(sums) == len(self._parts):
+            self.digests = add_lengths(np.add.reduce(sums), self._sizes)
         self._ended = True
         return True
 

@@ -61,6 +61,8 @@ class Plan:
     batch : (3, m) int64
         Rows ``DEVICE_SIDE, HOST_SIDE, COPY_BYTES`` of copies of one line, each row contiguous, as the driver takes them: each
         chunk is one call. Takes the place of ``copies``; (3, 0) where those are used.
+    order : (n,) int64
+        Of each record that ``ids`` name the position in the call; (0,) where that is the same.
     """
 
     ids: Int32s
@@ -71,6 +73,7 @@ class Plan:
     ctas: int = 0
     marks: Int64s = field(default_factory=lambda: np.empty(0, np.int64))
     batch: Int64s = field(default_factory=lambda: np.empty((3, 0), np.int64))
+    order: Int64s = field(default_factory=lambda: np.empty(0, np.int64))
 
 
 def split_pieces(fragments: Int64s, piece_bytes: int = PIECE_BYTES) -> Int64s:
@@ -154,7 +157,7 @@ def plan_staged(
             count = max(buffers, -(-len(slots) // min(per_chunk, max_blocks)))  # none much shorter than the others
             starts = np.arange(0, len(slots), -(-len(slots) // count))
         chunks, copies = _chunks_of_records(slots, len(pieces), record_bytes, pool, starts)
-    return Plan(ids, chunks, copies, record_bytes * len(slots), pool.slot_bytes, ctas)
+    return Plan(ids, chunks, copies, record_bytes * len(slots), pool.slot_bytes, ctas, order=order)
 
 
 def _ramp(count: int, per_chunk: int, small: int) -> Int64s:
@@ -405,7 +408,7 @@ def plan_mapped(blocks: Int64s, slots: Int64s, pieces: Int64s, pool: Pool, max_b
     chunks[:, N_BLOCKS] = np.minimum(np.repeat(lengths, launches) - within, max_blocks)
     chunks[:, N_PIECES] = len(pieces)
     chunks[:, INSTEAD] = pool.address + slots[chunks[:, FIRST_BLOCK]] * pool.slot_bytes
-    return Plan(ids, chunks, empty_copies(0), record_bytes * n, pool.slot_bytes)
+    return Plan(ids, chunks, empty_copies(0), record_bytes * n, pool.slot_bytes, order=order)
 
 
 def empty_copies(count: int) -> Int64s:

@@ -28,6 +28,7 @@ from kvortex.devices.driver import (
     STREAM_WRITE_VALUE,
 )
 from kvortex.devices.native import call, release
+from kvortex.transfer.digesting import NUMBERS, SUMS, SUMS_BYTES, read_back
 from kvortex.transfer.issue import (
     CALLER_EVENT,
     CONTEXT,
@@ -47,7 +48,7 @@ from kvortex.transfer.plan import FIRST_BLOCK, FIRST_PIECE, N_BLOCKS, N_PIECES
 # Cells of ``ring``: what a lane has for resident kernels beside its other cells.
 STREAM, EVENT, KERNEL, THREADS, FLAGS, FLAG_STREAM, COPIED = range(RING_CELLS := 7)
 FLAG_BYTES = 64  # a sector and more to each, so that who polls one does not slow who raises another
-PARAMETERS = 5
+PARAMETERS = 7
 ROW_CELLS = 8  # of kvortex.kernels.resident, which needs numba.cuda to import
 _STAGING, _FIRST_BLOCK, _N_BLOCKS, _FIRST_PIECE, _N_PIECES, _READY, _READY_VALUE, _DONE = range(ROW_CELLS)
 _WORD = 0xFFFFFFFF
@@ -84,7 +85,7 @@ def _write_rows(to_host, ring, buffers, first, filled, offsets, chunks, rows, va
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def issue_resident(  # type: ignore[no-untyped-def]
     functions, lane, ring, ctas, streams, buffers, joins, turn, filled, offsets, caller, after, start, done_event, chunks,
-    copies, pitch, marks, events, rows, upload, values, parameters, pointers, scratch, outcome,
+    copies, pitch, marks, events, rows, upload, digest, values, parameters, pointers, scratch, outcome,
 ):
     """Puts a plan on its streams, after the caller's and before ``done_event``.
 
@@ -109,7 +110,9 @@ def issue_resident(  # type: ignore[no-untyped-def]
     rows : (c, ROW_CELLS) int64
         Pinned memory for what the kernel reads, followed by the block ids.
     upload : (3,) int64
-        Address of ``rows``, of as much VRAM, and bytes of rows and ids together.
+        Address of ``rows``, of as much VRAM, and bytes of rows, ids and sums together.
+    digest : (DIGEST_CELLS,) int64
+        Of :mod:`kvortex.transfer.digesting`.
     values : (4, max(b, c)) int64
         Room to count in: nothing is allocated here, which could fail with the lane locked.
     parameters, pointers : (PARAMETERS,) int64
@@ -140,6 +143,9 @@ def issue_resident(  # type: ignore[no-untyped-def]
         parameters[2] = lane[TABLE]
         parameters[3] = upload[1] + len(chunks) * ROW_CELLS * 8
         parameters[4] = pitch
+        if digest[SUMS_BYTES]:
+            parameters[5] = digest[NUMBERS]
+            parameters[6] = digest[SUMS]
         shape = (ring[KERNEL], ctas, 1, 1, ring[THREADS] // ctas, 1, 1, 0, kernel_stream, pointers.ctypes.data, 0)
         error = call(functions[LAUNCH], shape)
     launched, mark, unwritten = not error, 0, False
@@ -175,6 +181,8 @@ def issue_resident(  # type: ignore[no-untyped-def]
     if unwritten:  # a later value lets a kernel go on, and of the last one there is none
         for at in range(depth):
             call(functions[STREAM_WRITE_VALUE], (ring[FLAG_STREAM], ring[FLAGS] + 2 * FLAG_BYTES * at, filled[0, at], 0))
+    if digest[SUMS_BYTES] and not error:  # behind the kernel, which may end before the last DMA does
+        error = read_back(functions, digest, kernel_stream)
     last = join(functions, lane, streams, joins, 0, 1)
     code = call(functions[EVENT_RECORD], (ring[EVENT], kernel_stream))
     if not code:

@@ -48,6 +48,8 @@ class Transfer:
         Which blocks succeed, as far as known.
     error
         Why blocks failed; once ``settled``.
+    corrupt
+        Blocks of a load whose digests differ; once ``ended``.
     ended
         The slots were given back: saved blocks are visible, or aborted; loaded ones released.
     settled
@@ -64,6 +66,7 @@ class Transfer:
         self.after: list[tuple[Transfer, Int64s]] = []
         self.mask: Mask = np.ones(len(slots), bool)
         self.error: TransferError | None = None
+        self.corrupt = 0
         self.ended = self.settled = False
 
     def moved(self) -> Int64s:

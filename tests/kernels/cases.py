@@ -7,10 +7,17 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from kvortex.digests.keys import columns, rows
 from kvortex.transfer.plan import split_pieces
+from tests.naive_digest import sums
 
 GUARD = 64  # bytes on each side of everything, which no kernel may change
 Bytes = npt.NDArray[np.uint8]
+
+
+def numbers(nbytes: int) -> npt.NDArray[np.uint64]:
+    """The table that kernels read, for records of so many bytes."""
+    return np.concatenate((columns().T.ravel(), rows(nbytes).ravel()))
 
 
 @dataclass
@@ -67,6 +74,15 @@ class Case:
             memory[page] = staging[where]
         return memory
 
+    def sums(self, memory: Bytes) -> list[tuple[int, int]]:
+        """What digests of these parts of records are, but for lengths."""
+        records = [bytes(self.begin)] * len(self.blocks)
+        for at, block in enumerate(self.blocks):
+            for base, stride, offset, size in self.fragments.tolist():
+                skip = min(size, max(0, self.begin - offset))
+                records[at] += memory[base + block * stride + skip :][: size - skip].tobytes()
+        return [sums(record) for record in records]
+
     def _pairs(self) -> list[tuple[slice, slice]]:
         pairs = []
         for at, block in enumerate(self.blocks):
@@ -91,5 +107,7 @@ CASES = [
     Case("bytes", [1, 5001], [333, 77], 333, [0, 1]),
     Case("a tail after wide lanes", [0], [4103], 8192, [0, 1], pad=9),
     Case("gaps in staging", [0, 32768], [768, 768], 1024, [3, 2, 1], pad=256),
+    Case("words of two fragments", [0, 4096, 8192], [1042, 514, 1027], 16384, [2, 0]),
+    Case("rows begun in the middle", [0, 32768], [1040, 4144], 8192, [0, 1]),
     Case("a part of the record", [0, 32768], [6000, 6000], 6000, [0, 1], piece_bytes=1024, first=3),
 ]

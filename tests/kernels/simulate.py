@@ -6,14 +6,18 @@ Started by test_simulator.py as ``NUMBA_ENABLE_CUDASIM=1 python -m tests.kernels
 from __future__ import annotations
 
 import sys
+import warnings
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from numba import cuda
 from numba.cuda.core import config
 
 import conftest  # noqa: F401  (makes kvortex.kernels importable)
-from kvortex.kernels import compute, move, paged, resident
-from tests.kernels.cases import CASES, GUARD, Case
+from kvortex.kernels import compute, digest, move, paged, reading, resident
+from tests.kernels.cases import CASES, GUARD, Case, numbers
+from tests.naive_digest import sums as naive_sums
 
 lanes = [0]
 _store16 = move.store16
@@ -24,7 +28,19 @@ def counted(address: int, words: object) -> None:
     _store16(address, words)
 
 
-def run(case: Case, direction: str, grid: int, threads: int) -> None:
+def aligned(data: npt.NDArray[Any], nbytes: int) -> npt.NDArray[Any]:
+    return data[-data.ctypes.data % 256 // data.itemsize :][: nbytes // data.itemsize]
+
+
+def table_of(nbytes: int) -> npt.NDArray[np.uint64]:
+    """The digests' numbers at a multiple of 256."""
+    whole = numbers(nbytes)
+    table = aligned(np.zeros(whole.size + 64, np.uint64), whole.nbytes)
+    table[:] = whole
+    return table
+
+
+def run(case: Case, direction: str, grid: int, threads: int, digests: bool = False) -> None:
     rng = np.random.default_rng(1)
     memory = rng.integers(0, 256, case.memory_bytes + 256, np.uint8)
     staging = rng.integers(0, 256, case.staging_bytes + 256, np.uint8)
@@ -36,10 +52,15 @@ def run(case: Case, direction: str, grid: int, threads: int) -> None:
     expected = case.gathered(memory, staging), case.scattered(memory, staging)
     before = memory.copy(), staging.copy()
     lanes[0] = 0
-    kernel = cuda.jit(getattr(paged, direction))
-    kernel[grid, threads](
-        np.uint64(staging.ctypes.data + GUARD), pieces.reshape(-1), len(pieces), ids, len(ids), np.uint64(case.pitch)
-    )
+    values = (np.uint64(staging.ctypes.data + GUARD), pieces.reshape(-1), len(pieces), ids, len(ids), np.uint64(case.pitch))
+    if digests:
+        table, sums = table_of(sum(case.sizes)), np.full((len(ids), 2), 5, np.uint64)
+        kernel = cuda.jit(getattr(paged, direction + "_digest"))
+        kernel[grid, threads](*values, np.uint64(table.ctypes.data), np.uint64(sums.ctypes.data))
+        pages = expected[1] if direction == "scatter" else before[0]
+        assert (sums - np.uint64(5)).tolist() == [list(pair) for pair in case.sums(pages)]
+    else:
+        cuda.jit(getattr(paged, direction))[grid, threads](*values)
     if all(pieces[0, :2] % 16 == 0) and case.pitch % 16 == 0:
         assert lanes[0] >= len(ids) * int(pieces[:, 3].sum() // 16), "aligned pages went through narrow lanes"
     if direction == "gather":
@@ -50,7 +71,7 @@ def run(case: Case, direction: str, grid: int, threads: int) -> None:
         np.testing.assert_array_equal(staging, before[1])
 
 
-def run_resident(case: Case, direction: str, grid: int, threads: int) -> None:
+def run_resident(case: Case, direction: str, grid: int, threads: int, digests: bool = False) -> None:
     """The records in two chunks, and a chunk of none between them; each has a buffer and flags of its own."""
     rng = np.random.default_rng(2)
     memory = rng.integers(0, 256, case.memory_bytes + 256, np.uint8)
@@ -68,11 +89,39 @@ def run_resident(case: Case, direction: str, grid: int, threads: int) -> None:
         begin = staging.ctypes.data + GUARD + first * case.pitch - case.begin
         flags = (ready.ctypes.data + 4 * at, ready[at], done.ctypes.data + 4 * at)
         rows[at] = (begin, first, count, case.first, len(case.pieces), *flags)
-    kernel = cuda.jit(getattr(resident, direction + "_resident"))
-    kernel[grid, threads](rows.reshape(-1), len(rows), whole.reshape(-1), ids, np.uint64(case.pitch))
+    values = (rows.reshape(-1), len(rows), whole.reshape(-1), ids, np.uint64(case.pitch))
+    if digests:
+        pages = expected[1] if direction == "scatter" else memory.copy()
+        table, sums = table_of(sum(case.sizes)), np.zeros((len(ids), 2), np.uint64)
+        kernel = cuda.jit(getattr(resident, direction + "_resident_digest"))
+        kernel[grid, threads](*values, np.uint64(table.ctypes.data), np.uint64(sums.ctypes.data))
+        assert sums.tolist() == [list(pair) for pair in case.sums(pages)]
+    else:
+        cuda.jit(getattr(resident, direction + "_resident"))[grid, threads](*values)
     np.testing.assert_array_equal(staging if direction == "gather" else memory, expected[direction == "scatter"])
     total = np.uint32(grid * threads)
     assert done.tolist() == [7 + total, total - 1, total], "every thread raises each chunk's flag once, and it wraps"
+
+
+def run_reading(case: Case, grid: int, threads: int) -> None:
+    """Pages, and then the same memory as buffers, one of them empty."""
+    rng = np.random.default_rng(3)
+    memory = aligned(rng.integers(0, 256, case.memory_bytes + 256, np.uint8), case.memory_bytes)
+    pieces = case.pieces.astype(np.uint64)
+    pieces[:, 0] += np.uint64(memory.ctypes.data)
+    ids, table = np.array(case.blocks, np.int32), table_of(max(sum(case.sizes), memory.size))
+    sums = np.zeros((len(ids), 2), np.uint64)
+    where = np.uint64(table.ctypes.data), np.uint64(sums.ctypes.data)
+    cuda.jit(reading.read_pages)[grid, threads](pieces.reshape(-1), len(pieces), ids, len(ids), *where)
+    assert sums.tolist() == [list(pair) for pair in case.sums(memory)]
+    spans = [(case.starts[0], 4200), (0, 0), (case.starts[-1] + 1, 61), (0, memory.size)]
+    spans = [(first, min(count, memory.size - first)) for first, count in spans]
+    buffers = np.array([(memory.ctypes.data + first, count) for first, count in spans], np.uint64)
+    sums = np.zeros((len(spans), 2), np.uint64)
+    where = where[0], np.uint64(sums.ctypes.data)
+    most = -(-max(count for _, count in spans) // reading.BUFFER_PIECE)
+    cuda.jit(reading.read_buffers)[grid, threads](buffers.reshape(-1), most, ids, len(spans), *where)
+    assert sums.tolist() == [list(naive_sums(memory[first:][:count].tobytes())) for first, count in spans]
 
 
 def run_compute(grid: int, threads: int) -> None:
@@ -83,13 +132,20 @@ def run_compute(grid: int, threads: int) -> None:
 
 def main() -> int:
     assert config.ENABLE_CUDASIM
-    move.store16 = counted
+    move.store16 = digest.store16 = counted
+    warnings.filterwarnings("ignore", "overflow encountered", RuntimeWarning)  # sums are modulo 2**64
     for case in CASES:
         for direction in ("gather", "scatter"):
             run(case, direction, grid=2, threads=64)
             print(f"simulated {direction}: {case.name}", flush=True)
             run_resident(case, direction, grid=2, threads=64)
             print(f"simulated resident {direction}: {case.name}", flush=True)
+            run(case, direction, grid=2, threads=64, digests=True)
+            print(f"simulated {direction} with digests: {case.name}", flush=True)
+            run_resident(case, direction, grid=2, threads=64, digests=True)
+            print(f"simulated resident {direction} with digests: {case.name}", flush=True)
+        run_reading(case, grid=2, threads=64)
+        print(f"simulated reading: {case.name}", flush=True)
     run_compute(grid=2, threads=8)
     print("simulated compute", flush=True)
     return 0

@@ -3,22 +3,50 @@
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.kernels.cases import CASES, GUARD, Case
+from kvortex.devices import driver as cu
+from kvortex.devices.cuda import CudaDevice
+from kvortex.kernels import build
+from tests.kernels.cases import CASES, GUARD, Case, numbers
+from tests.naive_digest import sums
 
 pytestmark = pytest.mark.gpu
 
 
+
+class Sums:
+    """Sums of ``count`` records in VRAM, and the table that kernels read for them."""
+
+    def __init__(self, device: CudaDevice, count: int, nbytes: int) -> None:
+        table = numbers(nbytes)
+        self.table, self._cells = device.allocate(table.nbytes), device.allocate(16 * count)
+        self.table.write(table)
+        self._cells.write(np.full(2 * count, 5, np.uint64))
+        self.values, self.kinds = (self.table.address, self._cells.address), (ctypes.c_uint64, ctypes.c_uint64)
+
+    def read(self) -> list[tuple[int, int]]:
+        rows = (self._cells.read().view(np.uint64) - np.uint64(5)).reshape(-1, 2)
+        return [(int(first), int(second)) for first, second in rows]
+
+
+def launch(device: CudaDevice, name: str, shape: tuple[int, int], values: tuple[int, ...], kinds: tuple[Any, ...]) -> None:
+    cubin = build.load(name, device.compute_capability)
+    with cu.current(device.context) as driver:
+        module = cu.check(driver.cuModuleLoadData(cubin.code), "cuModuleLoadData")
+        kernel = cu.check(driver.cuModuleGetFunction(module, cubin.entry.encode()), "cuModuleGetFunction")
+        cu.check(driver.cuLaunchKernel(kernel, shape[0], 1, 1, shape[1], 1, 1, 0, 0, (values, kinds), 0), "cuLaunchKernel")
+        cu.check(driver.cuCtxSynchronize(), "cuCtxSynchronize")
+        cu.check(driver.cuModuleUnload(module), "cuModuleUnload")
+
+
+@pytest.mark.parametrize("digests", [False, True])
 @pytest.mark.parametrize("direction", ["gather", "scatter"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
-def test_against_the_reference(case: Case, direction: str) -> None:
-    from kvortex.devices import driver as cu
-    from kvortex.devices.cuda import CudaDevice
-    from kvortex.kernels import build
-
+def test_against_the_reference(case: Case, direction: str, digests: bool) -> None:
     device = CudaDevice(0)
     rng = np.random.default_rng(1)
     memory = rng.integers(0, 256, case.memory_bytes, np.uint8)
@@ -31,14 +59,14 @@ def test_against_the_reference(case: Case, direction: str) -> None:
     table, ids = device.allocate(pieces.nbytes), device.allocate(4 * len(case.blocks))
     table.write(pieces)
     ids.write(np.array(case.blocks, np.int32))
-    cubin = build.load(direction, device.compute_capability)
     values = (stage.address + GUARD, table.address, len(pieces), ids.address, len(case.blocks), case.pitch)
     kinds = (ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int32, ctypes.c_uint64, ctypes.c_int32, ctypes.c_uint64)
-    with cu.current(device.context) as driver:
-        module = cu.check(driver.cuModuleLoadData(cubin.code), "cuModuleLoadData")
-        kernel = cu.check(driver.cuModuleGetFunction(module, cubin.entry.encode()), "cuModuleGetFunction")
-        cu.check(driver.cuLaunchKernel(kernel, 3, 1, 1, 128, 1, 1, 0, 0, (values, kinds), 0), "cuLaunchKernel")
-        cu.check(driver.cuCtxSynchronize(), "cuCtxSynchronize")
+    if digests:
+        found = Sums(device, len(case.blocks), sum(case.sizes))
+        launch(device, direction + "_digest", (3, 128), (*values, *found.values), (*kinds, *found.kinds))
+        assert found.read() == case.sums(memory if direction == "gather" else case.scattered(memory, staging))
+    else:
+        launch(device, direction, (3, 128), values, kinds)
     if direction == "gather":
         np.testing.assert_array_equal(stage.read(), case.gathered(memory, staging))
         np.testing.assert_array_equal(pages.read(), memory)
@@ -47,14 +75,11 @@ def test_against_the_reference(case: Case, direction: str) -> None:
         np.testing.assert_array_equal(stage.read(), staging)
 
 
+@pytest.mark.parametrize("digests", [False, True])
 @pytest.mark.parametrize("direction", ["gather", "scatter"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
-def test_resident_against_the_reference(case: Case, direction: str) -> None:
+def test_resident_against_the_reference(case: Case, direction: str, digests: bool) -> None:
     """Two chunks whose buffers are ready from the start, so the kernel needs nobody to end."""
-    from kvortex.devices import driver as cu
-    from kvortex.devices.cuda import CudaDevice
-    from kvortex.kernels import build
-
     device = CudaDevice(0)
     rng = np.random.default_rng(2)
     memory = rng.integers(0, 256, case.memory_bytes, np.uint8)
@@ -78,16 +103,42 @@ def test_resident_against_the_reference(case: Case, direction: str) -> None:
         rows[at] = (begin, first, count, case.first, len(case.pieces), ready, int(before[32 * at]), ready + 64)
     table_of_rows = device.allocate(rows.nbytes)
     table_of_rows.write(rows)
-    cubin = build.load(direction + "_resident", device.compute_capability)
     values = (table_of_rows.address, len(rows), table.address, ids.address, case.pitch)
     kinds = (ctypes.c_uint64, ctypes.c_int32, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64)
-    with cu.current(device.context) as driver:
-        module = cu.check(driver.cuModuleLoadData(cubin.code), "cuModuleLoadData")
-        kernel = cu.check(driver.cuModuleGetFunction(module, cubin.entry.encode()), "cuModuleGetFunction")
-        cu.check(driver.cuLaunchKernel(kernel, 2, 1, 1, 512, 1, 1, 0, 0, (values, kinds), 0), "cuLaunchKernel")
-        cu.check(driver.cuCtxSynchronize(), "cuCtxSynchronize")
+    if digests:
+        found = Sums(device, len(case.blocks), sum(case.sizes))
+        launch(device, direction + "_resident_digest", (2, 512), (*values, *found.values), (*kinds, *found.kinds))
+        assert found.read() == case.sums(memory if direction == "gather" else case.scattered(memory, staging))
+    else:
+        launch(device, direction + "_resident", (2, 512), values, kinds)
     gathers = direction == "gather"
     np.testing.assert_array_equal(stage.read(), case.gathered(memory, staging) if gathers else staging)
     np.testing.assert_array_equal(pages.read(), memory if gathers else case.scattered(memory, staging))
     after = flags.read().view(np.uint32)
     assert after[[16, 48]].tolist() == [7 + 1024, 1023], "each of 1024 threads raises each chunk's flag once, and it wraps"
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
+def test_digests_of_what_is_only_read(case: Case) -> None:
+    """Pages, and then the same memory as buffers, one of them empty."""
+    device = CudaDevice(0)
+    memory = np.random.default_rng(3).integers(0, 256, case.memory_bytes, np.uint8)
+    pages, table, ids = device.allocate(memory.size), device.allocate(case.pieces.nbytes), device.allocate(4 * len(case.blocks))
+    pages.write(memory)
+    pieces = case.pieces
+    pieces[:, 0] += pages.address
+    table.write(pieces)
+    ids.write(np.array(case.blocks, np.int32))
+    found = Sums(device, len(case.blocks), sum(case.sizes))
+    kinds = (ctypes.c_uint64, ctypes.c_int32, ctypes.c_uint64, ctypes.c_int32, *found.kinds)
+    values = (table.address, len(pieces), ids.address, len(case.blocks), *found.values)
+    launch(device, "read_pages", (3, 128), values, kinds)
+    assert found.read() == case.sums(memory)
+    spans = [(case.starts[0], 4200), (0, 0), (case.starts[-1] + 1, 61), (0, memory.size)]
+    spans = [(first, min(count, memory.size - first)) for first, count in spans]
+    buffers = device.allocate(16 * len(spans))
+    buffers.write(np.array([(pages.address + first, count) for first, count in spans]))
+    found = Sums(device, len(spans), memory.size)
+    most = -(-max(count for _, count in spans) // 4096)
+    launch(device, "read_buffers", (3, 128), (buffers.address, most, 0, len(spans), *found.values), kinds)
+    assert found.read() == [sums(memory[first:][:count].tobytes()) for first, count in spans]

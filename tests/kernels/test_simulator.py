@@ -20,4 +20,4 @@ def test_gather_and_scatter_in_the_simulator() -> None:
         timeout=240,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("simulated ") == 4 * len(CASES) + 1
+    assert done.stdout.count("simulated ") == 9 * len(CASES) + 1

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kvortex.transfer import issue as nogil
+from kvortex.transfer.digesting import DIGEST_CELLS
 from kvortex.transfer.layers import cut_layers, cut_sections, plan_layers
 from kvortex.transfer.plan import Int64s, Plan, Pool, plan_batched, plan_direct, plan_staged, split_pieces
 from tests.naive_plan import VRAM
@@ -28,6 +29,7 @@ class Lane:
     turn: int = 0
     max_ctas: int = 3
     after: list[int] | None = None
+    digest: Int64s | None = None
     cells: Int64s = field(init=False)
 
     def __post_init__(self) -> None:
@@ -53,7 +55,8 @@ class Lane:
         fixed = (self.cells, self.streams, self.buffers, self.joins, self.copied, turn, caller, np.array(after, np.int64))
         marks = MARK + np.arange(len(plan.marks), dtype=np.int64)
         table = (plan.chunks, plan.copies, plan.batch, plan.pitch, plan.marks, marks)
-        nogil.issue(recorder.functions, *fixed, START, DONE, *table, IDS, parameters, pointers, scratch, outcome)
+        digest = np.zeros(DIGEST_CELLS, np.int64) if self.digest is None else self.digest
+        nogil.issue(recorder.functions, *fixed, START, DONE, *table, IDS, digest, parameters, pointers, scratch, outcome)
         assert outcome[nogil.ISSUED] == 1
         pushed = len(recorder.calls) > 1
         assert turn[0] == ((self.turn + len(plan.chunks)) % self.count if pushed else self.turn)

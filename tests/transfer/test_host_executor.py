@@ -108,7 +108,7 @@ def test_work_is_shared_where_there_is_enough(
     bench: Callable[[int], Bench], monkeypatch: pytest.MonkeyPatch, threads: int, count: int, parts: int
 ) -> None:
     seen: list[list[int]] = []
-    monkeypatch.setattr(module, "copy_paged", lambda _m, _f, blocks, _r, _d: seen.append(blocks.tolist()))
+    monkeypatch.setattr(module, "copy_paged", lambda _m, _f, blocks, *_: seen.append(blocks.tolist()))
     finish(submit_blocks(bench(threads).executor, Direction.SAVE, np.arange(count), np.arange(count), None))
     assert sorted(sum(seen, [])) == list(range(count)) and len(seen) == parts
     assert parts == 1 or all(len(part) >= 4 for part in seen)
@@ -119,7 +119,7 @@ def test_an_error_in_one_thread_is_told_after_all_have_ended(
 ) -> None:
     gate = threading.Event()
 
-    def copy(_m: int, _f: object, blocks: np.ndarray, _r: object, _d: bool) -> None:
+    def copy(_m: int, _f: object, blocks: np.ndarray, *_: object) -> None:
         if 0 in blocks:
             raise MemoryError("no more")
         gate.wait(20)

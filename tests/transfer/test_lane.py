@@ -40,7 +40,7 @@ def by_turns(monkeypatch: pytest.MonkeyPatch, routes: tuple[Route, ...]) -> None
 def test_nothing_of_the_second_runs_before_the_end_of_the_first(
     gpu: FakeGpu, cache: PagedCache, monkeypatch: pytest.MonkeyPatch, routes: tuple[Route, Route], save: bool
 ) -> None:
-    with cache.engine(slots=40, gpu_pool_size_bytes=8 * 8192) as engine:
+    with cache.engine(slots=40, gpu_pool_size_bytes=8 * 8192, digests=False) as engine:
         if not save:
             engine.save_blocks(keys_of(*range(40)), np.arange(40)).wait()
         by_turns(monkeypatch, routes)

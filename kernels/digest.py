@@ -1,0 +1,195 @@
+"""Digests of records (:mod:`kvortex.digests.keys`) while a warp moves or reads a piece of one.
+
+Each thread has two 64-bit sums. A warp goes 512 bytes, a row, with each of its 16-byte steps, so a thread stays in the same
+four columns, whose numbers it keeps in registers; of each row it reads the two numbers. Where addresses or the offset in the
+record allow only narrower lanes, parts of words are added by themselves.
+
+``numbers`` is the address of a table in VRAM: ``C`` (the halves of each column side by side), then ``R``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from numba import cuda
+from numba.cuda import types
+
+from kvortex.kernels.lane import (
+    fresh1,
+    fresh2,
+    fresh4,
+    fresh8,
+    fresh16,
+    load1,
+    load2,
+    load4,
+    load8,
+    load16,
+    store1,
+    store2,
+    store4,
+    store8,
+    store16,
+)
+from kvortex.kernels.ptx import statement
+
+_U64 = types.uint64
+_ROWS_AT = _U64(128 * 16)  # where R begins in the table
+_lock = threading.Lock()  # of the simulator's threads
+
+
+@statement("ld.global.nc.v2.u64 {$0,$1}, [$2];", "l", "d")
+def _pair(address):  # type: ignore[no-untyped-def]
+    """Two numbers of the table, which nobody writes."""
+    return tuple((ctypes.c_uint64 * 2).from_address(int(address)))
+
+
+@statement("prmt.b32 $0, $1, 0, 0x0123;", "r", "r", pure=True)
+def _turned(word):  # type: ignore[no-untyped-def]
+    """A word with its bytes reversed."""
+    return int.from_bytes(int(word).to_bytes(4, "little"), "big")
+
+
+def _exchange(distance: int, value: str) -> str:
+    halves = " ".join(f"shfl.sync.bfly.b32 {half}, {half}, {distance}, 31, 0xffffffff;" for half in "ab")
+    return f"mov.b64 {{a, b}}, {value}; {halves} mov.b64 t, {{a, b}}; add.u64 s, s, t;"
+
+
+@statement(
+    "{ .reg .u64 s, t; .reg .u32 a, b; .reg .pred p; setp.ge.u32 p, $3, 16; selp.b64 s, $2, $1, p; selp.b64 t, $1, $2, p; "
+    + " ".join([_exchange(16, "t"), *(_exchange(distance, "s") for distance in (8, 4, 2, 1))])
+    + " shr.u32 b, $3, 4; mul.wide.u32 t, b, 8; add.u64 t, t, $0; and.b32 a, $3, 15; setp.eq.u32 p, a, 0;"
+    + " @p red.relaxed.gpu.global.add.u64 [t], s; }",
+    "lllr",
+)
+def add_up(address, first, second, lane):  # type: ignore[no-untyped-def]
+    """Adds both sums of all lanes of a warp to the two numbers at ``address``. All lanes must call it."""
+    cells = (ctypes.c_uint64 * 2).from_address(int(address))
+    with _lock:
+        cells[0] = cells[0] + int(first) & 0xFFFFFFFFFFFFFFFF
+        cells[1] = cells[1] + int(second) & 0xFFFFFFFFFFFFFFFF
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def columns_of(numbers, offset, lane):  # type: ignore[no-untyped-def]
+    """Both numbers of the four columns that a lane of 16 bytes is in, where the warp begins at ``offset`` in the record."""
+    at = numbers + ((offset * _U64(4) + _U64(lane) * _U64(64)) & _U64(0x7C0))
+    a, b, c, d = _pair(at), _pair(at + _U64(16)), _pair(at + _U64(32)), _pair(at + _U64(48))
+    return a[0], a[1], b[0], b[1], c[0], c[1], d[0], d[1]
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def _add16(first, second, words, row, c):  # type: ignore[no-untyped-def]
+    a = c[0] * _U64(words[0]) + c[2] * _U64(words[1]) + c[4] * _U64(words[2]) + c[6] * _U64(words[3])
+    b = c[1] * _U64(_turned(words[0])) + c[3] * _U64(_turned(words[1]))
+    b += c[5] * _U64(_turned(words[2])) + c[7] * _U64(_turned(words[3]))
+    return first + row[0] * a, second + row[1] * b
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def _add(first, second, value, offset, numbers):  # type: ignore[no-untyped-def]
+    """A part of a word, or a whole one, that lies at ``offset`` in the record."""
+    word = value << (_U64(8) * (offset & _U64(3)))
+    column = _pair(numbers + ((offset * _U64(4)) & _U64(0x7F0)))
+    row = _pair(numbers + _ROWS_AT + (offset >> _U64(9)) * _U64(16))
+    return first + row[0] * (column[0] * word), second + row[1] * (column[1] * _U64(_turned(word)))
+
+
+def _digester(get16: Any, get8: Any, get4: Any, get2: Any, get1: Any, deep: bool, write: bool) -> Callable[..., Any]:
+    @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+    def four(dst, words, rows, first, second, c):  # type: ignore[no-untyped-def]
+        p, q, r, s = _pair(rows), _pair(rows + _U64(16)), _pair(rows + _U64(32)), _pair(rows + _U64(48))
+        if write:
+            store16(dst, words[0])
+            store16(dst + _U64(512), words[1])
+            store16(dst + _U64(1024), words[2])
+            store16(dst + _U64(1536), words[3])
+        first, second = _add16(first, second, words[0], p, c)
+        first, second = _add16(first, second, words[1], q, c)
+        first, second = _add16(first, second, words[2], r, c)
+        return _add16(first, second, words[3], s, c)
+
+    @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+    def move(dst, src, nbytes, lane, offset, c, numbers):  # type: ignore[no-untyped-def]
+        first, second = _U64(0), _U64(0)
+        align = src | offset
+        if write:
+            align = align | dst
+        at = _U64(lane)
+        if align & _U64(15) == _U64(0):
+            at = at * _U64(16)
+            rows = numbers + _ROWS_AT + ((offset + at) >> _U64(9)) * _U64(16)
+            if deep:
+                while at + _U64(8 * 512) <= nbytes + _U64(lane * 16):  # eight loads in flight: 4 KiB a warp and turn
+                    a = get16(src + at), get16(src + at + _U64(512)), get16(src + at + _U64(1024)), get16(src + at + _U64(1536))
+                    b = (
+                        get16(src + at + _U64(2048)),
+                        get16(src + at + _U64(2560)),
+                        get16(src + at + _U64(3072)),
+                        get16(src + at + _U64(3584)),
+                    )
+                    first, second = four(dst + at, a, rows, first, second, c)
+                    first, second = four(dst + at + _U64(2048), b, rows + _U64(64), first, second, c)
+                    at += _U64(4096)
+                    rows += _U64(128)
+            while at + _U64(4 * 512) <= nbytes + _U64(lane * 16):  # four loads in flight: 2 KiB a warp and turn
+                a = get16(src + at), get16(src + at + _U64(512)), get16(src + at + _U64(1024)), get16(src + at + _U64(1536))
+                first, second = four(dst + at, a, rows, first, second, c)
+                at += _U64(2048)
+                rows += _U64(64)
+            while at + _U64(16) <= nbytes:
+                words, row = get16(src + at), _pair(rows)
+                if write:
+                    store16(dst + at, words)
+                first, second = _add16(first, second, words, row, c)
+                at += _U64(512)
+                rows += _U64(16)
+            at = (nbytes & ~_U64(15)) + _U64(lane)
+        elif align & _U64(7) == _U64(0):
+            at = at * _U64(8)
+            while at + _U64(8) <= nbytes:
+                value = _U64(get8(src + at))
+                if write:
+                    store8(dst + at, value)
+                first, second = _add(first, second, value & _U64(0xFFFFFFFF), offset + at, numbers)
+                first, second = _add(first, second, value >> _U64(32), offset + at + _U64(4), numbers)
+                at += _U64(256)
+            at = (nbytes & ~_U64(7)) + _U64(lane)
+        elif align & _U64(3) == _U64(0):
+            at = at * _U64(4)
+            while at + _U64(4) <= nbytes:
+                value = _U64(get4(src + at))
+                if write:
+                    store4(dst + at, value)
+                first, second = _add(first, second, value, offset + at, numbers)
+                at += _U64(128)
+            at = (nbytes & ~_U64(3)) + _U64(lane)
+        elif align & _U64(1) == _U64(0):
+            at = at * _U64(2)
+            while at + _U64(2) <= nbytes:
+                value = _U64(get2(src + at))
+                if write:
+                    store2(dst + at, value)
+                first, second = _add(first, second, value, offset + at, numbers)
+                at += _U64(64)
+            at = (nbytes & ~_U64(1)) + _U64(lane)
+        while at < nbytes:
+            value = _U64(get1(src + at))
+            if write:
+                store1(dst + at, value)
+            first, second = _add(first, second, value, offset + at, numbers)
+            at += _U64(32)
+        return first, second
+
+    return move  # type: ignore[no-any-return]
+
+
+_CONSTANT, _FRESH = (load16, load8, load4, load2, load1), (fresh16, fresh8, fresh4, fresh2, fresh1)
+# The counterparts of those in kvortex.kernels.move, which also give a thread's two sums; and one that only reads.
+digest_move: Any = _digester(*_CONSTANT, deep=False, write=True)
+digest_move_deep: Any = _digester(*_CONSTANT, deep=True, write=True)
+digest_move_fresh: Any = _digester(*_FRESH, deep=True, write=True)
+digest_read: Any = _digester(*_CONSTANT, deep=True, write=False)

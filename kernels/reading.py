@@ -1,0 +1,80 @@
+"""Digests of pages and buffers that no kernel moves: DMAs bring them across the link, and a kernel beside them only reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numba import cuda
+from numba.cuda import types
+
+from kvortex.kernels.digest import add_up, columns_of, digest_read
+
+BUFFER_PIECE = 4096  # bytes that a warp takes at a time
+_U64 = types.uint64
+SIGNATURE: Any = types.void(types.CPointer(_U64), types.int32, types.CPointer(types.int32), types.int32, _U64, _U64)
+
+
+def read_pages(pieces, n_pieces, blocks, n_blocks, numbers, sums):  # type: ignore[no-untyped-def]
+    """Digests pages.
+
+    Parameters
+    ----------
+    pieces, n_pieces, blocks, n_blocks
+        As of :func:`kvortex.kernels.paged.gather`; any number of blocks.
+    numbers, sums
+        As of :func:`kvortex.kernels.paged.gather_digest`.
+    """
+    lane = cuda.threadIdx.x & 31
+    warp = (cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) >> 5
+    warps = (cuda.gridDim.x * cuda.blockDim.x) >> 5
+    b = warp // n_pieces
+    p = warp - b * n_pieces
+    skip_b = warps // n_pieces
+    skip_p = warps - skip_b * n_pieces
+    while b < n_blocks:
+        page = pieces[4 * p] + _U64(blocks[b]) * pieces[4 * p + 1]
+        offset = pieces[4 * p + 2]
+        columns = columns_of(numbers, offset, lane)
+        first, second = digest_read(_U64(0), page, pieces[4 * p + 3], lane, offset, columns, numbers)
+        add_up(sums + _U64(b) * _U64(16), first, second, lane)
+        b += skip_b
+        p += skip_p
+        if p >= n_pieces:
+            p -= n_pieces
+            b += 1
+
+
+def read_buffers(buffers, n_pieces, blocks, n_blocks, numbers, sums):  # type: ignore[no-untyped-def]
+    """Digests contiguous buffers.
+
+    Parameters
+    ----------
+    buffers : pointer to uint64, (n_blocks, 2)
+        Address and bytes of each.
+    n_pieces : int32
+        Pieces of ``BUFFER_PIECE`` bytes in the longest.
+    blocks
+        Not used.
+    n_blocks : int32
+    numbers, sums
+        As of :func:`kvortex.kernels.paged.gather_digest`.
+    """
+    lane = cuda.threadIdx.x & 31
+    warp = (cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) >> 5
+    warps = (cuda.gridDim.x * cuda.blockDim.x) >> 5
+    b = warp // n_pieces
+    p = warp - b * n_pieces
+    skip_b = warps // n_pieces
+    skip_p = warps - skip_b * n_pieces
+    columns = columns_of(numbers, _U64(0), lane)
+    while b < n_blocks:
+        offset, nbytes = _U64(p) * _U64(BUFFER_PIECE), buffers[2 * b + 1]
+        if offset < nbytes:
+            piece = min(nbytes - offset, _U64(BUFFER_PIECE))
+            first, second = digest_read(_U64(0), buffers[2 * b] + offset, piece, lane, offset, columns, numbers)
+            add_up(sums + _U64(b) * _U64(16), first, second, lane)
+        b += skip_b
+        p += skip_p
+        if p >= n_pieces:
+            p -= n_pieces
+            b += 1

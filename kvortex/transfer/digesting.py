@@ -1,0 +1,131 @@
+"""Digests of a transfer on a GPU: what is sent there ahead of it, and read back behind it.
+
+A transfer has two sums for each record, in VRAM beside its block ids (:mod:`kvortex.memory.ids`): a copy of zeros from pinned
+memory comes before the first kernel, and a copy back before the transfer's last event. The kernels that move bytes add to
+them. Where DMAs alone move the bytes, a kernel reads the pages: beside the copies of a save, behind those of a load.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+from kvortex.devices.driver import COPY_TO_DEVICE, COPY_TO_HOST, EVENT_RECORD, LAUNCH
+from kvortex.devices.native import call
+from kvortex.transfer.plan import Int32s, Int64s, Plan
+
+# Cells of ``digest``: table of numbers; sums in VRAM and in pinned memory, and their bytes (0: no digests); what is sent ahead,
+# from where and its bytes; a kernel that reads, or 0, its table, pieces, ids, blocks, CTAs and threads; stream and event.
+(NUMBERS, SUMS, SUMS_HOST, SUMS_BYTES, SENT_TO, SENT_FROM, SENT_BYTES, KERNEL, TABLE, N_PIECES, IDS, N_BLOCKS, CTAS, THREADS,
+ STREAM, EVENT) = range(DIGEST_CELLS := 16)  # fmt: skip
+NO_DIGESTS = np.zeros(DIGEST_CELLS, np.int64)
+SUM_WORDS = 4  # of an IdBuffer's int32, for both sums of a record
+BUFFER_PIECE = 4096  # of kvortex.kernels.reading, which needs numba.cuda to import
+Sums = npt.NDArray[np.uint64]
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def send(functions, digest):  # type: ignore[no-untyped-def]
+    """Zeros for the sums, and what a kernel that reads needs, on the digests' stream; the first error code."""
+    code = call(functions[COPY_TO_DEVICE], (digest[SENT_TO], digest[SENT_FROM], digest[SENT_BYTES], digest[STREAM]))
+    if not code:
+        code = call(functions[EVENT_RECORD], (digest[EVENT], digest[STREAM]))
+    return code
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def read(functions, digest, stream, parameters, pointers):  # type: ignore[no-untyped-def]
+    """Launches the kernel that reads; the error code."""
+    parameters[0] = digest[TABLE]
+    parameters[1] = digest[N_PIECES]
+    parameters[2] = digest[IDS]
+    parameters[3] = digest[N_BLOCKS]
+    parameters[4] = digest[NUMBERS]
+    parameters[5] = digest[SUMS]
+    shape = (digest[KERNEL], digest[CTAS], 1, 1, digest[THREADS], 1, 1, 0, stream, pointers.ctypes.data, 0)
+    return call(functions[LAUNCH], shape)
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def read_back(functions, digest, stream):  # type: ignore[no-untyped-def]
+    """The sums into pinned memory; the error code."""
+    return call(functions[COPY_TO_HOST], (digest[SUMS_HOST], digest[SUMS], digest[SUMS_BYTES], stream))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a kernel reads that digests where DMAs move.
+
+    Parameters
+    ----------
+    kernel : int
+        Handle.
+    table : int
+        Address of the pieces in VRAM; 0 where ``listed`` is the table.
+    n_pieces : int
+    listed : (k,) int32
+        Block ids, or addresses and bytes of buffers as they lie in memory.
+    """
+
+    kernel: int
+    table: int
+    n_pieces: int
+    listed: Int32s
+
+
+@dataclass(frozen=True)
+class Digesting:
+    """What is digested of a transfer.
+
+    Parameters
+    ----------
+    count
+        Records.
+    numbers
+        Address of the table in VRAM.
+    reading
+        None where the kernels that move bytes digest them.
+    """
+
+    count: int
+    numbers: int
+    reading: Reading | None = None
+
+
+def buffers_reading(kernel: int, addresses: Int64s, sizes: Int64s) -> Reading:
+    """A reading of contiguous buffers in VRAM."""
+    rows = np.stack((addresses, sizes), axis=1)
+    return Reading(kernel, 0, -(-int(sizes.max()) // BUFFER_PIECE), rows.ravel().view(np.int32))
+
+
+@dataclass(frozen=True)
+class Room:
+    """Where a transfer's things lie in an :class:`kvortex.memory.ids.IdBuffer`: first words, and words in all."""
+
+    listed: int
+    sums: int
+    words: int
+
+
+def room_for(plan: Plan, digesting: Digesting | None, row_words: int) -> Room:
+    """Rows of chunks, where a kernel reads them; ids, or what is listed in their place; sums at a multiple of 16 bytes."""
+    listed = row_words * len(plan.chunks) if plan.ctas else 0
+    reading = digesting.reading if digesting is not None else None
+    end = listed + len(plan.ids if reading is None else reading.listed)
+    if digesting is None:
+        return Room(listed, end, end)
+    sums = -(-end // SUM_WORDS) * SUM_WORDS
+    return Room(listed, sums, sums + SUM_WORDS * digesting.count)
+
+
+def sums_of(words: Int32s, room: Room, plan: Plan) -> Sums:
+    """(n, 2) uint64, a copy: the sums that were read back, in the order of the call."""
+    found = words[room.sums : room.words].view(np.uint64).reshape(-1, 2)
+    if not len(plan.order):
+        return found.copy()
+    sums = np.empty_like(found)
+    sums[plan.order] = found
+    return sums
