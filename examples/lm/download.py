@@ -51,11 +51,11 @@ def fetch_weights(folder: Path | None = None) -> Path:
     return path
 
 
-def check(path: Path, sha256: str = SHA256) -> None:
+def check(path: Path) -> None:
     """WeightsError where the file is another."""
     seen = hashlib.sha256(path.read_bytes()).hexdigest()
-    if seen != sha256:
-        raise WeightsError(f"{path} has SHA-256 {seen}, and {sha256} was expected: remove it, and run again")
+    if seen != SHA256:
+        raise WeightsError(f"{path} has SHA-256 {seen}, and {SHA256} was expected: remove it, and run again")
 
 
 def _download(folder: Path) -> Path:

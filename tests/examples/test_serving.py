@@ -108,7 +108,7 @@ def test_damaged_blocks_are_computed_again(model: Model, cache: PagedCache, engi
     warm.generate(prompt[:PREFIX], 1)
     keys = engine.block_keys(prompt)
     for block in blocks:
-        flip_bit(engine, keys[block], 8 * 1000 + 6)
+        flip_bit(engine, keys[block], 8 * 1001 + 6)  # of an exponent
     spoil(cache)
     answer = warm.generate(prompt, 24)
     assert same(expected, answer)
