@@ -8,10 +8,11 @@ from pathlib import Path
 from types import ModuleType
 
 from kvortex.errors import KVortexError, told
-from perf import compute, digest, duplex, faults, fragments, gil, index, keys, latency, link, pinned, submit, tiers
+from perf import answers, compute, digest, duplex, faults, fragments, gil, index, keys, latency, link, pinned, submit, tiers
 from perf.report import Report, check_writable, environment, progress
 
 QUESTIONS = {
+    "answers": answers,
     "compute": compute,
     "digest": digest,
     "duplex": duplex,
