@@ -47,7 +47,7 @@ class PlaneCodec(Codec):
             raise CodecError(f"budget = {shown(budget)}: must be above 0 and at most 1")
         self.shape, self.tables = shape, tables
         self.worst_bytes = HEADER_BYTES + shape.raw_bytes
-        self.slot_bytes = min(self.worst_bytes, max(HEADER_BYTES, int(shape.raw_bytes * budget) & ~3))
+        self.slot_bytes = min(self.worst_bytes, max(HEADER_BYTES, int(shape.raw_bytes * budget) & ~15))
         groups, across = shape.tokens // ROWS, shape.channels // CHANNELS
         tiles = shape.planes * groups * across
         self.form = np.array([groups, across, -(-tiles // 4) * 4], np.int64)
