@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from kvortex.codecs.base import HEADER, HEADER_BYTES, MAGIC, Codec
+from kvortex.codecs.lossy import Int8Codec, K4V3Codec, K4V4Codec, K6V4Codec
 from kvortex.codecs.plane import PlaneCodec
 from kvortex.codecs.raw import RawCodec
 from kvortex.codecs.shape import RecordShape
@@ -14,7 +15,8 @@ from kvortex.codecs.tables import Tables
 from kvortex.errors import CodecError, shown
 from kvortex.kernels.plane_form import CHANNELS, ROWS
 
-CODECS: dict[str, type[Codec]] = {kind.name: kind for kind in (RawCodec, PlaneCodec)}
+_KINDS: tuple[type[Codec], ...] = (RawCodec, PlaneCodec, Int8Codec, K6V4Codec, K4V4Codec, K4V3Codec)
+CODECS: dict[str, type[Codec]] = {kind.name: kind for kind in _KINDS}
 
 
 def make_codec(name: str, shape: RecordShape, tables: Tables | None = None, **parameters: Any) -> Codec:
