@@ -8,10 +8,11 @@ from pathlib import Path
 from types import ModuleType
 
 from kvortex.errors import KVortexError, told
-from perf import compute, duplex, fragments, gil, index, keys, latency, link, pinned, submit
+from perf import codecs, compute, duplex, fragments, gil, index, keys, latency, link, pinned, plane, submit
 from perf.report import Report, check_writable, environment, progress
 
 QUESTIONS = {
+    "codecs": codecs,
     "compute": compute,
     "duplex": duplex,
     "fragments": fragments,
@@ -21,6 +22,7 @@ QUESTIONS = {
     "latency": latency,
     "link": link,
     "pinned": pinned,
+    "plane": plane,
     "submit": submit,
 }
 WRONG_BYTES, FAILED = 1, 2  # exit statuses

@@ -1,4 +1,4 @@
-"""Fixed-rate quantizers by the CPU: K by channel, V by token. Compiled; every float is float32, in an order that is written here.
+"""Fixed-rate quantizers by the CPU: K by channel, V by token. Compiled; all floats are float32, in an order given here.
 
 A plane's codes are bit planes: of each token, of each 32 neighbouring channels, a 32-bit word a bit, lowest first. Before
 them lie a K plane's scales, u8[tokens / 16][channels], or a V plane's steps and zeros, fp16[tokens][heads][2].
@@ -76,7 +76,7 @@ def _rotate(row: Any, at: int, dim: int, factor: Any) -> None:
 
 
 @njit(nogil=True, cache=True)
-def _pack(codes: Any, bits: int, out: Any, at: int, scratch: Any, scratch64: Any) -> int:
+def _pack(codes: Any, bits: int, out: Any, at: int, scratch: Any, scratch64: Any) -> Any:
     """Writes a row's codes as bit planes to ``out[at:]``; gives the place behind."""
     for group in range(len(codes) // 32):
         part = codes[32 * group : 32 * group + 32]
@@ -92,7 +92,7 @@ def _pack(codes: Any, bits: int, out: Any, at: int, scratch: Any, scratch64: Any
 
 
 @njit(nogil=True, cache=True)
-def _unpack(codes: Any, bits: int, coded: Any, at: int) -> int:
+def _unpack(codes: Any, bits: int, coded: Any, at: int) -> Any:
     """The reverse of :func:`_pack`."""
     for group in range(len(codes) // 32):
         part = codes[32 * group : 32 * group + 32]
@@ -106,7 +106,7 @@ def _unpack(codes: Any, bits: int, coded: Any, at: int) -> int:
 
 
 @njit(nogil=True, cache=True)
-def _encode_k(plane: Any, mean: Any, bits: int, table: Any, out: Any, at: int, work: Any) -> int:
+def _encode_k(plane: Any, mean: Any, bits: int, table: Any, out: Any, at: int, work: Any) -> Any:
     """A K plane (tokens, channels) of float32 to ``out[at:]``: the place behind, or -1 where a scale would have to clip."""
     tokens, channels = plane.shape
     scale_bytes, codes, scratch, scratch64, most, step = work[0], work[1], work[2], work[3], work[4], work[5]
@@ -143,7 +143,7 @@ def _encode_k(plane: Any, mean: Any, bits: int, table: Any, out: Any, at: int, w
 
 
 @njit(nogil=True, cache=True)
-def _decode_k(plane: Any, mean: Any, bits: int, table: Any, coded: Any, at: int, work: Any) -> int:
+def _decode_k(plane: Any, mean: Any, bits: int, table: Any, coded: Any, at: int, work: Any) -> Any:
     tokens, channels = plane.shape
     codes, step = work[1], work[5]
     half = np.float32(1 << (bits - 1))
@@ -161,7 +161,7 @@ def _decode_k(plane: Any, mean: Any, bits: int, table: Any, coded: Any, at: int,
 
 
 @njit(nogil=True, cache=True)
-def _encode_v(plane: Any, dim: int, bits: int, factor: Any, out: Any, at: int, work: Any) -> int:
+def _encode_v(plane: Any, dim: int, bits: int, factor: Any, out: Any, at: int, work: Any) -> Any:
     """A V plane likewise; ``factor`` is 1 / sqrt(dim), or 0 for no rotation."""
     tokens, channels = plane.shape
     codes, scratch, scratch64, cell, cell_bits = work[1], work[2], work[3], work[6], work[7]
@@ -193,7 +193,7 @@ def _encode_v(plane: Any, dim: int, bits: int, factor: Any, out: Any, at: int, w
 
 
 @njit(nogil=True, cache=True)
-def _decode_v(plane: Any, dim: int, bits: int, factor: Any, coded: Any, at: int, work: Any) -> int:
+def _decode_v(plane: Any, dim: int, bits: int, factor: Any, coded: Any, at: int, work: Any) -> Any:
     tokens, channels = plane.shape
     codes, cell, cell_bits = work[1], work[6], work[7]
     heads = channels // dim
@@ -255,10 +255,14 @@ def encode_lossy(values: Any, out: Any, is_key: Any, mean: Any, form: Any, facto
         for p in range(planes):
             if not coded[record]:
                 break
+            largest = np.uint16(0)
             for row in range(tokens):
                 for c in range(channels):
+                    largest = max(largest, values[record, p, row, c] & np.uint16(0x7FFF))
                     plane_bits[row, c] = np.uint32(values[record, p, row, c]) << np.uint32(16)
-            if is_key[p]:
+            if largest >= np.uint16(0x7F80):  # a comparison of floats would miss a NaN
+                at = -1
+            elif is_key[p]:
                 at = _encode_k(plane, mean[p], form[1], table, out[record], at, work)
             else:
                 at = _encode_v(plane, form[0], form[2], factor, out[record], at, work)

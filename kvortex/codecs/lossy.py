@@ -55,8 +55,8 @@ class LossyCodec(Codec):
     def __init__(self, shape: RecordShape, tables: Tables) -> None:
         self._plane = PlaneCodec(shape, tables, budget=1)
         if shape.parts != "KV":
-            raise CodecError(f"parts = {shape.parts!r}: {self.name} codes K and V; what it does to a latent was never measured. "
-                             "Use codec plane.")
+            raise CodecError(f"parts = {shape.parts!r}: {self.name} codes K and V; what it does to a latent was never measured."
+                             " Use codec plane.")
         if self.rotated and shape.head_dim & (shape.head_dim - 1):
             raise CodecError(f"head_dim = {shape.head_dim}: {self.name} rotates V, which takes a power of two. Use codec int8.")
         self.shape, self.tables = shape, tables
@@ -113,11 +113,11 @@ class LossyCodec(Codec):
         for name in ("magic", "codec", "version", "zero", "raw_bytes"):
             ours &= seen[name] == self.header[name]
         ours &= (seen["digest"] == self.header["digest"]).all(1) & (seen["used_bytes"] <= coded.shape[1])
-        lossy = ours & (seen["stored"] == CODED) & (seen["used_bytes"] == self.slot_bytes)
+        lossy: Flags = ours & (seen["stored"] == CODED) & (seen["used_bytes"] == self.slot_bytes)
         if lossy.any():
             body = words[:, HEADER_BYTES // 4 : self.slot_bytes // 4]
             decode_lossy(body, self._planes(target), *self._compiled, lossy)
-        good = lossy.copy()
+        good: Flags = lossy.copy()
         for row in np.flatnonzero(ours & (seen["stored"] == EXACT)):
             own = coded[row : row + 1, HEADER_BYTES : int(seen["used_bytes"][row])]
             whole = own.shape[1] % 4 == 0 and self._plane.refusal(own[0]) is None
