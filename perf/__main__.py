@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 from kvortex.errors import KVortexError, told
-from perf import codecs, compute, duplex, fragments, gil, index, keys, latency, link, pinned, plane, submit
+from perf import codecs, compute, duplex, fragments, gil, index, keys, latency, link, pinned, plane, prefix, submit
 from perf.report import Report, check_writable, environment, progress
 
 QUESTIONS = {
@@ -23,6 +23,7 @@ QUESTIONS = {
     "link": link,
     "pinned": pinned,
     "plane": plane,
+    "prefix": prefix,
     "submit": submit,
 }
 WRONG_BYTES, FAILED = 1, 2  # exit statuses
