@@ -22,7 +22,7 @@ from kvortex.memory.arena import PinnedArena
 from kvortex.transfer import host
 from kvortex.transfer.executor import Direction
 from perf import __main__ as program
-from perf import compute, duplex, fragments, gil, keys, link, pinned, report, submit
+from perf import codecs, compute, duplex, fragments, gil, keys, link, pinned, report, submit
 from perf.baselines import fragmentwise
 from perf.methods import Kvortex, Raw
 from perf.pages import Pages
@@ -30,12 +30,15 @@ from perf.raw import RawCopy
 from perf.report import Report
 
 NEED_A_GPU = {"compute"}
+NEED_WEIGHTS = {"prefix"}  # of a model, and minutes
 FACTS = ("date", "device", "python", "kvortex", "packages")
 
 
-@pytest.fixture(scope="module", params=sorted(set(program.QUESTIONS) - NEED_A_GPU))
+@pytest.fixture(scope="module", params=sorted(set(program.QUESTIONS) - NEED_A_GPU - NEED_WEIGHTS))
 def answer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """A question, and the folder with what it wrote; run once for all tests."""
+    if request.param == "codecs" and not codecs.SAMPLE.exists():
+        pytest.skip(f"the sample of real KV is not at {codecs.SAMPLE.name} beside the checkout")
     folder = tmp_path_factory.mktemp(request.param) / "deep" / "results"
     assert program.main([request.param, "--quick", "--device", "host", "--out", str(folder)]) == 0
     return request.param, folder
