@@ -29,7 +29,7 @@ def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]]
     for name, part in PARTS.items():
         progress(name)
         found = part.campaign(SEED, QUICK_FAULTS if quick else FAULTS)
-        rows += [_row(name, row) for row in (found if isinstance(found, list) else [found])]
+        rows += [_row(row.get("tier", name), row) for row in found.get("tiers", [found])]
     progress("processes killed in the middle of writes")
     killed = kills_disk.kills(SEED, QUICK_KILLS if quick else KILLS)
     rows.append(_row("disk, kill -9", killed | {"faults": killed["kills"], "operations": killed["acknowledged"]}))
