@@ -308,3 +308,23 @@ def test_a_tier_that_cannot_be_closed_does_not_hold_shutdown_up(monkeypatch: pyt
         engine.shutdown(0.2)
     may_go.set()
     engine.shutdown(5.0)
+
+
+def test_a_probe_that_finds_no_thread_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody else would end it, and the breaker would wait for it for ever."""
+    cache, tiers = PagedCache.plain(HostDevice()), Tiers(MemoryStore(), breaker={"pause_s": 0.05})
+    start, refused = threading.Thread.start, []
+
+    def refuse_once(thread: threading.Thread) -> None:
+        if "probe" in thread.name and not refused:
+            refused.append(thread)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with cache.engine(tiers=tiers.config) as engine:
+        monkeypatch.setattr(threading.Thread, "start", refuse_once)
+        line = engine._cascade.lines[0]
+        line.breaker.trip("as a test wants it")
+        engine._cascade._wake()
+        until(lambda: line.breaker.closed)
+        assert refused and "can't start new thread" in line.breaker.reason
