@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kvortex import ConfigError, KVortexConfig
+from kvortex.errors import hidden
 from kvortex.tiers import BreakerOptions, RecordFormat, TierOptions
 from kvortex.tiers.memory import MemoryStore, MemoryTier, shared_store
-from kvortex.tiers.urls import hidden, open_tier, open_tiers, parse_url
+from kvortex.tiers.urls import open_tier, open_tiers, parse_url
 
 FORM = RecordFormat(bytes(32), 4096)
 
@@ -59,6 +61,33 @@ def test_a_password_is_in_no_message() -> None:
         with pytest.raises(ConfigError) as caught:
             open_tier(url, FORM)
         assert "secret" not in str(caught.value) and "host" in str(caught.value)
+
+
+SECRETS: list[tuple[str, Callable[[], Any]]] = [
+    ("tiers = ", lambda: KVortexConfig(tiers="redis://:hunter2@host")),  # type: ignore[arg-type]
+    ("tiers[0] = ", lambda: KVortexConfig(tiers=("REDIS://:hunter2@host",))),
+    ("16 at most", lambda: KVortexConfig(tiers=("redis://:hunter2@host",) * 17)),
+    ("must be a sequence", lambda: open_tiers("redis://:hunter2@host", FORM)),
+    ("no table with a url", lambda: open_tier({"URL": "redis://:hunter2@host"}, FORM)),
+    ("no table with a url", lambda: open_tier({"uri": "s3://bucket", "secret_access_key": "hunter2"}, FORM)),
+    ("%2F", lambda: open_tier("redis://:hunter2/x@host", FORM)),
+    ("%2F", lambda: open_tier("redis://:x/hunter2@host", FORM)),
+    ("nonsense", lambda: open_tier("redis://:x@hunter2@host?nonsense=1", FORM)),
+    ("unknown scheme", lambda: open_tier("gopher://x?secret_access_key=hunter2", FORM)),
+    ("unknown scheme", lambda: open_tier("gopher://me:" + "hunter2" * 30 + "@" + "host" * 30, FORM)),
+]
+
+
+@pytest.mark.parametrize(("why", "wrong"), SECRETS)
+def test_no_refusal_shows_what_may_be_secret(why: str, wrong: Callable[[], Any]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        wrong()
+    assert why in str(caught.value) and "hunter" not in str(caught.value)
+
+
+def test_a_config_can_be_printed() -> None:
+    tiers = ("redis://:hunter2@host", {"url": "s3://bucket", "secret_access_key": "hunter2"})
+    assert "hunter2" not in repr(KVortexConfig(tiers=tiers))
 
 
 def test_what_was_opened_before_a_refusal_is_closed() -> None:
