@@ -19,6 +19,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from kvortex.digests.host import load_compiled
 from kvortex.errors import told
 from kvortex.keys import KeyArray
 from kvortex.tiers.base import Int64s
@@ -63,6 +64,7 @@ class Cascade:
     def __init__(self, tiers: Sequence[OpenTier], room: Room) -> None:
         self._room, self._closing, self.closed = room, False, False
         opened = list(tiers)
+        load_compiled()  # lest the first record is compiled for, for seconds, while its deadline runs
         self._keeper = Keeper(self._tick, self._failed, "kvortex-tiers")
         names = zip(opened, line_names(opened), strict=True)
         self.lines = [Line(each, name, self.is_closing, self._wake) for each, name in names]
