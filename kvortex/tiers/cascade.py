@@ -34,6 +34,7 @@ from kvortex.tiers.writing import Writing
 Flags = npt.NDArray[np.bool_]
 _MOST_OFFERS = 4096  # that the keeper has not looked at
 _TICK_S = 0.05
+_GIVING_UP_S = 1.0  # of threads that have nothing to do yet, where others could not be started
 _PATIENCE_S, _NAP_S = 0.2, 2e-4  # of a save for which tiers have too many slots
 
 
@@ -83,7 +84,7 @@ class Cascade:
                 thread.start()
                 self._started.append(thread)
         except BaseException:
-            self.close(0.0)
+            self.close(time.monotonic() + _GIVING_UP_S)
             raise
 
     def is_closing(self) -> bool:

@@ -12,7 +12,7 @@ import pytest
 
 from kvortex import parts as parts_module
 from kvortex.devices import HostDevice
-from kvortex.errors import PoolFullError, TransferTimeoutError
+from kvortex.errors import ArgumentError, PoolFullError, TransferTimeoutError
 from kvortex.tiers.memory import MemoryStore
 from perf.faulty import RECORD_FAULTS
 from tests.engine.tiered import Tiers, nothing_is_held, save, until
@@ -328,3 +328,25 @@ def test_a_probe_that_finds_no_thread_is_tried_again(monkeypatch: pytest.MonkeyP
         engine._cascade._wake()
         until(lambda: line.breaker.closed)
         assert refused and "can't start new thread" in line.breaker.reason
+
+
+def test_threads_that_cannot_be_had_leave_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, tiers = PagedCache.plain(HostDevice()), Tiers(MemoryStore(), MemoryStore())
+    start, before = threading.Thread.start, threading.active_count()
+
+    def refuse(thread: threading.Thread) -> None:
+        if "-write-" in thread.name:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(RuntimeError, match="can't start"):
+        cache.engine(tiers=tiers.config)
+    until(lambda: threading.active_count() == before)
+    assert tiers[0].closed and tiers[1].closed
+
+
+@pytest.mark.parametrize("timeout", [-1, float("nan"), "1", True])
+def test_a_wait_for_a_prefetch_takes_seconds(timeout: Any) -> None:
+    with PagedCache.plain(HostDevice()).engine(tiers=Tiers(MemoryStore()).config) as engine, pytest.raises(ArgumentError):
+        engine.prefetch(keys_of(1)).wait(timeout)
