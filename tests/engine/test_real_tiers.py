@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -313,3 +316,78 @@ def test_each_by_the_environment_and_by_toml(url: str, model: str, tmp_path: Pat
     with KVortexEngine.create(KVortexConfig.from_toml(file, **common), cache.layout) as engine:
         assert engine.load_blocks(keys_of(1), [2]).wait(60).all()
     assert_same(cache.memory(), cache.expected(poisoned, before, [(1, 2)]))
+
+
+_KILLED = """
+import sys
+import numpy as np
+from kvortex.devices import HostDevice
+from tests.pages import PagedCache, keys_of
+
+cache = PagedCache.plain(HostDevice())
+cache.randomize()
+with cache.engine(slots=8, tiers=(sys.argv[1],)) as engine:
+    for turn in range(10**9):
+        pages = np.arange(24)[turn % 4 :: 4]
+        engine.save_blocks(keys_of(*(24 * (turn // 4) + pages).tolist()), pages).wait()
+        if turn <= 3:  # before others take the slots
+            assert engine.flush() and (turn < 3 or print("flushed", flush=True) is None)
+"""
+
+
+def test_an_engine_that_was_killed_leaves_what_it_had_flushed_and_nothing_wrong(tmp_path: Path) -> None:
+    """It writes the same pages under ever new keys when it is killed."""
+    url = f"disk:{tmp_path}?capacity=64MiB&{_PATIENT}"
+    cache, seen = cache_of(), 0
+    before = cache.randomize()  # as the other process has it
+    for turn in range(3):
+        command = [sys.executable, "-c", _KILLED, url]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]) as process:
+            assert process.stdout is not None and process.stdout.readline() == b"flushed\n"
+            time.sleep(0.05 * turn)
+            process.kill()
+        with cache.engine(slots=30, tiers=(url,)) as engine:
+            there = np.flatnonzero(engine.check_blocks(keys_of(*range(2400))))
+            assert there[:24].tolist() == list(range(24))
+            for first in range(0, len(there), 24):
+                poisoned, part = cache.randomize(), there[first : first + 24].tolist()
+                assert engine.load_blocks(keys_of(*part), np.arange(len(part))).wait(60).all()
+                assert_same(cache.memory(), cache.expected(poisoned, before, [(key % 24, at) for at, key in enumerate(part)]))
+            seen = max(seen, len(there))
+            assert not engine.get_stats().tiers[0].corrupt
+    assert seen > 24
+
+
+def test_a_server_that_stops_is_left_alone_and_serves_again(model: str) -> None:
+    try:
+        with servers.redis_server() as (port, server):
+            quick = "read_timeout_s=0.3&write_timeout_s=0.3&absent_s=0.05&breaker_failures=1&breaker_pause_s=0.1"
+            cache, url = cache_of(), f"redis://127.0.0.1:{port}?{quick}"
+            before = cache.randomize()
+            with cache.engine(slots=4, tiers=(url,), model=model) as engine:
+                line = engine._cascade.lines[0]
+                until(lambda: save_all(engine, line, 8), 60)
+                server.pause()
+                began = time.monotonic()
+                assert not engine.load_blocks(keys_of(0), [20]).wait(30).any()
+                until(lambda: not line.breaker.closed)
+                save(engine, cache, keys_of(*range(100, 104)), np.arange(4))  # and the pool is nobody else's
+                assert time.monotonic() - began < 10
+                server.resume()
+                until(lambda: line.breaker.closed, 60)
+                poisoned = cache.randomize()
+                until(lambda: engine.load_blocks(keys_of(0), [20]).wait(30).all(), 60)
+                assert_same(cache.memory(), cache.expected(poisoned, before, [(0, 20)]))
+                nothing_is_held(engine)
+    except servers.Absent as error:
+        pytest.skip(str(error))
+
+
+def save_all(engine: KVortexEngine, line: Any, count: int) -> bool:
+    """Blocks one by one, as a busy machine may need several times; whether the store has all of them."""
+    if not line.breaker.closed:
+        return False
+    for at in range(count):
+        engine.save_blocks(keys_of(at), [at]).wait()
+        engine.flush(10)
+    return bool(engine.check_blocks(keys_of(*range(count)), timeout=1).all())
