@@ -419,3 +419,17 @@ def test_a_block_that_waits_is_written_as_long_as_it_is_by_then() -> None:
     with KVortexEngine.create(KVortexConfig(**config, tiers=Tiers(store).config)) as engine:
         assert engine.load_blocks(keys_of(1), [target.address], [3000]).wait().all()
         assert (target.read(0, 3000) == buffer.read(0, 3000)).all()
+
+
+def test_a_block_that_came_with_another_length_meanwhile_is_a_miss() -> None:
+    device, tiers = HostDevice(), Tiers(MemoryStore(), read_timeout_s=5.0)
+    buffer = device.allocate(4096)
+    config = KVortexConfig(device="host", max_block_bytes=4096, cpu_pool_size_bytes=8 << 12, tiers=tiers.config)
+    with KVortexEngine.create(config) as engine:
+        tiers[0].plan = lambda operation: "hang" if operation == "contains" else None
+        ticket = engine.load_blocks(keys_of(1), [buffer.address], [100])
+        until(lambda: tiers[0].hung)
+        assert engine.save_blocks(keys_of(1), [buffer.address], [200]).wait().all()
+        tiers[0].gate.set()
+        assert not ticket.wait().any() and ticket.error is None and engine.get_stats().missed_blocks == 1
+        nothing_is_held(engine)
