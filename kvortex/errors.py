@@ -16,6 +16,7 @@ _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = _LONGEST + 1
 _REPR.maxtuple = _REPR.maxlist = 20
 _LOGIN = re.compile(r"(//[^/@:\s]*):\S*@")  # to the last @, since passwords may have some that should have been quoted
+_HALF_LOGIN = re.compile(r"(//[^/@:\s\[]*):(?!\*\*\*@|\d*(?![^/?#,:;\s]))[^:;\s]*")  # what is no port, where no @ follows
 _SECRET = re.compile(r"password|secret|token|access_key", re.IGNORECASE)  # in the names of options
 _SECRET_OPTION = re.compile(rf"([?&][^=&\s]*(?:{_SECRET.pattern})[^=&\s]*=)[^&\s]*", re.IGNORECASE)
 
@@ -120,7 +121,7 @@ def told(error: BaseException) -> str:
 
 def hidden(text: str) -> str:
     """A URL, or a message with one, without its password and without options that are secrets."""
-    return _LOGIN.sub(r"\1:***@", _SECRET_OPTION.sub(r"\1***", text))
+    return _HALF_LOGIN.sub(r"\1:***", _LOGIN.sub(r"\1:***@", _SECRET_OPTION.sub(r"\1***", text)))
 
 
 def shown_tiers(given: Any) -> str:

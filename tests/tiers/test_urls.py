@@ -75,6 +75,8 @@ SECRETS: list[tuple[str, Callable[[], Any]]] = [
     ("no table with a url", lambda: open_tier({"uri": "s3://bucket", "secret_access_key": "hunter2"}, FORM)),
     ("%2F", lambda: open_tier("redis://:hunter2/x@host", FORM)),
     ("%2F", lambda: open_tier("redis://:x/hunter2@host", FORM)),
+    ("no host and port", lambda: open_tier("redis://:hunter2/0", FORM)),
+    ("no host and port", lambda: open_tier("redis://me:hunter2?x@host", FORM)),
     ("nonsense", lambda: open_tier("redis://:x@hunter2@host?nonsense=1", FORM)),
     ("unknown scheme", lambda: open_tier("gopher://x?secret_access_key=hunter2", FORM)),
     ("unknown scheme", lambda: open_tier("gopher://me:" + "hunter2" * 30 + "@" + "host" * 30, FORM)),
@@ -86,6 +88,11 @@ def test_no_refusal_shows_what_may_be_secret(why: str, wrong: Callable[[], Any])
     with pytest.raises(ConfigError) as caught:
         wrong()
     assert why in str(caught.value) and "hunter" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["redis://h:6379/0", "redis://h:6379", "s3://b/p", "redis://[::1]:3/0", "x://h:1: no"])
+def test_what_is_no_secret_is_shown(url: str) -> None:
+    assert hidden(url) == url
 
 
 def test_a_config_can_be_printed() -> None:
