@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import threading
 import time
@@ -350,3 +351,38 @@ def test_threads_that_cannot_be_had_leave_none(monkeypatch: pytest.MonkeyPatch) 
 def test_a_wait_for_a_prefetch_takes_seconds(timeout: Any) -> None:
     with PagedCache.plain(HostDevice()).engine(tiers=Tiers(MemoryStore()).config) as engine, pytest.raises(ArgumentError):
         engine.prefetch(keys_of(1)).wait(timeout)
+
+
+def test_what_was_damaged_in_ram_before_it_was_written_never_comes_back() -> None:
+    """A digest made when the block is written would vouch for the damage: it is that of the save."""
+    cache, store = PagedCache.plain(HostDevice()), MemoryStore()
+    before = cache.randomize()
+    with cache.engine(slots=8, tiers=Tiers(store, mode="back", write_delay_s=600.0).config) as engine:
+        save(engine, cache, keys_of(1, 2), [1, 2])
+        slot = np.full(1, -1, np.int64)
+        engine._index.release(engine._index.acquire(keys_of(1), taken=slot))
+        at = engine._parts.arena.address + int(slot[0]) * engine._parts.arena.slot_bytes
+        ctypes.c_uint8.from_address(at + 5).value ^= 4
+        assert engine.flush(10)
+    poisoned = cache.randomize()
+    with cache.engine(slots=8, tiers=Tiers(store).config) as engine:
+        assert engine.load_blocks(keys_of(1, 2), [20, 21]).wait().tolist() == [False, True]
+        assert engine.get_stats().tiers[0].corrupt == 1
+        assert_same(cache.memory(), cache.expected(poisoned, before, [(2, 21)]))
+
+
+def test_shutdown_ends_loads_that_wait_for_tiers_at_once() -> None:
+    cache, tiers = PagedCache.plain(HostDevice()), Tiers(MemoryStore(), read_timeout_s=30.0)
+    engine = cache.engine(tiers=tiers.config)
+    tiers[0].plan = lambda operation: "hang" if operation == "contains" else None
+    ticket = engine.load_blocks(keys_of(1), [2])
+    until(lambda: tiers[0].hung)
+    ending = threading.Thread(target=engine.shutdown, args=(20.0,))
+    ending.start()
+    try:
+        until(ticket.done, 5.0)
+        assert not ticket.mask.any() and ticket.error is None
+    finally:
+        tiers[0].gate.set()
+        ending.join(20)
+    assert not ending.is_alive() and tiers[0].closed
