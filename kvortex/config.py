@@ -9,11 +9,11 @@ import re
 import sys
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
-from kvortex.errors import ConfigError, cut, shown
+from kvortex.errors import ConfigError, cut, shown, shown_tiers
 
 ENV_PREFIX = "KVORTEX_"
 ENV_NOT_OPTIONS = frozenset({"KVORTEX_CACHE_DIR"})  # read by kvortex.kernels.cache, not an option of the engine
@@ -124,7 +124,7 @@ class KVortexConfig:
     key_scheme: str = "kvortex"
     key_seed: str | None = None
     transfer_timeout_s: float = 60.0
-    tiers: tuple[Any, ...] = ()
+    tiers: tuple[Any, ...] = field(default=(), repr=False)  # may hold passwords
     tier_pool_share: float = 0.25
 
     def __post_init__(self) -> None:
@@ -172,12 +172,12 @@ class KVortexConfig:
     def _check_tiers(self) -> None:
         given: Any = self.tiers
         if not isinstance(given, (list, tuple)):
-            raise ConfigError(f"tiers = {shown(given)}: must be a sequence of URLs, tables or functions")
+            raise ConfigError(f"tiers = {shown_tiers(given)}: must be a sequence of URLs, tables or functions")
         if len(given) > _MOST_TIERS:
-            raise ConfigError(f"tiers = {shown(given)}: {len(given)} of them, {_MOST_TIERS} at most")
+            raise ConfigError(f"tiers = {shown_tiers(given)}: {len(given)} of them, {_MOST_TIERS} at most")
         for at, entry in enumerate(given):
             if isinstance(entry, str) and not _SCHEME.match(entry):
-                raise ConfigError(f"tiers[{at}] = {shown(entry)}: must be a URL as disk:/folder or redis://host:6379/0")
+                raise ConfigError(f"tiers[{at}] = {shown_tiers(entry)}: must be a URL as disk:/folder or redis://host:6379/0")
         object.__setattr__(self, "tiers", tuple(given))  # a list, as TOML has it
         share = self.tier_pool_share
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 0.5:

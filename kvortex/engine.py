@@ -203,7 +203,8 @@ class KVortexEngine:
         layerwise: bool = False,
     ) -> Ticket:
         """Starts saving blocks, and returns at once. A block that is in the cache already is not moved, nor is one that has not
-        been offered as often as ``config.admit_after`` says; that is no error, and the mask tells.
+        been offered as often as ``config.admit_after`` says, or that is just being fetched from a tier below; that is no error,
+        and the mask tells.
 
         ``save_blocks(keys, block_ids)`` saves pages of the layout; ``save_blocks(keys, data_ptrs, sizes)`` saves opaque
         contiguous buffers of the device.

@@ -6,13 +6,19 @@ raises has moved no byte, holds no pin and has reserved no slot.
 
 from __future__ import annotations
 
+import re
 import reprlib
+from collections.abc import Mapping
 from typing import Any
 
 _LONGEST = 100  # characters of a value in a message: an array or a prompt must not fill a log
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = _LONGEST + 1
 _REPR.maxtuple = _REPR.maxlist = 20
+_LOGIN = re.compile(r"(//[^/@:\s]*):\S*@")  # to the last @, since passwords may have some that should have been quoted
+_HALF_LOGIN = re.compile(r"(//[^/@:\s\[]*):(?!\*\*\*@|\d*(?![^/?#,:;\s]))[^:;\s]*")  # what is no port, where no @ follows
+_SECRET = re.compile(r"password|secret|token|access_key", re.IGNORECASE)  # in the names of options
+_SECRET_OPTION = re.compile(rf"([?&][^=&\s]*(?:{_SECRET.pattern})[^=&\s]*=)[^&\s]*", re.IGNORECASE)
 
 
 class KVortexError(Exception):
@@ -115,6 +121,27 @@ def told(error: BaseException) -> str:
         return cut(f"{type(error).__name__}: {error}", 2 * _LONGEST)
     except Exception:
         return cut(type(error).__name__)
+
+
+def hidden(text: str) -> str:
+    """A URL, or a message with one, without its password and without options that are secrets."""
+    return _HALF_LOGIN.sub(r"\1:***", _LOGIN.sub(r"\1:***@", _SECRET_OPTION.sub(r"\1***", text)))
+
+
+def shown_tiers(given: Any) -> str:
+    """As :func:`shown`, for what was given as tiers, or as one of them: what may be a secret is left out."""
+    try:
+        return shown(_without_secrets(given))
+    except Exception:
+        return cut(f"<{type(given).__name__}>")
+
+
+def _without_secrets(given: Any) -> Any:
+    if isinstance(given, str):
+        return hidden(given)
+    if isinstance(given, Mapping):
+        return {name: "***" if _SECRET.search(str(name)) else _without_secrets(value) for name, value in given.items()}
+    return type(given)(map(_without_secrets, given)) if type(given) in (list, tuple) else given
 
 
 def cut(text: str, longest: int = _LONGEST) -> str:

@@ -139,7 +139,8 @@ class Flight:
         )
         error.blocks = transfer.corrupt
         transfer.error = error
-        self._index.drop(self._index.keys_of(held[wrong]))
+        there = held[wrong]  # the keys may be in other slots by now, saved anew; or others in these
+        self._index.drop(self._index.keys_of(there), slots=there, once=transfer.once)
 
     def reap(self) -> None:
         """Settles whatever has ended."""

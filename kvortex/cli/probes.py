@@ -15,6 +15,7 @@ from kvortex.config import KVortexConfig
 from kvortex.devices import cuda_available
 from kvortex.devices.cuda import CudaDevice
 from kvortex.devices.driver import api, check
+from kvortex.errors import hidden
 from kvortex.transfer.profile import guess
 
 Facts = dict[str, Any]
@@ -168,7 +169,7 @@ def tiers() -> Facts:
     text = os.environ.get("KVORTEX_TIERS", "")
     named = KVortexConfig.from_mapping({"tiers": text}).tiers if text else ()
     tools = importlib.import_module("kvortex.tiers.tools")
-    return {tools.hidden(str(entry)): tools.probe(entry) for entry in named}
+    return {hidden(str(entry)): tools.probe(entry) for entry in named}
 
 
 def cores() -> int:

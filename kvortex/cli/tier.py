@@ -7,9 +7,8 @@ import json
 from typing import Any
 
 from kvortex.cli import console
-from kvortex.errors import ArgumentError
+from kvortex.errors import ArgumentError, hidden
 from kvortex.tiers import tools
-from kvortex.tiers.urls import hidden
 
 _WRONG = ("corrupt", "unreadable")
 

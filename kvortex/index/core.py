@@ -377,16 +377,15 @@ def release(t: Table, slots: Slots, once: Flags) -> tuple[int, int]:
 
 
 @compiled
-def drop(t: Table, keys: Words) -> int:
-    """Forget resident keys; how many there were."""
-    words, cells, shorts, buckets = t.words, t.cells, t.shorts, t.buckets
-    stack, counters, order = t.stack, t.counters, t.order
+def drop(t: Table, keys: Words, slots: Slots, once: Flags) -> int:
+    """Forget resident keys, of ``slots`` those that are in these; none where ``once`` is set. How many there were."""
+    words, cells, shorts, buckets, stack, counters, order = t.words, t.cells, t.shorts, t.buckets, t.stack, t.counters, t.order
     dropped = 0
     begin_write(t.sequence)
-    for i in range(keys.shape[0] - 1, -1, -1):
+    for i in range((0 if once[0] else keys.shape[0]) - 1, -1, -1):
         tag = tag_of(fingerprint(keys, i))
         slot = find(buckets, words, tag, keys, i)
-        if slot < 0 or shorts[slot, STATE] != RESIDENT:
+        if slot < 0 or shorts[slot, STATE] != RESIDENT or (slots.size and slots[i] != slot):
             continue
         dropped += 1
         remove(buckets, tag, slot)

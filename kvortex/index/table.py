@@ -280,15 +280,27 @@ class BlockIndex:
         """
         return self._settle("release", core.release, slots, once)
 
-    def drop(self, keys: KeysLike) -> int:
+    def drop(self, keys: KeysLike, *, slots: SlotsLike | None = None, once: Once | None = None) -> int:
         """Forget resident keys, and say how many there were.
 
         They are invisible at once. A slot is free now or, while it is pinned, from its last release on. Keys that
         are only reserved stay so.
+
+        Parameters
+        ----------
+        keys
+        slots : (n,) int64
+            Forget a key only if its record is in this slot: for who holds the slots, while others may have dropped the keys
+            and stored them anew elsewhere. None for wherever they are.
+        once
+            As in :meth:`commit`; where it is set already, nothing is forgotten. It is not set here.
         """
-        words = _words(keys)
+        words, batch = _words(keys), _slots(() if slots is None else slots)
+        if slots is not None and len(batch) != len(words):
+            raise ArgumentError(f"slots: {len(batch)} of them for {len(words)} keys")
+        cell = np.zeros(1, np.uint8) if once is None else _room("once", once, np.uint8, 1)
         with self._lock:
-            return int(core.drop(self._table, words))
+            return int(core.drop(self._table, words, batch, cell))
 
     def size_of(self, slots: SlotsLike) -> npt.NDArray[np.int64]:
         """Length in bytes of the record in each slot, as given to :meth:`reserve`; (n,) int64.

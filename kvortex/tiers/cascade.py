@@ -19,6 +19,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from kvortex.digests.host import load_compiled
 from kvortex.errors import told
 from kvortex.keys import KeyArray
 from kvortex.tiers.base import Int64s
@@ -33,6 +34,7 @@ from kvortex.tiers.writing import Writing
 Flags = npt.NDArray[np.bool_]
 _MOST_OFFERS = 4096  # that the keeper has not looked at
 _TICK_S = 0.05
+_GIVING_UP_S = 1.0  # of threads that have nothing to do yet, where others could not be started
 _PATIENCE_S, _NAP_S = 0.2, 2e-4  # of a save for which tiers have too many slots
 
 
@@ -63,6 +65,7 @@ class Cascade:
     def __init__(self, tiers: Sequence[OpenTier], room: Room) -> None:
         self._room, self._closing, self.closed = room, False, False
         opened = list(tiers)
+        load_compiled()  # lest the first record is compiled for, for seconds, while its deadline runs
         self._keeper = Keeper(self._tick, self._failed, "kvortex-tiers")
         names = zip(opened, line_names(opened), strict=True)
         self.lines = [Line(each, name, self.is_closing, self._wake) for each, name in names]
@@ -81,7 +84,7 @@ class Cascade:
                 thread.start()
                 self._started.append(thread)
         except BaseException:
-            self.close(0.0)
+            self.close(time.monotonic() + _GIVING_UP_S)
             raise
 
     def is_closing(self) -> bool:

@@ -38,10 +38,13 @@ class KeySet:
         self._turned = clock()
 
     def _fresh(self) -> tuple[BlockIndex, BlockIndex | None]:
-        age = self._clock() - self._turned
+        turned = self._turned  # read once, lest two threads that find it due count it twice
+        age = self._clock() - turned
         if age >= self._half:
-            older = self._tables[0] if age < 2 * self._half else None
-            self._tables, self._turned = (BlockIndex(self._capacity), older), self._clock()
+            late = age >= 2 * self._half
+            older = None if late else self._tables[0]
+            # From when it was due, and not from now: what is in it may be as old as that.
+            self._tables, self._turned = (BlockIndex(self._capacity), older), turned + (age if late else self._half)
         return self._tables
 
     def add(self, keys: KeyArray) -> None:

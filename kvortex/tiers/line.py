@@ -12,6 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
+from kvortex.errors import told
 from kvortex.keys import KeyArray
 from kvortex.tiers.base import Call
 from kvortex.tiers.breaker import Breaker
@@ -34,7 +35,7 @@ class Line:
     name
         For metrics.
     known
-        Keys that were seen there lately.
+        Keys that were seen there lately; not asked where the tier is ``local``.
     absent
         Keys that were looked for there lately, in vain.
     asked
@@ -85,15 +86,15 @@ class Line:
 
     def look(self, keys: KeyArray) -> tuple[Flags, Flags]:
         """Which keys are there as far as is known without a round trip, and of which nothing is known."""
-        found = self.known.lookup(keys)
-        if found.all():
-            return found, np.zeros(len(keys), bool)
+        found = self.seen(keys)
         if not self.local:
             return found, ~found & ~self.absent.lookup(keys)
-        rest = ~found
-        there = self.guard.contains(keys[rest], self.call(self.options.read_timeout_s))
-        found[rest] = False if there is None else there
-        return found, np.zeros(len(keys), bool)
+        there = self.guard.contains(keys, self.call(self.options.read_timeout_s))
+        return found if there is None else there, np.zeros(len(keys), bool)
+
+    def seen(self, keys: KeyArray) -> Flags:
+        """Which keys were seen there lately. None where to ask costs nothing: what the tier itself says is true longer."""
+        return np.zeros(len(keys), bool) if self.local else self.known.lookup(keys)
 
     def may_have(self, keys: KeyArray) -> Flags:
         """Which keys are worth a try."""
@@ -123,7 +124,7 @@ class Line:
 
     def has(self, keys: KeyArray) -> Flags:
         """Which keys are there: asks, and remembers."""
-        found = self.known.lookup(keys)
+        found = self.seen(keys)
         if not found.all():
             rest = ~found
             there = self.guard.contains(keys[rest], self.call(self.options.read_timeout_s))
@@ -148,7 +149,10 @@ class Line:
         """Probes in the background, where that is due and every call has come back."""
         if not self.guard.overdue() and self.breaker.wants_probe():
             call = Call(time.monotonic() + self.options.read_timeout_s, self._closing)
-            threading.Thread(target=self.guard.probe, args=(call,), name=f"kvortex-{self.name}-probe", daemon=True).start()
+            try:
+                threading.Thread(target=self.guard.probe, args=(call,), name=f"kvortex-{self.name}-probe", daemon=True).start()
+            except RuntimeError as error:  # no thread is to be had; nobody else would ever end this probe
+                self.breaker.probed(told(error))
 
     def stats(self, queue_blocks: int, queue_bytes: int) -> TierStats:
         """A snapshot."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from kvortex import arguments
 from kvortex.errors import ArgumentError, PoolFullError
 from kvortex.index import DECLINED, PENDING
 from kvortex.keys import KeyArray
@@ -80,9 +81,15 @@ class Prefetch:
         -------
         (n,) bool
             Which blocks are in RAM: when the promotion ended, or else now. A later save may evict them again.
+
+        Raises
+        ------
+        ArgumentError
+            The timeout is no number of seconds.
         """
+        allowed = float("inf") if timeout is None else arguments.seconds(timeout)
         left = max(0.0, self._promotion.deadline - time.monotonic())
-        self._promotion.ended.wait(left if timeout is None else min(timeout, left))
+        self._promotion.ended.wait(min(allowed, left))
         return self.mask
 
     @property

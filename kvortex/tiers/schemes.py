@@ -54,6 +54,8 @@ class Scheme:
         """The tier's own options."""
         kind = getattr(importlib.import_module(self.module), self.options)
         kinds = {entry.name: str(entry.type) for entry in dataclasses.fields(kind)}
+        if twice := [name for short, name in _SHORT.items() if short in given and name in given]:
+            raise ConfigError(f"{shown(twice[0])} stands twice")
         named = {_SHORT.get(name, name): value for name, value in given.items()}
         if others := {name: value for name, value in named.items() if name not in kinds}:
             if not self.keeps_others:

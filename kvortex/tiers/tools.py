@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from kvortex.errors import ArgumentError, ConfigError, told
+from kvortex.errors import ArgumentError, ConfigError, hidden, told
 from kvortex.tiers.base import Call
 from kvortex.tiers.record import RecordFormat
 from kvortex.tiers.schemes import SCHEMES, Scheme
-from kvortex.tiers.urls import hidden, open_tier, parse_url
+from kvortex.tiers.urls import open_tier, parse_url
 
 _PROBE_BYTES = 64 << 10
 _PROBE_NAMESPACE = b"kvortex-probe".ljust(32, b".")  # of no engine: theirs are digests

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
-from kvortex.errors import ConfigError, cut, shown, told
+from kvortex.errors import ConfigError, cut, hidden, shown, shown_tiers, told
 from kvortex.tiers.base import Tier
 from kvortex.tiers.breaker import BreakerOptions
 from kvortex.tiers.options import TierOptions
@@ -48,7 +47,7 @@ def open_tiers(given: Any, form: RecordFormat) -> list[OpenTier]:
         It is none of these, or the tier's module refuses it, or is missing.
     """
     if isinstance(given, str) or not isinstance(given, Sequence):
-        raise ConfigError(f"tiers = {shown(given)}: must be a sequence of URLs, tables or functions")
+        raise ConfigError(f"tiers = {shown_tiers(given)}: must be a sequence of URLs, tables or functions")
     with contextlib.ExitStack() as undo:
         found = []
         for entry in given:
@@ -68,7 +67,7 @@ def open_tier(entry: Any, form: RecordFormat) -> OpenTier:
         return _open_url(entry, {}, form)
     if isinstance(entry, Mapping) and isinstance(entry.get("url"), str):
         return _open_url(entry["url"], {name: value for name, value in entry.items() if name != "url"}, form)
-    raise ConfigError(f"tiers: {shown(entry)} is no URL, no table with a url, and makes no tier")
+    raise ConfigError(f"tiers: {shown_tiers(entry)} is no URL, no table with a url, and makes no tier")
 
 
 def _open_url(url: str, more: Mapping[str, Any], form: RecordFormat) -> OpenTier:
@@ -83,7 +82,8 @@ def _open_url(url: str, more: Mapping[str, Any], form: RecordFormat) -> OpenTier
     except ConfigError as error:
         raise ConfigError(f"tier {hidden(bare)}: {hidden(str(error))}") from None
     except Exception as error:  # of a client library, or of the system
-        raise ConfigError(f"tier {hidden(bare)}: {hidden(told(error))}") from error
+        why = cut(hidden(f"{type(error).__name__}: {error}"), 200)
+        raise ConfigError(f"tier {hidden(bare)}: {why}") from error
 
 
 def parse_url(url: str, more: Mapping[str, Any] | None = None) -> tuple[str, TierOptions, dict[str, Any]]:
@@ -109,8 +109,3 @@ def parse_url(url: str, more: Mapping[str, Any] | None = None) -> tuple[str, Tie
 def _taken(given: dict[str, Any], kinds: Mapping[str, str]) -> list[tuple[str, Any]]:
     """Takes the options of these names out, as what their kinds say."""
     return [(name, value_of(name, given.pop(name), kind)) for name, kind in kinds.items() if name in given]
-
-
-def hidden(url: str) -> str:
-    """A URL without its password, for messages."""
-    return re.sub(r"(//[^/@:]*):[^/@]*@", r"\1:***@", url)

@@ -62,14 +62,14 @@ class Writing:
         return not self.blocks
 
     def offer(self, keys: KeyArray, sizes: Int64s) -> None:
-        """Blocks that were saved; those that are there, or wait already, are passed over."""
+        """Blocks that were saved; those that wait already, or were seen there lately, are passed over."""
         options, tally = self._line.options, self._line.guard.tally
         if options.mode == "read":
             return
         if not self._line.breaker.closed:
             tally.drop("breaker", len(keys))
             return
-        wanted = ~self._line.known.lookup(keys) & ~self._queued.lookup(keys)
+        wanted = ~self._line.seen(keys) & ~self._queued.lookup(keys)
         fits = (sizes >= (options.least_bytes or 0)) & (sizes <= (options.most_bytes or sizes))
         tally.drop("size", int((wanted & ~fits).sum()))
         rows = np.flatnonzero(wanted & fits)

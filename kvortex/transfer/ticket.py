@@ -230,7 +230,8 @@ class Ticket:
         """(n,) bool, one for each key of the call. Of a load: whether the page holds the block. Of a save: whether the
         block was in the cache already when the call was made, or was brought there by a transfer that has ended; another
         save may have evicted it since. False without an :attr:`error` says that the block was not admitted, having been
-        offered less often than ``admit_after``. Final once :meth:`done`; before, all False."""
+        offered less often than ``admit_after``, or that it was on its way from a tier below just then. Final once
+        :meth:`done`; before, all False."""
         if not self.done():
             return np.zeros(len(self._transfer.mask), bool)
         return self._transfer.mask.copy()

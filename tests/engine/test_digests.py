@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy.typing as npt
 import pytest
 
 from kvortex import KVortexEngine
-from kvortex.devices import Device
+from kvortex.devices import Device, HostDevice, HostStream
 from kvortex.devices.cuda import CudaDevice
 from kvortex.digests import DIGEST_BYTES, digest_records
 from kvortex.errors import CorruptBlocksError
@@ -249,3 +250,22 @@ def test_same(any_device: Device) -> None:
         assert engine.load_blocks(keys_of(*range(BLOCKS)), np.arange(BLOCKS)[::-1]).wait().all()
         moves = [(at, BLOCKS - 1 - at) for at in range(BLOCKS)]
         assert_same(cache.memory(), cache.expected(poisoned, before, moves))
+
+
+def test_a_block_that_was_saved_anew_meanwhile_stays() -> None:
+    """Of two loads of a damaged block the second ends when the block is there again, whole and in another slot."""
+    cache = cache_of(HostDevice(), "layers")
+    cache.randomize()
+    stream, gate = HostStream(), threading.Event()
+    with cache.engine(slots=BLOCKS) as engine:
+        assert engine.save_blocks(keys_of(1), [1]).wait().all()
+        flip(engine, 1, 77)
+        stream.enqueue(gate.wait)
+        late = engine.load_blocks(keys_of(1), [10], stream=stream)
+        assert not engine.load_blocks(keys_of(1), [11]).wait().any() and not engine.check_blocks(keys_of(1)).any()
+        assert engine.save_blocks(keys_of(1), [1]).wait().all()
+        gate.set()
+        assert not late.wait().any()
+        assert engine.check_blocks(keys_of(1)).all() and engine.load_blocks(keys_of(1), [10]).wait().all()
+        engine._index.check()
+    stream.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import threading
 import time
@@ -12,7 +13,7 @@ import pytest
 
 from kvortex import parts as parts_module
 from kvortex.devices import HostDevice
-from kvortex.errors import PoolFullError, TransferTimeoutError
+from kvortex.errors import ArgumentError, PoolFullError, TransferTimeoutError
 from kvortex.tiers.memory import MemoryStore
 from perf.faulty import RECORD_FAULTS
 from tests.engine.tiered import Tiers, nothing_is_held, save, until
@@ -308,3 +309,80 @@ def test_a_tier_that_cannot_be_closed_does_not_hold_shutdown_up(monkeypatch: pyt
         engine.shutdown(0.2)
     may_go.set()
     engine.shutdown(5.0)
+
+
+def test_a_probe_that_finds_no_thread_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody else would end it, and the breaker would wait for it for ever."""
+    cache, tiers = PagedCache.plain(HostDevice()), Tiers(MemoryStore(), breaker={"pause_s": 0.05})
+    start, refused = threading.Thread.start, []
+
+    def refuse_once(thread: threading.Thread) -> None:
+        if "probe" in thread.name and not refused:
+            refused.append(thread)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with cache.engine(tiers=tiers.config) as engine:
+        monkeypatch.setattr(threading.Thread, "start", refuse_once)
+        line = engine._cascade.lines[0]
+        line.breaker.trip("as a test wants it")
+        engine._cascade._wake()
+        until(lambda: line.breaker.closed)
+        assert refused and "can't start new thread" in line.breaker.reason
+
+
+def test_threads_that_cannot_be_had_leave_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, tiers = PagedCache.plain(HostDevice()), Tiers(MemoryStore(), MemoryStore())
+    start, before = threading.Thread.start, threading.active_count()
+
+    def refuse(thread: threading.Thread) -> None:
+        if "-write-" in thread.name:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(RuntimeError, match="can't start"):
+        cache.engine(tiers=tiers.config)
+    until(lambda: threading.active_count() == before)
+    assert tiers[0].closed and tiers[1].closed
+
+
+@pytest.mark.parametrize("timeout", [-1, float("nan"), "1", True])
+def test_a_wait_for_a_prefetch_takes_seconds(timeout: Any) -> None:
+    with PagedCache.plain(HostDevice()).engine(tiers=Tiers(MemoryStore()).config) as engine, pytest.raises(ArgumentError):
+        engine.prefetch(keys_of(1)).wait(timeout)
+
+
+def test_what_was_damaged_in_ram_before_it_was_written_never_comes_back() -> None:
+    """A digest made when the block is written would vouch for the damage: it is that of the save."""
+    cache, store = PagedCache.plain(HostDevice()), MemoryStore()
+    before = cache.randomize()
+    with cache.engine(slots=8, tiers=Tiers(store, mode="back", write_delay_s=600.0).config) as engine:
+        save(engine, cache, keys_of(1, 2), [1, 2])
+        slot = np.full(1, -1, np.int64)
+        engine._index.release(engine._index.acquire(keys_of(1), taken=slot))
+        at = engine._parts.arena.address + int(slot[0]) * engine._parts.arena.slot_bytes
+        ctypes.c_uint8.from_address(at + 5).value ^= 4
+        assert engine.flush(10)
+    poisoned = cache.randomize()
+    with cache.engine(slots=8, tiers=Tiers(store).config) as engine:
+        assert engine.load_blocks(keys_of(1, 2), [20, 21]).wait().tolist() == [False, True]
+        assert engine.get_stats().tiers[0].corrupt == 1
+        assert_same(cache.memory(), cache.expected(poisoned, before, [(2, 21)]))
+
+
+def test_shutdown_ends_loads_that_wait_for_tiers_at_once() -> None:
+    cache, tiers = PagedCache.plain(HostDevice()), Tiers(MemoryStore(), read_timeout_s=30.0)
+    engine = cache.engine(tiers=tiers.config)
+    tiers[0].plan = lambda operation: "hang" if operation == "contains" else None
+    ticket = engine.load_blocks(keys_of(1), [2])
+    until(lambda: tiers[0].hung)
+    ending = threading.Thread(target=engine.shutdown, args=(20.0,))
+    ending.start()
+    try:
+        until(ticket.done, 5.0)
+        assert not ticket.mask.any() and ticket.error is None
+    finally:
+        tiers[0].gate.set()
+        ending.join(20)
+    assert not ending.is_alive() and tiers[0].closed

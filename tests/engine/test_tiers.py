@@ -402,3 +402,34 @@ def test_an_engine_that_cannot_be_made_closes_its_tiers(monkeypatch: pytest.Monk
     with pytest.raises(ZeroDivisionError):
         cache.engine(tiers=tiers.config)
     assert tiers[0].closed and not [t for t in threading.enumerate() if t.name.startswith("kvortex-memory")]
+
+
+def test_a_block_that_waits_is_written_as_long_as_it_is_by_then() -> None:
+    """It was evicted while it waited, and saved anew with another length."""
+    device, store = HostDevice(), MemoryStore()
+    buffer, target = device.allocate(8192), device.allocate(8192)
+    buffer.write(np.random.default_rng(1).integers(0, 256, 8192, np.uint8))
+    config = {"device": "host", "max_block_bytes": 4096, "cpu_pool_size_bytes": 8 << 12}
+    back = Tiers(store, mode="back", write_delay_s=600.0)
+    with KVortexEngine.create(KVortexConfig(**config, tiers=back.config)) as engine:
+        assert engine.save_blocks(keys_of(1), [buffer.address], [100]).wait().all()
+        engine._index.drop(keys_of(1))
+        assert engine.save_blocks(keys_of(1), [buffer.address], [3000]).wait().all()
+        assert engine.flush(10)
+    with KVortexEngine.create(KVortexConfig(**config, tiers=Tiers(store).config)) as engine:
+        assert engine.load_blocks(keys_of(1), [target.address], [3000]).wait().all()
+        assert (target.read(0, 3000) == buffer.read(0, 3000)).all()
+
+
+def test_a_block_that_came_with_another_length_meanwhile_is_a_miss() -> None:
+    device, tiers = HostDevice(), Tiers(MemoryStore(), read_timeout_s=5.0)
+    buffer = device.allocate(4096)
+    config = KVortexConfig(device="host", max_block_bytes=4096, cpu_pool_size_bytes=8 << 12, tiers=tiers.config)
+    with KVortexEngine.create(config) as engine:
+        tiers[0].plan = lambda operation: "hang" if operation == "contains" else None
+        ticket = engine.load_blocks(keys_of(1), [buffer.address], [100])
+        until(lambda: tiers[0].hung)
+        assert engine.save_blocks(keys_of(1), [buffer.address], [200]).wait().all()
+        tiers[0].gate.set()
+        assert not ticket.wait().any() and ticket.error is None and engine.get_stats().missed_blocks == 1
+        nothing_is_held(engine)

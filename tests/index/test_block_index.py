@@ -268,6 +268,22 @@ def test_a_release_without_a_pin_changes_nothing(slots: list[int]) -> None:
     refused(index, IndexStateError, r"slots\[1\]", lambda: index.release(slots))
 
 
+def test_drop_from_slots_spares_what_is_elsewhere_by_now() -> None:
+    index = BlockIndex(4)
+    index.commit(index.reserve(keys("ab")).slots)
+    held = index.acquire(keys("ab"))
+    index.drop(keys("a"))
+    index.commit(index.reserve(keys("a")).slots)  # anew, in another slot, while the old one is held
+    assert index.drop(keys("ab"), slots=held) == 1
+    assert index.lookup(keys("ab")).tolist() == [True, False]
+    once = np.zeros(1, np.uint8)
+    index.release(held, once=once)
+    assert index.drop(keys("a"), once=once) == 0 and index.lookup(keys("a")).all()
+    with pytest.raises(ArgumentError, match="1 of them for 2 keys"):
+        index.drop(keys("ab"), slots=[0])
+    index.check()
+
+
 def test_drop_forgets_at_once_and_frees_with_the_last_pin() -> None:
     index = BlockIndex(3)
     a, b = fill(index, "ab")

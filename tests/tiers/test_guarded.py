@@ -94,7 +94,7 @@ def test_misses_and_damage_open_nothing() -> None:
 
 def test_a_call_that_hangs_opens_it_once_and_is_no_news_when_it_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvortex.tiers.guarded._GRACE_S", 0.02)
-    bench = Bench(failures=1, pause_s=0.01)
+    bench = Bench(failures=1, pause_s=0.01, slow_s=0.001, lost_s=0.001)  # as it has lost more, it would open it again
     bench.tier.plan = lambda _: "hang"
     thread = threading.Thread(target=lambda: bench.guard.contains(bench.keys, bench.call(0.02)))
     thread.start()

@@ -32,6 +32,19 @@ def test_keys_are_forgotten_between_half_a_lifetime_and_a_whole_one() -> None:
     assert not keys.lookup(keys_of(1, 2, 3, 4)).any()
 
 
+def test_who_asks_late_gets_no_older_keys() -> None:
+    clock = Clock()
+    keys = KeySet(16, 10.0, clock)
+    keys.add(keys_of(1))
+    clock.now = 9.9
+    assert keys.lookup(keys_of(1)).all()  # the first call for long
+    keys.add(keys_of(2))
+    clock.now = 10.0
+    assert keys.lookup(keys_of(1, 2)).tolist() == [False, True]
+    clock.now = 14.9
+    assert keys.lookup(keys_of(2)).all()
+
+
 def test_it_is_bounded_and_takes_duplicates_and_more_than_it_holds() -> None:
     keys = KeySet(8, float("inf"))
     keys.add(keys_of(*range(100)))

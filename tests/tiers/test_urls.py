@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kvortex import ConfigError, KVortexConfig
+from kvortex.errors import hidden
 from kvortex.tiers import BreakerOptions, RecordFormat, TierOptions
 from kvortex.tiers.memory import MemoryStore, MemoryTier, shared_store
-from kvortex.tiers.urls import hidden, open_tier, open_tiers, parse_url
+from kvortex.tiers.urls import open_tier, open_tiers, parse_url
 
 FORM = RecordFormat(bytes(32), 4096)
 
@@ -40,6 +42,9 @@ BAD = [
     ("disk:/x?breaker_pause_s=0", "pause_s = 0.0: must be a number of seconds"),
     ("memory:x?colour=red", "unknown option 'colour'; known are capacity_bytes"),
     ("memory:x?capacity=big", "capacity_bytes = 'big' is no int: 'big' is no size"),
+    ("memory:x?capacity=1MiB&capacity_bytes=2MiB", "'capacity_bytes' stands twice"),
+    ("redis://127.0.0.1:1/blocks", "the path is the number of a database, not 'blocks'"),
+    ("redis://127.0.0.1:1/1/2", "the path is the number of a database, not '1/2'"),
     (17, "17 is no URL"),
     ({"mode": "back"}, "is no URL, no table with a url"),
     ((MemoryTier, 3), "makes no tier"),
@@ -59,6 +64,40 @@ def test_a_password_is_in_no_message() -> None:
         with pytest.raises(ConfigError) as caught:
             open_tier(url, FORM)
         assert "secret" not in str(caught.value) and "host" in str(caught.value)
+
+
+SECRETS: list[tuple[str, Callable[[], Any]]] = [
+    ("tiers = ", lambda: KVortexConfig(tiers="redis://:hunter2@host")),  # type: ignore[arg-type]
+    ("tiers[0] = ", lambda: KVortexConfig(tiers=("REDIS://:hunter2@host",))),
+    ("16 at most", lambda: KVortexConfig(tiers=("redis://:hunter2@host",) * 17)),
+    ("must be a sequence", lambda: open_tiers("redis://:hunter2@host", FORM)),
+    ("no table with a url", lambda: open_tier({"URL": "redis://:hunter2@host"}, FORM)),
+    ("no table with a url", lambda: open_tier({"uri": "s3://bucket", "secret_access_key": "hunter2"}, FORM)),
+    ("%2F", lambda: open_tier("redis://:hunter2/x@host", FORM)),
+    ("%2F", lambda: open_tier("redis://:x/hunter2@host", FORM)),
+    ("no host and port", lambda: open_tier("redis://:hunter2/0", FORM)),
+    ("no host and port", lambda: open_tier("redis://me:hunter2?x@host", FORM)),
+    ("nonsense", lambda: open_tier("redis://:x@hunter2@host?nonsense=1", FORM)),
+    ("unknown scheme", lambda: open_tier("gopher://x?secret_access_key=hunter2", FORM)),
+    ("unknown scheme", lambda: open_tier("gopher://me:" + "hunter2" * 30 + "@" + "host" * 30, FORM)),
+]
+
+
+@pytest.mark.parametrize(("why", "wrong"), SECRETS)
+def test_no_refusal_shows_what_may_be_secret(why: str, wrong: Callable[[], Any]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        wrong()
+    assert why in str(caught.value) and "hunter" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["redis://h:6379/0", "redis://h:6379", "s3://b/p", "redis://[::1]:3/0", "x://h:1: no"])
+def test_what_is_no_secret_is_shown(url: str) -> None:
+    assert hidden(url) == url
+
+
+def test_a_config_can_be_printed() -> None:
+    tiers = ("redis://:hunter2@host", {"url": "s3://bucket", "secret_access_key": "hunter2"})
+    assert "hunter2" not in repr(KVortexConfig(tiers=tiers))
 
 
 def test_what_was_opened_before_a_refusal_is_closed() -> None:

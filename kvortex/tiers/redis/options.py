@@ -44,6 +44,12 @@ class RedisOptions:
     def __post_init__(self) -> None:
         if not isinstance(self.url, str) or urlsplit(self.url).scheme not in _SCHEMES:
             raise ConfigError("url of a Redis tier must begin with redis://, rediss:// or unix://")
+        parts = urlsplit(self.url)
+        if parts.scheme != "unix" and "@" in parts.path + parts.fragment:  # it would be taken for a host, and shown
+            raise ConfigError("url of a Redis tier: write / as %2F, # as %23 and @ as %40 in a user's name and password")
+        number = parts.path.strip("/")
+        if parts.scheme != "unix" and number and not (number.isascii() and number.isdecimal()):  # redis-py would take 0
+            raise ConfigError(f"url of a Redis tier: the path is the number of a database, not {shown(number)}")
         if self.ttl_s is not None:
             _check_integer("ttl_s", self.ttl_s, 1, _MOST_SECONDS)
         if not isinstance(self.renew_ttl, bool):
