@@ -201,7 +201,7 @@ def test_a_paused_server_is_waited_for_until_the_deadline_and_a_killed_one_fails
             server.pause()
             assert (rack.get(tier, seconds=0.4).outcomes == Outcome.TIMEOUT).all()
             assert (rack.put(tier, seconds=0.4) == Outcome.TIMEOUT).all()
-            assert not rack.has(tier, seconds=0.4).any() and rack.latest < TOLERANCE
+            assert rack.has(tier, seconds=0.4) is None and rack.latest < TOLERANCE
             end = time.monotonic() + 0.3
             call = Call(time.monotonic() + 30, lambda: time.monotonic() > end)
             assert (tier.get_into(rack.keys, rack.targets, rack.sizes, call).outcomes == Outcome.CANCELLED).all()
