@@ -171,7 +171,7 @@ class MooncakeTier(Tier):
 
     def probe(self, call: Call) -> str | None:
         self.trouble = ""
-        return probe_record(self, call, lambda: self.trouble)
+        return probe_record(self, self.format, call, lambda: self.trouble)
 
     def close(self) -> None:
         """Waits some seconds for calls that were left behind; if one does not come back, its memory stays."""

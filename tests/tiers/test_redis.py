@@ -85,6 +85,13 @@ def test_a_closed_tier_fails_and_does_not_connect(redis_port: int, tier: RedisTi
     assert rack.put(tier)[0] == rack.get(tier).outcomes[0] == Outcome.FAILED and rack.has(tier) is None
 
 
+def test_a_probe_of_small_blocks(redis_port: int) -> None:
+    """A tier takes no record that is larger than a block; nor does it look for one."""
+    small = RedisTier(RedisOptions(url=f"redis://127.0.0.1:{redis_port}"), RecordFormat(NAMESPACE, 1000))
+    assert small.probe(Call(time.monotonic() + 10)) is None
+    small.close()
+
+
 def test_no_key_is_no_request(tier: RedisTier) -> None:
     rack = Rack([])
     assert len(rack.put(tier)) == len(rack.get(tier).outcomes) == len(rack.has(tier)) == 0

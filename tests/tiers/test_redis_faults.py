@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import resource
 import socket
 import threading
 import time
@@ -172,6 +173,19 @@ def test_errors_of_a_server_keep_the_connection(error: bytes, put: Outcome, get:
             assert (rack.put(tier) == put).all() and (rack.get(tier).outcomes == get).all(), tier.trouble
             assert tier._servers.pool.waiting() >= 1
         tier.close()
+
+
+def test_a_length_that_is_huge_takes_no_memory() -> None:
+    """Answers that are no payloads are short; and what is asked for is only had when it comes."""
+    rack = Rack([4096])
+    with Scripted(lambda words: b"$1000000000\r\nx") as server:
+        tier = make(server.port, connections=1)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        assert rack.has(tier, seconds=1) is None and rack.put(tier, seconds=1)[0] != Outcome.OK
+        assert rack.get(tier, seconds=1).outcomes[0] != Outcome.OK
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
+        tier.close()
+    assert rack.wrong_bytes == 0 and rack.latest < TOLERANCE
 
 
 def test_redirections_in_a_circle_end() -> None:

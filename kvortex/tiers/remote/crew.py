@@ -63,7 +63,12 @@ class Crew:
                 return None
             if self._executor is None or self._process != os.getpid():  # threads do not survive a fork
                 self._executor, self._process = ThreadPoolExecutor(self._threads, f"kvortex-{self._name}"), os.getpid()
-            return self._executor.submit(work)
+            helper: Future[None] = Future()
+            try:
+                self._executor.submit(_help, helper, work)
+            except RuntimeError:  # no thread is to be had, or the interpreter ends; the executor may get to it later
+                pass
+            return helper
 
     def close(self) -> None:
         """Ends the threads when they have done what they do. Twice does no harm."""
@@ -72,6 +77,18 @@ class Crew:
             executor, self._executor = self._executor, None
         if executor is not None and self._process == os.getpid():
             executor.shutdown(wait=True)
+
+
+def _help(helper: Future[None], work: Callable[[], None]) -> None:
+    """``work`` on another thread, unless its caller has given that up; then nobody may touch the caller's memory."""
+    if not helper.set_running_or_notify_cancel():
+        return
+    try:
+        work()
+    except BaseException as error:
+        helper.set_exception(error)
+    else:
+        helper.set_result(None)
 
 
 def _join(helpers: list[Future[None]], stopped: threading.Event) -> None:

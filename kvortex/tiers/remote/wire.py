@@ -80,6 +80,8 @@ class Wire:
         if self.owed or self._start != self._end:
             return False
         try:
+            if self._is_tls and self._sock.pending():  # type: ignore[attr-defined]
+                return False
             poll = select.poll()
             poll.register(self._sock, select.POLLIN)
             return not poll.poll(0)
