@@ -61,7 +61,7 @@ class Crew:
                     self._batches.append(batch)
                     self._news.notify(count)
             while not batch.ended.wait(min(call.left(), _LOOK)):
-                if why := _over(call):
+                if why := over(call):
                     self._give_up(batch, why)
                     break
         finally:
@@ -94,7 +94,7 @@ class Crew:
                     self._news.wait()
                 batch = self._batches[0]
             try:
-                why = _over(batch.call)
+                why = over(batch.call)
             except Exception as error:  # of the caller's own ``cancelled``
                 batch.error, why = error, Outcome.FAILED
             at = self._begin(batch, why)
@@ -139,7 +139,8 @@ class Crew:
         return not any(thread.is_alive() for thread in self._threads)
 
 
-def _over(call: Call) -> Outcome | None:
+def over(call: Call) -> Outcome | None:
+    """Why a call is to begin nothing more; None while it may."""
     if call.cancelled():
         return Outcome.CANCELLED
     return None if call.left() else Outcome.TIMEOUT

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections import deque
@@ -64,10 +65,8 @@ class Crew:
             if self._executor is None or self._process != os.getpid():  # threads do not survive a fork
                 self._executor, self._process = ThreadPoolExecutor(self._threads, f"kvortex-{self._name}"), os.getpid()
             helper: Future[None] = Future()
-            try:
+            with contextlib.suppress(RuntimeError):  # no thread is to be had, or the interpreter ends; or it comes later
                 self._executor.submit(_help, helper, work)
-            except RuntimeError:  # no thread is to be had, or the interpreter ends; the executor may get to it later
-                pass
             return helper
 
     def close(self) -> None:

@@ -252,6 +252,23 @@ def test_a_file_system_that_reserves_nothing_is_noted(tmp_path: Path) -> None:
         assert all(blocks.found(tier))
 
 
+def test_a_file_system_whose_space_is_reserved_by_writing(tmp_path: Path) -> None:
+    """The C library then writes bytes, which O_DIRECT refuses."""
+    system = Failing()
+    system.rule = raising("fallocate", EINVAL)
+    with opened(tmp_path, system=system) as tier:
+        assert any("reserves no space" in note for note in tier.notes)
+        assert (Blocks(4).put(tier) == Outcome.OK).all()
+
+
+def test_blocks_that_no_call_of_the_system_takes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="blocks of 2147475456 bytes at most"), opened(
+        tmp_path, 1, form=RecordFormat(NAMESPACE, 2**31)
+    ):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_closed_tier_fails_and_closes_twice(tmp_path: Path) -> None:
     blocks = Blocks(2)
     with opened(tmp_path) as tier:
