@@ -112,5 +112,6 @@ def _taken(given: dict[str, Any], kinds: Mapping[str, str]) -> list[tuple[str, A
 
 
 def hidden(url: str) -> str:
-    """A URL without its password, for messages."""
-    return re.sub(r"(//[^/@:]*):[^/@]*@", r"\1:***@", url)
+    """A URL without its password, for messages; also one whose password is not quoted as it should be."""
+    url = re.sub(r"(//[^/@:\s]*):\S*@", r"\1:***@", url)
+    return re.sub(r"(//[^/@:\s\[]*):(?!\*\*\*@|\d*(?![^/?#,:;\s]))[^:;\s]*", r"\1:***", url)

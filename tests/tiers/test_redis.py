@@ -393,7 +393,9 @@ def test_impossible_options_are_refused(options: dict[str, object]) -> None:
 
 
 def test_urls_that_cannot_be_used_are_refused_without_their_secrets() -> None:
-    for url in ("redis://:hunter2@host:port/1", "redis://:hunter2@host/1?nonsense=1", "redis://u:hunter2@h:99999999"):
+    for url in ("redis://:hunter2@host:port/1", "redis://:hunter2@host/1?nonsense=1", "redis://u:hunter2@h:99999999",
+                "redis://:hunter2/more@host:1", "redis://:hunter2?more@host:1", "redis://u:hunter2#more@host", "redis://[hunter2",
+                "redis://:hunter2/0"):  # fmt: skip
         with pytest.raises(ConfigError) as error:
             RedisTier(RedisOptions(url=url), FORMAT)
         assert "hunter2" not in str(error.value) and "hunter2" not in repr(RedisOptions(url=url))

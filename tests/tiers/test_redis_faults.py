@@ -188,6 +188,27 @@ def test_a_length_that_is_huge_takes_no_memory() -> None:
     assert rack.wrong_bytes == 0 and rack.latest < TOLERANCE
 
 
+def test_connections_to_servers_that_left_a_cluster_are_closed() -> None:
+    """Addresses come and go where a cluster's machines do."""
+    rack = Rack([4096] * 3)
+    ports: list[int] = []
+
+    def reply(words: list[bytes]) -> bytes:
+        if words[:2] == [b"CLUSTER", b"SLOTS"]:
+            return b"*1\r\n*3\r\n:0\r\n:16383\r\n*2\r\n$9\r\n127.0.0.1\r\n:%d\r\n" % ports[-1]
+        return b":0\r\n"
+
+    with Scripted(reply) as home, Scripted(reply) as first, Scripted(reply) as second:
+        ports.append(first.port)
+        tier = make(home.port)
+        pool = tier._servers.pool
+        assert not rack.has(tier).any() and set(pool._here()) == {("127.0.0.1", home.port), ("127.0.0.1", first.port)}
+        ports.append(second.port)
+        tier._servers.doubt()
+        assert not rack.has(tier).any() and set(pool._here()) == {("127.0.0.1", home.port), ("127.0.0.1", second.port)}
+        tier.close()
+
+
 def test_redirections_in_a_circle_end() -> None:
     rack = Rack([4096] * 3)
     ports: list[int] = []

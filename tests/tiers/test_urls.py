@@ -61,6 +61,22 @@ def test_a_password_is_in_no_message() -> None:
         assert "secret" not in str(caught.value) and "host" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "url",
+    ["redis://me:sec/ret@host:1/0", "redis://me:sec?ret@host:1/0", "redis://me:sec#ret@host:1/0", "redis://me:sec@ret@host:x/0",
+     "redis://:secret/0", "redis://:12345secret", "redis://me:secret@host:1,redis://:secret@host:2"],
+)  # fmt: skip
+def test_a_password_that_is_not_quoted_is_in_no_message(url: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        open_tier(url, FORM)
+    assert "sec" not in str(caught.value) and "ret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["redis://h:6379/0", "redis://h:6379", "s3://b/p", "redis://[::1]:3/0", "x://h:1: no"])
+def test_what_is_no_password_is_shown(url: str) -> None:
+    assert hidden(url) == url
+
+
 def test_what_was_opened_before_a_refusal_is_closed() -> None:
     closed = []
 

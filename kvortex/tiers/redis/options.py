@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from urllib.parse import urlsplit
 
 from kvortex.errors import ConfigError, shown
 
@@ -42,7 +41,7 @@ class RedisOptions:
     connect_timeout_s: float = 2.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.url, str) or urlsplit(self.url).scheme not in _SCHEMES:
+        if not isinstance(self.url, str) or self.url.partition("://")[0] not in _SCHEMES:
             raise ConfigError("url of a Redis tier must begin with redis://, rediss:// or unix://")
         if self.ttl_s is not None:
             _check_integer("ttl_s", self.ttl_s, 1, _MOST_SECONDS)
