@@ -19,6 +19,10 @@ pytestmark = pytest.mark.usefixtures("nothing_leaks")
 Reply = Callable[[str, bytes], bytes]
 
 
+class Cut(bytes):
+    """An answer after which the server hangs up."""
+
+
 @contextlib.contextmanager
 def scripted(reply: Reply) -> Iterator[str]:
     """The endpoint of a server that answers a method, and the body that came with it, with what ``reply`` makes of them."""
@@ -30,7 +34,10 @@ def scripted(reply: Reply) -> Iterator[str]:
             while first := lines.readline():
                 fields = dict(line.decode().strip().lower().split(": ", 1) for line in iter(lines.readline, b"\r\n") if line)
                 body = lines.read(int(fields.get("content-length", 0)))
-                sock.sendall(reply(first.split()[0].decode(), body))
+                said = reply(first.split()[0].decode(), body)
+                sock.sendall(said)
+                if isinstance(said, Cut):
+                    sock.shutdown(socket.SHUT_RDWR)
 
     def accept() -> None:
         while True:
@@ -88,6 +95,27 @@ def test_only_a_200_is_an_object(status: str) -> None:
     assert rack.wrong_bytes == 0
 
 
+def test_an_object_that_is_cut_is_asked_for_again_and_nothing_of_it_counts() -> None:
+    """Nor is it taken for damaged, and deleted."""
+    rack = Rack([1 << 16])
+    stored, asked = list[bytes](), list[str]()
+
+    def reply(method: str, body: bytes) -> bytes:
+        asked.append(method)
+        if method == "PUT":
+            stored.append(body)
+            return answer("200 OK")
+        whole = answer("200 OK", stored[-1])
+        return Cut(whole[:20_000]) if asked.count("GET") == 1 else whole
+
+    with scripted(reply) as endpoint:
+        tier = make(endpoint)
+        assert rack.put(tier)[0] == Outcome.OK
+        assert rack.get(tier).outcomes[0] == Outcome.OK and asked == ["PUT", "GET", "GET"]
+        tier.close()
+    assert rack.wrong_bytes == 0
+
+
 def test_a_part_of_an_object_does_not_complete_what_was_lost_before() -> None:
     """First a get that is cut in the payload, then an answer without the rest."""
     rack = Rack([1 << 16])
@@ -99,7 +127,7 @@ def test_a_part_of_an_object_does_not_complete_what_was_lost_before() -> None:
             return answer("200 OK")
         gets.append(1)
         if len(gets) == 1:
-            return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(stored[-1]) + stored[-1][:5000] + b""
+            return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(stored[-1]) + stored[-1][:5000]
         return answer("206 Partial Content", stored[-1][5000:])
 
     with scripted(reply) as endpoint:

@@ -65,12 +65,22 @@ class Crew:
                     self._give_up(batch, why)
                     break
         finally:
-            self._give_up(batch, Outcome.CANCELLED)  # of an interrupt; else there is nothing to give up
-            while not batch.ended.is_set():
-                batch.ended.wait()
+            self._end(batch)
         if batch.error is not None:
             raise batch.error
         return batch.begun, batch.why
+
+    def _end(self, batch: Batch) -> None:
+        """Waits for what has begun, through interrupts too: it has the caller's memory in its hands."""
+        interrupt: BaseException | None = None
+        while not batch.ended.is_set():
+            try:
+                self._give_up(batch, Outcome.CANCELLED)  # of an interrupt; else there is nothing to give up
+                batch.ended.wait()
+            except BaseException as error:
+                interrupt = error
+        if interrupt is not None:
+            raise interrupt
 
     def _give_up(self, batch: Batch, why: Outcome) -> None:
         with self._news:

@@ -16,6 +16,7 @@ import pytest
 from kvortex.errors import ConfigError
 from kvortex.tiers import Outcome, RecordFormat
 from kvortex.tiers.disk import DiskOptions, DiskTier
+from kvortex.tiers.disk.slab import lock
 from tests.tiers.disk.rig import (
     EINVAL,
     EIO,
@@ -80,6 +81,27 @@ def test_a_folder_has_one_owner(tmp_path: Path) -> None:
         code += "DiskTier(DiskOptions(paths=[sys.argv[1]], capacity_bytes=1 << 20), RecordFormat(bytes(range(32)), 8192))"
         done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60)
         assert done.returncode and "ConfigError" in done.stderr and "in use by another engine" in done.stderr
+    with opened(tmp_path) as tier:
+        assert all(blocks.found(tier))
+
+
+def test_a_file_that_its_owner_removes_meanwhile_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opened before a purge and locked after it, it has no name: all that went into it would be lost."""
+    blocks = Blocks(4)
+    with opened(tmp_path) as tier:
+        blocks.put(tier)
+    locked: list[str] = []
+
+    def lock_late(fd: int, path: str) -> None:
+        if not locked:
+            os.unlink(path)
+        locked.append(path)
+        lock(fd, path)
+
+    monkeypatch.setattr("kvortex.tiers.disk.slab.lock", lock_late)
+    with opened(tmp_path) as tier:
+        assert len(locked) == 2 and not tier.recovered
+        assert (blocks.put(tier) == Outcome.OK).all()
     with opened(tmp_path) as tier:
         assert all(blocks.found(tier))
 
