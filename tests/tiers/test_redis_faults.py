@@ -188,6 +188,33 @@ def test_a_length_that_is_huge_takes_no_memory() -> None:
     assert rack.wrong_bytes == 0 and rack.latest < TOLERANCE
 
 
+@pytest.mark.parametrize("how", [b"ASK", b"MOVED"])
+def test_a_record_that_moves_between_its_strings_is_read_anew(how: bytes) -> None:
+    """What came of it before counts no more; nor is it taken for damaged, and deleted."""
+    rack = Rack([70_000])
+    stored: dict[bytes, bytes] = {}
+    said: list[bytes] = []
+
+    def reply(words: list[bytes]) -> bytes:
+        said.append(words[0])
+        if words[:2] == [b"CLUSTER", b"SLOTS"]:
+            return b"*1\r\n*3\r\n:0\r\n:16383\r\n*2\r\n$9\r\n127.0.0.1\r\n:%d\r\n" % server.port
+        if words[0] == b"SET":
+            stored[words[1]] = words[2]
+        elif words[0] == b"GET" and said.count(b"GET") == 2:
+            return b"-%b 1 127.0.0.1:%d\r\n" % (how, server.port)
+        elif words[0] == b"GET":
+            return b"$%d\r\n%b\r\n" % (len(stored[words[1]]), stored[words[1]])
+        return b"+OK\r\n"
+
+    with Scripted(reply) as server:
+        tier = make(server.port)
+        assert rack.put(tier)[0] == Outcome.OK
+        assert rack.get(tier).outcomes[0] == Outcome.OK and said.count(b"GET") == 4 and b"UNLINK" not in said
+        tier.close()
+    assert rack.wrong_bytes == 0
+
+
 def test_connections_to_servers_that_left_a_cluster_are_closed() -> None:
     """Addresses come and go where a cluster's machines do."""
     rack = Rack([4096] * 3)
