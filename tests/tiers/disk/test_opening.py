@@ -59,6 +59,12 @@ def test_impossible_options_are_refused_by_name(options: dict[str, Any], message
         DiskOptions(**{"paths": "x", "capacity_bytes": 1 << 20} | options)
 
 
+def test_a_path_of_bytes_is_the_folder_that_it_names(tmp_path: Path) -> None:
+    with os.scandir(os.fsencode(tmp_path.parent)) as entries:
+        found = next(entry for entry in entries if os.fsdecode(entry.name) == tmp_path.name)
+    assert DiskOptions(paths=[found], capacity_bytes=1).paths == (os.path.realpath(tmp_path),)
+
+
 def test_one_path_may_be_given_as_it_is(tmp_path: Path) -> None:
     assert DiskOptions(paths=tmp_path, capacity_bytes=1).paths == (str(tmp_path),)
 
