@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+import os
+import signal
 import socket
 import ssl
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -245,6 +248,21 @@ def test_s3_over_tls(certificate: tuple[Path, Path]) -> None:
     tier.close()
     store.close()
     assert rack.wrong_bytes == 0
+
+
+def test_a_crew_works_in_a_process_that_was_forked_while_it_began_a_thread() -> None:
+    crew, ran = Crew("test", 3), list[int]()
+    with crew._lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads, which is what this is about
+        child = os.fork()
+        if not child:
+            signal.alarm(10)
+            try:
+                crew.run([lambda call: ran.append(1)] * 4, soon())
+            finally:
+                os._exit(0 if len(ran) == 4 else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    crew.close()
 
 
 def test_a_crew_without_threads_works_alone(monkeypatch: pytest.MonkeyPatch) -> None:
