@@ -38,10 +38,20 @@ KERNELS = {
     "scatter_resident_digest": "kvortex.kernels.resident",
     "read_pages": "kvortex.kernels.reading",
     "read_buffers": "kvortex.kernels.reading",
+    "plane_count": "kvortex.kernels.plane_encode",
+    "plane_encode": "kvortex.kernels.plane_encode",
+    "plane_decode": "kvortex.kernels.plane_decode",
     "compute": "kvortex.kernels.compute",
 }
-# The most that a CTA of 512 threads can have, and that four of them can.
-_REGISTERS = {"kvortex.kernels.resident": 128, "kvortex.kernels.compute": 32}
+# The most that a CTA of 512 threads can have, that four of them can, and that four of 256 can.
+_REGISTERS = {
+    "kvortex.kernels.resident": 128,
+    "kvortex.kernels.compute": 32,
+    "kvortex.kernels.plane_encode": 64,
+    "kvortex.kernels.plane_decode": 64,
+}
+# Before Hopper a vote in a loop is a call where the compiler does not see that warps are whole: registers for two CTAs of 256.
+_BEFORE_HOPPER = {"kvortex.kernels.plane_encode": 128, "kvortex.kernels.plane_decode": 128}
 _MAGIC, _VERSION = b"KVXCUBIN", 2
 _ENTRY_BYTES = struct.Struct("<I")
 _COMPILERS = (
@@ -105,6 +115,8 @@ def compile_kernel(name: str, compute_capability: tuple[int, int]) -> Cubin:
         if entry is None:
             raise BuildError(f"{name}: the compiler wrote no kernel")
         most = _REGISTERS.get(KERNELS[name])
+        if compute_capability < (9, 0):
+            most = _BEFORE_HOPPER.get(KERNELS[name], most)
         options = LinkerOptions(arch="sm_{}{}".format(*compute_capability), max_register_count=most)
         linked: Any = Linker(ObjectCode.from_ptx(ptx.encode()), options=options).link("cubin")
         return Cubin(bytes(linked.code), entry[1])

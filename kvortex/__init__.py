@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from kvortex.errors import (
         ArgumentError,
         BuildError,
+        CodecError,
         ConfigError,
         CorruptBlocksError,
         DeviceError,
@@ -43,6 +44,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ArgumentError",
     "BuildError",
+    "CodecError",
     "ConfigError",
     "CorruptBlocksError",
     "Device",

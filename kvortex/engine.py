@@ -377,6 +377,17 @@ class KVortexEngine:
         with EngineCall(self):
             return self._cascade is None or self._cascade.flush(time.monotonic() + seconds)
 
+    def drop_blocks(self, keys: KeysLike) -> int:
+        """Forgets blocks of the pool, and says how many there were. They are misses at once; a slot that a transfer still
+        uses is free when that has ended. Blocks that are being saved stay. Tiers below forget them in the background, as far
+        as they can be reached."""
+        stored = self._stored(keys)
+        with EngineCall(self):
+            dropped = self._index.drop(stored)
+            if self._cascade is not None:
+                self._cascade.forget(stored)
+            return dropped
+
     def _stored(self, keys: KeysLike) -> KeyArray:
         """The keys under which the pool holds blocks of these keys."""
         return self.scheme.stored(as_keys(keys))

@@ -31,6 +31,10 @@ class ArgumentError(KVortexError, ValueError):
     """The arguments of one call do not fit: lengths, shapes, ranges, duplicates. Nothing was moved."""
 
 
+class CodecError(KVortexError, ValueError):
+    """A codec has an unknown name, does not fit the records or its tables, or was handed bytes that it did not make."""
+
+
 class PoolFullError(KVortexError):
     """The pool has too few slots that are free or may be evicted; the rest are pinned or still being written."""
 

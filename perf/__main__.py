@@ -8,10 +8,30 @@ from pathlib import Path
 from types import ModuleType
 
 from kvortex.errors import KVortexError, told
-from perf import compute, digest, duplex, faults, fragments, gil, index, keys, latency, link, pinned, submit, tiers
+from perf import (
+    answers,
+    codecs,
+    compute,
+    digest,
+    duplex,
+    faults,
+    fragments,
+    gil,
+    index,
+    keys,
+    latency,
+    link,
+    pinned,
+    plane,
+    prefix,
+    submit,
+    tiers,
+)
 from perf.report import Report, check_writable, environment, progress
 
 QUESTIONS = {
+    "answers": answers,
+    "codecs": codecs,
     "compute": compute,
     "digest": digest,
     "duplex": duplex,
@@ -23,6 +43,8 @@ QUESTIONS = {
     "latency": latency,
     "link": link,
     "pinned": pinned,
+    "plane": plane,
+    "prefix": prefix,
     "submit": submit,
     "tiers": tiers,
 }

@@ -1,41 +1,42 @@
 """What is handed out while disks, servers and stores fail in every way that is known here?
 
 Each campaign injects faults at random and counts what must never be: ``wrong_bytes``, ``hangs`` (waits beyond their deadlines),
-``leaked`` (slots and pins that nobody holds), and ``raised`` (errors that no call of a tier may raise). ``served_again`` says
-whether all tiers gave back what they took once the faults were over. The modules say what each injects. ``broken`` is the sum
-of all that must be 0 but ``wrong_bytes``. Runs on the host, whatever ``--device`` says.
+``leaked`` (slots and pins that nobody holds), and ``raised`` (errors that no call of a tier may raise). Processes that write
+are killed besides: what they said was stored must be there, and what they deleted must not. ``served_again`` says whether all
+tiers gave back what they took once the faults were over. The modules say what each injects. ``broken`` is the sum of all that
+must be 0 but ``wrong_bytes``. Runs on the host, whatever ``--device`` says.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from typing import Any
 
+from perf import faults_cascade, faults_disk, faults_remote, kills_disk
 from perf.report import Report, progress
 
-PARTS = ("faults_disk", "faults_remote", "faults_cascade")
-FAULTS, QUICK_FAULTS, SEED = 40_000, 300, 1
+PARTS = {"disk": faults_disk, "remote": faults_remote, "cascade": faults_cascade}
+FAULTS, QUICK_FAULTS, SEED = 40_000, 300, 1  # of each part
+KILLS, QUICK_KILLS = 250, 3
 KEYS = ("campaign",)
 BETTER: dict[str, str] = {}
-_NEVER = ("hangs", "leaked", "raised", "returned_after_delete")
+_NEVER = ("hangs", "leaked", "raised", "returned_after_delete", "lost")
 COLUMNS = (*KEYS, "faults", "operations", "wrong_bytes", "hangs", "leaked", "broken", "served_again", "seconds")
 
 
 def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]], dict[str, Any]]:
     """The device's name, a row a campaign, and the number of faults of each."""
     rows = []
-    for part in PARTS:
-        if importlib.util.find_spec(f"perf.{part}") is None:
-            continue
-        progress(part)
-        found = importlib.import_module(f"perf.{part}").campaign(SEED, QUICK_FAULTS if quick else FAULTS)
-        rows += [_row(part, row) for row in (found if isinstance(found, list) else [found])]
+    for name, part in PARTS.items():
+        progress(name)
+        found = part.campaign(SEED, QUICK_FAULTS if quick else FAULTS)
+        rows += [_row(name, row) for row in (found if isinstance(found, list) else [found])]
+    progress("processes killed in the middle of writes")
+    killed = kills_disk.kills(SEED, QUICK_KILLS if quick else KILLS)
+    rows.append(_row("disk, kill -9", killed | {"faults": killed["kills"], "operations": killed["acknowledged"]}))
     return "host", rows, {"seed": SEED, "faults": sum(row["faults"] for row in rows)}
 
 
-def _row(part: str, found: dict[str, Any]) -> dict[str, Any]:
-    name = part.removeprefix("faults_")
+def _row(name: str, found: dict[str, Any]) -> dict[str, Any]:
     broken = sum(int(found.get(what, 0)) for what in _NEVER) + (not found.get("served_again", True))
     return dict.fromkeys(COLUMNS, 0) | {"campaign": name} | found | {"broken": broken}
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from tests.fake_driver import Result
-from tests.fake_gpu import _ENTRIES, FakeGpu
+from tests.fake_gpu import _DIGESTS, _ENTRIES, _RESIDENT, FakeGpu
 from tests.transfer.recorder import Call
 
 _WAITING = "waiting"
@@ -146,8 +146,11 @@ class LateGpu(FakeGpu):
                 self.wild.append(f"a flag goes back from {cell.value} to {call.arguments[2]}")
             cell.value = call.arguments[2] & 0xFFFFFFFF
             yield "written"
-        elif name == "launch" and call.arguments[0] in (_ENTRIES[b"gather_resident"], _ENTRIES[b"scatter_resident"]):
+        elif name == "launch" and call.arguments[0] in _RESIDENT:
             yield from self._serve(call)
+        elif name == "launch" and call.arguments[0] in (_ENTRIES[b"read_pages"], _ENTRIES[b"read_buffers"]):
+            self._read(call)
+            yield "read"
         elif name == "launch":
             yield from self._gather(call)
         elif name == "lines":
@@ -169,10 +172,13 @@ class LateGpu(FakeGpu):
         yield "whole"
 
     def _gather(self, call: Call) -> Iterator[str]:
-        staging, table, n_pieces, ids, n_blocks, pitch = call.parameters
+        staging, table, n_pieces, ids, n_blocks, pitch, numbers_at, sums = call.parameters
+        entry = call.arguments[0]
         pieces: Any = np.ctypeslib.as_array((ctypes.c_int64 * (4 * n_pieces)).from_address(table)).reshape(-1, 4).tolist()
         for b, block in enumerate(list((ctypes.c_int32 * n_blocks).from_address(ids))):
             for base, stride, offset, nbytes in pieces:
                 pair = staging + b * pitch + offset - pieces[0][2], base + block * stride
-                self._copy("a kernel", *(pair if call.arguments[0] == _ENTRIES[b"gather"] else pair[::-1]), nbytes)
+                self._copy("a kernel", *(pair if entry & 0xFF == _ENTRIES[b"gather"] else pair[::-1]), nbytes)
+                if entry & _DIGESTS:
+                    self._digest(pair[1], nbytes, offset, numbers_at, sums + 16 * b)
             yield "moved"

@@ -41,3 +41,13 @@ def test_examples_of_keys_run() -> None:
     for example in examples(path.read_text(encoding="utf-8")):
         exec(compile(example, str(path), "exec"), scope)
     assert scope["keys"].shape == scope["hashes"].shape == (4, 32) and scope["new"].shape == (1, 32)
+
+
+def test_examples_of_codecs_run() -> None:
+    path = README.parent / "docs" / "codecs.md"
+    scope: dict[str, Any] = {"__name__": "__main__"}
+    found = examples(path.read_text(encoding="utf-8"))
+    assert found, "docs/codecs.md shows no example"
+    for example in found:
+        exec(compile(example, str(path), "exec"), scope)
+    assert (scope["sizes"] > 0).all()

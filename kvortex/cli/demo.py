@@ -27,7 +27,7 @@ _MOST_POOL_BLOCKS = 4096  # 512 MiB, unless the user asks for more
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """The command; 1 where a byte was wrong or a transfer failed."""
+    """The command; 1 where a byte was wrong, a block was damaged or a transfer failed."""
     _check_length(arguments.conversations, arguments.turns, arguments.system_tokens)
     prompts = chat(arguments.conversations, arguments.turns, arguments.system_tokens, arguments.seed)
     lengths = [len(prompt) // _BLOCK_TOKENS for prompt in prompts]
@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     console.table(f"kvortex demo on {pages.device.name}", _rows(server, stats, len(prompts), seconds))
     if server.requests < len(prompts):
         console.note(f"stopped after {arguments.seconds:g} s; --seconds allows more")
-    return 1 if server.wrong_bytes or stats.failed_blocks else 0
+    return 1 if server.wrong_bytes or stats.failed_blocks or stats.corrupt_blocks else 0
 
 
 def _check_length(conversations: int, turns: int, system_tokens: int) -> None:
@@ -109,4 +109,5 @@ def _rows(server: Server, stats: EngineStats, turns: int, seconds: float) -> lis
         ("bytes verified", str(server.verified_bytes)),
         ("wrong bytes", str(server.wrong_bytes)),
         ("failed blocks", str(stats.failed_blocks)),
+        ("corrupt blocks", str(stats.corrupt_blocks)),
     ]

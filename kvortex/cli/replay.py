@@ -17,13 +17,14 @@ from kvortex.traces.sweep import Grid, label
 _POOL_BLOCKS = 3000
 _RECORD_BYTES = 16 << 10
 _ALL = "all"
+_NEVER = "wrong_bytes", "failed_blocks", "corrupt_blocks"  # columns that must be 0
 
 Row = dict[str, Any]
 Tell = Callable[[str], None]
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """The command; 1 where a byte was wrong or a transfer failed."""
+    """The command; 1 where a byte was wrong, a block was damaged or a transfer failed."""
     grid = Grid(_policies(arguments.policy), arguments.admit_after or (1,), arguments.pool_blocks or (_POOL_BLOCKS,))
     _check(arguments)
     trace = read_trace(arguments.trace, arguments.limit)
@@ -47,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
         write_json(report, arguments.json)
     if arguments.plot:  # last: whatever becomes of the picture, the numbers are there
         write("--plot", arguments.plot, plot.draw(name, runs, facts["bound"]))
-    return 1 if any(row.get("wrong_bytes") or row.get("failed_blocks") for row in runs) else 0
+    return 1 if any(row.get(name) for row in runs for name in _NEVER) else 0
 
 
 def _policies(text: str | None) -> list[str]:
@@ -116,7 +117,7 @@ def _show(title: str, report: Row, runs: list[Row]) -> None:
     lines.append(["at most (Belady)", *(f"{bounds[size]:.2%}" for size in sizes)])
     console.grid(f"{title}: prefix hits by blocks in the pool", ["policy", *map(str, sizes)], lines)
     left = [f"{row['blocks_beyond_pool']} at {row['pool_blocks']}" for row in runs if row["blocks_beyond_pool"]]
-    moved = [name for name in ("wrong_bytes", "failed_blocks") if name in runs[0]]
+    moved = [name for name in _NEVER if name in runs[0]]
     rows = [
         ("requests", str(report["requests"])),
         ("block references", f"{report['block_references']}, {report['distinct_blocks']} different blocks"),
@@ -153,4 +154,5 @@ def _rows(report: Row) -> list[tuple[str, str]]:
         ("bytes verified", str(report["verified_bytes"])),
         ("wrong bytes", str(report["wrong_bytes"])),
         ("failed blocks", str(report["failed_blocks"])),
+        ("corrupt blocks", str(report["corrupt_blocks"])),
     ]

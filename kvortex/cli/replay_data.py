@@ -76,6 +76,7 @@ def _replay(
             "loaded_blocks": stats.loaded_blocks,
             "loaded_bytes": stats.loaded_bytes,
             "failed_blocks": stats.failed_blocks,
+            "corrupt_blocks": stats.corrupt_blocks,
             "verified_bytes": server.verified_bytes,
             "wrong_bytes": server.wrong_bytes,
             "seconds": seconds,

@@ -52,8 +52,8 @@ class Server:
         missing = np.ones(len(keys), bool)
         missing[:hits] = ~loaded
         self._pages.fill(block_ids[missing], keys[missing])
-        if hits < len(keys):
-            self._engine.save_blocks(keys[hits:], block_ids[hits:]).wait()
+        if missing.any():  # also what was found, and damaged
+            self._engine.save_blocks(keys[missing], block_ids[missing]).wait()
         self.requests += 1
         self.blocks += len(keys)
         self.hits += hits

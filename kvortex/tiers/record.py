@@ -52,16 +52,23 @@ class RecordFormat:
         32 bytes: engines whose records mean different things differ here.
     most_bytes
         Of a payload.
+    codec
+        Number of the codec that made the payloads; records of another are a ``MISS``.
+    block_bytes
+        Of a block before a codec shortened it; None for ``RAW``, whose payload is the block.
     """
 
     namespace: bytes
     most_bytes: int
+    codec: int = RAW
+    block_bytes: int | None = None
 
     def headers(self, keys: KeyArray, sizes: Int64s, digests: Digests, generation: npt.ArrayLike = 0) -> Headers:
         """(n,) HEADER for n records of (n,) bytes."""
         found = np.zeros(len(keys), HEADER)
-        found["magic"], found["version"], found["header_bytes"], found["codec"] = MAGIC, VERSION, HEADER_BYTES, RAW
-        found["payload_bytes"] = found["block_bytes"] = sizes
+        found["magic"], found["version"], found["header_bytes"], found["codec"] = MAGIC, VERSION, HEADER_BYTES, self.codec
+        found["payload_bytes"] = sizes
+        found["block_bytes"] = sizes if self.block_bytes is None else self.block_bytes
         found["namespace"] = np.frombuffer(self.namespace, np.uint8)
         found["key"], found["digest"], found["generation"] = keys, digests, generation
         found["check"] = _checks(found)
@@ -86,8 +93,8 @@ class RecordFormat:
         ours = (headers["magic"] == MAGIC) & (headers["version"] == VERSION) & (headers["header_bytes"] == HEADER_BYTES)
         whole = (headers["check"] == _checks(headers)).all(1)
         mine = (headers["namespace"] == np.frombuffer(self.namespace, np.uint8)).all(1) & (headers["key"] == keys).all(1)
-        fits = (headers["codec"] == RAW) & (headers["payload_bytes"] <= self.most_bytes)
-        fits &= headers["payload_bytes"] == headers["block_bytes"]
+        fits = (headers["codec"] == self.codec) & (headers["payload_bytes"] <= self.most_bytes)
+        fits &= headers["block_bytes"] == (headers["payload_bytes"] if self.block_bytes is None else self.block_bytes)
         found = np.where(mine & fits, Outcome.OK, Outcome.MISS)
         return np.where(ours, np.where(whole, found, Outcome.CORRUPT), Outcome.MISS).astype(np.uint8)
 

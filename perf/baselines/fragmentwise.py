@@ -8,6 +8,7 @@ import numpy as np
 
 from kvortex.devices import driver as cu
 from kvortex.devices.native import memcpy_address
+from kvortex.digests.host import numbers
 from kvortex.errors import DeviceUnavailableError
 from kvortex.transfer.copies import copy_paged
 from kvortex.transfer.plan import Int64s
@@ -16,6 +17,7 @@ from perf.baselines.base import Baseline
 from perf.clock import CudaClock, clock_of
 from perf.pages import Ids
 
+_NO_SUMS = np.empty((0, 2), np.uint64)  # of digests
 _ORDER_STREAM, _ORDER_ANY = 1, 3  # CUmemcpySrcAccessOrder of cuda.h
 
 
@@ -35,7 +37,8 @@ class Fragmentwise(Baseline):
         layout = self.pages.layout
         records = self.host.address + layout.record_bytes * np.arange(len(blocks))
         if not isinstance(self.clock, CudaClock):
-            return self.clock.seconds(lambda: copy_paged(memcpy_address(), layout.fragments, blocks, records, to_host))
+            arguments = (memcpy_address(), layout.fragments, blocks, records, _NO_SUMS, to_host, numbers(0))
+            return self.clock.seconds(lambda: copy_paged(*arguments))
         base, stride, offset, nbytes = layout.fragments.T
         here, there = base + blocks[:, None] * stride, records[:, None] + offset
         columns = (*((there, here) if to_host else (here, there)), np.broadcast_to(nbytes, here.shape))

@@ -37,7 +37,7 @@ def loads_do_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     from kvortex.transfer import host
 
     copy = host.copy_paged
-    monkeypatch.setattr(host, "copy_paged", lambda *arguments: copy(*arguments) if arguments[-1] else None)
+    monkeypatch.setattr(host, "copy_paged", lambda *arguments: copy(*arguments) if arguments[-2] else None)
 
 
 def loads_fail(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -354,3 +354,16 @@ def test_use_after_shutdown(device: Device) -> None:
         with pytest.raises(EngineClosedError):
             call()
     assert "closed" in repr(engine)
+
+
+def test_dropped_blocks_are_misses_and_their_slots_are_free(device: Device) -> None:
+    cache = PagedCache.plain(device)
+    cache.randomize()
+    with cache.engine(slots=4) as engine:
+        engine.save_blocks(keys_of(1, 2, 3), [0, 1, 2]).wait()
+        assert engine.drop_blocks(keys_of(1, 3, 9)) == 2
+        assert engine.check_blocks(keys_of(1, 2, 3)).tolist() == [False, True, False]
+        engine.save_blocks(keys_of(4, 5, 6), [3, 4, 5]).wait()
+        stats = engine.get_stats()
+        assert (stats.resident_blocks, stats.evictions) == (4, 0)
+        assert engine.drop_blocks(keys_of()) == 0

@@ -61,7 +61,7 @@ def test_the_first_layers_do_not_wait_for_the_last(monkeypatch: pytest.MonkeyPat
     copy, held, first = host.copy_paged, threading.Event(), cache.layout.fragments[0, 0]
 
     def hold(memcpy: int, rows: Any, *others: Any) -> None:
-        if rows[0, 0] != first and not others[-1]:
+        if rows[0, 0] != first and not others[-2]:
             assert held.wait(20)
         copy(memcpy, rows, *others)
 
@@ -167,7 +167,7 @@ def test_a_layer_that_fails_is_told_and_lets_all_waiters_go(monkeypatch: pytest.
     copy, last = host.copy_paged, cache.layout.fragments[-1, 2]
 
     def fail(memcpy: int, rows: Any, *others: Any) -> None:
-        if rows[-1, 2] == last and not others[-1]:
+        if rows[-1, 2] == last and not others[-2]:
             raise MemoryError("planted")
         copy(memcpy, rows, *others)
 

@@ -75,7 +75,7 @@ class Rack:
             self.wrong_bytes += int((self._target[start + size : start + -(-size // PAGE) * PAGE + PAGE] != _CANARY).sum())
         return fetched
 
-    def has(self, tier: Tier, seconds: float | None = None) -> np.ndarray:
+    def has(self, tier: Tier, seconds: float | None = None) -> np.ndarray | None:
         call = self.call(seconds)
         found = tier.contains(self.keys, call)
         self._clock(call)

@@ -1,0 +1,104 @@
+"""What the plane kernels share: who works on what, and the sums over a record's table that say where tails lie.
+
+A launch works on ``n_blocks`` records, the coded one of block ``b`` at ``staging + b * pitch``; both are multiples of 16. A
+warp takes ``run`` neighbouring tiles at a time, sums up the table once for them, and then goes from tail to tail. Any grid
+works; a CTA has at most ``WARPS`` warps. All other numbers come from ``codec``, uint64 in VRAM: see the cells below. Rows of
+planes lie at multiples of 4.
+
+Sums are in no order that matters, and nothing is added atomically: a record's bytes are the same in every launch.
+
+Indices are unsigned, because a signed one costs Numba a comparison and 64-bit arithmetic each time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numba import cuda
+from numba.cuda import types
+
+from kvortex.kernels.lane import load4
+from kvortex.kernels.plane_form import MOST_TAIL, RAW_TAIL, RAW_TILE, VALUES
+
+WARPS = 8
+# Cells of ``codec``: addresses of (planes, channels) uint8 bases and of a 64-byte header, then planes, groups of 16 tokens in a
+# plane, tiles side by side, words of the table with its fill; from PLANES on, a plane's address in block 0 and its block
+# stride by turns.
+BASES, HEADER, N_PLANES, GROUPS, ACROSS, TABLE_WORDS, PLANES = 0, 1, 2, 3, 4, 5, 8
+STORED_AT, USED_AT, HEADER_WORDS = 2, 6, 16  # words of a header
+CODED, VERBATIM, DECLINED = 0, 1, 3  # as in kvortex.codecs.base
+
+uint8, uint16, uint32, uint64, int32 = types.uint8, types.uint16, types.uint32, types.uint64, types.int32
+SIGNATURE: Any = types.void(
+    uint64, uint64, types.CPointer(uint64), uint64, types.CPointer(types.int32), types.int32, types.int32
+)
+ALL: Any = 0xFFFFFFFF
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def uniform(value):  # type: ignore[no-untyped-def]
+    """A 32-bit number that is the same in every lane, so that the compiler knows: branches on it divide no warp."""
+    return uint32(cuda.shfl_sync(ALL, int32(value), 0))
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def tail_bytes(entry):  # type: ignore[no-untyped-def]
+    """Bytes of a tile's tail by its entry in the table; more than any where no tile has that entry."""
+    count = uint32(entry & uint32(0xFFFF))
+    escapes = uint32(entry >> uint32(16))
+    size = uint32(uint32(12) * ((count + uint32(31)) >> uint32(5)) + ((escapes + uint32(3)) & uint32(0xFFFFFFFC)))
+    if count > uint32(VALUES) or escapes > count or size > uint32(MOST_TAIL):
+        size = uint32(1 << 20)
+    if entry == uint32(RAW_TILE):
+        size = uint32(RAW_TAIL)
+    return size
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def tails(table, first, tiles, lane):  # type: ignore[no-untyped-def]
+    """Bytes of the tails of ``tiles`` entries at ``table``: before tile ``first``, and of all. The same in every lane."""
+    before = uint32(0)
+    total = uint32(0)
+    i = uint32(lane)
+    while i < tiles:
+        size = tail_bytes(uint32(load4(table + uint64(4) * uint64(i))))
+        total = uint32(total + size)
+        if i < first:
+            before = uint32(before + size)
+        i = uint32(i + uint32(32))
+    return warp_sum(before), warp_sum(total)
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def warp_sum(value):  # type: ignore[no-untyped-def]
+    """Of a 32-bit number of each lane."""
+    value = uint32(value + uint32(cuda.shfl_xor_sync(ALL, int32(value), 16)))
+    value = uint32(value + uint32(cuda.shfl_xor_sync(ALL, int32(value), 8)))
+    value = uint32(value + uint32(cuda.shfl_xor_sync(ALL, int32(value), 4)))
+    value = uint32(value + uint32(cuda.shfl_xor_sync(ALL, int32(value), 2)))
+    return uniform(uint32(value + uint32(cuda.shfl_xor_sync(ALL, int32(value), 1))))
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def place(codec, tile, block, lane):  # type: ignore[no-untyped-def]
+    """Where a tile's first row lies in the pages for this lane, bytes from row to row, and the lane's two bases as 16 bits."""
+    across = uint32(codec[ACROSS])
+    groups = uint32(codec[GROUPS])
+    high = uint32(tile // across)
+    column = uint32(tile - high * across)
+    plane = uint32(high // groups)
+    group = uint32(high - plane * groups)
+    step = uint64(across) * uint64(128)
+    page = codec[uint32(PLANES) + uint32(2) * plane] + uint64(block) * codec[uint32(PLANES + 1) + uint32(2) * plane]
+    row = page + uint64(group) * uint64(16) * step + uint64(column) * uint64(128) + uint64(4) * uint64(lane)
+    base = codec[BASES] + (uint64(plane) * uint64(across) + uint64(column)) * uint64(64) + uint64(2) * uint64(lane)
+    return row, step, base
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def verbatim_at(codec, tile):  # type: ignore[no-untyped-def]
+    """Where the first row of a tile lies in a record that is kept as it is, counted from the record's begin."""
+    across = uint32(codec[ACROSS])
+    high = uint32(tile // across)
+    column = uint32(tile - high * across)
+    return uint64(64) + uint64(high) * uint64(2048) * uint64(across) + uint64(column) * uint64(128)

@@ -1,0 +1,123 @@
+"""What a record's bytes mean: the one place where kvortex looks at more of them than addresses and lengths."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from kvortex.errors import CodecError, shown
+
+DTYPES = {"bfloat16": 2, "float16": 2, "fp8_e4m3": 1, "fp8_e5m2": 1}
+ORDERS = ("NHD", "HND")
+PARTS = ("KV", "L")
+Addresses = npt.NDArray[np.uint64]
+
+
+@dataclass(frozen=True)
+class RecordShape:
+    """A record as planes of ``tokens`` rows of ``channels`` values, side by side in the order of the record.
+
+    Parameters
+    ----------
+    layers, heads, head_dim
+        Of the model's slice that one record holds. Of MLA: 1 head of the latent's width.
+    tokens
+        In a block.
+    order
+        ``"NHD"``: a plane is a layer's K or V, [token][head][dim]. ``"HND"``: a plane is one head of it, [token][dim].
+    parts
+        ``"KV"``: K, then V, of each layer. ``"L"``: one latent of each layer (MLA).
+    dtype
+        One of ``DTYPES``.
+
+    Raises
+    ------
+    CodecError
+        A field has an impossible value; the message names it.
+    """
+
+    layers: int
+    heads: int
+    head_dim: int
+    tokens: int = 16
+    order: str = "NHD"
+    parts: str = "KV"
+    dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "heads", "head_dim", "tokens"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1 << 20:
+                raise CodecError(f"{name} = {shown(value)}: must be an integer from 1 to 2**20")
+        for name, known in (("order", ORDERS), ("parts", PARTS), ("dtype", tuple(DTYPES))):
+            if getattr(self, name) not in known:
+                raise CodecError(f"{name} = {shown(getattr(self, name))}: must be one of {', '.join(known)}")
+
+    @property
+    def channels(self) -> int:
+        """Values in a row of a plane."""
+        return self.head_dim * (self.heads if self.order == "NHD" else 1)
+
+    @property
+    def planes(self) -> int:
+        """In a record."""
+        return self.layers * len(self.parts) * (self.heads if self.order == "HND" else 1)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a value."""
+        return DTYPES[self.dtype]
+
+    @property
+    def plane_bytes(self) -> int:
+        """Bytes of a plane."""
+        return self.tokens * self.channels * self.itemsize
+
+    @property
+    def raw_bytes(self) -> int:
+        """Bytes of a record as it lies in the pages."""
+        return self.planes * self.plane_bytes
+
+    @cached_property
+    def parts_of_planes(self) -> str:
+        """A letter for each plane, of ``parts``."""
+        each = self.heads if self.order == "HND" else 1
+        return "".join(part * each for part in self.parts) * self.layers
+
+    def describe(self) -> bytes:
+        """The fields as bytes, for digests."""
+        return ";".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self)).encode()
+
+    def plane_addresses(self, fragments: npt.NDArray[np.int64]) -> Addresses:
+        """Where kernels find the planes in the pages of a layout.
+
+        Parameters
+        ----------
+        fragments : (F, 4) int64
+            ``KVLayout.fragments``: address in block 0, block stride, offset in the record, bytes.
+
+        Returns
+        -------
+        numpy.ndarray
+            (planes, 2) uint64: address in block 0, and bytes from one block to the next.
+
+        Raises
+        ------
+        CodecError
+            The layout's records are of another size, or a plane does not lie contiguous there.
+        """
+        record_bytes = int(fragments[:, 3].sum())
+        if record_bytes != self.raw_bytes:
+            mine = f"{self.describe().decode()} has {self.raw_bytes}"
+            raise CodecError(f"the layout's records have {record_bytes} bytes, and {mine}")
+        begins = np.arange(self.planes, dtype=np.int64) * self.plane_bytes
+        at = np.searchsorted(fragments[:, 2], begins, side="right") - 1
+        inside = begins - fragments[at, 2]
+        if (inside + self.plane_bytes > fragments[at, 3]).any():
+            least = int(fragments[:, 3].min())
+            raise CodecError(f"a plane of {self.plane_bytes} bytes is no contiguous part of a page, whose fragments have "
+                             f"{least} bytes or more; check order, heads and tokens")
+        return np.stack((fragments[at, 0] + inside, fragments[at, 1]), axis=1).astype(np.uint64)

@@ -1,0 +1,94 @@
+"""Tables: what calibration finds, and the file that keeps it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvortex.codecs import RecordShape, Tables, calibrate
+from kvortex.errors import CodecError
+from tests.codecs.sample import tables_of
+
+SHAPE = RecordShape(2, 1, 64)
+
+
+def cost(below: int) -> int:
+    return 2 if 1 <= below <= 3 else 5 if below == 0 or 4 <= below <= 9 else 13
+
+
+def test_bases_cost_the_fewest_bits_and_means_are_means() -> None:
+    rng = np.random.default_rng(2)
+    numbers = (rng.normal(size=(6, 4, 16, 64)) * np.exp2(rng.integers(-20, 20, (1, 4, 1, 64))) + 3).astype(np.float32)
+    bits = (numbers.view(np.uint32) >> 16).astype(np.uint16)
+    tables = calibrate(bits.reshape(6, -1).view(np.uint8), SHAPE)
+    kept = (bits.astype(np.uint32) << 16).view(np.float32)
+    np.testing.assert_allclose(tables.means, kept.mean((0, 2), dtype=np.float64), rtol=2**-8)
+    for plane, channel in [(0, 0), (3, 63), (1, 17)]:
+        exponents = bits[:, plane, :, channel].ravel() >> 7 & 255
+        bits_of = [sum(cost(base - int(e)) for e in exponents) for base in range(256)]
+        assert bits_of[tables.base[plane, channel]] == min(bits_of)
+
+
+def test_what_is_not_finite_leaves_no_mark_on_means() -> None:
+    values = np.full((1, 4, 16, 64), 0x7FC1, np.uint16)
+    assert (calibrate(values.reshape(1, -1).view(np.uint8), SHAPE).means == 0).all()
+    values[:, :, :4] = 0x4000  # 2.0
+    assert (calibrate(values.reshape(1, -1).view(np.uint8), SHAPE).means == 2).all()
+
+
+def test_no_sample_and_other_dtypes_are_refused() -> None:
+    with pytest.raises(CodecError, match="teaches nothing"):
+        calibrate(np.empty((0, SHAPE.raw_bytes), np.uint8), SHAPE)
+    with pytest.raises(CodecError, match="bfloat16"):
+        calibrate(np.zeros((1, SHAPE.raw_bytes), np.uint8), RecordShape(2, 1, 64, dtype="float16"))
+
+
+def test_a_file_comes_back(tmp_path: Path) -> None:
+    tables = tables_of(SHAPE, np.random.default_rng(1))
+    tables.save(tmp_path / "deep" / "model.tables")
+    back = Tables.load(tmp_path / "deep" / "model.tables")
+    assert back.digest == tables.digest and (back.base == tables.base).all() and (back.mean == tables.mean).all()
+    with pytest.raises(ValueError, match="read-only"):
+        back.base[0, 0] = 1
+
+
+@pytest.mark.parametrize("damage", ["none", "empty", "truncated", "longer", "flipped", "version", "foreign"])
+def test_a_damaged_file_is_told(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "model.tables"
+    if damage != "none":
+        tables_of(SHAPE, np.random.default_rng(1)).save(path)
+        data = bytearray(path.read_bytes())
+        if damage == "flipped":
+            data[-1] ^= 1
+        elif damage == "version":
+            data[8] += 1
+        elif damage == "foreign":
+            data[:8] = b"ANOTHER!"
+        elif damage == "longer":
+            data += b"x"
+        else:
+            del data[0 if damage == "empty" else len(data) // 2 :]
+        path.write_bytes(data)
+    with pytest.raises(CodecError, match="calibrate anew"):
+        Tables.load(path)
+
+
+def test_a_file_of_another_size_is_told(tmp_path: Path) -> None:
+    from kvortex.kernels import cache
+
+    cache.write(tmp_path / "t", b"KVXTABLE", 1, b"\x02\0\0\0\x40\0\0\0" + bytes(10))
+    with pytest.raises(CodecError, match="2 planes and 64 channels"):
+        Tables.load(tmp_path / "t")
+
+
+def test_tables_check_themselves(tmp_path: Path) -> None:
+    base, mean = np.zeros((1, 64), np.uint8), np.full((1, 64), 0x7F80, np.uint16)
+    with pytest.raises(CodecError, match="not finite"):
+        Tables(base, mean)
+    with pytest.raises(CodecError, match="planes, channels"):
+        Tables(base, np.zeros((2, 64), np.uint16))
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(CodecError, match="cannot be written"):
+        Tables(base, np.zeros((1, 64), np.uint16)).save(tmp_path / "file" / "t")

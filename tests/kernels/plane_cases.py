@@ -1,0 +1,99 @@
+"""Pages for the plane kernels: what models make, and what they never would."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from kvortex import KVLayout
+from kvortex.codecs import RecordShape, calibrate, make_codec
+from kvortex.codecs.plane import PlaneCodec
+
+GUARD = 64
+Words = npt.NDArray[np.uint16]
+
+
+def usual(rng: np.random.Generator, *size: int) -> Words:
+    """Like attention's: channels with scales and offsets of their own."""
+    numbers = rng.normal(size=size) * np.exp2(rng.integers(-6, 6, size[-1])) + rng.normal(size=size[-1])
+    return (numbers.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+
+
+def hostile(rng: np.random.Generator, planes: int, tokens: int, channels: int) -> list[Words]:
+    """Pages (planes, tokens, channels): one that stays raw, one of zeros, NaNs in a tile, and one tile that is kept raw."""
+    size = planes, tokens, channels
+    anything = rng.integers(0, 1 << 16, size).astype(np.uint16)
+    nans = usual(rng, *size)
+    nans[0, :16, :64] = 0x7F80 | rng.integers(0, 128, (16, 64)) | rng.integers(0, 2, (16, 64)) << 15
+    wild = usual(rng, *size)
+    wild[-1, :16, -64:] = anything[-1, :16, -64:]
+    return [anything, np.zeros(size, np.uint16), nans, wild]
+
+
+@dataclass
+class PlaneCase:
+    """Pages of one tensor in an order of their own; ``room`` is a part of the original, None for as much as is ever needed."""
+
+    name: str
+    shape: RecordShape
+    pages: int  # of the usual kind
+    hostile: bool = False
+    room: float | None = None
+    run: int = 2
+    codec: PlaneCodec = field(init=False)
+    memory: Words = field(init=False)
+    blocks: npt.NDArray[np.int32] = field(init=False)
+
+    def __post_init__(self) -> None:
+        rng, shape = np.random.default_rng(5), self.shape
+        size = shape.planes, shape.tokens, shape.channels
+        pages = [usual(rng, *size) for _ in range(self.pages)]
+        sample = np.stack([usual(np.random.default_rng(5), *size)]).reshape(1, -1).view(np.uint8)
+        codec = make_codec("plane", shape, calibrate(sample, shape))
+        assert isinstance(codec, PlaneCodec)
+        self.codec = codec
+        pages += hostile(rng, *size) if self.hostile else []
+        self.memory = np.stack(pages, 1)  # (planes, pages, tokens, channels): a page's planes lie apart
+        self.blocks = rng.permutation(len(pages)).astype(np.int32)
+
+    @property
+    def pitch(self) -> int:
+        """Bytes of a record's room."""
+        room = self.codec.worst_bytes if self.room is None else int(self.room * self.shape.raw_bytes)
+        return -(-room // 16) * 16
+
+    @property
+    def tiles(self) -> int:
+        return self.codec.tiles
+
+    def fragments(self, address: int, pages: int | None = None) -> npt.NDArray[np.int64]:
+        """Of as many pages as there are, or another number, at an address."""
+        planes, own, tokens, channels = self.memory.shape
+        pages = own if pages is None else pages
+        strides = tuple(2 * step for step in (pages * tokens * channels, tokens * channels, channels, 1))
+        return KVLayout.from_pointers((address, (planes, pages, tokens, channels), strides, 2), 1, 0, device="host").fragments
+
+    def records(self) -> npt.NDArray[np.uint8]:
+        """(n, raw_bytes), in the order of ``blocks``."""
+        return np.ascontiguousarray(self.memory[:, self.blocks].swapaxes(0, 1)).reshape(len(self.blocks), -1).view(np.uint8)
+
+    def coded(self) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+        """What the host makes of them in this room, (n, pitch), and sizes."""
+        out = np.zeros((len(self.blocks), self.pitch), np.uint8)
+        sizes = self.codec.encode_into(self.records(), out)
+        return out, sizes
+
+    def wrong(self, staging: npt.NDArray[np.uint8]) -> int:
+        """Bytes in which (n, pitch) of a GPU differ from the host's; of what was declined the header alone counts."""
+        out, sizes = self.coded()
+        ends = np.where(sizes < 0, 64, sizes)
+        return sum(int((a[:end] != b[:end]).sum()) for a, b, end in zip(staging, out, ends, strict=True))
+
+
+CASES = [
+    PlaneCase("two tiles, usual and hostile", RecordShape(1, 1, 64), 2, hostile=True),
+    PlaneCase("groups of tokens, tiles side by side", RecordShape(1, 2, 64, tokens=32, parts="L"), 1, run=3),
+    PlaneCase("a room that hostile pages do not fit", RecordShape(1, 1, 64), 1, hostile=True, room=0.8),
+]

@@ -1,0 +1,97 @@
+"""Runs the plane kernels in Numba's simulator, beside the host's twin. A process of its own, as simulate.py is.
+
+Started by test_plane_kernels.py as ``NUMBA_ENABLE_CUDASIM=1 python -m tests.kernels.simulate_plane``; prints one line a case.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+from numba import cuda
+from numba.cuda.core import config
+
+import conftest  # noqa: F401  (makes kvortex.kernels importable)
+from kvortex.codecs.on_device import cells, constants
+from kvortex.kernels import plane, plane_decode, plane_encode
+from tests.kernels import warp
+from tests.kernels.plane_cases import CASES, GUARD, PlaneCase
+
+
+def aligned(nbytes: int, fill: int) -> np.ndarray:
+    made = np.full(nbytes + 64, fill, np.uint8)
+    return made[-made.ctypes.data % 16 :][:nbytes]
+
+
+def launch(kernel: object, *arguments: object, grid: int = 2, threads: int = 32) -> None:
+    warp.before_launch()
+    cuda.jit(kernel)[grid, threads](*arguments)  # type: ignore[index]
+
+
+def run(case: PlaneCase) -> None:
+    n, codec = len(case.blocks), case.codec
+    memory = case.memory.copy()
+    fixed = constants(codec)
+    form = cells(codec, case.fragments(memory.ctypes.data), fixed.ctypes.data)
+    staging = aligned(n * case.pitch + 2 * GUARD, 0xA5)
+    counts = np.zeros(n * case.tiles, np.uint32)
+    start = staging.ctypes.data + GUARD
+    tail = (case.blocks, n, case.run)
+    launch(plane_encode.plane_count, start, case.pitch, form, counts.ctypes.data, *tail)
+    launch(plane_encode.plane_encode, start, case.pitch, form, counts.ctypes.data, *tail, grid=1, threads=64)
+    assert (memory == case.memory).all()
+    assert (staging[:GUARD] == 0xA5).all() and (staging[-GUARD:] == 0xA5).all()
+    rows = staging[GUARD:-GUARD].reshape(n, case.pitch)
+    assert not case.wrong(rows), f"{case.wrong(rows)} bytes differ from the host's"
+    _, sizes = case.coded()
+    for row, size in zip(rows, sizes, strict=True):
+        assert (row[64 if size < 0 else size :] == 0xA5).all(), "bytes behind a record stay as they are"
+    memory[:] = 0x5A5A
+    status = np.zeros(n, np.uint32)
+    launch(plane_decode.plane_decode, start, case.pitch, form, status.ctypes.data, *tail)
+    assert (status == (sizes < 0)).all()
+    whole = case.blocks[sizes > 0]
+    assert (memory[:, whole] == case.memory[:, whole]).all()
+    assert (memory[:, case.blocks[sizes < 0]] == 0x5A5A).all(), "what was declined touches no page"
+
+
+def run_damaged(case: PlaneCase) -> None:
+    """The same record, each time damaged in another place: all are told, and nothing outside the pages changes."""
+    codec = case.codec
+    pages = {"header": 9, "stored": 8, "used": 24, "entry": 64, "first tier": 64 + 16, "second tier": codec.fixed_bytes}
+    raw = np.repeat(case.records()[case.blocks == 0], len(pages), 0)  # of the usual kind
+    staging = aligned(len(pages) * case.pitch, 0)
+    rows = staging.reshape(len(pages), case.pitch)
+    assert (codec.encode_into(raw, rows) > 0).all()
+    for row, (what, at) in zip(rows, pages.items(), strict=True):
+        if what == "second tier":
+            words = row[at : at + 12].view(np.uint32)
+            words |= ~np.bitwise_and.reduce(words) & np.uint32(0xFF)  # codes become escapes, more than the entry has
+        elif what == "first tier":
+            low, high = row[at : at + 8].view(np.uint32)
+            row[at : at + 4].view(np.uint32)[0] = low ^ high & (~high + np.uint32(1))  # a code is 3, or no more
+        else:
+            row[at] ^= 1
+    memory = np.full((case.memory.shape[0], len(pages) + 2, *case.memory.shape[2:]), 0x5A5A, np.uint16)
+    fixed, blocks = constants(codec), np.arange(1, len(pages) + 1, dtype=np.int32)
+    form = cells(codec, case.fragments(memory.ctypes.data, len(pages) + 2), fixed.ctypes.data)
+    status = np.zeros(len(pages), np.uint32)
+    launch(plane_decode.plane_decode, staging.ctypes.data, case.pitch, form, status.ctypes.data, blocks, len(pages), 2)
+    assert status.tolist() == [1] * len(pages), dict(zip(pages, status.tolist(), strict=True))
+    assert not codec.decode_into(rows, np.empty_like(raw)).any(), "the host sees what the kernels see"
+    assert (memory[:, [0, -1]] == 0x5A5A).all()
+
+
+def main() -> int:
+    assert config.ENABLE_CUDASIM
+    warp.install(plane, plane_encode, plane_decode)
+    for case in CASES:
+        run(case)
+        print(f"simulated plane: {case.name}", flush=True)
+    run_damaged(CASES[0])
+    print("simulated plane: damaged records", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

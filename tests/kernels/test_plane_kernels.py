@@ -1,0 +1,116 @@
+"""The plane kernels: byte by byte the host's twin in the simulator, lean machine code, and the same on a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvortex.codecs.on_device import cells, constants
+from kvortex.errors import CodecError
+from kvortex.kernels import build, plane
+from tests.kernels.plane_cases import CASES, GUARD, PlaneCase
+from tests.kernels.test_build import sass
+
+KERNELS = ("plane_count", "plane_encode", "plane_decode")
+
+
+def test_in_the_simulator_they_write_what_the_host_writes() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.simulate_plane"],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "NUMBA_ENABLE_CUDASIM": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("simulated plane: ") == len(CASES) + 1
+
+
+@pytest.mark.parametrize("capability", [(9, 0), (10, 0)])
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_machine_code_is_lean(name: str, capability: tuple[int, int], tmp_path: Path) -> None:
+    """Nothing in local memory, and four CTAs of 256 threads in the registers of a multiprocessor.
+
+    Not so before Hopper, where a vote that the compiler does not know to be whole becomes a call, with registers of its own.
+    """
+    text = sass(build.compile_kernel(name, capability).code, tmp_path)
+    assert not re.findall(r"\b(LDL|STL)\b", text), "registers were spilled to local memory"
+    assert max(map(int, re.findall(r"\bR(\d+)\b", text))) < 64
+    assert not re.findall(r"\b(DADD|DMUL|DFMA|I2F\.F64\S*)\b", text), "an index went through floating point of 64 bits"
+    assert name != "plane_decode" or re.search(r"\bLDG\.E\.\S*128", text), "the planes of a row come in one load"
+
+
+def test_cells_and_their_refusals() -> None:
+    case = CASES[1]
+    made = cells(case.codec, case.fragments(4096), 1 << 20)
+    assert made[plane.N_PLANES] == 1 and made[plane.GROUPS] == 2 and made[plane.ACROSS] == 2 and made[plane.TABLE_WORDS] == 4
+    assert made[plane.HEADER] == 1 << 20 and made[plane.BASES] == (1 << 20) + 64 and made[plane.PLANES] == 4096
+    assert constants(case.codec)[64:].tolist() == case.codec.tables.base.ravel().tolist()
+    with pytest.raises(CodecError, match="multiples of 4"):
+        cells(case.codec, case.fragments(4098), 0)
+
+
+def test_the_codes_agree_with_the_host() -> None:
+    from kvortex.codecs import base
+    from kvortex.kernels import plane
+
+    assert (plane.CODED, plane.VERBATIM, plane.DECLINED) == (base.CODED, base.VERBATIM, base.DECLINED)
+    names = list(base.HEADER.names or ())
+    offsets = [base.HEADER.fields[name][1] // 4 for name in names]  # type: ignore[index]
+    where = dict(zip(names, offsets, strict=True))
+    assert (where["stored"], where["used_bytes"]) == (plane.STORED_AT, plane.USED_AT)
+    assert 4 * plane.HEADER_WORDS == base.HEADER_BYTES
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
+def test_on_a_gpu_they_write_what_the_host_writes(case: PlaneCase) -> None:
+    from kvortex.devices import driver as cu
+    from kvortex.devices.cuda import CudaDevice
+
+    device, n = CudaDevice(0), len(case.blocks)
+    held: list[Any] = []
+
+    def upload(array: np.ndarray) -> Any:
+        held.append(device.allocate(array.nbytes))
+        held[-1].write(array.reshape(-1).view(np.uint8))
+        return held[-1]
+
+    memory, staging = upload(case.memory), upload(np.full(n * case.pitch + 2 * GUARD, 0xA5, np.uint8))
+    form = upload(cells(case.codec, case.fragments(memory.address), upload(constants(case.codec)).address))
+    counts, status, ids = upload(np.zeros(n * case.tiles, np.uint32)), upload(np.zeros(n, np.uint32)), upload(case.blocks)
+
+    def launch(name: str, extra: Any) -> None:
+        cubin = build.load(name, device.compute_capability)
+        u64, i32 = ctypes.c_uint64, ctypes.c_int32
+        values = (staging.address + GUARD, case.pitch, form.address, extra.address, ids.address, n, case.run)
+        with cu.current(device.context) as driver:
+            module = cu.check(driver.cuModuleLoadData(cubin.code), "cuModuleLoadData")
+            kernel = cu.check(driver.cuModuleGetFunction(module, cubin.entry.encode()), "cuModuleGetFunction")
+            kinds = (u64, u64, u64, u64, u64, i32, i32)
+            cu.check(driver.cuLaunchKernel(kernel, 3, 1, 1, 64, 1, 1, 0, 0, (values, kinds), 0), "cuLaunchKernel")
+            cu.check(driver.cuCtxSynchronize(), "cuCtxSynchronize")
+
+    launch("plane_count", counts)
+    launch("plane_encode", counts)
+    seen = staging.read()
+    _, sizes = case.coded()
+    assert (seen[:GUARD] == 0xA5).all() and (seen[-GUARD:] == 0xA5).all()
+    rows = seen[GUARD:-GUARD].reshape(n, case.pitch)
+    assert not case.wrong(rows)
+    for row, size in zip(rows, sizes, strict=True):
+        assert (row[64 if size < 0 else size :] == 0xA5).all()
+    memory.write(np.full(case.memory.nbytes, 0x5A, np.uint8))
+    launch("plane_decode", status)
+    assert (status.read().view(np.uint32) == (sizes < 0)).all()
+    back, whole = memory.read().view(np.uint16).reshape(case.memory.shape), case.blocks[sizes > 0]
+    assert (back[:, whole] == case.memory[:, whole]).all()

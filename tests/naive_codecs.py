@@ -1,0 +1,115 @@
+"""Codecs as their description says, value by value: slow, obvious, and independent of the compiled ones."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import numpy as np
+
+
+def plane_tile(tile: Any, base: Any) -> tuple[int, bytes, bytes]:
+    """Entry, fixed part and tail of (16, 64) bf16 patterns under (64,) bases; see kernels/plane_form.py."""
+    first, signs, second, escaped = b"", b"", [], []
+    order = [*range(0, 64, 2), *range(1, 64, 2)]
+    for row in tile.tolist():
+        codes = {}
+        for channel in order:
+            exponent = row[channel] >> 7 & 255
+            below = int(base[channel]) - exponent
+            codes[channel] = {1: 0, 2: 1, 3: 2}.get(below, 3)
+            if codes[channel] == 3:
+                second.append({0: 0, 4: 1, 5: 2, 6: 3, 7: 4, 8: 5, 9: 6}.get(below, 7))
+                if second[-1] == 7:
+                    escaped.append(exponent)
+        for odd in (0, 1):
+            for bit in (0, 1):
+                first += struct.pack("<I", sum((codes[2 * lane + odd] >> bit & 1) << lane for lane in range(32)))
+        signs += bytes((value >> 15) << 7 | value & 127 for value in row)
+    tail = b""
+    for begin in range(0, len(second), 32):
+        group = second[begin : begin + 32]
+        for bit in (0, 1, 2):
+            tail += struct.pack("<I", sum((code >> bit & 1) << lane for lane, code in enumerate(group)))
+    tail += bytes(escaped) + bytes(-len(escaped) % 4)
+    if len(tail) >= 768:
+        raw = tile.astype("<u2").tobytes()
+        return 0xFFFFFFFF, raw[:1280], raw[1280:]
+    return len(second) | len(escaped) << 16, first + signs, tail
+
+
+def plane_record(record: Any, codec: Any) -> bytes:
+    """What codec ``plane`` makes of one record, where there is room for everything."""
+    shape = codec.shape
+    planes = record.view(np.uint16).reshape(shape.planes, shape.tokens, shape.channels)
+    tiles = [
+        plane_tile(planes[p, t : t + 16, c : c + 64], codec.tables.base[p, c : c + 64])
+        for p in range(shape.planes)
+        for t in range(0, shape.tokens, 16)
+        for c in range(0, shape.channels, 64)
+    ]
+    table = b"".join(struct.pack("<I", entry) for entry, _, _ in tiles)
+    body = table + bytes(-len(table) % 16) + b"".join(fixed for _, fixed, _ in tiles) + b"".join(tail for _, _, tail in tiles)
+    stored = 0
+    if len(body) >= record.size:
+        stored, body = 1, record.tobytes()
+    head = b"KVXC" + struct.pack("<HHIIQQ", 1, 1, stored, 0, record.size, 64 + len(body)) + codec.digest
+    return head + body
+
+
+class Shipped:
+    """LMCache's CacheGen as 0.5.6 ships it, restated from its description: no anchors, no levels, tables in every chunk.
+
+    ``values`` is float32 (layers, 2, tokens, channels), at most 256 tokens. Pickle, in which it is shipped, is left out.
+    """
+
+    def __init__(self, values: Any, deep: tuple[int, int] = (10, 2)) -> None:
+        layers = len(values)
+        planes = [values[:, part] for part in (0, 1)]
+        bins = np.concatenate([np.where(np.arange(layers) < first, 32, 16) for first in deep])
+        self.half = (bins // 2 - 1).astype(np.float32)[:, None, None]
+        self.values = np.concatenate(planes)  # K layers first
+        largest = np.abs(self.values).max(2, keepdims=True)
+        self.most = (largest.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)  # kept in bf16, as the input was
+        self.codes = np.rint(self.values * (self.half / self.most) + self.half).astype(np.int64)
+
+    def decoded(self) -> Any:
+        """What comes back, in the form that was handed in."""
+        back = (self.codes - self.half) / self.half * self.most
+        return np.stack(np.split(back.astype(np.float32), 2), 1)
+
+    def tables(self) -> Any:
+        """(planes, channels, 33) of a chunk: the cumulated counts of each channel's codes, as 16 bits."""
+        planes, tokens, channels = self.codes.shape
+        below = np.stack([(self.codes < i).sum(1) for i in range(33)], 2)
+        return (65535 - 32) * below // tokens + np.arange(33)
+
+    def nbytes(self) -> dict[str, int]:
+        """Of the parts of a chunk."""
+        planes, tokens, channels = self.codes.shape
+        streams = self.codes.swapaxes(1, 2).reshape(-1, tokens)
+        bits = arithmetic_bits(streams, self.tables().reshape(-1, 33))
+        payload = int(sum(-(-bits // 8)))
+        return {"payload": payload, "tables": 66 * len(streams), "lengths": 4 * len(streams), "maxima": 2 * planes * tokens}
+
+
+def arithmetic_bits(streams: Any, tables: Any) -> Any:
+    """Bits that LMCache's arithmetic coder writes for each stream of codes; (n,) int64."""
+    n, tokens = streams.shape
+    low, high = np.zeros(n, np.int64), np.full(n, (1 << 32) - 1)
+    pending, bits, rows = np.zeros(n, np.int64), np.zeros(n, np.int64), np.arange(n)
+    for token in range(tokens):
+        code = streams[:, token]
+        begin, end = tables[rows, code], np.where(code + 1 == 32, 65536, tables[rows, np.minimum(code + 1, 32)])
+        span = high - low + 1
+        low, high = low + (span * begin >> 16), low + (span * end >> 16) - 1
+        going = np.ones(n, bool)
+        while going.any():
+            lower, upper = going & (high < 1 << 31), going & (low >= 1 << 31)
+            middle = going & ~lower & ~upper & (low >= 1 << 30) & (high < 3 << 30)
+            bits += np.where(lower | upper, 1 + pending, 0)
+            pending = np.where(lower | upper, 0, pending + middle)
+            going = lower | upper | middle
+            low = np.where(middle, low << 1 & 0x7FFFFFFF, np.where(going, low << 1 & 0xFFFFFFFF, low))
+            high = np.where(middle, high << 1 & 0xFFFFFFFF | 0x80000001, np.where(going, (high << 1 | 1) & 0xFFFFFFFF, high))
+    return bits + 2 + pending
