@@ -39,7 +39,8 @@ _PATIENCE = 0.25  # seconds between two looks whether the call was cancelled
 _MOST_LEFT_BEHIND = 64  # calls; with more of them there is no new one
 _GOODBYE = 10.0  # seconds for calls that are left behind, when the tier closes
 # Of Mooncake's error codes (mooncake-store/include/types.h) those that say more than that it failed.
-_CODES = {-200: Outcome.FULL, -600: Outcome.MISS, -704: Outcome.MISS, -705: Outcome.OK}
+_CODES = {-200: Outcome.FULL, -600: Outcome.MISS, -704: Outcome.MISS}
+_IS_THERE = -705  # what a put of a key that was stored before is told
 Result = TypeVar("Result")
 
 
@@ -123,7 +124,9 @@ class MooncakeTier(Tier):
     def contains(self, keys: KeyArray, call: Call) -> npt.NDArray[np.bool_] | None:
         names = self._names(keys)
         found = self._guarded(lambda: self._wait(lambda store: store.batch_is_exist(names), call) if names else [])
-        return np.array([each == 1 for each in found], np.bool_) if isinstance(found, list) else None
+        if not isinstance(found, list) or any(each < 0 for each in found):
+            return None
+        return np.array([each == 1 for each in found], np.bool_)
 
     def get_into(self, keys: KeyArray, addresses: Int64s, room: Int64s, call: Call) -> Fetched:
         arrivals = Arrivals(self.format, keys, addresses, room)
@@ -168,7 +171,7 @@ class MooncakeTier(Tier):
 
     def probe(self, call: Call) -> str | None:
         self.trouble = ""
-        return probe_record(self, call, lambda: self.trouble)
+        return probe_record(self, self.format, call, lambda: self.trouble)
 
     def close(self) -> None:
         """Waits some seconds for calls that were left behind; if one does not come back, its memory stays."""
@@ -207,7 +210,7 @@ class MooncakeTier(Tier):
     def _outcome(self, code: int, what: str) -> Outcome:
         if code >= 0:
             return Outcome.OK
-        outcome = _CODES.get(code, Outcome.FAILED)
+        outcome = Outcome.OK if (code, what) == (_IS_THERE, "put") else _CODES.get(code, Outcome.FAILED)
         if outcome not in (Outcome.OK, Outcome.MISS):
             self.trouble = f"Mooncake answers {what} with {code}"
         return outcome

@@ -85,6 +85,13 @@ def test_a_closed_tier_fails_and_does_not_connect(redis_port: int, tier: RedisTi
     assert rack.put(tier)[0] == rack.get(tier).outcomes[0] == Outcome.FAILED and rack.has(tier) is None
 
 
+def test_a_probe_of_small_blocks(redis_port: int) -> None:
+    """A tier takes no record that is larger than a block; nor does it look for one."""
+    small = RedisTier(RedisOptions(url=f"redis://127.0.0.1:{redis_port}"), RecordFormat(NAMESPACE, 1000))
+    assert small.probe(Call(time.monotonic() + 10)) is None
+    small.close()
+
+
 def test_no_key_is_no_request(tier: RedisTier) -> None:
     rack = Rack([])
     assert len(rack.put(tier)) == len(rack.get(tier).outcomes) == len(rack.has(tier)) == 0
@@ -386,7 +393,9 @@ def test_impossible_options_are_refused(options: dict[str, object]) -> None:
 
 
 def test_urls_that_cannot_be_used_are_refused_without_their_secrets() -> None:
-    for url in ("redis://:hunter2@host:port/1", "redis://:hunter2@host/1?nonsense=1", "redis://u:hunter2@h:99999999"):
+    for url in ("redis://:hunter2@host:port/1", "redis://:hunter2@host/1?nonsense=1", "redis://u:hunter2@h:99999999",
+                "redis://:hunter2/more@host:1", "redis://:hunter2?more@host:1", "redis://u:hunter2#more@host", "redis://[hunter2",
+                "redis://:hunter2/0"):  # fmt: skip
         with pytest.raises(ConfigError) as error:
             RedisTier(RedisOptions(url=url), FORMAT)
         assert "hunter2" not in str(error.value) and "hunter2" not in repr(RedisOptions(url=url))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import resource
 import socket
 import threading
 import time
@@ -143,7 +144,7 @@ def test_answers_that_are_none() -> None:
             assert rack.put(tier, seconds=1)[0] in (Outcome.FAILED, Outcome.TIMEOUT), answer
             assert rack.get(tier, seconds=1).outcomes[0] in (Outcome.FAILED, Outcome.TIMEOUT), answer
             found = rack.has(tier, seconds=1)
-            assert found is None or not found[0], answer
+            assert (found is not None and not found[0]) if answer == b":3\r\n" else found is None, answer
             tier.close()
     assert rack.wrong_bytes == 0 and rack.latest < TOLERANCE
 
@@ -171,6 +172,67 @@ def test_errors_of_a_server_keep_the_connection(error: bytes, put: Outcome, get:
         else:
             assert (rack.put(tier) == put).all() and (rack.get(tier).outcomes == get).all(), tier.trouble
             assert tier._servers.pool.waiting() >= 1
+        tier.close()
+
+
+def test_a_length_that_is_huge_takes_no_memory() -> None:
+    """Answers that are no payloads are short; and what is asked for is only had when it comes."""
+    rack = Rack([4096])
+    with Scripted(lambda words: b"$1000000000\r\nx") as server:
+        tier = make(server.port, connections=1)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        assert rack.has(tier, seconds=1) is None and rack.put(tier, seconds=1)[0] != Outcome.OK
+        assert rack.get(tier, seconds=1).outcomes[0] != Outcome.OK
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
+        tier.close()
+    assert rack.wrong_bytes == 0 and rack.latest < TOLERANCE
+
+
+@pytest.mark.parametrize("how", [b"ASK", b"MOVED"])
+def test_a_record_that_moves_between_its_strings_is_read_anew(how: bytes) -> None:
+    """What came of it before counts no more; nor is it taken for damaged, and deleted."""
+    rack = Rack([70_000])
+    stored: dict[bytes, bytes] = {}
+    said: list[bytes] = []
+
+    def reply(words: list[bytes]) -> bytes:
+        said.append(words[0])
+        if words[:2] == [b"CLUSTER", b"SLOTS"]:
+            return b"*1\r\n*3\r\n:0\r\n:16383\r\n*2\r\n$9\r\n127.0.0.1\r\n:%d\r\n" % server.port
+        if words[0] == b"SET":
+            stored[words[1]] = words[2]
+        elif words[0] == b"GET" and said.count(b"GET") == 2:
+            return b"-%b 1 127.0.0.1:%d\r\n" % (how, server.port)
+        elif words[0] == b"GET":
+            return b"$%d\r\n%b\r\n" % (len(stored[words[1]]), stored[words[1]])
+        return b"+OK\r\n"
+
+    with Scripted(reply) as server:
+        tier = make(server.port)
+        assert rack.put(tier)[0] == Outcome.OK
+        assert rack.get(tier).outcomes[0] == Outcome.OK and said.count(b"GET") == 4 and b"UNLINK" not in said
+        tier.close()
+    assert rack.wrong_bytes == 0
+
+
+def test_connections_to_servers_that_left_a_cluster_are_closed() -> None:
+    """Addresses come and go where a cluster's machines do."""
+    rack = Rack([4096] * 3)
+    ports: list[int] = []
+
+    def reply(words: list[bytes]) -> bytes:
+        if words[:2] == [b"CLUSTER", b"SLOTS"]:
+            return b"*1\r\n*3\r\n:0\r\n:16383\r\n*2\r\n$9\r\n127.0.0.1\r\n:%d\r\n" % ports[-1]
+        return b":0\r\n"
+
+    with Scripted(reply) as home, Scripted(reply) as first, Scripted(reply) as second:
+        ports.append(first.port)
+        tier = make(home.port)
+        pool = tier._servers.pool
+        assert not rack.has(tier).any() and set(pool._here()) == {("127.0.0.1", home.port), ("127.0.0.1", first.port)}
+        ports.append(second.port)
+        tier._servers.doubt()
+        assert not rack.has(tier).any() and set(pool._here()) == {("127.0.0.1", home.port), ("127.0.0.1", second.port)}
         tier.close()
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+import os
+import signal
 import socket
 import ssl
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -245,3 +248,56 @@ def test_s3_over_tls(certificate: tuple[Path, Path]) -> None:
     tier.close()
     store.close()
     assert rack.wrong_bytes == 0
+
+
+def test_a_crew_works_in_a_process_that_was_forked_while_it_began_a_thread() -> None:
+    crew, ran = Crew("test", 3), list[int]()
+    with crew._lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads, which is what this is about
+        child = os.fork()
+        if not child:
+            signal.alarm(10)
+            try:
+                crew.run([lambda call: ran.append(1)] * 4, soon())
+            finally:
+                os._exit(0 if len(ran) == 4 else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    crew.close()
+
+
+def test_a_crew_without_threads_works_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process may have no more of them, or may be about to end."""
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    crew, ran = Crew("test", 3), list[int]()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        crew.run([lambda call: ran.append(1)] * 4, soon())
+    assert ran == [1] * 4
+    crew.run([lambda call: ran.append(2)] * 4, soon())  # what could not be begun does not begin now
+    assert ran == [1] * 4 + [2] * 4
+    crew.close()
+
+
+def test_what_tls_holds_back_makes_a_connection_unfit(certificate: tuple[Path, Path]) -> None:
+    """It was sent with the last answer, and is not on the socket any more."""
+    cert, key = map(str, certificate)
+    server, client = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.create_default_context(cafile=cert)
+    server.load_cert_chain(cert, key)
+    near, far = socket.socketpair()
+    sides = list[ssl.SSLSocket]()
+    accepting = threading.Thread(target=lambda: sides.append(server.wrap_socket(far, server_side=True)))
+    accepting.start()
+    wire = Wire(client.wrap_socket(near, server_hostname="127.0.0.1"))
+    accepting.join()
+    room = memoryview(bytearray(3))
+    sides[0].sendall(b"yes")
+    wire.into(room, soon())
+    assert wire.is_idle()
+    sides[0].sendall(b"yes, and no")
+    wire.into(room, soon())
+    assert not wire.is_idle()
+    wire.close()
+    sides[0].close()

@@ -100,6 +100,17 @@ def test_a_config_can_be_printed() -> None:
     assert "hunter2" not in repr(KVortexConfig(tiers=tiers))
 
 
+@pytest.mark.parametrize(
+    "url",
+    ["redis://me:sec/ret@host:1/0", "redis://me:sec?ret@host:1/0", "redis://me:sec#ret@host:1/0", "redis://me:sec@ret@host:x/0",
+     "redis://:secret/0", "redis://:12345secret", "redis://me:secret@host:1,redis://:secret@host:2"],
+)  # fmt: skip
+def test_a_password_that_is_not_quoted_is_in_no_message(url: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        open_tier(url, FORM)
+    assert "sec" not in str(caught.value) and "ret" not in str(caught.value)
+
+
 def test_what_was_opened_before_a_refusal_is_closed() -> None:
     closed = []
 

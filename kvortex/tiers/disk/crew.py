@@ -61,16 +61,26 @@ class Crew:
                     self._batches.append(batch)
                     self._news.notify(count)
             while not batch.ended.wait(min(call.left(), _LOOK)):
-                if why := _over(call):
+                if why := over(call):
                     self._give_up(batch, why)
                     break
         finally:
-            self._give_up(batch, Outcome.CANCELLED)  # of an interrupt; else there is nothing to give up
-            while not batch.ended.is_set():
-                batch.ended.wait()
+            self._end(batch)
         if batch.error is not None:
             raise batch.error
         return batch.begun, batch.why
+
+    def _end(self, batch: Batch) -> None:
+        """Waits for what has begun, through interrupts too: it has the caller's memory in its hands."""
+        interrupt: BaseException | None = None
+        while not batch.ended.is_set():
+            try:
+                self._give_up(batch, Outcome.CANCELLED)  # of an interrupt; else there is nothing to give up
+                batch.ended.wait()
+            except BaseException as error:
+                interrupt = error
+        if interrupt is not None:
+            raise interrupt
 
     def _give_up(self, batch: Batch, why: Outcome) -> None:
         with self._news:
@@ -94,7 +104,7 @@ class Crew:
                     self._news.wait()
                 batch = self._batches[0]
             try:
-                why = _over(batch.call)
+                why = over(batch.call)
             except Exception as error:  # of the caller's own ``cancelled``
                 batch.error, why = error, Outcome.FAILED
             at = self._begin(batch, why)
@@ -139,7 +149,8 @@ class Crew:
         return not any(thread.is_alive() for thread in self._threads)
 
 
-def _over(call: Call) -> Outcome | None:
+def over(call: Call) -> Outcome | None:
+    """Why a call is to begin nothing more; None while it may."""
     if call.cancelled():
         return Outcome.CANCELLED
     return None if call.left() else Outcome.TIMEOUT

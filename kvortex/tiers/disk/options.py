@@ -78,7 +78,7 @@ def _paths(given: object) -> tuple[str, ...]:
     for path in several:
         if not isinstance(path, (str, os.PathLike)) or not os.fspath(path) or "\0" in str(path):
             raise ConfigError(f"paths: {shown(path)} is no path of a folder")
-    found = tuple(os.path.realpath(str(os.fspath(path))) for path in several)
+    found = tuple(os.path.realpath(os.fsdecode(path)) for path in several)
     if len(set(found)) != len(found):
         raise ConfigError(f"paths = {shown(given)}: names a folder twice; each has one slab")
     return found

@@ -103,14 +103,13 @@ class Places:
             return True
 
     def end(self, place: int, *, whole: bool, erased: bool = False) -> None:
-        """A write of either kind has ended. If it was whole, nothing else is there; else anything may be."""
+        """A write of either kind has ended. If it was whole, nothing else is there; else what was there before may be, which
+        ``begin`` has put down."""
         if erased and whole:
             self.marks[place] = NOTHING
             self.keys[place] = 0
         if whole:
             self.before[place] = NOTHING
-        elif not erased:
-            self.before[place] = ANY
         with self.news:
             self._busy[place] = False
             self.news.notify_all()

@@ -23,6 +23,11 @@ from kvortex.tiers.disk.system import System
 NAME = "kvortex.slab"
 PROBE = COPIES * PAGE  # where the record of probes lies, of one page
 START = PROBE + 2 * PAGE  # where slots begin
+MOST_AT_ONCE = 0x7FFF_F000  # bytes of one preadv or pwritev; Linux does no more (read(2), write(2))
+
+
+# EINVAL too: where a file system has no such call, the C library writes a byte a block instead, which O_DIRECT refuses.
+_NO_FALLOCATE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 class ShortTransferError(OSError):
@@ -168,7 +173,7 @@ class Slab:
         try:
             self._system.fallocate(self._fd, nbytes)
         except OSError as error:
-            if error.errno in (errno.EOPNOTSUPP, errno.ENOSYS):
+            if error.errno in _NO_FALLOCATE:
                 self._system.ftruncate(self._fd, nbytes)
                 self.notes.append(f"{self.folder}: the file system reserves no space; the disk may be full later")
                 return

@@ -20,11 +20,12 @@ from kvortex.tiers.disk import snapshot
 from kvortex.tiers.disk.crew import Crew
 from kvortex.tiers.disk.deleting import forget
 from kvortex.tiers.disk.options import DiskOptions
+from kvortex.tiers.disk.pages import PAGE
 from kvortex.tiers.disk.places import Places
 from kvortex.tiers.disk.probing import probe
 from kvortex.tiers.disk.reading import fetch
 from kvortex.tiers.disk.recovery import recover
-from kvortex.tiers.disk.slab import START, Slab, slot_bytes_for
+from kvortex.tiers.disk.slab import MOST_AT_ONCE, START, Slab, slot_bytes_for
 from kvortex.tiers.disk.store import Store
 from kvortex.tiers.disk.syncing import Syncer
 from kvortex.tiers.disk.system import System
@@ -62,8 +63,8 @@ class DiskTier(Tier):
     Raises
     ------
     ConfigError
-        A folder is in use, is not to be written to, has something else in it, or has too little room; the message says which
-        and what to do.
+        Blocks are too large, or a folder is in use, is not to be written to, has something else in it, or has too little
+        room; the message says which and what to do.
     """
 
     name, local = "disk", True
@@ -72,6 +73,11 @@ class DiskTier(Tier):
         self.options, self.form = options, form
         self.capacity_bytes = options.capacity_bytes
         self.slot_bytes = slot_bytes_for(form.most_bytes)
+        if self.slot_bytes > MOST_AT_ONCE:
+            raise ConfigError(
+                f"a disk tier takes blocks of {MOST_AT_ONCE - PAGE} bytes at most, which is what Linux writes at once, not of "
+                f"{form.most_bytes}; use smaller blocks, or no disk tier"
+            )
         self._system = system or System()
         self._pid = os.getpid()
         self._calls, self._quiet, self._closed = 0, threading.Condition(), False

@@ -11,7 +11,7 @@ from kvortex.errors import PoolFullError
 from kvortex.index import NEW, PENDING, RESIDENT
 from kvortex.keys import KeyArray
 from kvortex.tiers.base import Call, Digests, Int64s, Outcome, Outcomes
-from kvortex.tiers.disk.crew import Crew
+from kvortex.tiers.disk.crew import Crew, over
 from kvortex.tiers.disk.pages import Pages
 from kvortex.tiers.disk.places import marks_of
 from kvortex.tiers.disk.store import Store, is_bad_spot
@@ -45,14 +45,16 @@ class Putting:
         self.outcomes[rows] = Outcome.CANCELLED
         wave = min(_WAVE, store.places.count)
         for start in range(0, len(rows), wave):
+            if (why := over(call)) is not None:  # before anything is evicted for what would not be written
+                self.outcomes[rows[start:]] = why
+                break
             self._write_all(rows[start : start + wave])
         self.outcomes[fits] = self.outcomes[fits[first[same.reshape(-1)]]]  # what stands twice was stored once
 
     def _write_all(self, rows: Int64s) -> None:
         """Also what others are writing just now: when they have ended, it is there, or it is ours to write."""
         while len(rows := self._write(rows)):
-            why = Outcome.CANCELLED if self.call.cancelled() else Outcome.TIMEOUT
-            if why == Outcome.CANCELLED or not self.call.left():
+            if (why := over(self.call)) is not None:
                 self.outcomes[rows] = why
                 return
             with self.store.settled:

@@ -42,7 +42,7 @@ class RedisOptions:
     connect_timeout_s: float = 2.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.url, str) or urlsplit(self.url).scheme not in _SCHEMES:
+        if not isinstance(self.url, str) or self.url.partition("://")[0] not in _SCHEMES:
             raise ConfigError("url of a Redis tier must begin with redis://, rediss:// or unix://")
         parts = urlsplit(self.url)
         if parts.scheme != "unix" and "@" in parts.path + parts.fragment:  # it would be taken for a host, and shown

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from kvortex.tiers.base import Call, Outcome
 from kvortex.tiers.remote.wire import Broken, Wire
 
-_LONGEST = 1 << 30  # bytes of an answer that is no payload, and entries of an array
+_LONGEST = 1 << 20  # bytes of an answer that is no payload, and entries of an array: memory is taken before they come
 _DEEPEST = 8
 
 

@@ -87,6 +87,7 @@ class Servers:
                 self._map = None, [self._home]  # no cluster, or no right to ask
             else:
                 self._map = _masters(ranges, endpoint)
+        self.pool.keep_only([*self._map[1], self._home])
         self._is_known = True
 
     def largest_value(self, endpoint: Endpoint, call: Call) -> int:

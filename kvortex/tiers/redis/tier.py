@@ -81,7 +81,7 @@ class RedisTier(Tier):
 
     def probe(self, call: Call) -> str | None:
         self.trouble = ""
-        return probe_record(self, call, lambda: self.trouble)
+        return probe_record(self, self.format, call, lambda: self.trouble)
 
     def close(self) -> None:
         self._closed = True

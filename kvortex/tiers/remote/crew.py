@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -26,6 +28,7 @@ class Crew:
         self._process = 0
         self._lock = threading.Lock()
         self._closed = False
+        _ALL.add(self)
 
     def run(self, jobs: Sequence[Job], call: Call) -> None:
         """Each job once, unless an earlier one raised. A job is to notice deadline and cancellation by itself."""
@@ -61,9 +64,12 @@ class Crew:
         with self._lock:
             if self._closed:
                 return None
-            if self._executor is None or self._process != os.getpid():  # threads do not survive a fork
+            if self._executor is None or self._process != os.getpid():
                 self._executor, self._process = ThreadPoolExecutor(self._threads, f"kvortex-{self._name}"), os.getpid()
-            return self._executor.submit(work)
+            helper: Future[None] = Future()
+            with contextlib.suppress(RuntimeError):  # no thread is to be had, or the interpreter ends; or it comes later
+                self._executor.submit(_help, helper, work)
+            return helper
 
     def close(self) -> None:
         """Ends the threads when they have done what they do. Twice does no harm."""
@@ -72,6 +78,30 @@ class Crew:
             executor, self._executor = self._executor, None
         if executor is not None and self._process == os.getpid():
             executor.shutdown(wait=True)
+
+
+_ALL: weakref.WeakSet[Crew] = weakref.WeakSet()
+
+
+def _start_anew() -> None:
+    """Threads do not survive a fork, and a lock that one of them held would never be let go of."""
+    for crew in list(_ALL):
+        crew._lock, crew._executor = threading.Lock(), None
+
+
+os.register_at_fork(after_in_child=_start_anew)
+
+
+def _help(helper: Future[None], work: Callable[[], None]) -> None:
+    """``work`` on another thread, unless its caller has given that up; then nobody may touch the caller's memory."""
+    if not helper.set_running_or_notify_cancel():
+        return
+    try:
+        work()
+    except BaseException as error:
+        helper.set_exception(error)
+    else:
+        helper.set_result(None)
 
 
 def _join(helpers: list[Future[None]], stopped: threading.Event) -> None:

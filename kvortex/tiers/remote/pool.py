@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Generic, TypeVar
 
 from kvortex.tiers.base import Call
@@ -55,6 +55,14 @@ class Pool(Generic[Endpoint]):
         while waiting:
             with contextlib.suppress(IndexError):  # another thread took it
                 waiting.pop().close()
+
+    def keep_only(self, endpoints: Iterable[Endpoint]) -> None:
+        """Closes what waits for endpoints that are not among these: nobody will ask for them again."""
+        mine = set(endpoints)
+        for endpoint in set(self._here()) - mine:
+            self.forget(endpoint)
+            if not self._here().get(endpoint):
+                self._here().pop(endpoint, None)
 
     def close(self) -> None:
         """Closes those that wait, and those in use when they come back."""

@@ -9,20 +9,22 @@ import numpy as np
 
 from kvortex.digests import digest_records
 from kvortex.tiers.base import Call, Outcome, Tier
+from kvortex.tiers.record import RecordFormat
 
-_PROBE_BYTES = 4096
+_PROBE_BYTES = 4096  # at most: a tier takes no record that is larger than its blocks
 
 
-def probe_record(tier: Tier, call: Call, trouble: Callable[[], str]) -> str | None:
+def probe_record(tier: Tier, form: RecordFormat, call: Call, trouble: Callable[[], str]) -> str | None:
     """Stores, finds, fetches and deletes a record under a name that nobody else has; None, or what went wrong.
 
     ``trouble`` says what the tier knows of the last failure.
     """
+    nbytes = min(_PROBE_BYTES, form.most_bytes)
     memory = np.frombuffer(bytearray(os.urandom(3 * _PROBE_BYTES)), np.uint8)
     start = -memory.ctypes.data % _PROBE_BYTES
-    payload = memory[start : start + _PROBE_BYTES]
+    payload = memory[start : start + nbytes]
     keys = np.frombuffer(os.urandom(32), np.uint8).reshape(1, 32)
-    at, sizes = np.array([payload.ctypes.data], np.int64), np.array([_PROBE_BYTES], np.int64)
+    at, sizes = np.array([payload.ctypes.data], np.int64), np.array([nbytes], np.int64)
     digests = np.empty((1, 16), np.uint8)
     digest_records(at, sizes, digests)
     sent = payload.tobytes()

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from kvortex.tiers.base import Call, Outcome
 
 _READ_AHEAD = 4096  # bytes; what is read beyond a line and belongs to a payload is copied once more
-_PATIENCE = 0.25  # seconds between two looks whether the call was cancelled
+PATIENCE = 0.25  # seconds between two looks whether the call was cancelled
 _MOST_PARTS = 512  # of one sendmsg; Linux takes 1024
 _TLS_PART = 1 << 18  # bytes handed to TLS at once
 _SCRATCH = 1 << 16
@@ -80,6 +80,8 @@ class Wire:
         if self.owed or self._start != self._end:
             return False
         try:
+            if self._is_tls and self._sock.pending():  # type: ignore[attr-defined]
+                return False
             poll = select.poll()
             poll.register(self._sock, select.POLLIN)
             return not poll.poll(0)
@@ -161,7 +163,7 @@ class Wire:
             left = call.left()
             if not left:
                 raise Late("the deadline passed")
-            self._wait_at_most(min(left, _PATIENCE))
+            self._wait_at_most(min(left, PATIENCE))
             try:
                 return step()
             except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):

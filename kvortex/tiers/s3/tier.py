@@ -21,7 +21,7 @@ from kvortex.tiers.remote.arrivals import PENDING, Arrivals, load_compiled
 from kvortex.tiers.remote.crew import Crew
 from kvortex.tiers.remote.pool import Pool
 from kvortex.tiers.remote.probing import probe_record
-from kvortex.tiers.remote.wire import Broken, Late, Stopped, Wire, view_of
+from kvortex.tiers.remote.wire import PATIENCE, Broken, Late, Stopped, Wire, view_of
 from kvortex.tiers.s3 import http
 from kvortex.tiers.s3.options import S3Options
 from kvortex.tiers.s3.signing import Signer
@@ -112,7 +112,7 @@ class S3Tier(Tier):
 
     def probe(self, call: Call) -> str | None:
         self.trouble = ""
-        return probe_record(self, call, lambda: self.trouble)
+        return probe_record(self, self.format, call, lambda: self.trouble)
 
     def close(self) -> None:
         self._pool.close()
@@ -177,7 +177,7 @@ class S3Tier(Tier):
             if not left:
                 return Outcome.FAILED
             left -= 1
-            time.sleep(min(call.left(), pause * (0.5 + random.random())))
+            _sleep(pause * (0.5 + random.random()), call)
             pause = min(2 * pause, _LONGEST_PAUSE)
 
     def _head(self, wire: Wire, host: str, target: str, at: int, call: Call) -> Outcome | None:
@@ -209,7 +209,7 @@ class S3Tier(Tier):
         """What an answer without an object makes of a key; None for a request that is to be repeated."""
         said = _CODE.search(http.text(wire, head, call))
         code = said.group(1).decode() if said else ""
-        if 200 <= head.status < 300:
+        if head.status == 200 or (200 < head.status < 300 and method in ("PUT", "DELETE")):
             return Outcome.OK
         if head.status == 404 and method != "PUT" and code != "NoSuchBucket":
             return Outcome.MISS
@@ -223,3 +223,10 @@ class S3Tier(Tier):
     def _connect(self, endpoint: http.Endpoint, call: Call) -> Wire:
         context = self._context if endpoint.scheme == "https" else None
         return http.connect(endpoint, self.options.connect_timeout_s, context, call)
+
+
+def _sleep(seconds: float, call: Call) -> None:
+    """As long as that, or until the call is over."""
+    end = min(call.deadline, time.monotonic() + seconds)
+    while not call.cancelled() and (left := end - time.monotonic()) > 0:
+        time.sleep(min(left, PATIENCE))

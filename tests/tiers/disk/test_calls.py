@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -122,6 +123,28 @@ def test_a_crew_whose_threads_hang_gives_up_at_the_deadline(crew: Crew) -> None:
     assert time.monotonic() - began < 5
     gate.set()
     hung.join()
+
+
+def test_a_call_that_is_interrupted_twice_waits_for_what_has_begun(crew: Crew) -> None:
+    """An impatient user's second Ctrl-C does not leave a read at work on memory that is somebody else's by then."""
+    ended: list[int] = []
+
+    def step(at: int, pages: Any) -> None:
+        time.sleep(1.0)
+        ended.append(at)
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.2, 0.2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            crew.run(step, 2, soon())
+        assert sorted(ended) == [0, 1]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.mark.parametrize("name", ["preadv", "pwritev"])

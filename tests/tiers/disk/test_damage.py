@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from kvortex.tiers import HEADER_BYTES, Outcome, RecordFormat
 from kvortex.tiers.disk import DiskTier
+from kvortex.tiers.disk.slab import START
 from tests.tiers.disk.rig import (
     EINVAL,
     EIO,
@@ -168,6 +170,28 @@ def test_a_bad_spot_is_not_met_again(tmp_path: Path) -> None:
             blocks.put(tier, [row])
         assert tier.failures() == {"EIO": 1} and tier._store.quarantined() == 1
         assert tier._store.index.counts().resident == 32 and tier.used_bytes() == 31 * SLOT
+
+
+def test_a_bad_spot_does_not_keep_others_from_being_deleted(tmp_path: Path) -> None:
+    """Only what may lie there must be erased there: the record that was to be written, and the one before it."""
+    system, blocks = Failing(), Blocks(9)
+
+    def broken(name: str, fd: int, buffers: Any, offset: int) -> int | None:
+        if name == "pwritev" and offset == START:
+            raise OSError(EIO, "a bad spot")
+        return None
+
+    with opened(tmp_path, 8, system=system) as tier:
+        assert (blocks.put(tier, slice(0, 8)) == Outcome.OK).all()
+        old = int(np.flatnonzero((tier._store.places.keys[0] == blocks.keys).all(1))[0])
+        assert tier.delete(blocks.keys[[old]], soon())[0] == Outcome.OK
+        assert blocks.put(tier, [old])[0] == Outcome.OK
+        system.rule = broken
+        assert tier.delete(blocks.keys[[old]], soon())[0] == Outcome.FAILED
+        assert blocks.put(tier, [8])[0] == Outcome.FAILED, "the only free place is the bad one"
+        assert tier.delete(blocks.keys[[old]], soon())[0] == tier.delete(blocks.keys[[8]], soon())[0] == Outcome.FAILED
+        others = [row for row in range(8) if row != old]
+        assert (tier.delete(blocks.keys[others], soon()) == Outcome.OK).all()
 
 
 def test_no_space_is_said_so(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import pytest
 from kvortex.errors import ConfigError
 from kvortex.tiers import Outcome, RecordFormat
 from kvortex.tiers.disk import DiskOptions, DiskTier
+from kvortex.tiers.disk.slab import lock
 from tests.tiers.disk.rig import (
     EINVAL,
     EIO,
@@ -58,6 +59,12 @@ def test_impossible_options_are_refused_by_name(options: dict[str, Any], message
         DiskOptions(**{"paths": "x", "capacity_bytes": 1 << 20} | options)
 
 
+def test_a_path_of_bytes_is_the_folder_that_it_names(tmp_path: Path) -> None:
+    with os.scandir(os.fsencode(tmp_path.parent)) as entries:
+        found = next(entry for entry in entries if os.fsdecode(entry.name) == tmp_path.name)
+    assert DiskOptions(paths=[found], capacity_bytes=1).paths == (os.path.realpath(tmp_path),)
+
+
 def test_one_path_may_be_given_as_it_is(tmp_path: Path) -> None:
     assert DiskOptions(paths=tmp_path, capacity_bytes=1).paths == (str(tmp_path),)
 
@@ -80,6 +87,27 @@ def test_a_folder_has_one_owner(tmp_path: Path) -> None:
         code += "DiskTier(DiskOptions(paths=[sys.argv[1]], capacity_bytes=1 << 20), RecordFormat(bytes(range(32)), 8192))"
         done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60)
         assert done.returncode and "ConfigError" in done.stderr and "in use by another engine" in done.stderr
+    with opened(tmp_path) as tier:
+        assert all(blocks.found(tier))
+
+
+def test_a_file_that_its_owner_removes_meanwhile_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opened before a purge and locked after it, it has no name: all that went into it would be lost."""
+    blocks = Blocks(4)
+    with opened(tmp_path) as tier:
+        blocks.put(tier)
+    locked: list[str] = []
+
+    def lock_late(fd: int, path: str) -> None:
+        if not locked:
+            os.unlink(path)
+        locked.append(path)
+        lock(fd, path)
+
+    monkeypatch.setattr("kvortex.tiers.disk.slab.lock", lock_late)
+    with opened(tmp_path) as tier:
+        assert len(locked) == 2 and not tier.recovered
+        assert (blocks.put(tier) == Outcome.OK).all()
     with opened(tmp_path) as tier:
         assert all(blocks.found(tier))
 
@@ -250,6 +278,23 @@ def test_a_file_system_that_reserves_nothing_is_noted(tmp_path: Path) -> None:
         blocks.put(tier)
     with opened(tmp_path) as tier:
         assert all(blocks.found(tier))
+
+
+def test_a_file_system_whose_space_is_reserved_by_writing(tmp_path: Path) -> None:
+    """The C library then writes bytes, which O_DIRECT refuses."""
+    system = Failing()
+    system.rule = raising("fallocate", EINVAL)
+    with opened(tmp_path, system=system) as tier:
+        assert any("reserves no space" in note for note in tier.notes)
+        assert (Blocks(4).put(tier) == Outcome.OK).all()
+
+
+def test_blocks_that_no_call_of_the_system_takes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="blocks of 2147475456 bytes at most"), opened(
+        tmp_path, 1, form=RecordFormat(NAMESPACE, 2**31)
+    ):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_closed_tier_fails_and_closes_twice(tmp_path: Path) -> None:

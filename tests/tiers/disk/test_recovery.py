@@ -10,7 +10,7 @@ import pytest
 
 from kvortex.tiers import Outcome
 from kvortex.tiers.disk import recovery, snapshot
-from kvortex.tiers.disk.places import ANY
+from kvortex.tiers.disk.places import marks_of
 from kvortex.tiers.disk.system import System
 from tests.tiers.disk.rig import EIO, Blocks, Failing, Patch, crash, opened, raising, shorter, soon
 
@@ -82,11 +82,27 @@ def test_what_was_evicted_and_then_deleted_stays_away(tmp_path: Path, closed_bet
             crash(tier)
     if closed_between:
         with opened(tmp_path, 1) as tier:
-            assert tier._store.places.before[0] == ANY
+            assert tier._store.places.before[0] == marks_of(blocks.keys[:1])[0]
             assert tier.delete(blocks.keys[:1], soon()).tolist() == [Outcome.MISS]
             crash(tier)
     with opened(tmp_path, 1) as tier:
         assert blocks.found(tier) == [False, False]
+
+
+@pytest.mark.parametrize("failures", [1, 2, 3, 4])
+def test_what_was_evicted_stays_away_however_often_its_place_was_not_written(tmp_path: Path, failures: int) -> None:
+    blocks, system = Blocks(6), Failing()
+    with opened(tmp_path, 1, system=system) as tier:
+        blocks.put(tier, [0])
+        system.rule = raising("pwritev", EIO)
+        for row in range(1, failures + 1):
+            assert blocks.put(tier, [row]).tolist() == [Outcome.FAILED]
+        system.rule = lambda *_: None
+        assert tier.delete(blocks.keys[:1], soon()).tolist() == [Outcome.MISS]
+        assert Patch(tmp_path).read(Patch(tmp_path).slot(0), 8) == bytes(8)
+        crash(tier)
+    with opened(tmp_path, 1) as tier:
+        assert not tier.contains(blocks.keys, soon()).any()
 
 
 def test_of_two_records_of_a_key_the_newer_is_found_and_both_are_deleted(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvortex.tiers import Outcome, RecordFormat
+from kvortex.tiers import Call, Outcome, RecordFormat
 from kvortex.tiers.disk import DiskTier
 from tests.tiers.disk.rig import FORM, NAMESPACE, PAYLOAD, SLOT, Blocks, Failing, assert_whole, opened, soon
 
@@ -93,6 +94,16 @@ def test_the_bound_holds_and_the_oldest_go(tmp_path: Path) -> None:
         sizes = [os.stat(tmp_path / name / "kvortex.slab") for name in "ab"]
         assert sum(each.st_size for each in sizes) <= tier.capacity_bytes
         assert sum(each.st_blocks * 512 for each in sizes) <= tier.capacity_bytes + (64 << 10), "the file system's own"
+
+
+@pytest.mark.parametrize("why", [Outcome.TIMEOUT, Outcome.CANCELLED])
+def test_what_is_given_up_evicts_nothing(tmp_path: Path, why: Outcome) -> None:
+    blocks = Blocks(40)
+    with opened(tmp_path, 8) as tier:
+        assert (blocks.put(tier, slice(0, 8)) == Outcome.OK).all()
+        late = Call(time.monotonic() - 1) if why == Outcome.TIMEOUT else Call(time.monotonic() + 20, lambda: True)
+        assert (blocks.put(tier, slice(8, 40), late) == why).all()
+        assert all(blocks.found(tier, slice(0, 8))) and tier.evictions() == 0
 
 
 def test_a_batch_larger_than_the_store_ends_and_keeps_the_last(tmp_path: Path) -> None:
