@@ -43,12 +43,8 @@ def _row(name: str, found: dict[str, Any]) -> dict[str, Any]:
 
 def draw(axes: Any, report: Report) -> None:
     """Faults of each kind."""
-    kinds: dict[str, int] = {}
-    for row in report.rows:
-        for kind, count in row.get("kinds", {}).items():
-            name = f"{row['campaign']}: {kind}"
-            kinds[name] = kinds.get(name, 0) + count
-    axes.barh(range(len(kinds)), list(kinds.values()), 0.7, color="#27608f")
-    axes.set_yticks(range(len(kinds)), list(kinds), fontsize=5)
+    bars = [(f"{row['campaign']}: {kind}", count) for row in report.rows for kind, count in row.get("kinds", {}).items()]
+    axes.barh(range(len(bars)), [count for _, count in bars], 0.7, color="#27608f")
+    axes.set_yticks(range(len(bars)), [name for name, _ in bars], fontsize=3.5)
     axes.set_xlabel("faults injected")
     axes.set_title(f"{report.notes['faults']} faults, {report.wrong_bytes} wrong bytes", fontsize=10)
