@@ -48,5 +48,5 @@ def test_leaks_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
     life._look_for_leaks(Engine())  # type: ignore[arg-type]
     assert life.found == {"leaked": 3, "raised": 1}
-    row = faults._row("faults_x", {"faults": 1, "leaked": 3, "raised": 1, "served_again": False})
+    row = faults._row("x", {"faults": 1, "leaked": 3, "raised": 1, "served_again": False})
     assert row["broken"] == 5 and row["campaign"] == "x"

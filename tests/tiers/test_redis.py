@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -398,7 +399,9 @@ def test_urls_that_cannot_be_used_are_refused_without_their_secrets() -> None:
                 "redis://:hunter2/0"):  # fmt: skip
         with pytest.raises(ConfigError) as error:
             RedisTier(RedisOptions(url=url), FORMAT)
-        assert "hunter2" not in str(error.value) and "hunter2" not in repr(RedisOptions(url=url))
+        assert "hunter2" not in str(error.value)
+        with contextlib.suppress(ConfigError):  # some are refused by the options already
+            assert "hunter2" not in repr(RedisOptions(url=url))
 
 
 def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
