@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from kvortex.errors import ConfigError, shown
 
@@ -44,7 +44,7 @@ class RedisOptions:
     def __post_init__(self) -> None:
         if not isinstance(self.url, str) or self.url.partition("://")[0] not in _SCHEMES:
             raise ConfigError("url of a Redis tier must begin with redis://, rediss:// or unix://")
-        parts = urlsplit(self.url)
+        parts = _parts(self.url)
         if parts.scheme != "unix" and "@" in parts.path + parts.fragment:  # it would be taken for a host, and shown
             raise ConfigError("url of a Redis tier: write / as %2F, # as %23 and @ as %40 in a user's name and password")
         number = parts.path.strip("/")
@@ -61,6 +61,17 @@ class RedisOptions:
         seconds = self.connect_timeout_s
         if not isinstance(seconds, (int, float)) or not 0 < seconds <= 3600:
             raise ConfigError(f"connect_timeout_s must be above 0 and at most 3600 seconds, not {shown(seconds)}")
+
+
+def _parts(url: str) -> SplitResult:
+    """Of a URL whose host and port can be read. No word of others is shown: it may be of a password that is not quoted."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+        return parts
+    except ValueError:
+        cure = "a port is a number; in a login, write / ? # @ : and % as %2F %3F %23 %40 %3A and %25"
+        raise ConfigError(f"url of a Redis tier has no host and port that can be read: {cure}") from None
 
 
 def _check_integer(name: str, value: object, least: int, most: int) -> None:

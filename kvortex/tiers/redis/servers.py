@@ -6,7 +6,7 @@ import binascii
 import importlib
 import time
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,6 @@ class Servers:
     def __init__(self, options: RedisOptions) -> None:
         self._options = options
         self._redis = _import_redis()
-        _check(options.url)
         try:
             self._arguments: dict[str, Any] = dict(self._redis.connection.parse_url(options.url))
             self._class = self._arguments.pop("connection_class", self._redis.connection.Connection)
@@ -153,15 +152,6 @@ class Servers:
             wire.send([command(b"SELECT", b"%d" % int(connection.db))], terms)
             answer(wire, terms)
         wire.served = 0
-
-
-def _check(url: str) -> None:
-    """What else would be refused with words of the URL, which may be of a password that is not quoted."""
-    try:
-        _ = urlsplit(url).port
-    except ValueError:
-        cure = "a port is a number; in a login, write / ? # @ : and % as %2F %3F %23 %40 %3A and %25"
-        raise ConfigError(f"url of a Redis tier has no host and port that can be read: {cure}") from None
 
 
 def parse_address(address: str, asked: Endpoint) -> Endpoint:
