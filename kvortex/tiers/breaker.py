@@ -61,9 +61,13 @@ class BreakerOptions:
         if isinstance(self.failures, bool) or not isinstance(self.failures, int) or self.failures < 1:
             raise ConfigError(f"failures = {shown(self.failures)}: must be an integer of at least 1")
         for name in ("lost_s", "slow_s", "window_s", "pause_s", "longest_pause_s"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e9:
-                raise ConfigError(f"{name} = {shown(value)}: must be a number of seconds above 0")
+            check_seconds(name, getattr(self, name))
+
+
+def check_seconds(name: str, value: object) -> None:
+    """ConfigError where the value of an option is no time."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e9:
+        raise ConfigError(f"{name} = {shown(value)}: must be a number of seconds above 0")
 
 
 class Breaker:

@@ -31,6 +31,7 @@ from kvortex.keys import KeyArray
 from kvortex.tiers.base import Call, Digests, Fetched, Int64s, Outcome, Outcomes, Tier
 from kvortex.tiers.record import HEADER_BYTES, RecordFormat
 from kvortex.tiers.remote.arrivals import PENDING, Arrivals, load_compiled
+from kvortex.tiers.remote.checks import check_count
 from kvortex.tiers.remote.probing import probe_record
 from kvortex.tiers.remote.wire import Broken, Late, Stopped
 
@@ -81,9 +82,7 @@ class MooncakeOptions:
         if not self.master.rpartition(":")[2].isdigit():
             raise ConfigError(f"master must be host:port of mooncake_master, not {shown(self.master)}")
         for name, least, most in (("segment_bytes", 0, 1 << 50), ("buffers", 1, 256), ("buffer_bytes", 1, 1 << 40)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-                raise ConfigError(f"{name} must be an integer from {least} to {most}, not {shown(value)}")
+            check_count(name, getattr(self, name), least, most)
 
 
 class _Buffer:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 
+from kvortex.config import check_integer
 from kvortex.errors import ConfigError, shown
-from kvortex.tiers.breaker import BreakerOptions
+from kvortex.tiers.breaker import BreakerOptions, check_seconds
 
 MODES = ("through", "back", "read")
+_MOST = {"admit_after": 255, "write_threads": 64, "read_threads": 64, "known_keys": 1 << 28}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,16 +73,10 @@ class TierOptions:
         for entry in fields(self):
             value = getattr(self, entry.name)
             if entry.type == "float":
-                if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e9:
-                    raise ConfigError(f"{entry.name} = {shown(value)}: must be a number of seconds above 0")
+                check_seconds(entry.name, value)
             elif entry.type == "int" or (entry.type == "int | None" and value is not None):
-                self._check_integer(entry.name, value)
+                check_integer(entry.name, value, 1, _MOST.get(entry.name, 1 << 62))
         if not isinstance(self.local, bool | None):
             raise ConfigError(f"local = {shown(self.local)}: must be true, false or None")
         if not isinstance(self.breaker, BreakerOptions):
             raise ConfigError(f"breaker = {shown(self.breaker)}: must be BreakerOptions")
-
-    def _check_integer(self, name: str, value: object) -> None:
-        most = {"admit_after": 255, "write_threads": 64, "read_threads": 64, "known_keys": 1 << 28}.get(name, 1 << 62)
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-            raise ConfigError(f"{name} = {shown(value)}: must be an integer from 1 to {most}")

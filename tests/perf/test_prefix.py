@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from examples.lm.download import MEMBER
 from kvortex.kernels.cache import cache_folder
 from perf import __main__ as program
 from perf import llama, prefix
@@ -57,7 +58,7 @@ def test_what_is_lost_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_weights_that_are_not_those_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setenv("KVORTEX_CACHE_DIR", str(tmp_path))
     (tmp_path / "weights").mkdir()
-    (tmp_path / "weights" / Path(llama.MEMBER).name).write_bytes(b"something else")
+    (tmp_path / "weights" / Path(MEMBER).name).write_bytes(b"something else")
     assert program.main(["prefix", "--quick", "--out", str(tmp_path / "out")]) == 2
     assert "is not the file" in capsys.readouterr().err
 
@@ -65,7 +66,7 @@ def test_weights_that_are_not_those_are_refused(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.slow
 def test_the_model_gives_the_sample_back() -> None:
     """K and V of the sample's own tokens, to the rounding of sums in another order; where the weights were fetched already."""
-    path = cache_folder() / "weights" / Path(llama.MEMBER).name
+    path = cache_folder() / "weights" / Path(MEMBER).name
     if not path.exists() or not all(importlib.util.find_spec(name) for name in ("gguf", "tokenizers")):
         pytest.skip("the weights, or the extra that reads them, are not here: python -m perf prefix fetches the former")
     values = values_of("smollm2")

@@ -25,7 +25,7 @@ class HostCheck:
 
     def note(self, slots: Int64s, keys: KeyArray) -> npt.NDArray[np.bool_]:
         """Remembers what is stored now under n keys; (n,) bool, false where nothing is."""
-        found, digests = self._digest(keys)
+        found, digests = self._digest(keys, kept=True)
         self._digests[slots[found]] = digests[found]
         return found
 
@@ -35,12 +35,16 @@ class HostCheck:
         good: npt.NDArray[np.bool_] = found & (digests == self._digests[slots]).all(axis=1)
         return good
 
-    def _digest(self, keys: KeyArray) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.uint8]]:
+    def _digest(self, keys: KeyArray, *, kept: bool = False) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.uint8]]:
+        """Which of n keys are stored, and the digests of what lies there now; or those that the engine has kept, if it does."""
         parts = self._engine._parts
         digests = np.zeros((len(keys), DIGEST_BYTES), np.uint8)
         held = parts.index.acquire(keys)
         try:
             found = held >= 0
+            if kept and parts.digests is not None:
+                digests[found] = parts.digests[held[found]]
+                return found, digests
             addresses = parts.arena.address + held[found] * parts.arena.slot_bytes
             read = np.empty((len(addresses), DIGEST_BYTES), np.uint8)
             digest_records(addresses, parts.index.size_of(held[found]), read)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kvortex.config import check_integer
 from kvortex.errors import ConfigError, shown
 from kvortex.index import POLICIES
 
@@ -55,9 +56,7 @@ class DiskOptions:
     def __post_init__(self) -> None:
         object.__setattr__(self, "paths", _paths(self.paths))
         for name, most in (("capacity_bytes", _MOST), ("readers", _MOST_THREADS), ("writers", _MOST_THREADS)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-                raise ConfigError(f"{name} = {shown(value)}: must be an integer from 1 to {most}")
+            check_integer(name, getattr(self, name), 1, most)
         for name, known in (("policy", tuple(sorted(POLICIES))), ("sync", SYNCS)):
             value = getattr(self, name)
             if not isinstance(value, str) or value not in known:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from urllib.parse import SplitResult, urlsplit
 
 from kvortex.errors import ConfigError, shown
+from kvortex.tiers.remote.checks import check_connect_timeout, check_count
 
 _SCHEMES = ("redis", "rediss", "unix")
 _MOST_CONNECTIONS = 256
@@ -51,16 +52,14 @@ class RedisOptions:
         if parts.scheme != "unix" and number and not (number.isascii() and number.isdecimal()):  # redis-py would take 0
             raise ConfigError(f"url of a Redis tier: the path is the number of a database, not {shown(number)}")
         if self.ttl_s is not None:
-            _check_integer("ttl_s", self.ttl_s, 1, _MOST_SECONDS)
+            check_count("ttl_s", self.ttl_s, 1, _MOST_SECONDS)
         if not isinstance(self.renew_ttl, bool):
             raise ConfigError(f"renew_ttl must be true or false, not {shown(self.renew_ttl)}")
         if self.renew_ttl and self.ttl_s is None:
             raise ConfigError("renew_ttl needs ttl_s: there is nothing to renew")
-        _check_integer("connections", self.connections, 1, _MOST_CONNECTIONS)
-        _check_integer("in_flight_bytes", self.in_flight_bytes, 1, 1 << 40)
-        seconds = self.connect_timeout_s
-        if not isinstance(seconds, (int, float)) or not 0 < seconds <= 3600:
-            raise ConfigError(f"connect_timeout_s must be above 0 and at most 3600 seconds, not {shown(seconds)}")
+        check_count("connections", self.connections, 1, _MOST_CONNECTIONS)
+        check_count("in_flight_bytes", self.in_flight_bytes, 1, 1 << 40)
+        check_connect_timeout(self.connect_timeout_s)
 
 
 def _parts(url: str) -> SplitResult:
@@ -72,8 +71,3 @@ def _parts(url: str) -> SplitResult:
     except ValueError:
         cure = "a port is a number; in a login, write / ? # @ : and % as %2F %3F %23 %40 %3A and %25"
         raise ConfigError(f"url of a Redis tier has no host and port that can be read: {cure}") from None
-
-
-def _check_integer(name: str, value: object, least: int, most: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise ConfigError(f"{name} must be an integer from {least} to {most}, not {shown(value)}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from kvortex.errors import ConfigError, shown
+from kvortex.tiers.remote.checks import check_connect_timeout, check_count
 
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.\-_]{1,61}[a-z0-9]", re.IGNORECASE)
 _PREFIX = re.compile(r"[A-Za-z0-9._=-]+(/[A-Za-z0-9._=-]+)*")
@@ -77,12 +78,8 @@ class S3Options:
         if not isinstance(self.virtual_hosted, bool):
             raise ConfigError(f"virtual_hosted must be true or false, not {shown(self.virtual_hosted)}")
         for name, least, most in (("connections", 1, _MOST_CONNECTIONS), ("retries", 0, 100)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-                raise ConfigError(f"{name} must be an integer from {least} to {most}, not {shown(value)}")
-        seconds = self.connect_timeout_s
-        if not isinstance(seconds, (int, float)) or not 0 < seconds <= 3600:
-            raise ConfigError(f"connect_timeout_s must be above 0 and at most 3600 seconds, not {shown(seconds)}")
+            check_count(name, getattr(self, name), least, most)
+        check_connect_timeout(self.connect_timeout_s)
 
     def _check_endpoint(self) -> None:
         problem = "endpoint must be http:// or https:// with a host, and no login, path or query"
