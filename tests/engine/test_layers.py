@@ -150,9 +150,11 @@ def test_what_has_no_layers(device: Device) -> None:
         engine.save_blocks(keys_of(2), [buffer.address], [4096]).wait()
         with pytest.raises(ArgumentError, match="opaque buffers have no layers"):
             engine.load_blocks(keys_of(2), [buffer.address], [4096], layerwise=True)
-        for ticket in (save, engine.load_blocks(keys_of(2), [buffer.address], [4096])):
+        opaque = engine.load_blocks(keys_of(2), [buffer.address], [4096])
+        for ticket in (save, opaque):
             with pytest.raises(ArgumentError, match="use add_to"):
                 ticket.wait_layer(0)
+        assert opaque.wait().all()
         load = engine.load_blocks(keys_of(1), [2], layerwise=True)
         for layer in (-1, LAYERS, True, 0.5, "0", None, 10**4000):
             with pytest.raises(ArgumentError, match="must be an integer from 0 to 7"):
