@@ -7,7 +7,7 @@ higher one 32 (``vpmulld``), summed apart. The compiler makes vectors of the loo
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,7 @@ _PAIR = 8  # bytes of two words
 _PAIRS = ROW_BYTES // _PAIR
 _COPY_BYTES = 8192  # what is copied before it is digested: it is in the nearest cache then
 _MASK = np.uint64(0xFFFFFFFF)
+Fixed: TypeAlias = tuple[Numbers, Numbers, npt.NDArray[np.uint32], Numbers]
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -151,6 +152,15 @@ def sum_part(address, nbytes, offset, c, lows, highs, r):  # type: ignore[no-unt
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def add_part(address, nbytes, offset, sums, fixed):  # type: ignore[no-untyped-def]
+    """Adds what :func:`sum_part` gives to ``sums``, (2,) uint64; ``fixed`` is of :func:`numbers`."""
+    c, lows, highs, r = fixed
+    first, second = sum_part(address, nbytes, offset, c, lows, highs, r)
+    sums[0] += first
+    sums[1] += second
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def copy_part(memcpy, target, source, nbytes, of_source, offset, c, lows, highs, r):  # type: ignore[no-untyped-def]
     """Copies a part of a record, and gives what :func:`sum_part` does, of its source or its target: bytes that are in the
     nearest cache, since they were just copied."""
@@ -181,7 +191,7 @@ def _parts_of_columns() -> tuple[Numbers, npt.NDArray[np.uint32]]:
     return lows, (columns() >> np.uint64(32)).astype(np.uint32)
 
 
-def numbers(most_bytes: int) -> tuple[Numbers, Numbers, npt.NDArray[np.uint32], Numbers]:
+def numbers(most_bytes: int) -> Fixed:
     """``c, lows, highs, r`` of :func:`sum_part`, for records of up to so many bytes."""
     return (columns(), *_parts_of_columns(), rows(most_bytes))
 
@@ -197,6 +207,7 @@ def load_compiled() -> None:
     """Loads what is compiled, once in a process."""
     none = np.empty(0, np.int64)
     _digest_all(none, none, *numbers(0), lengths(), np.empty((0, 2), np.uint64))
+    add_part(0, 0, 0, np.zeros(2, np.uint64), numbers(0))
 
 
 def digest_records(
