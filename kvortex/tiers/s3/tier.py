@@ -23,8 +23,8 @@ from kvortex.tiers.remote.pool import Pool
 from kvortex.tiers.remote.probing import probe_record
 from kvortex.tiers.remote.wire import PATIENCE, Broken, Late, Stopped, Wire, view_of
 from kvortex.tiers.s3 import http
+from kvortex.tiers.s3.bucket import Bucket
 from kvortex.tiers.s3.options import S3Options
-from kvortex.tiers.s3.signing import Signer
 
 _MOST_BYTES = 5 << 30  # of an object in one request
 _AGAIN = {429, 500, 502, 503, 504}
@@ -60,7 +60,7 @@ class S3Tier(Tier):
 
     def __init__(self, options: S3Options, record_format: RecordFormat) -> None:
         self.options, self.format = options, record_format
-        self._signer = Signer(options)
+        self._bucket = Bucket(options, options.connect_timeout_s)
         self._context: ssl.SSLContext | None = None
         try:
             self._context = ssl.create_default_context(cafile=options.ca_file)
@@ -138,7 +138,7 @@ class S3Tier(Tier):
             if self._pool.is_closed():
                 raise Broken("the tier is closed")
             if todo:
-                urls = self._signer.urls(method, self._names(keys[todo]))
+                urls = self._bucket.urls(method, self._names(keys[todo]))
                 following = iter(list(zip(todo, urls, strict=True)))
                 lock = threading.Lock()
 
