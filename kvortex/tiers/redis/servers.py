@@ -117,7 +117,7 @@ class Servers:
         except self._redis.exceptions.TimeoutError:
             connection.disconnect()
             raise (Broken if call.left() else Late)("the server does not answer: connecting took too long") from None
-        except self._redis.exceptions.RedisError as error:
+        except (self._redis.exceptions.RedisError, ValueError) as error:  # the latter of a host that can be none
             connection.disconnect()
             raise Broken(hidden_in(told(error), self._options.url)) from None
         except ServerError as error:
@@ -157,9 +157,15 @@ class Servers:
 def parse_address(address: str, asked: Endpoint) -> Endpoint:
     """``host:port`` of a redirection; no host means that of the server that was asked."""
     host, _, port = address.rpartition(":")
-    if not port.isdigit():
+    if not port.isascii() or not port.isdigit():
         raise Broken("the server redirects to an address that is none")
-    return host.strip("[]") or asked[0], int(port)
+    return host.strip("[]") or asked[0], _port(int(port))
+
+
+def _port(number: int) -> int:
+    if not 0 < number < 1 << 16:  # the system would take 65537 for 1
+        raise Broken("the server names a port that is none")
+    return number
 
 
 def _masters(ranges: object, asked: Endpoint) -> tuple[npt.NDArray[np.int32], list[Endpoint]]:
@@ -169,7 +175,7 @@ def _masters(ranges: object, asked: Endpoint) -> tuple[npt.NDArray[np.int32], li
     try:
         for first, last, master, *_ in ranges:  # type: ignore[attr-defined]
             host = (master[0] or b"").decode()
-            endpoint = (asked[0] if host in ("", "?") else host, int(master[1]))
+            endpoint = (asked[0] if host in ("", "?") else host, _port(int(master[1])))
             owners[int(first) : int(last) + 1] = numbers.setdefault(endpoint, len(numbers))
     except (TypeError, ValueError, IndexError, AttributeError):
         raise Broken("the server's answer is none to CLUSTER SLOTS") from None
