@@ -152,3 +152,20 @@ def test_a_call_that_waits_to_ask_again_can_be_cancelled() -> None:
         assert tier.get_into(rack.keys, rack.targets, rack.sizes, asked).outcomes[0] == Outcome.CANCELLED
         assert time.monotonic() - began < 4.0 + TOLERANCE
         tier.close()
+
+
+def test_what_a_closed_tier_is_asked_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing changes that; whoever closes it waits for these calls."""
+    rack, pauses = Rack([4096] * 20), list[float]()
+    monkeypatch.setattr("kvortex.tiers.s3.tier._sleep", lambda seconds, call: pauses.append(seconds))
+    with scripted(lambda method, body: b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n") as endpoint:
+        tier = S3Tier(S3Options(bucket="some", endpoint=endpoint, access_key_id="k", secret_access_key="s"), FORMAT)
+        urls = tier._bucket.urls
+
+        def close_meanwhile(method: str, names: object) -> object:
+            tier._pool.close()
+            return urls(method, names)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(tier._bucket, "urls", close_meanwhile)
+        assert (rack.get(tier).outcomes == Outcome.FAILED).all() and not pauses and "closed" in tier.trouble
+        tier.close()
