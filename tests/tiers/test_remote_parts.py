@@ -213,7 +213,7 @@ def test_a_name_with_several_addresses_has_one_deadline(kind: str, silent: int, 
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [tried.append(1) or address for _ in range(4)])
     rack = Rack([4096])
     assert rack.get(tier, seconds=0.8).outcomes[0] in (Outcome.TIMEOUT, Outcome.FAILED) and tried
-    assert rack.latest < 0.5
+    assert rack.latest < 1.2  # each with all of the time would be 2.4 late
     tier.close()
 
 
