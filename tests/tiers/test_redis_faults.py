@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
+from kvortex.errors import ConfigError
+from kvortex.tiers import tools
 from kvortex.tiers.base import Call, Outcome
 from kvortex.tiers.redis import RedisOptions, RedisTier
 from kvortex.tiers.redis.resp import answer
@@ -178,6 +180,18 @@ def test_addresses_that_are_none_are_failures(cluster: bytes, error: bytes) -> N
         assert (rack.put(tier) == Outcome.FAILED).all() and (rack.get(tier).outcomes == Outcome.FAILED).all()
         assert rack.has(tier) is None and tier.trouble
         tier.close()
+
+
+def test_what_a_server_says_cannot_command_a_terminal() -> None:
+    rack = Rack([4096])
+    with Scripted(lambda words: b"-ERR \x1b[2J\x07 \xff it is\r\n") as server:
+        tier = make(server.port)
+        assert rack.put(tier)[0] == Outcome.FAILED
+        assert "it is" in tier.trouble and tier.trouble.isprintable()
+        tier.close()
+        with pytest.raises(ConfigError, match="it is") as caught:
+            tools.act("ls", f"redis://127.0.0.1:{server.port}")
+        assert str(caught.value).isprintable()
 
 
 def test_an_answer_without_an_end_takes_little_memory() -> None:
