@@ -1,0 +1,156 @@
+"""What ``test_ttft.py`` asks, answered in a process of its own, since JAX has threads and other tests fork: one JSON object.
+
+``python -m tests.perf.jax_checks FOLDER`` in the top folder.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import kvortex
+from examples.lm.model import Shape
+from examples.lm.pages import BLOCK_SIZE
+from kvortex.errors import LayoutError
+from perf import __main__ as program
+from perf import foreign, jax_serving
+from perf.jax_llama import Attention, JaxLlama, choose_attention
+from perf.jax_pages import JaxPages
+from tests import naive_llama
+
+SMALL = Shape(layers=2, width=64, heads=4, kv_heads=2, head_dim=16, ffn=96, vocabulary=64)
+TOKENS = 3 * BLOCK_SIZE
+
+
+def run(folder: Path, *options: str) -> tuple[int, dict[str, Any]]:
+    """Exit status and result of a quick measurement."""
+    given = ["ttft", "--quick", "--device", "host", "--out", str(folder), "--skip", "torch", *options]
+    status = program.main(given)
+    path = folder / "ttft-host.json"
+    return status, json.loads(path.read_text()) if path.exists() else {}
+
+
+def tensors_of(shape: Shape, rng: np.random.Generator) -> dict[str, Any]:
+    """Random weights by the names of GGUF, (out, in)."""
+    query, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    sizes = {"attn_q": (query, shape.width), "attn_k": (kv, shape.width), "attn_v": (kv, shape.width)}
+    sizes |= {"attn_output": (shape.width, query), "ffn_gate": (shape.ffn, shape.width)}
+    sizes |= {"ffn_up": (shape.ffn, shape.width), "ffn_down": (shape.width, shape.ffn)}
+    found = {"token_embd.weight": rng.standard_normal((shape.vocabulary, shape.width), np.float32)}
+    found["output.weight"] = rng.standard_normal((shape.vocabulary, shape.width), np.float32)
+    found["output_norm.weight"] = 1 + rng.random(shape.width, np.float32)
+    for at in range(shape.layers):
+        for name, size in sizes.items():
+            found[f"blk.{at}.{name}.weight"] = rng.standard_normal(size, np.float32) / size[1] ** 0.5
+        found |= {f"blk.{at}.{name}_norm.weight": 1 + rng.random(shape.width, np.float32) for name in ("attn", "ffn")}
+    return {name: tensor.astype(np.float32) for name, tensor in found.items()}
+
+
+def fused(shape: Shape, tensors: dict[str, Any]) -> dict[str, Any]:
+    """The same for :class:`JaxLlama` and torch's yardstick: (in, out), and rotary pairs half a head apart, not neighbours."""
+
+    def halves(matrix: Any) -> Any:
+        split = matrix.reshape(-1, shape.head_dim // 2, 2, shape.width)
+        return split.swapaxes(1, 2).reshape(matrix.shape)
+
+    def joined(at: int, *names: str) -> Any:
+        found = {name: tensors[f"blk.{at}.{name}.weight"] for name in names}
+        turned = {name: halves(found[name]) for name in names if name in ("attn_q", "attn_k")}
+        return np.ascontiguousarray(np.concatenate(list((found | turned).values())).T)
+
+    layers = [
+        {
+            "attention_norm": tensors[f"blk.{at}.attn_norm.weight"],
+            "qkv": joined(at, "attn_q", "attn_k", "attn_v"),
+            "output": joined(at, "attn_output"),
+            "ffn_norm": tensors[f"blk.{at}.ffn_norm.weight"],
+            "gate_up": joined(at, "ffn_gate", "ffn_up"),
+            "down": joined(at, "ffn_down"),
+        }
+        for at in range(shape.layers)
+    ]
+    head = np.ascontiguousarray(tensors["output.weight"].T)
+    return {"embedding": tensors["token_embd.weight"], "layers": layers, "norm": tensors["output_norm.weight"], "head": head}
+
+
+def distance(mine: Any, right: Any) -> float:
+    return float(np.linalg.norm(np.asarray(mine) - right) / np.linalg.norm(right))
+
+
+def numbers(jax: Any) -> dict[str, Any]:
+    """How far the model is from a slow and obvious one; and that a prompt's end behind pages is the prompt's end."""
+    rng = np.random.default_rng(7)
+    tensors = tensors_of(SMALL, rng)
+    tokens = rng.integers(0, SMALL.vocabulary, TOKENS, np.int32)
+    right = naive_llama.logits(SMALL, tensors, tokens.tolist())[-1]
+    weights = jax.device_put(fused(SMALL, tensors))
+    model = JaxLlama(jax, SMALL, Attention("xla"), weights, "float32")
+    pages = JaxPages(jax, SMALL, 2 * TOKENS // BLOCK_SIZE, "host", "float32")
+    table = rng.permutation(pages.count).astype(np.int32)[: TOKENS // BLOCK_SIZE]
+    whole = jax_serving.cold(model, pages, tokens, table).logits
+    held = [np.asarray(layer + 0) for layer in pages.layers]
+    behind = jax_serving.cold(model, pages, tokens[-BLOCK_SIZE:], table).logits
+    pages.spoil(table[:1])
+    spoilt = jax_serving.cold(model, pages, tokens[-BLOCK_SIZE:], table).logits
+    found: dict[str, Any] = {"from_naive": distance(whole, right), "behind_pages": distance(behind, whole)}
+    found["spoilt"] = not np.isfinite(spoilt).any()
+    others = np.setdiff1d(np.arange(pages.count), table)
+    found["other_pages"] = int(sum(np.count_nonzero(layer[others]) for layer in held))
+    found["flops"] = model.flops(7)
+    return found | {"written_pages": int(sum(np.count_nonzero(layer[table]) for layer in held)), "layer_size": held[0].size}
+
+
+def places(jax: Any) -> dict[str, Any]:
+    """Pages that have moved are refused; pages that differ are counted by the byte."""
+    pages = JaxPages(jax, SMALL, 4, "host")
+    pages.spoil(np.array([0, 1], np.int32))
+    pages.layers[1] = pages.layers[1].at[0, 0, 0, 0, 0].set(1.0)  # elsewhere, since the old one is still there
+    try:
+        pages.check()
+        moved = ""
+    except LayoutError as error:
+        moved = str(error)
+    one, two = (np.array([at], np.int32) for at in (0, 1))
+    return {"moved": moved, "differ": pages.wrong_bytes(one, two), "same": pages.wrong_bytes(one, one)}
+
+
+def with_wrong(folder: Path, call: str) -> dict[str, Any]:
+    """A measurement whose engine saves each block from the page of its neighbour, or loads the first one into all pages.
+
+    (A neighbour's block in a page would change no score: keys know their positions, and all that is before a token is seen.)
+    """
+    right = getattr(kvortex.KVortexEngine, call)
+
+    def wrong(self: Any, keys: Any, pages: Any, **named: Any) -> Any:
+        if call == "save_blocks":
+            return right(self, keys, np.roll(pages, 1), **named)
+        return right(self, np.repeat(keys[:1], len(keys), 0), pages, **named)
+
+    setattr(kvortex.KVortexEngine, call, wrong)
+    try:
+        status, result = run(folder, "--tokens", "96", "--skip", "torch,disk,beside")
+    finally:
+        setattr(kvortex.KVortexEngine, call, right)
+    return {"status": status, **{name: result["rows"][0][name] for name in ("same_bits", "wrong_bytes")}}
+
+
+def main() -> None:
+    warnings.simplefilter("error")
+    folder = Path(sys.argv[1])
+    jax = foreign.jax("host")
+    asked = choose_attention(jax, SMALL, "cudnn", rows=32)
+    found: dict[str, Any] = {"numbers": numbers(jax), "places": places(jax)}
+    found["attention"] = {"name": asked.name, "refused": asked.refused}
+    status, result = run(folder / "whole", "--tokens", "96")
+    found["whole"] = {"status": status, "result": result}
+    found["wrong"] = {call: with_wrong(folder / call, call) for call in ("save_blocks", "load_blocks")}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""A model in JAX serves from kvortex on the host as it would on a GPU: right numbers, right bytes, and wrong ones are seen."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvortex.errors import ArgumentError
+from perf import __main__ as program
+from perf import ttft
+from perf.report import ROOT
+from perf.shapes import SHAPES
+
+needs_jax = pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="JAX is not installed")
+
+
+@pytest.fixture(scope="module")
+def checks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    command = [sys.executable, "-m", "tests.perf.jax_checks", str(tmp_path_factory.mktemp("ttft"))]
+    quick = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"}  # to compile
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | quick, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@needs_jax
+def test_scores_are_those_of_a_slow_and_obvious_model(checks: dict[str, Any]) -> None:
+    found = checks["numbers"]
+    assert found["from_naive"] < 1e-5
+    assert found["behind_pages"] < 1e-5, "the end of a prompt behind its pages is the end of the prompt"
+    assert found["spoilt"], "pages are read"
+    assert found["other_pages"] == 0 and 0.99 < found["written_pages"] / found["layer_size"] <= 1  # half, of two
+    layer = 64 * (64 + 2 * 32) + 64 * 64 + 3 * 64 * 96  # q, k, v; output; gate, up, down
+    attention = sum(2 * 2 * 4 * 16 * (at + 1) for at in range(7))  # scores and values of each token that is seen
+    assert found["flops"] == 2 * (2 * 7 * layer + attention) + 2 * 64 * 64
+
+
+@needs_jax
+def test_pages_that_moved_are_refused_and_wrong_bytes_are_counted(checks: dict[str, Any]) -> None:
+    found = checks["places"]
+    assert "moved the pages of layer 1" in found["moved"]
+    assert found["differ"] == 2 and found["same"] == 0  # NaN and 1.0 in bfloat16: 0x7fc0 and 0x3f80
+
+
+@needs_jax
+def test_attention_falls_back_and_says_so(checks: dict[str, Any]) -> None:
+    assert checks["attention"]["name"] == "xla"
+    assert [why.split(":")[0] for why in checks["attention"]["refused"]] == ["cudnn", "pallas"]
+
+
+@needs_jax
+def test_the_measurement_is_whole(checks: dict[str, Any]) -> None:
+    assert checks["whole"]["status"] == 0
+    result = checks["whole"]["result"]
+    assert result["command"] == "python -m perf ttft --device host --quick --tokens 96 --skip torch"
+    assert "jax" in result["environment"]["packages"] and result["notes"]["attention"] == "xla"
+    (row,) = result["rows"]
+    assert set(ttft.COLUMNS) - {"torch_ms", "to_torch"} <= set(row) and row["tokens"] == 96
+    assert row["wrong_bytes"] == 0 and row["same_bits"] == row["resident_same_bits"] == row["saving_same_bits"] == 1
+    assert all(row[figure] > 0 for figure in ttft.BETTER) and row["beside_layers"] > 0
+
+
+@needs_jax
+def test_wrong_blocks_are_seen(checks: dict[str, Any]) -> None:
+    """From wrong pages, and into wrong ones; the measurement says so by its exit status too."""
+    assert all(found["status"] == program.WRONG_BYTES and found["wrong_bytes"] > 10_000 for found in checks["wrong"].values())
+    assert checks["wrong"]["load_blocks"]["same_bits"] == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"tokens": "4096,abc"}, "--tokens 4096,abc: give lengths"),
+        ({"tokens": "100"}, "multiples of 16"),
+        ({"tokens": "16"}, "from 32"),
+        ({"tokens": "32784", "shape": "8b"}, "to 32768"),
+        ({"tokens": "64,64"}, "each length once"),
+        ({"skip": "disk,ram"}, "--skip ram"),
+        ({"disk": Path("/not/there")}, "is no folder"),
+        ({"minutes": 0.0}, "more than 0"),
+        ({"minutes": float("nan")}, "more than 0"),
+    ],
+)
+def test_options_are_refused_before_anything_is_measured(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ArgumentError, match=said):
+        ttft.measure("host", quick=True, options=argparse.Namespace(**given))
+
+
+def test_options_are_for_their_question_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        program.main(["link", "--device", "host", "--tokens", "64"])
+    assert "--tokens is for ttft alone" in capsys.readouterr().err
+
+
+def test_what_torch_says_is_read_to_its_last_whole_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def given(stdout: bytes, code: int) -> dict[str, Any]:
+        done = subprocess.CompletedProcess([], code, stdout)
+        monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+        return ttft._torch(ttft._plan("host", True, None))
+
+    assert given(b"", -9) == {"not_compared": "it ended with -9"}
+    assert given(b'noise\n{"seconds": {"96": 1}}\n{"seconds": {"96": 1, "256": 2}}\n', 1)["seconds"] == {"96": 1, "256": 2}
+
+
+def test_the_large_model_has_the_sizes_that_it_is_named_for() -> None:
+    shape = SHAPES["8b"]
+    each = shape.width * (shape.width + 2 * shape.kv_heads * shape.head_dim) + shape.width**2 + 3 * shape.width * shape.ffn
+    assert 8.0e9 < shape.layers * each + 2 * shape.vocabulary * shape.width < 8.1e9
+    assert 2 * 2 * shape.layers * shape.kv_heads * shape.head_dim * 16 == 2 << 20  # bytes of a block, bfloat16
