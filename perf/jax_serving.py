@@ -78,25 +78,30 @@ def saving(
     model: JaxLlama, pages: JaxPages, engine: kvortex.KVortexEngine, waits: Waits, tokens: Ids, table: Ids
 ) -> Answer:
     """Computes a prompt whole, and saves each layer as soon as JAX is done with it."""
-    began, last = time.perf_counter(), model.shape.layers - 1
-    keys = engine.block_keys(tokens)
-    save = engine.save_blocks(keys, table, stream=waits.stream, layerwise=True)
+    began, layers = time.perf_counter(), model.shape.layers
+    saves: list[kvortex.Ticket] = []
+
+    def launched(layer: int) -> None:
+        if not saves:  # names and slots are found while JAX computes the first layer
+            saves.append(engine.save_blocks(engine.block_keys(tokens), table, stream=waits.stream, layerwise=True))
+        if layer >= AHEAD:
+            announce(layer - AHEAD)
 
     def announce(layer: int) -> None:
         pages.check(layer)  # waits for it
-        save.save_layer(layer)
+        saves[0].save_layer(layer)
 
     try:
-        after = lambda layer: announce(layer - AHEAD) if layer >= AHEAD else None  # noqa: E731
-        logits, token = model.forward(tokens, table, pages.layers, after=after)
-        for layer in range(max(0, last + 1 - AHEAD), last + 1):
+        logits, token = model.forward(tokens, table, pages.layers, after=launched)
+        for layer in range(max(0, layers - AHEAD), layers):
             announce(layer)
         int(token)
         seconds = time.perf_counter() - began
     except BaseException:
-        save.abort()
+        for save in saves:
+            save.abort()
         raise
-    whole(save, len(keys), moves=True)
+    whole(saves[0], len(table), moves=True)
     return Answer(seconds, np.asarray(logits), time.perf_counter() - began)
 
 

@@ -24,6 +24,7 @@ Seconds are the host's, from the prompt's tokens to the first new one (``perf/ja
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
@@ -40,9 +41,9 @@ from perf.jax_llama import ATTENTIONS, JaxLlama, choose_attention
 from perf.jax_serving import Waits
 from perf.report import ROOT, Report, progress
 from perf.shapes import SHAPES
-from perf.ttft_length import TIMEOUT_S, OneLength, Plan
+from perf.ttft_length import RAW, TIMEOUT_S, OneLength, Plan
 
-KEYS = ("tokens",)
+KEYS = ("tokens", "codec")
 BETTER = {"cold_ms": "lower", "hit_ms": "lower", "speedup": "higher"} | {
     "disk_ms": "lower",
     "disk_speedup": "higher",
@@ -64,6 +65,8 @@ def add_options(parser: Any) -> None:
     parser.add_argument("--attention", choices=ATTENTIONS, help="of whole prompts: cudnn on a GPU; the next if it fails")
     parser.add_argument("--disk", type=Path, help="an existing folder for the disk tier's files, which are removed")
     parser.add_argument("--minutes", type=float, help="after which no other length is begun: 7")
+    parser.add_argument("--codecs", help="of raw,plane: how hits are kept, a row for each; only what is exact")
+    parser.add_argument("--tables", type=Path, help="a file of kvortex calibrate --tables, for plane")
     parser.add_argument("--skip", help="parts that are left out, of disk,beside,torch")
 
 
@@ -86,13 +89,13 @@ def measure(
             left_out.append(size)
             continue
         with OneLength(jax, device, plan, model, waits, size) as one:
-            rows.append(one.row(torch.get("seconds", {}).get(str(size))))
+            rows += one.rows(torch.get("seconds", {}).get(str(size)))
     waits.close()
     notes: dict[str, Any] = {"model": plan.shape, "attention": attention.name, "block_size": BLOCK_SIZE}
     notes |= {"attention_refused": list(attention.refused), "left_out": left_out, "skipped": sorted(plan.skip)}
     notes |= {"torch": torch, "other_tokens": plan.other, "xla_flags": os.environ.get("XLA_FLAGS", "")}
     notes |= {"layers_in_flight": jax_serving.AHEAD, "minutes": (time.monotonic() - began) / 60}
-    return device.name, sorted(rows, key=lambda row: row["tokens"]), notes
+    return device.name, sorted(rows, key=lambda row: int(row["tokens"])), notes
 
 
 def _plan(device: str, quick: bool, options: argparse.Namespace | None) -> Plan:
@@ -113,14 +116,20 @@ def _plan(device: str, quick: bool, options: argparse.Namespace | None) -> Plan:
     skip = frozenset(given.get("skip", "").split(",")) - {""}
     if unknown := skip - {"disk", "beside", "torch"}:
         raise ArgumentError(f"--skip {','.join(sorted(unknown))}: only disk, beside and torch can be left out")
+    codecs = tuple(given.get("codecs", RAW).split(","))
+    if set(codecs) - {RAW, "plane"} or len(set(codecs)) != len(codecs):
+        raise ArgumentError(f"--codecs {given['codecs']}: give raw, plane or both, each once; others do not keep all bits")
+    if codecs != (RAW,) and "codec" not in {field.name for field in dataclasses.fields(kvortex.KVortexConfig)}:
+        raise ArgumentError(f"--codecs {given['codecs']}: the engines of this kvortex have no codecs; leave it out")
     disk = given.get("disk")
     if disk is not None and not disk.is_dir():
         raise ArgumentError(f"--disk {disk}: is no folder")
     minutes = given.get("minutes", 7.0)
     if not minutes > 0:
         raise ArgumentError(f"--minutes {minutes}: give more than 0")
+    tables = {"codec_tables": str(given["tables"])} if "tables" in given else {}
     attention = given.get("attention") or ("cudnn" if on_gpu else "xla")
-    return Plan(device, shape, sizes, attention, OTHER[shape], disk, 60 * minutes, skip, quick)
+    return Plan(device, shape, sizes, attention, OTHER[shape], disk, 60 * minutes, skip, codecs, tables, quick)
 
 
 def _torch(plan: Plan) -> dict[str, Any]:
@@ -143,11 +152,15 @@ def draw(axes: Any, report: Report) -> None:
     ways = {"cold_ms": "computed whole", "disk_ms": "loaded from disk", "hit_ms": "loaded from RAM"}
     ways["resident_ms"] = "never left VRAM"
     colours = dict(zip(ways, ("#27608f", "#d0792a", "#5c8a3a", "#888888"), strict=True))
-    sizes = [row["tokens"] for row in report.rows]
+    rows = [row for row in report.rows if row["codec"] == report.rows[0]["codec"]]
+    sizes = [row["tokens"] for row in rows]
     for column, label in ways.items():
-        if all(column in row for row in report.rows):
-            axes.plot(sizes, [row[column] for row in report.rows], "o-", color=colours[column], label=label)
-    for row in report.rows:
+        if all(column in row for row in rows):
+            axes.plot(sizes, [row[column] for row in rows], "o-", color=colours[column], label=label)
+    for codec in {row["codec"] for row in report.rows} - {rows[0]["codec"]}:
+        points = [(row["tokens"], row["hit_ms"]) for row in report.rows if row["codec"] == codec]
+        axes.plot(*zip(*points, strict=True), "s--", color=colours["hit_ms"], label=f"loaded from RAM, {codec}")
+    for row in rows:
         place = {"xytext": (0, -12), "textcoords": "offset points"}
         axes.annotate(f"{row['speedup']:.1f}x", (row["tokens"], row["hit_ms"]), fontsize=8, **place)
     axes.set_xscale("log", base=2)

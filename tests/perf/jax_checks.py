@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import warnings
@@ -12,16 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 import kvortex
 from examples.lm.model import Shape
 from examples.lm.pages import BLOCK_SIZE
 from kvortex.errors import LayoutError
 from perf import __main__ as program
-from perf import foreign, jax_serving
+from perf import foreign, jax_serving, ttft
 from perf.jax_llama import Attention, JaxLlama, choose_attention
 from perf.jax_pages import JaxPages
 from tests import naive_llama
+from tests.fake_gpu import fake_gpu
+from tests.late_gpu import LateGpu
 
 SMALL = Shape(layers=2, width=64, heads=4, kv_heads=2, head_dim=16, ffn=96, vocabulary=64)
 TOKENS = 3 * BLOCK_SIZE
@@ -139,6 +143,36 @@ def with_wrong(folder: Path, call: str) -> dict[str, Any]:
     return {"status": status, **{name: result["rows"][0][name] for name in ("same_bits", "wrong_bytes")}}
 
 
+class Gpu(LateGpu):
+    """Whose streams are waited for one by one."""
+
+    def __init__(self) -> None:
+        super().__init__(seed=1)
+        self.answers["cuStreamSynchronize"] = lambda stream: self._now(self._until, int(stream))
+
+    def _until(self, stream: int) -> None:
+        while not self._idle(stream):
+            pass
+
+
+def on_a_gpu(jax: Any, *, waits: bool) -> dict[str, Any]:
+    """A measurement on a GPU that does its work late, and whose memory JAX has its pages in; with waits for layers or not."""
+    with pytest.MonkeyPatch.context() as patch, fake_gpu(patch, Gpu()) as gpu:
+        made = JaxPages.__init__
+
+        def known(self: Any, *arguments: Any, **named: Any) -> None:
+            made(self, *arguments, **named)
+            gpu.registered |= {address: layer.nbytes for address, layer in zip(self._addresses, self.layers, strict=True)}
+
+        patch.setattr(JaxPages, "__init__", known)
+        patch.setattr(foreign, "jax", lambda device: jax)
+        if not waits:
+            patch.setattr(jax_serving.Waits, "layer", lambda *_: None)
+        options = argparse.Namespace(tokens="96", skip="torch,disk", attention="xla")
+        device, (row,), _ = ttft.measure("cuda:0", quick=True, options=options)
+    return {"device": device, **{name: row[name] for name in ("same_bits", "saving_same_bits", "wrong_bytes")}}
+
+
 def main() -> None:
     warnings.simplefilter("error")
     folder = Path(sys.argv[1])
@@ -149,6 +183,7 @@ def main() -> None:
     status, result = run(folder / "whole", "--tokens", "96")
     found["whole"] = {"status": status, "result": result}
     found["wrong"] = {call: with_wrong(folder / call, call) for call in ("save_blocks", "load_blocks")}
+    found["gpu"] = {"waits": on_a_gpu(jax, waits=True), "does not": on_a_gpu(jax, waits=False)}
     print(json.dumps(found))
 
 

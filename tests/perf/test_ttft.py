@@ -76,6 +76,14 @@ def test_wrong_blocks_are_seen(checks: dict[str, Any]) -> None:
     assert checks["wrong"]["load_blocks"]["same_bits"] == 0
 
 
+@needs_jax
+def test_on_a_gpu_each_layer_is_waited_for(checks: dict[str, Any]) -> None:
+    """One that does everything as late as it may; without the waits there is not yet in the pages what is computed with."""
+    found = checks["gpu"]["waits"]
+    assert found == {"device": "cuda:0", "same_bits": 1, "saving_same_bits": 1, "wrong_bytes": 0}
+    assert checks["gpu"]["does not"]["same_bits"] == 0 < checks["gpu"]["does not"]["wrong_bytes"]
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
@@ -85,6 +93,8 @@ def test_wrong_blocks_are_seen(checks: dict[str, Any]) -> None:
         ({"tokens": "32784", "shape": "8b"}, "to 32768"),
         ({"tokens": "64,64"}, "each length once"),
         ({"skip": "disk,ram"}, "--skip ram"),
+        ({"codecs": "raw,raw"}, "each once"),
+        ({"codecs": "k4v4"}, "others do not keep all bits"),
         ({"disk": Path("/not/there")}, "is no folder"),
         ({"minutes": 0.0}, "more than 0"),
         ({"minutes": float("nan")}, "more than 0"),
