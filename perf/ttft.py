@@ -24,6 +24,7 @@ Seconds are the host's, from the prompt's tokens to the first new one (``perf/ja
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -64,7 +65,7 @@ def add_options(parser: Any) -> None:
     parser.add_argument("--tokens", help="lengths of prompts, multiples of 16, in the order to measure them: 4096,32768")
     parser.add_argument("--attention", choices=ATTENTIONS, help="of whole prompts: cudnn on a GPU; the next if it fails")
     parser.add_argument("--disk", type=Path, help="an existing folder for the disk tier's files, which are removed")
-    parser.add_argument("--minutes", type=float, help="after which no other length is begun: 7")
+    parser.add_argument("--minutes", type=float, help="after which no other length is begun: 5")
     parser.add_argument("--codecs", help="of raw,plane: how hits are kept, a row for each; only what is exact")
     parser.add_argument("--tables", type=Path, help="a file of kvortex calibrate --tables, for plane")
     parser.add_argument("--skip", help="parts that are left out, of disk,beside,torch")
@@ -83,14 +84,18 @@ def measure(
     progress(f"JAX {jax.__version__}: weights of {plan.shape}, attention")
     attention = choose_attention(jax, shape, plan.attention)
     model = JaxLlama(jax, shape, attention)
-    rows, left_out, waits = [], [], Waits(device)
-    for size in plan.sizes:
-        if rows and time.monotonic() - began > plan.seconds:
-            left_out.append(size)
-            continue
-        with OneLength(jax, device, plan, model, waits, size) as one:
-            rows += one.rows(torch.get("seconds", {}).get(str(size)))
-    waits.close()
+    rows: list[dict[str, Any]] = []
+    left_out = []
+    with contextlib.closing(Waits(device)) as waits:
+        for size in plan.sizes:
+            if rows and time.monotonic() - began > plan.seconds:
+                left_out.append(size)
+                continue
+            with OneLength(jax, device, plan, model, waits, size) as one:
+                for row in one.rows(torch.get("seconds", {}).get(str(size))):
+                    rows.append(row)
+                    told = (f"{name} {row[name]:.4g}" for name in (*BETTER, "to_torch") if name in row)
+                    progress(f"{size} tokens, {row['codec']}: {', '.join(told)}; {row['wrong_bytes']} bytes wrong")
     notes: dict[str, Any] = {"model": plan.shape, "attention": attention.name, "block_size": BLOCK_SIZE}
     notes |= {"attention_refused": list(attention.refused), "left_out": left_out, "skipped": sorted(plan.skip)}
     notes |= {"torch": torch, "other_tokens": plan.other, "xla_flags": os.environ.get("XLA_FLAGS", "")}
@@ -124,7 +129,7 @@ def _plan(device: str, quick: bool, options: argparse.Namespace | None) -> Plan:
     disk = given.get("disk")
     if disk is not None and not disk.is_dir():
         raise ArgumentError(f"--disk {disk}: is no folder")
-    minutes = given.get("minutes", 7.0)
+    minutes = given.get("minutes", 5.0)
     if not minutes > 0:
         raise ArgumentError(f"--minutes {minutes}: give more than 0")
     tables = {"codec_tables": str(given["tables"])} if "tables" in given else {}
