@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from kvortex.errors import ConfigError, told
+from kvortex.tiers.inventory import Listing, Name, Verified, list_records, verify_records
 from kvortex.tiers.record import HEADER_BYTES
 from kvortex.tiers.redis.options import RedisOptions
 from kvortex.tiers.redis.servers import hidden_in, import_redis
-from kvortex.tiers.remote.inventory import Listing, Name, Verified, list_records, verify_records
 
 _NAME = re.compile(rb"\{kvx:([0-9a-f]{16}):([0-9a-f]{64})\}:([hd])")
 _HEADS, _ALL = b"{kvx:*}:h", b"{kvx:*}:[hd]"

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from kvortex.errors import ConfigError
+from kvortex.tiers.inventory import Listing, Name, Verified, list_records, verify_records
 from kvortex.tiers.record import HEADER_BYTES
-from kvortex.tiers.remote.inventory import Listing, Name, Verified, list_records, verify_records
 from kvortex.tiers.s3.bucket import Bucket, plain
 from kvortex.tiers.s3.options import S3Options
 

@@ -1,7 +1,7 @@
-"""What a store that a fleet shares holds of kvortex's: counted, checked and removed without an engine.
+"""What a store of objects holds of kvortex's: counted and checked without an engine.
 
-A store is two functions to this room: one that yields what lies there, and one that fetches. Records say themselves which
-namespace they are of, so all that share a store are looked at.
+Who knows the store yields what lies there. Records say themselves which namespace they are of, so all that share a store are
+looked at.
 """
 
 from __future__ import annotations
