@@ -11,13 +11,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from kvortex.errors import ArgumentError
 from perf import __main__ as program
-from perf import ttft
+from perf import torch_llama, ttft
 from perf.report import ROOT
 from perf.shapes import SHAPES
+from tests import naive_llama
+from tests.perf.llama_weights import SMALL, fused, tensors_of
 
 needs_jax = pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="JAX is not installed")
 
@@ -119,6 +122,33 @@ def test_what_torch_says_is_read_to_its_last_whole_line(monkeypatch: pytest.Monk
 
     assert given(b"", -9) == {"not_compared": "it ended with -9"}
     assert given(b'noise\n{"seconds": {"96": 1}}\n{"seconds": {"96": 1, "256": 2}}\n', 1)["seconds"] == {"96": 1, "256": 2}
+
+
+def test_without_torch_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setattr(sys, "argv", ["torch_llama", "--shape", "tiny", "--device", "host", "--tokens", "96"])
+    assert torch_llama.main() == 0
+    assert json.loads(capsys.readouterr().out)["not_compared"].startswith("torch cannot be imported")
+
+
+def test_torch_computes_what_a_slow_and_obvious_model_does() -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    rng = np.random.default_rng(7)
+    tensors, tokens = tensors_of(SMALL, rng), rng.integers(0, SMALL.vocabulary, 48)
+    right = naive_llama.logits(SMALL, tensors, tokens.tolist())[-1]
+
+    def given(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {name: given(one) for name, one in part.items()}
+        return [given(one) for one in part] if isinstance(part, list) else torch.from_numpy(np.array(part))
+
+    model = torch_llama.TorchLlama(torch, SMALL, "cpu", given(fused(SMALL, tensors)))
+    for attend in torch_llama.attentions(torch, "cpu").values():
+        found = model.prefill(torch.from_numpy(tokens), attend).numpy()
+        assert np.linalg.norm(found - right) < 1e-5 * np.linalg.norm(right)
+    for said in torch_llama.measured(torch, model, [16, 32], 1):
+        assert said["seconds"][16] > 0 and not said["refused"]
+    assert set(said["seconds"]) == set(said["attention"]) == {16, 32}
 
 
 def test_the_large_model_has_the_sizes_that_it_is_named_for() -> None:
