@@ -170,8 +170,8 @@ def _layer(jax: Any, shape: Shape, attention: str, w: dict[str, Any], pages: Any
     if rows == context:
         mixed = _PROMPT[attention](jax, q, k, v)
     else:
-        seen = pages[table].swapaxes(0, 1).reshape(2, context, *k.shape[1:])
-        mixed = _attend(jax, q, seen[0], seen[1], context - rows)
+        seen = (pages[table, part].reshape(context, *k.shape[1:]) for part in (0, 1))  # each in one piece, by one gather
+        mixed = _attend(jax, q, *seen, context - rows)
     x = x + mixed.reshape(rows, -1) @ w["output"]
     gate, up = numpy.split(_norm(jax, x, w["ffn_norm"], shape.epsilon) @ w["gate_up"], 2, 1)
     return x + (jax.nn.silu(gate) * up) @ w["down"], pages
