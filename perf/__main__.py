@@ -126,7 +126,8 @@ def _command(name: str, arguments: argparse.Namespace) -> str:
     """What repeats the measurement; where its result was put is nobody else's business."""
     quick = ["--quick"] if arguments.quick else []
     given = {option: getattr(arguments, option) for option in arguments.own.get(name, ())}
-    own = [f"--{option} {value}" for option, value in given.items() if value is not None and not isinstance(value, Path)]
+    each = {option: value if isinstance(value, list) else [value] for option, value in given.items()}
+    own = [f"--{option} {value}" for option, values in each.items() for value in values if isinstance(value, str | int | float)]
     return " ".join(["python -m perf", name, "--device", arguments.device, *quick, *own])
 
 

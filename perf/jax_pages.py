@@ -38,6 +38,9 @@ class JaxPages:
         The same for kvortex; valid as long as :meth:`check` says nothing.
     count
         Pages.
+    even
+        Whether all layers lie the same distance apart, as they do where JAX had given no memory away before: kvortex can then
+        copy pages by strided DMA, which takes nothing from a computing model.
     """
 
     def __init__(self, jax: Any, shape: Shape, count: int, device: str, dtype: str = "bfloat16") -> None:
@@ -45,6 +48,7 @@ class JaxPages:
         whole = (count, 2, BLOCK_SIZE, shape.kv_heads, shape.head_dim)
         self.layers: Layers = jax.block_until_ready([jax.numpy.zeros(whole, dtype) for _ in range(shape.layers)])
         self._addresses = [layer.unsafe_buffer_pointer() for layer in self.layers]
+        self.even = len(set(np.diff(self._addresses).tolist())) <= 1
         itemsize = self.layers[0].dtype.itemsize
         strides = tuple(itemsize * int(np.prod(whole[axis + 1 :])) for axis in range(len(whole)))
         specs = [kvortex.TensorSpec(address, whole, strides, itemsize, device) for address in self._addresses]

@@ -39,6 +39,7 @@ from examples.lm.pages import BLOCK_SIZE
 from kvortex.errors import ArgumentError
 from perf import foreign, jax_serving
 from perf.jax_llama import ATTENTIONS, JaxLlama, choose_attention
+from perf.jax_pages import JaxPages
 from perf.jax_serving import Waits
 from perf.report import ROOT, Report, progress
 from perf.shapes import SHAPES
@@ -68,6 +69,7 @@ def add_options(parser: Any) -> None:
     parser.add_argument("--minutes", type=float, help="after which no other length is begun: 5")
     parser.add_argument("--codecs", help="of raw,plane: how hits are kept, a row for each; only what is exact")
     parser.add_argument("--tables", type=Path, help="a file of kvortex calibrate --tables, for plane")
+    parser.add_argument("--engine", action="append", help="NAME=VALUE: an option of the engines, as gpu_pool_size_bytes=1GiB")
     parser.add_argument("--skip", help="parts that are left out, of disk,beside,torch")
 
 
@@ -81,7 +83,8 @@ def measure(
     torch = {} if "torch" in plan.skip else _torch(plan)
     jax = foreign.jax(device.name)
     shape = SHAPES[plan.shape]
-    progress(f"JAX {jax.__version__}: weights of {plan.shape}, attention")
+    progress(f"JAX {jax.__version__}: pages and weights of {plan.shape}, attention")
+    pages = JaxPages(jax, shape, 2 * max(plan.sizes) // BLOCK_SIZE, device.name)  # before anything else
     attention = choose_attention(jax, shape, plan.attention)
     model = JaxLlama(jax, shape, attention)
     rows: list[dict[str, Any]] = []
@@ -91,14 +94,15 @@ def measure(
             if rows and time.monotonic() - began > plan.seconds:
                 left_out.append(size)
                 continue
-            with OneLength(jax, device, plan, model, waits, size) as one:
-                for row in one.rows(torch.get("seconds", {}).get(str(size))):
-                    rows.append(row)
-                    told = (f"{name} {row[name]:.4g}" for name in (*BETTER, "to_torch") if name in row)
-                    progress(f"{size} tokens, {row['codec']}: {', '.join(told)}; {row['wrong_bytes']} bytes wrong")
+            one = OneLength(jax, device, plan, model, pages, waits, size)
+            for row in one.rows(torch.get("seconds", {}).get(str(size))):
+                rows.append(row)
+                told = (f"{name} {row[name]:.4g}" for name in (*BETTER, "to_torch") if name in row)
+                progress(f"{size} tokens, {row['codec']}: {', '.join(told)}; {row['wrong_bytes']} bytes wrong")
     notes: dict[str, Any] = {"model": plan.shape, "attention": attention.name, "block_size": BLOCK_SIZE}
     notes |= {"attention_refused": list(attention.refused), "left_out": left_out, "skipped": sorted(plan.skip)}
     notes |= {"torch": torch, "other_tokens": plan.other, "xla_flags": os.environ.get("XLA_FLAGS", "")}
+    notes |= {"pages": pages.count, "pages_lie_evenly": pages.even, "engine": plan.engine}
     notes |= {"layers_in_flight": jax_serving.AHEAD, "minutes": (time.monotonic() - began) / 60}
     return device.name, sorted(rows, key=lambda row: int(row["tokens"])), notes
 
@@ -133,8 +137,11 @@ def _plan(device: str, quick: bool, options: argparse.Namespace | None) -> Plan:
     if not minutes > 0:
         raise ArgumentError(f"--minutes {minutes}: give more than 0")
     tables = {"codec_tables": str(given["tables"])} if "tables" in given else {}
+    pairs = (text.partition("=") for text in given.get("engine", ()))
+    engine = {f"KVORTEX_{name.strip().upper()}": value for name, _, value in pairs}
+    kvortex.KVortexConfig.from_env(engine)  # or says what is wrong with it
     attention = given.get("attention") or ("cudnn" if on_gpu else "xla")
-    return Plan(device, shape, sizes, attention, OTHER[shape], disk, 60 * minutes, skip, codecs, tables, quick)
+    return Plan(device, shape, sizes, attention, OTHER[shape], disk, 60 * minutes, skip, codecs, tables, engine, quick)
 
 
 def _torch(plan: Plan) -> dict[str, Any]:

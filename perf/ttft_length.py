@@ -44,11 +44,12 @@ class Plan:
     skip: frozenset[str]
     codecs: tuple[str, ...]
     tables: dict[str, str]
+    engine: dict[str, str]  # variables, as of an environment
     quick: bool
 
 
 class OneLength:
-    """A length of prompt; a context, since its pages are large.
+    """A length of prompt.
 
     Attributes
     ----------
@@ -56,22 +57,16 @@ class OneLength:
         Pages that prompts are computed in, and that hits are loaded into; drawn at random.
     """
 
-    def __init__(self, jax: Any, device: Device, plan: Plan, model: JaxLlama, waits: Waits, size: int) -> None:
-        self._jax, self._device, self._plan, self._model, self._waits, self._size = jax, device, plan, model, waits, size
+    def __init__(self, jax: Any, device: Device, plan: Plan, model: JaxLlama, pages: JaxPages, waits: Waits, size: int) -> None:
+        self._jax, self._device, self._plan, self._model = jax, device, plan, model
+        self._pages, self._waits, self._size = pages, waits, size
         rng = np.random.default_rng(size)
         self._blocks = size // BLOCK_SIZE
         self._tokens: Ids = rng.integers(0, model.shape.vocabulary, size, np.int32)
-        self._pages = JaxPages(jax, model.shape, 2 * self._blocks, device.name)
-        self.home, self.away = rng.permutation(2 * self._blocks).astype(np.int32).reshape(2, -1)
+        self.home, self.away = rng.permutation(pages.count).astype(np.int32)[: 2 * self._blocks].reshape(2, -1)
         self._wrong, self._same, self._hit_count = 0, True, QUICK if plan.quick else HITS
         self._right: Any = None  # scores
         self._codec = RAW
-
-    def __enter__(self) -> OneLength:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pages.layers.clear()
 
     def rows(self, torch_seconds: float | None) -> Iterator[dict[str, Any]]:
         """One for each codec: all columns but those of what was left out."""
@@ -127,7 +122,7 @@ class OneLength:
         options = {"cpu_pool_size_bytes": (self._blocks * 5 // 4 + 32) * slot_bytes, "device": self._device.name} | options
         options |= {"block_size": BLOCK_SIZE, "model": self._plan.shape, "dtype": "bfloat16", "transfer_timeout_s": TIMEOUT_S}
         options |= {} if self._codec == RAW else {"codec": self._codec} | self._plan.tables
-        with kvortex.KVortexEngine.create(kvortex.KVortexConfig(**options), layout) as engine:
+        with kvortex.KVortexEngine.create(kvortex.KVortexConfig.from_env(self._plan.engine, **options), layout) as engine:
             engine.wait_ready()
             yield engine
 

@@ -136,7 +136,8 @@ def main() -> None:
     asked = choose_attention(jax, SMALL, "cudnn", rows=32)
     found: dict[str, Any] = {"numbers": numbers(jax), "places": places(jax)}
     found["attention"] = {"name": asked.name, "refused": asked.refused}
-    status, result = run(folder / "whole", "--tokens", "96")
+    engine = ("--engine", "num_transfer_streams=2", "--engine", "enable_numa=no")
+    status, result = run(folder / "whole", "--tokens", "96", *engine)
     found["whole"] = {"status": status, "result": result}
     found["wrong"] = {call: with_wrong(folder / call, call) for call in ("save_blocks", "load_blocks")}
     found["gpu"] = {"waits": on_a_gpu(jax, waits=True), "does not": on_a_gpu(jax, waits=False)}

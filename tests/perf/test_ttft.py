@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvortex.errors import ArgumentError
+from kvortex.errors import ArgumentError, ConfigError
 from perf import __main__ as program
 from perf import torch_llama, ttft
 from perf.report import ROOT
@@ -64,7 +64,9 @@ def test_attention_falls_back_and_says_so(checks: dict[str, Any]) -> None:
 def test_the_measurement_is_whole(checks: dict[str, Any]) -> None:
     assert checks["whole"]["status"] == 0
     result = checks["whole"]["result"]
-    assert result["command"] == "python -m perf ttft --device host --quick --tokens 96 --skip torch"
+    options = "--tokens 96 --engine num_transfer_streams=2 --engine enable_numa=no --skip torch"
+    assert result["command"] == f"python -m perf ttft --device host --quick {options}"
+    assert result["notes"]["engine"] == {"KVORTEX_NUM_TRANSFER_STREAMS": "2", "KVORTEX_ENABLE_NUMA": "no"}
     assert "jax" in result["environment"]["packages"] and result["notes"]["attention"] == "xla"
     (row,) = result["rows"]
     assert set(ttft.COLUMNS) - {"torch_ms", "to_torch"} <= set(row) and row["tokens"] == 96
@@ -99,12 +101,14 @@ def test_on_a_gpu_each_layer_is_waited_for(checks: dict[str, Any]) -> None:
         ({"codecs": "raw,raw"}, "each once"),
         ({"codecs": "k4v4"}, "others do not keep all bits"),
         ({"disk": Path("/not/there")}, "is no folder"),
+        ({"engine": ["route=strided"]}, "unknown option"),
+        ({"engine": ["staging_buffers=many"]}, "staging_buffers"),
         ({"minutes": 0.0}, "more than 0"),
         ({"minutes": float("nan")}, "more than 0"),
     ],
 )
 def test_options_are_refused_before_anything_is_measured(given: dict[str, Any], said: str) -> None:
-    with pytest.raises(ArgumentError, match=said):
+    with pytest.raises((ArgumentError, ConfigError), match=said):
         ttft.measure("host", quick=True, options=argparse.Namespace(**given))
 
 
