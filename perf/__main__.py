@@ -116,10 +116,12 @@ def _answer(name: str, module: ModuleType, arguments: argparse.Namespace) -> int
     except OSError as error:  # the disk may have filled up since
         print(f"perf: --out {arguments.out}: {error.strerror or error}", file=sys.stderr)
         return FAILED
+    for part, why in notes.get("failed", {}).items():
+        print(f"perf: {part}: {why}", file=sys.stderr)
     if report.wrong_bytes:
         print(f"perf: {report.wrong_bytes} bytes were wrong; see the column wrong_bytes", file=sys.stderr)
         return WRONG_BYTES
-    return 0
+    return FAILED if notes.get("failed") else 0
 
 
 def _command(name: str, arguments: argparse.Namespace) -> str:

@@ -36,7 +36,7 @@ from typing import Any
 
 import kvortex
 from examples.lm.pages import BLOCK_SIZE
-from kvortex.errors import ArgumentError
+from kvortex.errors import ArgumentError, told
 from perf import foreign, jax_serving
 from perf.jax_llama import ATTENTIONS, JaxLlama, choose_attention
 from perf.jax_pages import JaxPages
@@ -88,20 +88,25 @@ def measure(
     attention = choose_attention(jax, shape, plan.attention)
     model = JaxLlama(jax, shape, attention)
     rows: list[dict[str, Any]] = []
-    left_out = []
+    left_out, failed = [], {}
     with contextlib.closing(Waits(device)) as waits:
         for size in plan.sizes:
             if rows and time.monotonic() - began > plan.seconds:
                 left_out.append(size)
                 continue
             one = OneLength(jax, device, plan, model, pages, waits, size)
-            for row in one.rows(torch.get("seconds", {}).get(str(size))):
-                rows.append(row)
-                told = (f"{name} {row[name]:.4g}" for name in (*BETTER, "to_torch") if name in row)
-                progress(f"{size} tokens, {row['codec']}: {', '.join(told)}; {row['wrong_bytes']} bytes wrong")
+            try:
+                for row in one.rows(torch.get("seconds", {}).get(str(size))):
+                    rows.append(row)
+                    shown = (f"{name} {row[name]:.4g}" for name in (*BETTER, "to_torch") if name in row)
+                    progress(f"{size} tokens, {row['codec']}: {', '.join(shown)}; {row['wrong_bytes']} bytes wrong")
+            except Exception as error:  # of JAX, whose memory may not do for a long prompt: the others still count
+                if not rows:
+                    raise
+                failed[f"{size} tokens"] = told(error)
     notes: dict[str, Any] = {"model": plan.shape, "attention": attention.name, "block_size": BLOCK_SIZE}
     notes |= {"attention_refused": list(attention.refused), "left_out": left_out, "skipped": sorted(plan.skip)}
-    notes |= {"torch": torch, "other_tokens": plan.other, "xla_flags": os.environ.get("XLA_FLAGS", "")}
+    notes |= {"failed": failed, "torch": torch, "other_tokens": plan.other, "xla_flags": os.environ.get("XLA_FLAGS", "")}
     notes |= {"pages": pages.count, "pages_lie_evenly": pages.even, "engine": plan.engine}
     notes |= {"layers_in_flight": jax_serving.AHEAD, "minutes": (time.monotonic() - began) / 60}
     return device.name, sorted(rows, key=lambda row: int(row["tokens"])), notes

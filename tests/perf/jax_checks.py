@@ -22,6 +22,7 @@ from perf import __main__ as program
 from perf import foreign, jax_serving, ttft
 from perf.jax_llama import Attention, JaxLlama, choose_attention
 from perf.jax_pages import JaxPages
+from perf.ttft_length import OneLength
 from tests import naive_llama
 from tests.fake_gpu import fake_gpu
 from tests.late_gpu import LateGpu
@@ -99,6 +100,20 @@ def with_wrong(folder: Path, call: str) -> dict[str, Any]:
     return {"status": status, **{name: result["rows"][0][name] for name in ("same_bits", "wrong_bytes")}}
 
 
+def one_that_fails(folder: Path) -> dict[str, Any]:
+    """A measurement in which the second length cannot be computed."""
+
+    def no_memory(one: Any) -> float:
+        if one._size == 64:
+            raise MemoryError("planted")
+        return 1.0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OneLength, "_compile", no_memory)
+        status, result = run(folder, "--tokens", "96,64", "--skip", "torch,disk,beside")
+    return {"status": status, "failed": result["notes"]["failed"], "tokens": [row["tokens"] for row in result["rows"]]}
+
+
 class Gpu(LateGpu):
     """Whose streams are waited for one by one."""
 
@@ -140,6 +155,7 @@ def main() -> None:
     status, result = run(folder / "whole", "--tokens", "96", *engine)
     found["whole"] = {"status": status, "result": result}
     found["wrong"] = {call: with_wrong(folder / call, call) for call in ("save_blocks", "load_blocks")}
+    found["fails"] = one_that_fails(folder / "fails")
     found["gpu"] = {"waits": on_a_gpu(jax, waits=True), "does not": on_a_gpu(jax, waits=False)}
     print(json.dumps(found))
 

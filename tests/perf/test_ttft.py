@@ -82,6 +82,12 @@ def test_wrong_blocks_are_seen(checks: dict[str, Any]) -> None:
 
 
 @needs_jax
+def test_what_was_measured_before_a_failure_is_kept(checks: dict[str, Any]) -> None:
+    found = checks["fails"]
+    assert found["tokens"] == [96] and "planted" in found["failed"]["64 tokens"] and found["status"] == program.FAILED
+
+
+@needs_jax
 def test_on_a_gpu_each_layer_is_waited_for(checks: dict[str, Any]) -> None:
     """One that does everything as late as it may; without the waits there is not yet in the pages what is computed with."""
     found = checks["gpu"]["waits"]
