@@ -16,10 +16,10 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from kvortex.devices.native import call
+from kvortex.digests._rows import sum_rows
 from kvortex.digests.keys import ROW_BYTES, Numbers, columns, lengths, rows
 
 _PAIR = 8  # bytes of two words
-_PAIRS = ROW_BYTES // _PAIR
 _COPY_BYTES = 8192  # what is copied before it is digested: it is in the nearest cache then
 _MASK = np.uint64(0xFFFFFFFF)
 Fixed: TypeAlias = tuple[Numbers, Numbers, npt.NDArray[np.uint32], Numbers]
@@ -138,14 +138,13 @@ def sum_part(address, nbytes, offset, c, lows, highs, r):  # type: ignore[no-unt
     while nbytes >= _PAIR:
         j, within = offset // ROW_BYTES, offset % ROW_BYTES
         if within == 0 and nbytes >= ROW_BYTES:
-            a, b = _sum_pairs(_pairs(address), _words(address), 0, _PAIRS, lows, highs)
-            taken = ROW_BYTES
+            count = nbytes // ROW_BYTES
+            a, b = sum_rows(address, count, lows.ctypes.data, highs.ctypes.data, r[j].ctypes.data)
+            first, second, taken = first + a, second + b, count * ROW_BYTES
         else:
             count = min(nbytes, ROW_BYTES - within) // _PAIR
             a, b = _sum_pairs(_pairs(address), _words(address), within // _PAIR, count, lows, highs)
-            taken = count * _PAIR
-        first += r[j, 0] * a
-        second += r[j, 1] * b
+            first, second, taken = first + r[j, 0] * a, second + r[j, 1] * b, count * _PAIR
         address, offset, nbytes = address + taken, offset + taken, nbytes - taken
     a, b = _sum_bytes(address, nbytes, offset, c, r)
     return first + a, second + b

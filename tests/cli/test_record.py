@@ -155,6 +155,7 @@ import signal, sys, time
 from tests.pages import PagedCache, keys_of
 from kvortex.devices import HostDevice
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(5))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have what they put into the background ignore it
 engine = PagedCache.plain(HostDevice()).engine()
 for at in range(10**6):
     engine.check_blocks(keys_of(at))

@@ -12,10 +12,10 @@ import pytest
 from kvortex.errors import ConfigError
 from kvortex.tiers import tools
 from kvortex.tiers.base import Outcome, Tier
+from kvortex.tiers.inventory import Name, list_records, verify_records
 from kvortex.tiers.record import HEADER_BYTES, RecordFormat
 from kvortex.tiers.redis import RedisOptions, RedisTier
 from kvortex.tiers.redis.layout import body_name, head_name, names
-from kvortex.tiers.remote.inventory import Name, list_records, verify_records
 from kvortex.tiers.s3 import S3Options, S3Tier
 from tests.tiers import servers
 from tests.tiers.racks import FORMAT, NAMESPACE, Rack

@@ -23,7 +23,7 @@ from tests.tiers.misbehaving import KINDS, Fault, misbehaving
 from tests.tiers.racks import FORMAT, NAMESPACE, Rack
 
 SIZES = [1 << 20, 4096, 65_536 + 17, 300, 1]
-TOLERANCE = 0.5  # seconds that a call may come back after its deadline, on a busy machine
+TOLERANCE = 2.0  # seconds that a call may come back after its deadline, on a busy machine
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
 ENVIRONMENT = [name for name in os.environ if name.startswith("AWS_")]
 

@@ -10,10 +10,7 @@ from typing import Any
 
 from kvortex.errors import ConfigError, told
 from kvortex.tiers.base import Outcome
-from kvortex.tiers.record import HEADER_BYTES
-from kvortex.tiers.redis.options import RedisOptions
-from kvortex.tiers.redis.servers import hidden_in, import_redis
-from kvortex.tiers.remote.inventory import (
+from kvortex.tiers.inventory import (
     PIECE,
     Listing,
     Name,
@@ -23,6 +20,9 @@ from kvortex.tiers.remote.inventory import (
     list_records,
     verify_records,
 )
+from kvortex.tiers.record import HEADER_BYTES
+from kvortex.tiers.redis.options import RedisOptions
+from kvortex.tiers.redis.servers import hidden_in, import_redis
 
 _NAME = re.compile(rb"\{kvx:([0-9a-f]{16}):([0-9a-f]{64})\}:([hd])")
 _HEADS, _ALL = b"{kvx:*}:h", b"{kvx:*}:[hd]"

@@ -11,8 +11,7 @@ from typing import Any, TypeVar
 
 from kvortex.errors import ConfigError
 from kvortex.tiers.base import Outcome
-from kvortex.tiers.record import HEADER_BYTES
-from kvortex.tiers.remote.inventory import (
+from kvortex.tiers.inventory import (
     PIECE,
     Listing,
     Name,
@@ -22,6 +21,7 @@ from kvortex.tiers.remote.inventory import (
     list_records,
     verify_records,
 )
+from kvortex.tiers.record import HEADER_BYTES
 from kvortex.tiers.s3.bucket import Bucket, plain
 from kvortex.tiers.s3.options import S3Options
 

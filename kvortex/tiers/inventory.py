@@ -1,7 +1,7 @@
-"""What a store that a fleet shares holds of kvortex's: counted, checked and removed without an engine.
+"""What a store of objects holds of kvortex's: counted and checked without an engine.
 
-A store is two functions to this room: one that yields what lies there, and one that fetches. Records say themselves which
-namespace they are of, so all that share a store are looked at.
+Who knows the store yields what lies there. Records say themselves which namespace they are of, so all that share a store are
+looked at.
 """
 
 from __future__ import annotations
@@ -125,3 +125,11 @@ def check_payload(header: Headers, pieces: Iterable[bytes | memoryview]) -> Outc
     if done < nbytes:
         return Outcome.MISS
     return Outcome.OK if (add_lengths(sums[None], [nbytes]) == header["digest"]).all() else Outcome.CORRUPT
+
+
+def check_record(name: Name, record: bytes) -> Outcome:
+    """What a record that is in memory as a whole is."""
+    header = header_of(name, record)
+    if header is None or len(record) != HEADER_BYTES + int(header["payload_bytes"][0]):
+        return Outcome.CORRUPT
+    return check_payload(header, [memoryview(record)[HEADER_BYTES:]])
