@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvortex.codecs._lossy import GROUP, decode_lossy, encode_lossy, scales
-from kvortex.codecs.base import CODED, DECLINED, EXACT, HEADER, HEADER_BYTES, Bytes, Codec, Flags, Int64s, as_rows
+from kvortex.codecs.base import CODED, DECLINED, EXACT, HEADER, HEADER_BYTES, PART, Bytes, Codec, Flags, Int64s, as_rows
 from kvortex.codecs.plane import PlaneCodec
 from kvortex.codecs.shape import RecordShape
 from kvortex.codecs.tables import Tables
@@ -45,6 +45,12 @@ class LossyCodec(Codec):
     Notes
     -----
     What is stored exactly, a record of codec ``plane`` behind the header, needs more than ``slot_bytes``.
+
+    Attributes
+    ----------
+    part_bytes, parts
+        Bytes of an original that a slot takes behind a header, and slots that all of it takes: how a pool of such slots keeps
+        the first block of a sequence.
     """
 
     exact = False
@@ -65,6 +71,8 @@ class LossyCodec(Codec):
         value = tokens * (channels // shape.head_dim) * 4 + tokens * channels * self.v_bits // 8
         self.slot_bytes = HEADER_BYTES + shape.planes // 2 * (key + value)
         self.worst_bytes = HEADER_BYTES + self._plane.worst_bytes
+        self.part_bytes = self.slot_bytes - HEADER_BYTES
+        self.parts = -(-shape.raw_bytes // self.part_bytes)
         self._is_key = np.array([part == "K" for part in shape.parts_of_planes])
         self._form = np.array([shape.head_dim, self.k_bits, self.v_bits], np.int64)
         self._factor = np.float32(shape.head_dim**-0.5 if self.rotated else 0)
@@ -73,7 +81,15 @@ class LossyCodec(Codec):
         return self.tables.digest
 
     @cached_property
-    def _compiled(self) -> tuple[Any, ...]:
+    def headers(self) -> npt.NDArray[np.uint32]:
+        """(2, 16): of a coded record in a slot, and of part 0 of one that is kept exactly, without its length."""
+        made = np.repeat(self.header, 2)
+        made["stored"], made["used_bytes"] = (CODED, PART), (self.slot_bytes, 0)
+        return made.view(np.uint32).reshape(2, -1)
+
+    @cached_property
+    def compiled(self) -> tuple[Any, ...]:
+        """What compiled functions take of a codec: see :func:`kvortex.codecs._lossy.encode_lossy`."""
         return self._is_key, self.tables.means, self._form, self._factor, _SCALES
 
     def encode_into(self, records: Bytes, out: Bytes, first: Flags | None = None) -> Int64s:
@@ -85,7 +101,7 @@ class LossyCodec(Codec):
         if out.shape[1] < self.slot_bytes:
             room = np.empty((len(words), self.slot_bytes // 4), np.uint32)  # to find out what each would need
         body = room[:, HEADER_BYTES // 4 : self.slot_bytes // 4]
-        encode_lossy(self._planes(words), body, *self._compiled, lossy)
+        encode_lossy(self._planes(words), body, *self.compiled, lossy)
         made = np.repeat(self.header, len(words))
         made["stored"] = np.where(lossy, CODED, EXACT)
         at = np.flatnonzero(~lossy)
@@ -110,13 +126,13 @@ class LossyCodec(Codec):
             return np.zeros(len(words), np.bool_)
         seen = np.ascontiguousarray(coded[:, :HEADER_BYTES]).view(HEADER)[:, 0]
         ours = np.ones(len(words), np.bool_)
-        for name in ("magic", "codec", "version", "zero", "raw_bytes"):
+        for name in ("magic", "codec", "version", "part", "raw_bytes"):
             ours &= seen[name] == self.header[name]
         ours &= (seen["digest"] == self.header["digest"]).all(1) & (seen["used_bytes"] <= coded.shape[1])
         lossy: Flags = ours & (seen["stored"] == CODED) & (seen["used_bytes"] == self.slot_bytes)
         if lossy.any():
             body = words[:, HEADER_BYTES // 4 : self.slot_bytes // 4]
-            decode_lossy(body, self._planes(target), *self._compiled, lossy)
+            decode_lossy(body, self._planes(target), *self.compiled, lossy)
         good: Flags = lossy.copy()
         for row in np.flatnonzero(ours & (seen["stored"] == EXACT)):
             own = coded[row : row + 1, HEADER_BYTES : int(seen["used_bytes"][row])]

@@ -1,7 +1,8 @@
 """What codecs learn from a sample of a model's own KV, once, and keep as a small file.
 
-A file has magic, version, length and SHA-256 (:mod:`kvortex.kernels.cache`); behind them planes and channels as
-little-endian 32-bit numbers, a byte of window for each plane and channel, and a mean of each as bf16.
+A file has magic, version, length and SHA-256 (:mod:`kvortex.kernels.cache`); behind them the shape of the records, as
+little-endian 32-bit numbers: layers, heads, head_dim, tokens, and places of order, parts and dtype among what these may be;
+then a byte of window for each plane and channel, and a mean of each as bf16.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 from kvortex.codecs.base import Bytes, as_rows
-from kvortex.codecs.shape import RecordShape
-from kvortex.errors import CodecError
+from kvortex.codecs.shape import DTYPES, ORDERS, PARTS, RecordShape
+from kvortex.errors import CodecError, shown
 from kvortex.kernels import cache
 
-_MAGIC, _VERSION = b"KVXTABLE", 1
-_SIZES = struct.Struct("<II")
+_MAGIC, _VERSION = b"KVXTABLE", 2
+_SHAPE, _SIZES = struct.Struct("<7I"), struct.Struct("<II")
+_NAMES = ORDERS, PARTS, tuple(DTYPES)
 # Bits of an exponent that lies so far below a channel's base: see kvortex.codecs.plane.
 _WINDOW, _SECOND, _ESCAPE = 2, 5, 13
 
@@ -58,29 +60,47 @@ class Tables:
     @cached_property
     def digest(self) -> bytes:
         """32 bytes that name the content."""
-        return hashlib.sha256(self._body()).digest()
+        return hashlib.sha256(_SIZES.pack(*self.base.shape) + self._values()).digest()
 
-    def save(self, path: str | pathlib.Path) -> None:
-        """Writes a file, whole or not at all. Raises CodecError where that cannot be done."""
-        if not cache.write(pathlib.Path(path), _MAGIC, _VERSION, self._body()):
-            raise CodecError(f"{path} cannot be written")
+    def save(self, path: str | pathlib.Path, shape: RecordShape) -> None:
+        """Writes a file, whole or not at all: the tables, and the shape of the records that they are for.
+
+        Raises
+        ------
+        CodecError
+            That cannot be done, or the tables are for other records.
+        """
+        if self.base.shape != (shape.planes, shape.channels):
+            raise CodecError(f"tables of {self.base.shape} are for no records of {shape.describe().decode()}")
+        named = (names.index(name) for names, name in zip(_NAMES, (shape.order, shape.parts, shape.dtype), strict=True))
+        said = _SHAPE.pack(shape.layers, shape.heads, shape.head_dim, shape.tokens, *named)
+        if not cache.write(pathlib.Path(path), _MAGIC, _VERSION, said + self._values()):
+            raise CodecError(f"{shown(str(path))} cannot be written")
 
     @classmethod
-    def load(cls, path: str | pathlib.Path) -> Tables:
+    def load(cls, path: str | pathlib.Path) -> tuple[Tables, RecordShape]:
         """Reads what :meth:`save` wrote. Raises CodecError where there is none, or it is damaged or of another version."""
-        body = cache.read(pathlib.Path(path), _MAGIC, _VERSION)
-        if body is None:
-            raise CodecError(f"{path} is no file of codec tables, or is damaged; calibrate anew")
-        planes, channels = _SIZES.unpack_from(body)
-        count = planes * channels
-        if len(body) != _SIZES.size + 3 * count:
-            raise CodecError(f"{path} holds no tables of {planes} planes and {channels} channels; calibrate anew")
-        base = np.frombuffer(body, np.uint8, count, _SIZES.size).reshape(planes, channels)
-        mean = np.frombuffer(body, "<u2", count, _SIZES.size + count).reshape(planes, channels)
-        return cls(base.copy(), mean.astype(np.uint16))
+        name = shown(str(path))
+        try:
+            body = cache.read(pathlib.Path(path), _MAGIC, _VERSION)
+        except ValueError:  # a NUL in the path
+            body = None
+        if body is None or len(body) < _SHAPE.size:
+            raise CodecError(f"{name} is no file of codec tables of this version, or damaged: see kvortex calibrate --tables")
+        layers, heads, head_dim, tokens, order, parts, dtype = _SHAPE.unpack_from(body)
+        try:
+            shape = RecordShape(layers, heads, head_dim, tokens, ORDERS[order], PARTS[parts], tuple(DTYPES)[dtype])
+        except (CodecError, IndexError) as error:
+            raise CodecError(f"{name} holds tables of records that cannot be ({error}); calibrate anew") from None
+        size, count = (shape.planes, shape.channels), shape.planes * shape.channels
+        if len(body) != _SHAPE.size + 3 * count:
+            raise CodecError(f"{name} holds no tables of {size[0]} planes and {size[1]} channels; calibrate anew")
+        base = np.frombuffer(body, np.uint8, count, _SHAPE.size).reshape(size)
+        mean = np.frombuffer(body, "<u2", count, _SHAPE.size + count).reshape(size)
+        return cls(base.copy(), mean.astype(np.uint16)), shape
 
-    def _body(self) -> bytes:
-        return _SIZES.pack(*self.base.shape) + self.base.tobytes() + self.mean.astype("<u2").tobytes()
+    def _values(self) -> bytes:
+        return self.base.tobytes() + self.mean.astype("<u2").tobytes()
 
 
 def calibrate(records: Bytes, shape: RecordShape) -> Tables:

@@ -188,7 +188,7 @@ def _payloads(options: MemoryOptions) -> list[bool | None]:
     found: list[bool | None] = []
     for record in list(shared_store(options.name).objects.values()):
         header = np.frombuffer(record[:HEADER_BYTES].ljust(HEADER_BYTES, b"\0"), HEADER)
-        form = RecordFormat(header["namespace"].tobytes(), len(record))
+        form = RecordFormat(header["namespace"].tobytes(), len(record), None)
         if form.check_headers(header, np.ascontiguousarray(header["key"]))[0] != Outcome.OK:
             found.append(None)
             continue
