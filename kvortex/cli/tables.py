@@ -15,6 +15,7 @@ from kvortex.codecs.samples import read_sample, records_of
 from kvortex.errors import ArgumentError, CodecError
 
 _ENOUGH_TOKENS = 1500  # for means, from which codecs with loss profit
+_SHOWN = [name for name in CODECS if name not in ("raw", "cachegen")]  # what an engine takes
 _MOST_TRIED = 64  # blocks that are coded to say how long they become
 
 
@@ -44,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
         console.note(f"kvortex: learnt from {tokens} tokens, which do for plane; for codecs with loss take {_ENOUGH_TOKENS} or "
                      "more, of several texts")
     facts = {"file": arguments.tables, "digest": tables.digest.hex(), "tokens": tokens, **_described(shape)}
-    codecs = {name: _codec(name, shape, tables, records) for name in CODECS if name != "raw"}
+    codecs = {name: _codec(name, shape, tables, records) for name in _SHOWN}
     if arguments.json:
         print(json.dumps({**facts, "codecs": codecs}, indent=2))
         return 0

@@ -11,6 +11,7 @@ scales on attention sinks (docs/codecs.md says what was measured).
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -27,7 +28,71 @@ from kvortex.errors import CodecError
 _SCALES = scales()
 
 
-class LossyCodec(Codec):
+class BoundedCodec(Codec):
+    """A codec with loss, whose records are bodies of its own or, where nothing may be lost, records of ``plane``."""
+
+    exact = False
+    _plane: PlaneCodec
+
+    @abstractmethod
+    def _encode_bodies(self, planes: npt.NDArray[np.uint16], room: npt.NDArray[np.uint32], coded: Flags) -> Int64s:
+        """Codes the records that are ``coded``, which becomes False for those that only ``plane`` can keep; (n,) int64 bytes of
+        each with its header. What needs more than ``room`` may be anything."""
+
+    @abstractmethod
+    def _decode_bodies(
+        self, words: npt.NDArray[np.uint32], planes: npt.NDArray[np.uint16], used: Int64s, wanted: Flags
+    ) -> None:
+        """The reverse, for those that are ``wanted``, which becomes False for what is no body of so many bytes."""
+
+    def encode_into(self, records: Bytes, out: Bytes, first: Flags | None = None) -> Int64s:
+        words, room = as_rows(records, self.shape.raw_bytes, "records"), as_rows(out, None, "out")
+        if len(room) != len(words) or out.shape[1] < HEADER_BYTES:
+            raise CodecError(f"out is {out.shape}, too small for {records.shape}")
+        coded = np.ones(len(words), np.bool_) if first is None else ~np.asarray(first, np.bool_)
+        sizes = self._encode_bodies(self._planes(words), room, coded)
+        made = np.repeat(self.header, len(words))
+        made["stored"] = np.where(coded, CODED, EXACT)
+        at = np.flatnonzero(~coded)
+        if at.size:
+            kept = np.empty((at.size, self._plane.worst_bytes), np.uint8)
+            own = self._plane.encode_into(np.ascontiguousarray(records[at]), kept)
+            sizes[at] = HEADER_BYTES + own
+            for row, data, size in zip(at, kept, own, strict=True):
+                if HEADER_BYTES + size <= out.shape[1]:
+                    out[row, HEADER_BYTES : HEADER_BYTES + size] = data[:size]
+        made["used_bytes"] = sizes
+        declined = sizes > out.shape[1]
+        made["stored"][declined] = DECLINED
+        out[:, :HEADER_BYTES] = made.view(np.uint8).reshape(-1, HEADER_BYTES)
+        return np.where(declined, -sizes, sizes)
+
+    def decode_into(self, coded: Bytes, out: Bytes) -> Flags:
+        words, target = as_rows(coded, None, "coded"), as_rows(out, self.shape.raw_bytes, "out")
+        if len(target) != len(words):
+            raise CodecError(f"coded is {coded.shape}, and out {out.shape}")
+        if coded.shape[1] < HEADER_BYTES:
+            return np.zeros(len(words), np.bool_)
+        seen = np.ascontiguousarray(coded[:, :HEADER_BYTES]).view(HEADER)[:, 0]
+        ours = np.ones(len(words), np.bool_)
+        for name in ("magic", "codec", "version", "part", "raw_bytes"):
+            ours &= seen[name] == self.header[name]
+        ours &= (seen["digest"] == self.header["digest"]).all(1) & (seen["used_bytes"] <= coded.shape[1])
+        good: Flags = ours & (seen["stored"] == CODED)
+        if good.any():
+            self._decode_bodies(words, self._planes(target), seen["used_bytes"].astype(np.int64), good)
+        for row in np.flatnonzero(ours & (seen["stored"] == EXACT)):
+            own = coded[row : row + 1, HEADER_BYTES : int(seen["used_bytes"][row])]
+            whole = own.shape[1] % 4 == 0 and self._plane.refusal(own[0]) is None
+            good[row] = whole and self._plane.decode_into(own, out[row : row + 1])[0]
+        return good
+
+    def _planes(self, words: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint16]:
+        shape = self.shape
+        return words.view(np.uint16).reshape(len(words), shape.planes, shape.tokens, shape.channels)
+
+
+class LossyCodec(BoundedCodec):
     """A codec of this family; see the module.
 
     Parameters
@@ -53,7 +118,6 @@ class LossyCodec(Codec):
         the first block of a sequence.
     """
 
-    exact = False
     k_bits: ClassVar[int]
     v_bits: ClassVar[int]
     rotated: ClassVar[bool]
@@ -92,57 +156,20 @@ class LossyCodec(Codec):
         """What compiled functions take of a codec: see :func:`kvortex.codecs._lossy.encode_lossy`."""
         return self._is_key, self.tables.means, self._form, self._factor, _SCALES
 
-    def encode_into(self, records: Bytes, out: Bytes, first: Flags | None = None) -> Int64s:
-        words, room = as_rows(records, self.shape.raw_bytes, "records"), as_rows(out, None, "out")
-        if len(room) != len(words) or out.shape[1] < HEADER_BYTES:
-            raise CodecError(f"out is {out.shape}, too small for {records.shape}")
-        lossy = np.ones(len(words), np.bool_) if first is None else ~np.asarray(first, np.bool_)
-        sizes = np.full(len(words), self.slot_bytes, np.int64)
-        if out.shape[1] < self.slot_bytes:
-            room = np.empty((len(words), self.slot_bytes // 4), np.uint32)  # to find out what each would need
+    def _encode_bodies(self, planes: npt.NDArray[np.uint16], room: npt.NDArray[np.uint32], coded: Flags) -> Int64s:
+        if 4 * room.shape[1] < self.slot_bytes:
+            room = np.empty((len(planes), self.slot_bytes // 4), np.uint32)  # to find out what each would need
         body = room[:, HEADER_BYTES // 4 : self.slot_bytes // 4]
-        encode_lossy(self._planes(words), body, *self.compiled, lossy)
-        made = np.repeat(self.header, len(words))
-        made["stored"] = np.where(lossy, CODED, EXACT)
-        at = np.flatnonzero(~lossy)
-        if at.size:
-            kept = np.empty((at.size, self._plane.worst_bytes), np.uint8)
-            own = self._plane.encode_into(np.ascontiguousarray(records[at]), kept)
-            sizes[at] = HEADER_BYTES + own
-            for row, data, size in zip(at, kept, own, strict=True):
-                if HEADER_BYTES + size <= out.shape[1]:
-                    out[row, HEADER_BYTES : HEADER_BYTES + size] = data[:size]
-        made["used_bytes"] = sizes
-        declined = sizes > out.shape[1]
-        made["stored"][declined] = DECLINED
-        out[:, :HEADER_BYTES] = made.view(np.uint8).reshape(-1, HEADER_BYTES)
-        return np.where(declined, -sizes, sizes)
+        encode_lossy(planes, body, *self.compiled, coded)
+        return np.full(len(planes), self.slot_bytes, np.int64)
 
-    def decode_into(self, coded: Bytes, out: Bytes) -> Flags:
-        words, target = as_rows(coded, None, "coded"), as_rows(out, self.shape.raw_bytes, "out")
-        if len(target) != len(words):
-            raise CodecError(f"coded is {coded.shape}, and out {out.shape}")
-        if coded.shape[1] < HEADER_BYTES:
-            return np.zeros(len(words), np.bool_)
-        seen = np.ascontiguousarray(coded[:, :HEADER_BYTES]).view(HEADER)[:, 0]
-        ours = np.ones(len(words), np.bool_)
-        for name in ("magic", "codec", "version", "part", "raw_bytes"):
-            ours &= seen[name] == self.header[name]
-        ours &= (seen["digest"] == self.header["digest"]).all(1) & (seen["used_bytes"] <= coded.shape[1])
-        lossy: Flags = ours & (seen["stored"] == CODED) & (seen["used_bytes"] == self.slot_bytes)
-        if lossy.any():
+    def _decode_bodies(
+        self, words: npt.NDArray[np.uint32], planes: npt.NDArray[np.uint16], used: Int64s, wanted: Flags
+    ) -> None:
+        wanted &= used == self.slot_bytes
+        if wanted.any():
             body = words[:, HEADER_BYTES // 4 : self.slot_bytes // 4]
-            decode_lossy(body, self._planes(target), *self.compiled, lossy)
-        good: Flags = lossy.copy()
-        for row in np.flatnonzero(ours & (seen["stored"] == EXACT)):
-            own = coded[row : row + 1, HEADER_BYTES : int(seen["used_bytes"][row])]
-            whole = own.shape[1] % 4 == 0 and self._plane.refusal(own[0]) is None
-            good[row] = whole and self._plane.decode_into(own, out[row : row + 1])[0]
-        return good
-
-    def _planes(self, words: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint16]:
-        shape = self.shape
-        return words.view(np.uint16).reshape(len(words), shape.planes, shape.tokens, shape.channels)
+            decode_lossy(body, planes, *self.compiled, wanted)
 
 
 class Int8Codec(LossyCodec):

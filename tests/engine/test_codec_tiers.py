@@ -71,6 +71,7 @@ def test_what_was_declined_is_in_no_tier(coded: Coded) -> None:
     with coded.engine("plane", tiers=tiers_of(store).config) as engine:
         assert engine.save_blocks(keys_of(0, 1, 2), [0, 1, 2]).wait().tolist() == [True, False, True]
         assert engine.flush() and len(store.objects) == 2
+        assert not any(engine.get_stats().tiers[0].dropped.values()), "it was not even offered"
 
 
 def test_each_codec_sees_its_own_alone(coded: Coded, tmp_path: Path) -> None:

@@ -250,6 +250,19 @@ def test_a_record_of_another_codec_is_a_miss(codec: str, digests: bool, coded: C
 
 
 @pytest.mark.parametrize("codec", LOSSY)
+def test_one_part_is_not_taken_for_another(codec: str, coded: Coded) -> None:
+    with coded.engine(codec) as engine:
+        assert engine.save_blocks(keys_of(1), [1], first=True).wait().all()
+        slots = slots_of(engine, engine._coding.rows(keys_of(1), True).keys)
+        kept = engine._parts.digests
+        assert kept is not None
+        slot_of(engine, slots[0])[:] = slot_of(engine, slots[1])
+        kept[slots[0]] = kept[slots[1]]
+        ticket = engine.load_blocks(keys_of(1), [7], first=True)
+        assert not ticket.wait().any() and "no records of the codec" in str(ticket.error)
+
+
+@pytest.mark.parametrize("codec", LOSSY)
 def test_a_codec_with_loss_is_told_which_blocks_are_first(codec: str, coded: Coded) -> None:
     with coded.engine(codec) as engine:
         keys = keys_of(1, 2)
