@@ -191,7 +191,7 @@ class KVortexEngine:
         rows = self._coding.rows(stored, first)
         with EngineCall(self):
             found = self._index.lookup(rows.keys)
-            if tiers and self._cascade is not None and not found.all():
+            if tiers and self._cascade is not None and self._cascade.is_awake() and not found.all():
                 found[~found] = self._cascade.check(rows.keys[~found], allowed)
             found = rows.whole(found)
             self._counters.check(len(found), int(found.sum()))

@@ -5,8 +5,8 @@ own, so that a warp decodes 32 neighbouring channels of a token at a time (Giese
 *Asymmetric numeral systems*, 2009). States have 32 bits and words 16; probabilities are in 2**14ths. The decoder reads words in
 the order of its values, so the encoder goes backwards.
 
-Of a value, the channel's mean is taken off, and what is left is counted in steps of its plane, to the nearest. What is too far away
-for a table's last symbol is that symbol, an escape, and its number of steps follows behind the words, 16 bits.
+Of a value, the channel's mean is taken off, and what is left is counted in steps of its plane, to the nearest. What is too far
+away for a table's last symbol is that symbol, an escape, and its number of steps follows behind the words, 16 bits.
 
 A stream is 32 states, as many words as its entry in the table says, and its escapes; words and escapes each filled to 4 bytes.
 """

@@ -204,6 +204,7 @@ class MooncakeTier(Tier):
                     arrivals.outcomes[at] = self._outcome(count, "get")
                 else:
                     arrivals.bring(at, place, min(count, sizes[at]))
+            arrivals.judge(some)
         return Outcome.FAILED
 
     def _outcome(self, code: int, what: str) -> Outcome:

@@ -20,7 +20,7 @@ from tests.tiers import servers
 from tests.tiers.misbehaving import until
 from tests.tiers.racks import FORMAT, Rack
 
-TOLERANCE = 0.5
+TOLERANCE = 2.0
 
 
 class StandIn:

@@ -17,7 +17,7 @@ from kvortex.tiers.redis import RedisOptions, RedisTier
 from tests.tiers.misbehaving import KINDS, Fault, Proxy, misbehaving
 from tests.tiers.racks import FORMAT, Rack
 
-TOLERANCE = 0.5  # seconds that a call may come back after its deadline, on a busy machine
+TOLERANCE = 2.0  # seconds that a call may come back after its deadline, on a busy machine
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
 
 

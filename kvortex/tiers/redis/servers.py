@@ -27,13 +27,13 @@ class Servers:
 
     def __init__(self, options: RedisOptions) -> None:
         self._options = options
-        self._redis = _import_redis()
+        self._redis = import_redis()
         try:
             self._arguments: dict[str, Any] = dict(self._redis.connection.parse_url(options.url))
             self._class = self._arguments.pop("connection_class", self._redis.connection.Connection)
             self._connection(self._home, 1.0)
         except Exception as error:  # it may quote the URL
-            raise ConfigError(f"url of a Redis tier cannot be used: {_hidden(told(error), options.url)}") from None
+            raise ConfigError(f"url of a Redis tier cannot be used: {hidden_in(told(error), options.url)}") from None
         self.pool = Pool(self._connect, options.connections)
         # Who owns each slot, by number among the endpoints; None where one server has all. One attribute: threads may ask
         # at the same time, and the last answer holds.
@@ -119,7 +119,7 @@ class Servers:
             raise (Broken if call.left() else Late)("the server does not answer: connecting took too long") from None
         except self._redis.exceptions.RedisError as error:
             connection.disconnect()
-            raise Broken(_hidden(told(error), self._options.url)) from None
+            raise Broken(hidden_in(told(error), self._options.url)) from None
         except ServerError as error:
             connection.disconnect()
             raise Broken(f"the server refuses the login: {error.code}") from None
@@ -178,7 +178,8 @@ def _masters(ranges: object, asked: Endpoint) -> tuple[npt.NDArray[np.int32], li
     return owners, list(numbers)
 
 
-def _import_redis() -> Any:
+def import_redis() -> Any:
+    """redis-py. ConfigError where it is not installed."""
     try:
         for part in ("backoff", "connection", "credentials", "exceptions", "retry"):
             importlib.import_module(f"redis.{part}")
@@ -188,7 +189,7 @@ def _import_redis() -> Any:
         raise ConfigError(f"a Redis tier needs redis-py, of the extra redis: {cure}") from None
 
 
-def _hidden(text: str, url: str) -> str:
+def hidden_in(text: str, url: str) -> str:
     """A message without the URL's secrets, as they are written there and as they are meant."""
     login = url.partition("://")[2].rpartition("@")[0]
     for secret in sorted(filter(None, {url, login, login.partition(":")[2]}), key=len, reverse=True):
