@@ -66,8 +66,8 @@ def cachegen_record(record: Any, codec: Any) -> bytes:
     for first in range(0, shape.planes, int(form[0])):
         symbols = []  # (steps, kind) of each value
         for p in range(first, min(first + int(form[0]), shape.planes)):
-            for row in planes[p]:
-                symbols += [(int(np.rint((x - mean[p, c]) / step[p])), int(kinds[p, c])) for c, x in enumerate(row)]
+            for row in np.rint((planes[p] - mean[p]) / step[p]).astype(int).tolist():
+                symbols += list(zip(row, kinds[p].tolist(), strict=True))
         states, words, escapes = [1 << 16] * 32, [], []
         for at in reversed(range(len(symbols))):
             steps, kind = symbols[at]

@@ -35,11 +35,13 @@ def codec_of(shape: RecordShape = SHAPE, tables: Tables | None = None, level: in
     return made
 
 
-@settings(max_examples=12)
-@given(seed=st.integers(0, 1 << 30), width=st.sampled_from([0.0, 0.01, 1.0, 6.0, 30.0, 3000.0]), level=st.integers(0, 2))
-def test_bytes_are_those_of_the_description_and_values_are_near(seed: int, width: float, level: int) -> None:
+@pytest.mark.parametrize("width", [0.0, 1.0, 6.0, 30.0, 3000.0])
+@settings(max_examples=2)
+@given(seed=st.integers(0, 1 << 30), level=st.integers(0, 2), per_stream=st.integers(1, 4))
+def test_bytes_are_those_of_the_description_and_values_are_near(width: float, seed: int, level: int, per_stream: int) -> None:
     """Far too narrow and far too wide for the tables as well: then most values escape."""
     rng, codec = np.random.default_rng(seed), codec_of(level=level)
+    codec._form[:] = per_stream  # planes, before anybody asks for the digest
     record = bf16(rng.normal(size=(1, SHAPE.raw_bytes // 2)) * width)[0]
     room = np.zeros((1, codec.worst_bytes), np.uint8)
     (size,) = codec.encode_into(record[None], room)
