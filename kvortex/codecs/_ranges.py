@@ -35,12 +35,9 @@ def _quantize(values: Any, first: int, last: int, mean: Any, step: Any, steps: A
     for p in range(first, last):
         for row in range(values.shape[1]):
             for c in range(values.shape[2]):
-                pattern = values[p, row, c]
-                if pattern & np.uint16(0x7FFF) >= np.uint16(0x7F80):
-                    return False
-                bits[0] = np.uint32(pattern) << np.uint32(16)
+                bits[0] = np.uint32(values[p, row, c]) << np.uint32(16)
                 q = np.rint((number[0] - mean[p, c]) / step[p])
-                if not abs(q) <= np.float32(MOST_STEPS):
+                if not abs(q) <= np.float32(MOST_STEPS):  # nor is a NaN
                     return False
                 steps[at] = np.int32(q)
                 at += 1

@@ -75,11 +75,13 @@ def test_a_room_that_is_too_small_is_told_what_is_needed() -> None:
     assert not codec.decode_into(guarded[:, :512].copy(), np.empty_like(records)).any()
 
 
-def test_every_damaged_count_and_state_is_seen() -> None:
-    """What a stream begins and ends with is checked by the decoder itself; words are for the digest of who keeps a record."""
-    codec, record = codec_of(), bf16(np.random.default_rng(1).normal(size=(1, SHAPE.raw_bytes // 2)))[0]
+@pytest.mark.parametrize("width", [0.0, 1.0])
+def test_every_damaged_count_and_state_is_seen(width: float) -> None:
+    """What a stream begins and ends with is checked by the decoder itself; words are for the digest of a record's keeper."""
+    codec, record = codec_of(), bf16(np.random.default_rng(1).normal(size=(1, SHAPE.raw_bytes // 2)) * width)[0]
     coded = codec.encode(record)
-    for bit in range(8 * 64, 8 * (64 + 8)):
+    counts, states = range(8 * 64, 8 * 72), range(8 * 72, 8 * (72 + 128), 37)
+    for bit in (*counts, *states):
         damaged = bytearray(coded)
         damaged[bit // 8] ^= 1 << bit % 8
         with pytest.raises(CodecError, match="contradicts itself"):
