@@ -13,10 +13,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kvortex.digests.host import add_lengths, add_part, numbers
 from kvortex.tiers.base import Outcome
-from kvortex.tiers.record import HEADER, HEADER_BYTES, Headers, RecordFormat, check_payloads
+from kvortex.tiers.record import HEADER, HEADER_BYTES, Headers, RecordFormat
 
-_MOST_KEYS = 1000  # that a report names
+PIECE = 4 << 20  # bytes of a payload that are in memory at once: whatever has a record's name may be as large as it likes
+_MOST_NAMED = 1000  # keys, or namespaces, in a report
 
 
 class Name(NamedTuple):
@@ -33,7 +35,7 @@ class Listing:
     Parameters
     ----------
     namespaces
-        Hexadecimal, each with the number of its records.
+        Hexadecimal, each with the number of its records; beyond a thousand, those of all others together.
     records, payload_bytes
         Whose headers check, and their payloads' bytes as the headers say.
     others
@@ -69,31 +71,32 @@ class Verified:
 def list_records(found: Iterable[tuple[Name, bytes]]) -> Listing:
     """From names and the first bytes of what they name, at least a header's."""
     counts: collections.Counter[str] = collections.Counter()
-    nbytes = others = 0
+    records = nbytes = others = 0
     for name, start in found:
         header = header_of(name, start)
         if header is None:
             others += 1
             continue
-        counts[header["namespace"].tobytes().hex()] += 1
+        space = header["namespace"].tobytes().hex()
+        if space in counts or len(counts) < _MOST_NAMED:
+            counts[space] += 1
+        records += 1
         nbytes += int(header["payload_bytes"][0])
-    spaces = tuple(f"{space}: {count} records" for space, count in sorted(counts.items()))
-    return Listing(spaces, sum(counts.values()), nbytes, others)
+    spaces = [f"{space}: {count} records" for space, count in sorted(counts.items())]
+    if rest := records - sum(counts.values()):
+        spaces.append(f"others: {rest} records")
+    return Listing(tuple(spaces), records, nbytes, others)
 
 
-def verify_records(found: Iterable[tuple[Name, bytes, bytes | None]]) -> Verified:
-    """From names, headers and payloads; None for a payload that is not, or not wholly, there."""
-    right = incomplete = 0
+def verify_records(found: Iterable[tuple[Name, Outcome]]) -> Verified:
+    """From names, and what became of each: ``OK``, ``CORRUPT``, or ``MISS`` for what is not, or not wholly, there."""
+    counts: collections.Counter[Outcome] = collections.Counter()
     wrong: list[str] = []
-    for name, start, payload in found:
-        header = header_of(name, start)
-        if header is not None and payload is None:
-            incomplete += 1
-        elif header is not None and payload is not None and is_whole(header, payload):
-            right += 1
-        else:
+    for name, outcome in found:
+        counts[outcome] += 1
+        if outcome == Outcome.CORRUPT and len(wrong) < _MOST_NAMED:
             wrong.append(name.key.hex())
-    return Verified(right, len(wrong), incomplete, tuple(wrong[:_MOST_KEYS]))
+    return Verified(counts[Outcome.OK], counts[Outcome.CORRUPT], counts[Outcome.MISS], tuple(wrong))
 
 
 def header_of(name: Name, start: bytes) -> Headers | None:
@@ -108,10 +111,25 @@ def header_of(name: Name, start: bytes) -> Headers | None:
     return header if form.check_headers(header, np.ascontiguousarray(header["key"]))[0] == Outcome.OK else None
 
 
-def is_whole(header: Headers, payload: bytes) -> bool:
-    """Whether a payload is the one that was stored under this header."""
-    if len(payload) != int(header["payload_bytes"][0]):
-        return False
-    memory = np.frombuffer(payload, np.uint8)
-    where = np.array([memory.ctypes.data if len(memory) else 0])
-    return bool(check_payloads(where, np.array([len(memory)]), np.ascontiguousarray(header["digest"]))[0])
+def check_payload(header: Headers, pieces: Iterable[bytes | memoryview]) -> Outcome:
+    """Whether pieces, one behind the other, are the payload that was stored under a header; ``MISS`` where they end too soon:
+    it went meanwhile. What is there must be as long as the header says, which sizes what is computed with."""
+    nbytes, done = int(header["payload_bytes"][0]), 0
+    sums, fixed = np.zeros(2, np.uint64), numbers(nbytes)
+    for piece in pieces:
+        memory = np.frombuffer(piece, np.uint8)
+        if done + len(memory) > nbytes:
+            return Outcome.CORRUPT
+        add_part(memory.ctypes.data, len(memory), done, sums, fixed)
+        done += len(memory)
+    if done < nbytes:
+        return Outcome.MISS
+    return Outcome.OK if (add_lengths(sums[None], [nbytes]) == header["digest"]).all() else Outcome.CORRUPT
+
+
+def check_record(name: Name, record: bytes) -> Outcome:
+    """What a record that is in memory as a whole is."""
+    header = header_of(name, record)
+    if header is None or len(record) != HEADER_BYTES + int(header["payload_bytes"][0]):
+        return Outcome.CORRUPT
+    return check_payload(header, [memoryview(record)[HEADER_BYTES:]])

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from kvortex.keys import KEY_BYTES, KeyArray
 from kvortex.tiers.base import Call, Digests, Fetched, Int64s, Outcome, Outcomes, Tier
-from kvortex.tiers.inventory import Listing, Name, Verified, list_records, verify_records
+from kvortex.tiers.inventory import Listing, Name, Verified, check_record, list_records, verify_records
 from kvortex.tiers.record import HEADER, HEADER_BYTES, RecordFormat, check_payloads
 
 _PROBE_BYTES = 4096
@@ -178,7 +178,7 @@ def listing(options: MemoryOptions) -> Listing:
 
 def verify(options: MemoryOptions) -> Verified:
     """Checks every record of a shared store; what is none counts as corrupt."""
-    return verify_records((name, record[:HEADER_BYTES], record[HEADER_BYTES:]) for name, record in _records(options))
+    return verify_records((name, check_record(name, record)) for name, record in _records(options))
 
 
 def purge(options: MemoryOptions) -> int:

@@ -386,3 +386,26 @@ def test_shutdown_ends_loads_that_wait_for_tiers_at_once() -> None:
         tiers[0].gate.set()
         ending.join(20)
     assert not ending.is_alive() and tiers[0].closed
+
+
+def test_while_all_breakers_are_open_calls_do_nothing_for_tiers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither key sets nor the keeper are asked for anything, and what is not stored is counted."""
+    cache = PagedCache.plain(HostDevice())
+    cache.randomize()
+    with cache.engine(tiers=Tiers(MemoryStore(), MemoryStore(), breaker={"pause_s": 60.0}).config) as engine:
+        cascade = engine._cascade
+        assert cascade is not None and cascade.is_awake()
+        cascade.lines[0].breaker.trip("as a test wants it")
+        assert cascade.is_awake()
+        cascade.lines[1].breaker.trip("as a test wants it")
+        assert not cascade.is_awake()
+        asked = list[str]()
+        with monkeypatch.context() as patch:
+            for name in ("check", "may_have", "submit", "_offered"):
+                patch.setattr(cascade, name, lambda *_, name=name: asked.append(name))
+            save(engine, cache, keys_of(1, 2), [1, 2])
+            assert engine.check_blocks(keys_of(1, 9)).tolist() == [True, False]
+            assert engine.load_blocks(keys_of(2, 9), [3, 4]).wait().tolist() == [True, False]
+            assert engine.flush(5.0)
+        assert not asked
+        assert [stats.dropped for stats in engine.get_stats().tiers] == [{"breaker": 2}] * 2

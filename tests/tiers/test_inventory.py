@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from kvortex.errors import ConfigError
 from kvortex.tiers import tools
 from kvortex.tiers.base import Outcome, Tier
+from kvortex.tiers.inventory import Name, list_records, verify_records
 from kvortex.tiers.record import HEADER_BYTES, RecordFormat
 from kvortex.tiers.redis import RedisOptions, RedisTier
 from kvortex.tiers.redis.layout import body_name, head_name, names
@@ -176,12 +178,95 @@ def test_purge_removes_records_and_nothing_else(store: Any, rack: Rack) -> None:
     tier.close()
 
 
-def test_something_else_by_a_records_name_is_told(redis_store: Redis) -> None:
+def test_something_else_by_a_records_name_is_told_and_removed(redis_store: Redis) -> None:
     name = names(NAMESPACE, [bytes(32)])[0]
     redis_store.client.rpush(head_name(name), b"a list")
     redis_store.client.set(head_name(names(NAMESPACE, [bytes(range(32))])[0]), b"short")
     assert tools.act("ls", redis_store.url)[0]["others"] == 2
     assert tools.act("verify", redis_store.url)[0]["corrupt"] == 2
+    assert tools.act("purge", redis_store.url) == [{"removed_bytes": 5}] and not redis_store.others()
+
+
+def test_what_went_since_it_was_listed_is_no_damage(redis_store: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server evicts while somebody looks."""
+    import redis
+
+    rack, tier = Rack(SIZES), redis_store.open(FORMAT)
+    assert (rack.put(tier) == Outcome.OK).all()
+    tier.close()
+    scan = redis.Redis.scan_iter
+    gone = head_name(names(NAMESPACE, [bytes(32)])[0])
+    monkeypatch.setattr(redis.Redis, "scan_iter", lambda *given, **named: [*scan(*given, **named), gone])
+    (seen,) = tools.act("verify", redis_store.url)
+    assert (seen["right"], seen["corrupt"], seen["incomplete"], seen["keys"]) == (len(SIZES), 0, 1, ())
+    assert tools.act("ls", redis_store.url)[0]["others"] == 0
+
+
+@pytest.mark.parametrize("action", tools.ACTIONS)
+def test_a_login_that_may_do_too_little_is_an_error(redis_store: Redis, action: str) -> None:
+    """And neither damage nor an empty store."""
+    rack, tier = Rack(SIZES), redis_store.open(FORMAT)
+    assert (rack.put(tier) == Outcome.OK).all()
+    tier.close()
+    redis_store.client.execute_command("ACL", "SETUSER", "guest", "on", ">secret", "~*", "+scan", "+info", "+command")
+    try:
+        with pytest.raises(ConfigError, match="cannot be asked: NoPerm") as caught:
+            tools.act(action, redis_store.url.replace("//", "//guest:secret@"))
+    finally:
+        redis_store.client.execute_command("ACL", "DELUSER", "guest")
+    assert "secret" not in str(caught.value) and len(redis_store.others()) == 2 * len(SIZES)
+
+
+def test_options_of_a_url_are_read_as_the_tier_reads_them(redis_store: Redis) -> None:
+    rack, tier = Rack(SIZES), redis_store.open(FORMAT)
+    assert (rack.put(tier) == Outcome.OK).all()
+    tier.close()
+    assert tools.act("ls", f"{redis_store.url}?decode_responses=true&socket_keepalive=yes")[0]["records"] == len(SIZES)
+    for wrong in ("nonsense=1", "socket_timeout=soon"):
+        with pytest.raises(ConfigError, match="url of a Redis tier cannot be used"):
+            tools.act("ls", f"{redis_store.url}?{wrong}")
+
+
+def test_a_large_record_is_read_in_pieces(store: Any) -> None:
+    form = RecordFormat(NAMESPACE, 64 << 20)
+    rack, tier = Rack([40 << 20]), store.open(form)
+    assert (rack.put(tier) == Outcome.OK).all()
+    tier.close()
+    tracemalloc.start()
+    try:
+        (seen,) = tools.act("verify", store.url)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert seen["right"] == 1 and peak < 24 << 20
+    store.flip(rack.keys[0].tobytes(), HEADER_BYTES + (30 << 20))
+    assert tools.act("verify", store.url)[0]["corrupt"] == 1
+
+
+def test_much_that_is_wrong_takes_little_memory() -> None:
+    count = 100_000
+    found = (Name(bytes(8), at.to_bytes(32, "little")) for at in range(count))
+    tracemalloc.start()
+    try:
+        seen = verify_records((name, Outcome.CORRUPT) for name in found)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert seen.corrupt == count and len(seen.keys) == 1000 and peak < 1 << 20
+
+
+def test_namespaces_beyond_a_thousand_are_counted_together() -> None:
+    digests = np.zeros((1, 16), np.uint8)
+
+    def each() -> Iterator[tuple[Name, bytes]]:
+        for at in range(1500):
+            space, key = at.to_bytes(32, "big"), np.full((1, 32), 7, np.uint8)
+            header = RecordFormat(space, 100).headers(key, np.array([100]), digests)
+            yield Name(space[:8], key.tobytes()), header.tobytes()
+
+    found = list_records(each())
+    assert found.records == 1500 and found.payload_bytes == 150_000
+    assert len(found.namespaces) == 1001 and found.namespaces[-1] == "others: 500 records"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import socket
 import threading
@@ -77,13 +78,15 @@ def dripping(pair: tuple[Wire, socket.socket]) -> Iterator[tuple[Wire, threading
     ended = threading.Event()
 
     def feed() -> None:
-        while not ended.wait(0.05):
-            far.sendall(bytes(PIECE))
+        with contextlib.suppress(OSError):
+            while not ended.wait(0.05):
+                far.sendall(bytes(PIECE))
 
     feeder = threading.Thread(target=feed)
     feeder.start()
     yield wire, ended
     ended.set()
+    wire.close()  # lest the feeder waits for a reader that has gone
     feeder.join()
 
 
@@ -109,6 +112,39 @@ def wire_reads_all(wire: Wire, room: np.ndarray, call: Call) -> None:
     fixed, sums, done = numbers(len(room)), np.zeros(2, np.uint64), 0
     while done < len(room):
         done += wire.summed(room.ctypes.data + done, len(room) - done, done, sums, fixed, call)
+
+
+@pytest.mark.parametrize("what", ["line", "into", "skip", "send"])
+def test_what_goes_on_and_on_ends_with_its_cancellation(pair: tuple[Wire, socket.socket], what: str) -> None:
+    """Though no step of it waits in vain."""
+    wire, far = pair
+    ended, room = threading.Event(), memoryview(bytearray(8 << 20))
+
+    def other_side() -> None:
+        with contextlib.suppress(OSError):
+            while not ended.wait(0.01):
+                if what == "send":
+                    far.recv(1000)
+                else:
+                    far.send(b"x" * (1 if what == "line" else 1000))
+
+    other = threading.Thread(target=other_side)
+    other.start()
+    began = time.monotonic()
+    call = soon(8, lambda: time.monotonic() - began > 0.3)
+    steps: dict[str, Callable[[], object]] = {
+        "line": lambda: wire.line(call),
+        "into": lambda: wire.into(room, call),
+        "skip": lambda: wire.skip(len(room), call),
+        "send": lambda: wire.send([room], call),
+    }
+    try:
+        with pytest.raises(Stopped):
+            steps[what]()
+    finally:
+        ended.set()
+        wire.close()
+        other.join()
 
 
 def test_who_hangs_up_in_a_payload_is_told(pair: tuple[Wire, socket.socket]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import binascii
 import importlib
+import socket
 import time
 from typing import Any
 from urllib.parse import unquote
@@ -105,10 +106,12 @@ class Servers:
         self.pool.close()
 
     def _connect(self, endpoint: Endpoint, call: Call) -> Wire:
-        timeout = min(self._options.connect_timeout_s, call.left())
+        steps = self._steps(endpoint)
+        left = call.left()
+        timeout = min(self._options.connect_timeout_s, left)
         if not timeout:
             raise Late("the deadline passed")
-        connection = self._connection(endpoint, timeout)
+        connection = self._connection(endpoint, timeout / steps)
         try:
             connection.connect()
             wire = Wire(connection._sock, connection.disconnect)
@@ -116,8 +119,8 @@ class Servers:
             return wire
         except self._redis.exceptions.TimeoutError:
             connection.disconnect()
-            raise (Broken if call.left() else Late)("the server does not answer: connecting took too long") from None
-        except self._redis.exceptions.RedisError as error:
+            raise (Broken if timeout < left else Late)("the server does not answer: connecting took too long") from None
+        except (self._redis.exceptions.RedisError, ValueError) as error:  # the latter of a host that can be none
             connection.disconnect()
             raise Broken(hidden_in(told(error), self._options.url)) from None
         except ServerError as error:
@@ -127,8 +130,19 @@ class Servers:
             connection.disconnect()
             raise
 
+    def _steps(self, endpoint: Endpoint) -> int:
+        """How often redis-py waits until it has connected: for each of the name's addresses, and for TLS."""
+        if "path" in self._arguments:
+            return 1
+        try:
+            addresses = len(socket.getaddrinfo(*endpoint, type=socket.SOCK_STREAM))
+        except (OSError, ValueError):  # which redis-py will meet too
+            addresses = 1
+        return max(1, addresses) + issubclass(self._class, self._redis.connection.SSLConnection)
+
     def _connection(self, endpoint: Endpoint, timeout: float) -> Any:
-        """redis-py's, which connects and does TLS; what it would say then is said by :meth:`_log_in`, with the deadline."""
+        """redis-py's, which connects and does TLS, and has ``timeout`` for each step of that; what it would say then is said by
+        :meth:`_log_in`, with the deadline."""
         arguments = self._arguments | {
             "socket_timeout": timeout,
             "socket_connect_timeout": timeout,
@@ -157,9 +171,15 @@ class Servers:
 def parse_address(address: str, asked: Endpoint) -> Endpoint:
     """``host:port`` of a redirection; no host means that of the server that was asked."""
     host, _, port = address.rpartition(":")
-    if not port.isdigit():
+    if not port.isascii() or not port.isdigit():
         raise Broken("the server redirects to an address that is none")
-    return host.strip("[]") or asked[0], int(port)
+    return host.strip("[]") or asked[0], _port(int(port))
+
+
+def _port(number: int) -> int:
+    if not 0 < number < 1 << 16:  # the system would take 65537 for 1
+        raise Broken("the server names a port that is none")
+    return number
 
 
 def _masters(ranges: object, asked: Endpoint) -> tuple[npt.NDArray[np.int32], list[Endpoint]]:
@@ -169,7 +189,7 @@ def _masters(ranges: object, asked: Endpoint) -> tuple[npt.NDArray[np.int32], li
     try:
         for first, last, master, *_ in ranges:  # type: ignore[attr-defined]
             host = (master[0] or b"").decode()
-            endpoint = (asked[0] if host in ("", "?") else host, int(master[1]))
+            endpoint = (asked[0] if host in ("", "?") else host, _port(int(master[1])))
             owners[int(first) : int(last) + 1] = numbers.setdefault(endpoint, len(numbers))
     except (TypeError, ValueError, IndexError, AttributeError):
         raise Broken("the server's answer is none to CLUSTER SLOTS") from None

@@ -18,6 +18,7 @@ from kvortex.tiers.remote import receiving
 from kvortex.tiers.remote.wire import Wire, view_of
 
 _PAYLOAD_BYTES = HEADER.fields["payload_bytes"][1]  # type: ignore[index]
+_NOTHING = bytes(HEADER_BYTES)
 PENDING = 255  # no outcome yet
 
 
@@ -45,7 +46,9 @@ class Arrivals:
     def header(self, at: int) -> memoryview:
         """Where the header of one record is to go, and what came before of it is forgotten."""
         self._sums[at], self._arrived[at] = 0, False
-        return self._bytes[at * HEADER_BYTES : (at + 1) * HEADER_BYTES]
+        place = self._bytes[at * HEADER_BYTES : (at + 1) * HEADER_BYTES]
+        place[:] = _NOTHING
+        return place
 
     def payload_bytes(self, at: int) -> int:
         """What the header says, which nobody has checked yet; -1 where that does not fit into the slot."""

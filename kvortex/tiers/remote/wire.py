@@ -77,6 +77,7 @@ class Wire:
         self._buffer = memoryview(bytearray(_READ_AHEAD))
         self._start = self._end = 0
         self._patience = 0.0  # seconds that a step waits at most, as the socket was told
+        self._looked = 0.0  # when a call was last asked whether it was cancelled
         self._is_blocking = False
         self.owed = self.served = 0
 
@@ -203,6 +204,7 @@ class Wire:
     def _step(self, step: Callable[[], int], call: Call) -> int:
         """One call of the socket that may wait, until it did something."""
         while True:
+            self._look(call)
             self._patient(call)
             try:
                 return step()
@@ -213,6 +215,14 @@ class Wire:
                     raise Broken(f"the connection failed: {error}") from None
             except (OSError, ValueError) as error:
                 raise Broken(f"the connection failed: {error}") from None
+            if call.cancelled():
+                raise Stopped("the call was cancelled")
+
+    def _look(self, call: Call) -> None:
+        """Now and then, whether the call was cancelled: a step that waits in vain asks anyway, one that gets little not."""
+        now = time.monotonic()
+        if now - self._looked >= PATIENCE:
+            self._looked = now
             if call.cancelled():
                 raise Stopped("the call was cancelled")
 

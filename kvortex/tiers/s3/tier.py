@@ -186,7 +186,7 @@ class S3Tier(Tier):
                     return outcome
             except Broken as error:
                 self.trouble = cut(str(error), 200)
-                if type(error) is not Broken or not left:
+                if type(error) is not Broken or not left or self._pool.is_closed():
                     return error.outcome
             if not left:
                 return Outcome.FAILED
