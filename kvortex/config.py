@@ -22,6 +22,7 @@ _ROUTES = ("auto", "staged", "resident", "strided", "batched", "mapped")
 _KEY_SCHEMES = ("kvortex", "vllm", "vllm-0.29", "vllm-0.20", "vllm-0.17", "vllm-0.15")
 _CALIBRATE = ("never", "stored", "once")
 _POLICIES = ("arc", "lfu", "lru", "s3fifo")
+_CODECS = ("raw", "plane", "int8", "k6v4", "k4v4", "k4v3")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 # [0-9] and not \d, which takes the digits of every script.
 _SIZE = re.compile(r"\s*([0-9]{1,99}(?:\.[0-9]{1,99})?)\s*([A-Za-z]*)\s*")
@@ -67,6 +68,12 @@ class KVortexConfig:
     digests
         Compute a 128-bit digest of each block while it moves, keep it, and compare when the block is loaded: a block that is
         not what was saved is never handed out as if it were. See ``docs/digests.md``.
+    codec
+        What blocks become in the pool and in tiers: ``"raw"``, as they lie in the pages; ``"plane"``, lossless, in 0.72 of the
+        bytes; or with loss ``"int8"``, ``"k6v4"``, ``"k4v4"``, ``"k4v3"``. For bfloat16 pages on the host device. See
+        ``docs/codecs.md``.
+    codec_tables
+        What a codec has learnt of the model's KV: a file that ``kvortex calibrate --tables`` writes.
     enable_numa
         Bind the host pool to the GPU's NUMA node where the machine has several.
     device
@@ -110,6 +117,8 @@ class KVortexConfig:
     eviction_policy: str = "lru"
     admit_after: int = 1
     digests: bool = True
+    codec: str = "raw"
+    codec_tables: str | None = None
     enable_numa: bool = True
     device: str = "auto"
     block_size: int = 16
@@ -145,7 +154,7 @@ class KVortexConfig:
         if not isinstance(self.beside_compute, bool | None):
             raise ConfigError(f"beside_compute = {shown(self.beside_compute)}: must be true, false or None")
         names = ("model", "dtype", "lora", "salt", "device", "transfer_route", "calibrate", "eviction_policy", "key_scheme")
-        for name in names:
+        for name in (*names, "codec"):
             if not isinstance(getattr(self, name), str):
                 raise ConfigError(f"{name} = {shown(getattr(self, name))}: must be a string")
         if not isinstance(self.record_trace, str | None):
@@ -154,6 +163,10 @@ class KVortexConfig:
             raise ConfigError(f"device = {shown(self.device)}: must be 'auto', 'host', 'cuda' or 'cuda:N'")
         if self.transfer_route not in _ROUTES:
             raise ConfigError(f"transfer_route = {shown(self.transfer_route)}: must be one of {', '.join(_ROUTES)}")
+        if self.codec not in _CODECS:
+            raise ConfigError(f"codec = {shown(self.codec)}: must be one of {', '.join(_CODECS)}")
+        if not isinstance(self.codec_tables, str | None):
+            raise ConfigError(f"codec_tables = {shown(self.codec_tables)}: must be a string, the path of a file, or None")
         if self.key_scheme not in _KEY_SCHEMES:
             raise ConfigError(f"key_scheme = {shown(self.key_scheme)}: must be one of {', '.join(_KEY_SCHEMES)}")
         if not isinstance(self.key_seed, str | None):

@@ -14,6 +14,7 @@ import numpy as np
 
 from kvortex import arguments
 from kvortex.calls import EngineCall
+from kvortex.coding import Coding, Rows
 from kvortex.config import KVortexConfig
 from kvortex.devices import Device
 from kvortex.errors import (
@@ -29,11 +30,10 @@ from kvortex.index import DECLINED, PENDING, Reservation
 from kvortex.issuing import Memory, memory_of, rest_of, start
 from kvortex.keys import KeyArray, KeyScheme, KeySequence, KeysLike, as_keys, make_scheme
 from kvortex.layout import KVLayout
-from kvortex.opening import check_given, namespace_of, open_for
+from kvortex.opening import check_given, codec_for, namespace_of, open_for, record_format
 from kvortex.parts import Parts
 from kvortex.stats import EngineStats
 from kvortex.tiers.promotion import Prefetch, Promotion
-from kvortex.tiers.record import RecordFormat
 from kvortex.tiers.urls import open_tiers
 from kvortex.traces.recording import CHECK, LOAD, SAVE, Recording
 from kvortex.traces.recordings import Recordings
@@ -55,6 +55,8 @@ class KVortexEngine:
     Attributes
     ----------
     config, layout, device
+    codec
+        The :class:`kvortex.codecs.Codec` of the pool and of tiers; None for records as they lie in pages.
     namespace
         What the pool's blocks are of, besides their tokens.
     scheme
@@ -62,14 +64,14 @@ class KVortexEngine:
     """
 
     def __init__(
-        self, config: KVortexConfig, layout: KVLayout | None, device: Device, parts: Parts, scheme: KeyScheme
+        self, config: KVortexConfig, layout: KVLayout | None, device: Device, parts: Parts, scheme: KeyScheme, coding: Coding
     ) -> None:
         self._finalizer = weakref.finalize(self, Parts.abandon, parts, config.transfer_timeout_s)
         self.config, self.layout, self.device = config, layout, device
         self.namespace, self.scheme = scheme.namespace, scheme
         self._parts = parts
         self._index, self._executor, self._flight, self._counters = parts.index, parts.executor, parts.flight, parts.counters
-        self._cascade, self._record_bytes = parts.cascade, layout.record_bytes if layout is not None else 0
+        self._cascade, self._coding, self.codec = parts.cascade, coding, coding.codec
         self._calls: dict[int, weakref.ref[EngineCall]] = {}
         self._recordings = Recordings(config.block_size)
         self._closed = False
@@ -89,8 +91,8 @@ class KVortexEngine:
         ------
         ConfigError
             A budget is too small, there is neither a layout nor ``max_block_bytes``, ``transfer_route`` cannot run on this
-            GPU, ``key_scheme`` needs another ``key_seed`` or ``lora``, ``record_trace`` cannot be written, one of ``tiers``
-            cannot be opened, or ``config`` is none.
+            GPU, ``codec`` cannot code these pages, ``key_scheme`` needs another ``key_seed`` or ``lora``, ``record_trace``
+            cannot be written, one of ``tiers`` cannot be opened, or ``config`` is none.
         LayoutError
             The layout's tensors are on another device, or ``layout`` is none.
         DeviceUnavailableError, DeviceError, BuildError, PinnedMemoryError
@@ -102,17 +104,19 @@ class KVortexEngine:
         record_bytes = max(layout.record_bytes if layout is not None else 0, config.max_block_bytes or 0)
         if not record_bytes:
             raise ConfigError("max_block_bytes = None: an engine without a layout needs the size of its largest buffer")
-        namespace = namespace_of(config, layout)
+        codec = codec_for(config, layout, device)
+        record_bytes = record_bytes if codec is None else codec.slot_bytes
+        namespace = namespace_of(config, layout, codec)
         scheme = make_scheme(config.key_scheme, namespace, seed=config.key_seed)
-        tiers = open_tiers(config.tiers, RecordFormat(namespace.seed, record_bytes))
+        tiers = open_tiers(config.tiers, record_format(namespace, record_bytes, codec))
         try:
-            parts = Parts(config, layout, device, record_bytes, tiers)
+            parts = Parts(config, layout, device, record_bytes, tiers, codec)
         except BaseException:
             for opened in tiers:
                 opened.tier.close()
             raise
         try:
-            engine = cls(config, layout, device, parts, scheme)
+            engine = cls(config, layout, device, parts, scheme, Coding(codec, namespace))
             engine._recordings.open_as_told(config.record_trace)
             return engine
         except BaseException:
@@ -165,7 +169,7 @@ class KVortexEngine:
         """
         return self.scheme.sequence(lora=lora, salt=salt, **about)
 
-    def check_blocks(self, keys: KeysLike, *, tiers: bool = True, timeout: float = 0.0) -> Mask:
+    def check_blocks(self, keys: KeysLike, *, first: Any = None, tiers: bool = True, timeout: float = 0.0) -> Mask:
         """Which blocks are in the cache now, (n,) bool. Pins nothing: a later load may still miss.
 
         True says that a block is in RAM, or that a tier below had it when it was last seen there, at most ``fresh_s`` ago
@@ -176,16 +180,20 @@ class KVortexEngine:
         Parameters
         ----------
         keys
+        first
+            As for :meth:`save_blocks`.
         tiers
             False for RAM alone.
         timeout
             Seconds that the call may wait for answers of tiers about which nothing is known.
         """
         stored, allowed = self._stored(keys), arguments.seconds(timeout)
+        rows = self._coding.rows(stored, first)
         with EngineCall(self):
-            found = self._index.lookup(stored)
+            found = self._index.lookup(rows.keys)
             if tiers and self._cascade is not None and self._cascade.is_awake() and not found.all():
-                found[~found] = self._cascade.check(stored[~found], allowed)
+                found[~found] = self._cascade.check(rows.keys[~found], allowed)
+            found = rows.whole(found)
             self._counters.check(len(found), int(found.sum()))
             self._recordings.note(CHECK, stored)
             return found
@@ -201,6 +209,7 @@ class KVortexEngine:
         data_ptrs: Any = None,
         stream: Any = None,
         layerwise: bool = False,
+        first: Any = None,
     ) -> Ticket:
         """Starts saving blocks, and returns at once. A block that is in the cache already is not moved, nor is one that has not
         been offered as often as ``config.admit_after`` says, or that is just being fetched from a tier below; that is no error,
@@ -226,6 +235,9 @@ class KVortexEngine:
             The pages are still to be computed: reserves slots, moves nothing, and saves each layer behind
             :meth:`Ticket.save_layer`, whose default ``stream`` becomes. The blocks are visible when all layers are saved;
             who drops the ticket before all are announced gives the save up. Not for opaque buffers.
+        first
+            Which blocks begin a sequence: True where ``keys[0]`` does, False where none does, or (n,) bools. A codec with loss
+            must be told, in every call, since it keeps these blocks exactly and under keys of their own. Others do not ask.
 
         Returns
         -------
@@ -241,8 +253,10 @@ class KVortexEngine:
             pool still grows the call waits for more of it instead, and up to 0.2 s for slots that tiers below have just now.
             A tier that hangs keeps at most ``config.tier_pool_share`` of the pool, twice: what it writes, and what it reads.
         """
-        keys = self._stored(keys)
-        memory = self._memory(len(keys), block_ids, data_ptrs, sizes, Direction.SAVE)
+        asked = self._stored(keys)
+        rows = self._coding.rows(asked, first)
+        rows.check_different(asked)
+        keys, memory = rows.keys, self._memory(rows, len(asked), block_ids, data_ptrs, sizes, Direction.SAVE)
         if layerwise and not memory.paged:
             raise ArgumentError(_NO_LAYERS)
         with EngineCall(self) as call:
@@ -261,9 +275,10 @@ class KVortexEngine:
                     transfer.after.append((save, at))
             if self._cascade is not None:
                 transfer.saved = keys, memory.lengths
+            transfer.keys = keys if self.codec is not None else None
             start(self._executor, transfer, memory, stream, bool(layerwise))
-            self._recordings.note(SAVE, keys)
-            return self._ticket(transfer, stream if layerwise else None)
+            self._recordings.note(SAVE, asked)
+            return self._ticket(transfer, rows, stream if layerwise else None)
 
     def load_blocks(
         self,
@@ -275,6 +290,7 @@ class KVortexEngine:
         stream: Any = None,
         layerwise: bool = False,
         fetch: bool = True,
+        first: Any = None,
     ) -> Ticket:
         """Starts loading blocks, and returns at once. A block that is not in the cache is a miss, told by the mask.
 
@@ -290,7 +306,8 @@ class KVortexEngine:
         keys
             n keys.
         block_ids : (n,) integers
-            Different pages. Those of misses stay as they are.
+            Different pages. Those of misses stay as they are, but for first blocks of sequences of which a codec with loss
+            has only a part left.
         output_ptrs, sizes : (n,) integers
             Addresses and lengths in bytes of buffers that do not overlap.
         stream
@@ -302,14 +319,17 @@ class KVortexEngine:
         fetch
             False for what is in RAM alone. Otherwise :meth:`Ticket.add_to` and :meth:`Ticket.wait_layer` wait on the host
             until the second part is on its way, since no stream can wait for what is not.
+        first
+            As for :meth:`save_blocks`.
 
         Raises
         ------
         ArgumentError
             Lengths, ranges, duplicates, or a size that is not the saved one; nothing was done.
         """
-        keys = self._stored(keys)
-        memory = self._memory(len(keys), block_ids, output_ptrs, sizes, Direction.LOAD)
+        asked = self._stored(keys)
+        rows = self._coding.rows(asked, first)
+        keys, memory = rows.keys, self._memory(rows, len(asked), block_ids, output_ptrs, sizes, Direction.LOAD)
         if layerwise and not memory.paged:
             raise ArgumentError(_NO_LAYERS)
         with EngineCall(self) as call:
@@ -324,10 +344,10 @@ class KVortexEngine:
             start(self._executor, transfer, memory, stream, bool(layerwise))
             if rest is not None and self._cascade is not None:
                 self._cascade.submit(rest)
-            self._recordings.note(LOAD, keys)
-            return self._ticket(transfer)
+            self._recordings.note(LOAD, asked)
+            return self._ticket(transfer, rows)
 
-    def prefetch(self, keys: KeysLike, sizes: Any = None, *, timeout: float | None = None) -> Prefetch:
+    def prefetch(self, keys: KeysLike, sizes: Any = None, *, timeout: float | None = None, first: Any = None) -> Prefetch:
         """Starts bringing blocks from tiers below into RAM, and returns at once. What two calls ask for is fetched once.
 
         Parameters
@@ -339,6 +359,8 @@ class KVortexEngine:
         timeout
             Seconds after which it ends with what is there; None for the tiers' own deadlines, at most
             ``transfer_timeout_s``.
+        first
+            As for :meth:`save_blocks`.
 
         Returns
         -------
@@ -350,11 +372,15 @@ class KVortexEngine:
         ArgumentError
             Sizes are missing, or do not fit.
         """
-        keys = self._stored(keys)
+        rows = self._coding.rows(self._stored(keys), first)
+        keys = rows.keys
         if sizes is None and self.layout is None:
             raise ArgumentError("this engine has no layout: pass sizes")
+        if sizes is not None and self.codec is not None:
+            raise ArgumentError(f"sizes: there are no opaque buffers with codec {self.codec.name}; leave them out")
+        page = 0 if self.layout is None else self._coding.record_bytes(self.layout.record_bytes)
         longest = self.config.transfer_timeout_s if timeout is None else arguments.seconds(timeout)
-        nbytes = np.full(len(keys), self._record_bytes) if sizes is None else arguments.integers(sizes, "sizes", len(keys))
+        nbytes = np.full(len(keys), page) if sizes is None else arguments.integers(sizes, "sizes", len(keys))
         with EngineCall(self):
             deadline = time.monotonic() if self._cascade is None else self._cascade.deadline(longest)
             promotion = Promotion(keys, nbytes, deadline)
@@ -363,7 +389,7 @@ class KVortexEngine:
             else:
                 promotion.finish(self._index.lookup(keys))
                 promotion.over = True
-            return Prefetch(promotion, self._index.lookup)
+            return Prefetch(promotion, self._index.lookup, rows.whole)
 
     def flush(self, timeout: float | None = None) -> bool:
         """Waits until every block whose save has ended is written to the tiers below, or given up there; wait for tickets
@@ -383,10 +409,16 @@ class KVortexEngine:
         uses is free when that has ended. Blocks that are being saved stay. Tiers below forget them in the background, as far
         as they can be reached."""
         stored = self._stored(keys)
+        firsts, parts = self._coding.others(stored)
         with EngineCall(self):
             dropped = self._index.drop(stored)
             if self._cascade is not None:
                 self._cascade.forget(stored)
+            if len(parts):
+                dropped += self._index.drop(firsts)
+                self._index.drop(parts)
+                if self._cascade is not None:
+                    self._cascade.forget(np.concatenate((firsts, parts)))
             return dropped
 
     def _stored(self, keys: KeysLike) -> KeyArray:
@@ -404,12 +436,13 @@ class KVortexEngine:
                 if self._cascade is None or not self._cascade.give_way(began):
                     raise
 
-    def _memory(self, count: int, block_ids: Any, pointers: Any, sizes: Any, direction: Direction) -> Memory:
-        return memory_of(self.layout, self._parts.record_bytes, count, block_ids, pointers, sizes, direction)
+    def _memory(self, rows: Rows, count: int, block_ids: Any, pointers: Any, sizes: Any, direction: Direction) -> Memory:
+        named = memory_of(self.layout, self._parts.record_bytes, count, block_ids, pointers, sizes, direction)
+        return self._coding.memory(named, rows)
 
-    def _ticket(self, transfer: Transfer, stream: Any = None) -> Ticket:
-        feed = functools.partial(EngineCall, self, reap=False)
-        return Ticket(transfer, self._settle, self.config.transfer_timeout_s, self._executor.check_stream, feed, stream)
+    def _ticket(self, transfer: Transfer, rows: Rows, stream: Any = None) -> Ticket:
+        feed, check = functools.partial(EngineCall, self, reap=False), self._executor.check_stream
+        return Ticket(transfer, self._settle, self.config.transfer_timeout_s, check, feed, stream, rows.whole)
 
     def _settle(self, transfer: Transfer) -> bool:
         """For tickets, which hold the engine by this method and so keep it alive."""

@@ -78,6 +78,8 @@ class Flight:
                 transfer.mask[at] = save.mask
             elif save.error is not None:
                 transfer.mask[at] = False
+            elif save.unfit and transfer.keys is not None:
+                transfer.mask[at] &= self._index.lookup(transfer.keys[at])
             if save.error is not None:
                 transfer.error = transfer.error or save.error
         self._transfers.pop(transfer.number, None)  # first: once settled, nobody looks here again
@@ -98,44 +100,63 @@ class Flight:
             completion.abort(TransferError(f"the ticket was dropped before layers {shown(list(missing))} were announced"))
         if completion is not None and not completion.query():
             return False
-        held = transfer.slots[transfer.slots >= 0]
+        held, moved = transfer.slots[transfer.slots >= 0], transfer.moved()
+        unfit = np.zeros(len(held), bool)
         error = completion.error if completion is not None else None
         if completion is None and len(held):
             error = TransferError("the call was interrupted before anything moved")
         if error is not None:
-            transfer.mask[transfer.slots >= 0] = False
+            transfer.mask[moved] = False
             transfer.error = error
-        elif completion is not None and completion.digests is not None and self._digests is not None:
-            if transfer.direction is Direction.SAVE:
-                keep(transfer.once, held, completion.digests, self._digests)
+        elif completion is not None:
+            unfit = unfit if completion.unfit is None else completion.unfit
+            if transfer.direction is Direction.LOAD:
+                self._compare(transfer, held, completion.digests, unfit)
             else:
-                self._compare(transfer, held, completion.digests, self._digests)
+                transfer.mask[moved[unfit]] = False
+                transfer.unfit = int(unfit.sum())
+                if completion.digests is not None and self._digests is not None:
+                    keep(transfer.once, held[~unfit], completion.digests[~unfit], self._digests)
         if transfer.direction is Direction.LOAD:
             mine = self._index.release(held, once=transfer.once)
         elif error is not None:
             mine = self._index.abort(held, once=transfer.once)
         else:
-            mine = self._index.commit(held, once=transfer.once)
+            if unfit.any():  # first: ``once`` says that all of it is done
+                self._index.abort(held[unfit], once=transfer.once_unfit)
+            mine = self._index.commit(held[~unfit], once=transfer.once)
         transfer.ended = True
         if mine and error is None and transfer.saved is not None and self._saved is not None:
             keys, sizes = transfer.saved
-            self._saved(keys, sizes, transfer.slots >= 0)
+            there = transfer.slots >= 0
+            there[moved[unfit]] = False
+            self._saved(keys, sizes, there)
         if mine and error is not None:
             self._counters.fail(len(held))
         elif mine and completion is not None:
-            self._counters.transfer(transfer.direction, completion.route, len(held), transfer.nbytes, completion.seconds)
+            count, nbytes = len(held), transfer.nbytes
+            if transfer.unfit:
+                count, nbytes = count - transfer.unfit, int(transfer.payload[~unfit].sum())
+                self._counters.overlong(transfer.unfit)
+            self._counters.transfer(transfer.direction, completion.route, count, nbytes, completion.seconds)
             self._counters.damage(transfer.corrupt)
         return True
 
-    def _compare(self, transfer: Transfer, held: Int64s, found: Digests, kept: Digests) -> None:
+    def _compare(self, transfer: Transfer, held: Int64s, found: Digests | None, unfit: npt.NDArray[np.bool_]) -> None:
         """Blocks that are not what was saved are failures of a load, and nobody will find them again. The others are right."""
-        wrong = compare(transfer.once, held, found, kept)
+        wrong: npt.NDArray[np.bool_] | None = np.zeros(len(held), np.bool_)
+        if found is not None and self._digests is not None:
+            wrong = compare(transfer.once, held, found, self._digests)
+        elif transfer.once[0]:
+            wrong = None
+        wrong = None if wrong is None else wrong | unfit
         if wrong is None or not wrong.any():  # without an answer, another thread has seen to it
             return
         transfer.mask[transfer.moved()[wrong]] = False
         transfer.corrupt = int(wrong.sum())
+        why = "their digests differ" if not unfit.any() else "their digests differ, or they are no records of the codec"
         error = CorruptBlocksError(
-            f"{transfer.corrupt} of {len(held)} blocks are not what was saved (their digests differ) and were dropped: compute "
+            f"{transfer.corrupt} of {len(held)} blocks are not what was saved ({why}) and were dropped: compute "
             "them again. Host memory, the link or the GPU's memory damaged them, or somebody wrote to pages while they moved."
         )
         error.blocks = transfer.corrupt

@@ -21,15 +21,31 @@ from kvortex.transfer.transfer import Transfer
 
 @dataclass(frozen=True)
 class Memory:
-    """Where blocks are on the device: ``pages`` are ids of the layout's pages if ``paged``, else addresses of buffers of
-    ``lengths`` bytes. Both (n,)."""
+    """Where blocks are on the device, and what becomes of them in slots; arrays are (n,), a row for each slot.
+
+    Attributes
+    ----------
+    paged
+        Whether ``pages`` are ids of the layout's pages; else they are addresses of buffers.
+    pages
+    payload
+        Bytes of pages or buffers that a row moves.
+    lengths
+        Bytes of the records that slots hold: the same, where no codec shortens them.
+    parts
+        Of a block that a codec keeps exactly in several slots, which part of it a row is; -1 for whole blocks. None where all
+        are.
+    """
 
     paged: bool
     pages: Int64s
+    payload: Int64s
     lengths: Int64s
+    parts: Int64s | None = None
 
     def __getitem__(self, rows: Int64s | npt.NDArray[np.bool_]) -> Memory:
-        return Memory(self.paged, self.pages[rows], self.lengths[rows])
+        parts = None if self.parts is None else self.parts[rows]
+        return Memory(self.paged, self.pages[rows], self.payload[rows], self.lengths[rows], parts)
 
 
 def memory_of(
@@ -42,11 +58,13 @@ def memory_of(
         if block_ids is None:
             raise ArgumentError("block_ids are missing")
         ids = arguments.block_ids(block_ids, count, layout.num_blocks)
-        return Memory(True, ids, np.full(count, layout.record_bytes, np.int64))
+        payload = np.full(count, layout.record_bytes, np.int64)
+        return Memory(True, ids, payload, payload)
     if sizes is None or (pointers is None) == (block_ids is None):
         raise ArgumentError("opaque buffers need pointers and sizes, and no block_ids")
     given = block_ids if pointers is None else pointers
-    return Memory(False, *arguments.buffers(given, sizes, count, most, written=direction is Direction.LOAD))
+    addresses, lengths = arguments.buffers(given, sizes, count, most, written=direction is Direction.LOAD)
+    return Memory(False, addresses, lengths, lengths)
 
 
 def start(executor: Executor, transfer: Transfer, memory: Memory, stream: Any, layerwise: bool) -> None:
@@ -54,7 +72,8 @@ def start(executor: Executor, transfer: Transfer, memory: Memory, stream: Any, l
     moved = transfer.moved()
     if not len(moved):
         return
-    transfer.nbytes = int(memory.lengths[moved].sum())
+    transfer.payload = memory.payload[moved]
+    transfer.nbytes = int(transfer.payload.sum())
     transfer.completion = _prepare(executor, transfer, memory[moved], stream, layerwise)
     transfer.completion.start()
 
@@ -63,7 +82,7 @@ def _prepare(executor: Executor, transfer: Transfer, memory: Memory, stream: Any
     slots = transfer.slots[transfer.slots >= 0]
     try:
         if memory.paged:
-            return executor.prepare_blocks(transfer.direction, memory.pages, slots, stream, layerwise)
+            return executor.prepare_blocks(transfer.direction, memory.pages, slots, stream, layerwise, memory.parts)
         return executor.prepare_buffers(transfer.direction, memory.pages, memory.lengths, slots, stream)
     except (DeviceError, TransferError) as error:
         return Failed(TransferError(f"a {transfer.direction.value} could not be prepared: {error}"))

@@ -2,25 +2,75 @@
 
 from __future__ import annotations
 
+import re
+
+from kvortex.codecs import Codec, Tables, make_codec
 from kvortex.config import KVortexConfig
 from kvortex.devices import Device, open_device
-from kvortex.errors import ConfigError, LayoutError, shown
+from kvortex.errors import CodecError, ConfigError, LayoutError, shown
 from kvortex.keys import Namespace
 from kvortex.layout import KVLayout
+from kvortex.tiers.record import RecordFormat
+
+# Names of dtypes that are not bfloat16, which libraries prefix with theirs.
+_OTHER_DTYPE = re.compile(r"(^|[^b])(float16|fp16)|half|float(8|32|64)|fp(8|32)|e[45]m[23]|(^|[^u])int8", re.IGNORECASE)
 
 
-def namespace_of(config: KVortexConfig, layout: KVLayout | None) -> Namespace:
+def namespace_of(config: KVortexConfig, layout: KVLayout | None, codec: Codec | None = None) -> Namespace:
     """What blocks are of, besides their tokens: for keys, and for records in tiers."""
     return Namespace(
         model=config.model,
         dtype=config.dtype,
-        layout=layout.fingerprint if layout is not None else b"",
+        layout=(layout.fingerprint if layout is not None else b"") + (b"" if codec is None else codec.digest),
         block_size=config.block_size,
         rank=config.rank,
         world_size=config.world_size,
         lora=config.lora,
         salt=config.salt,
     )
+
+
+def codec_for(config: KVortexConfig, layout: KVLayout | None, device: Device) -> Codec | None:
+    """The codec that the config names, for blocks of the layout; None for ``raw``.
+
+    Raises
+    ------
+    ConfigError
+        It cannot be; the message says why.
+    """
+    if config.codec == "raw":
+        return None
+    what = f"codec = {shown(config.codec)}"
+    if layout is None or config.max_block_bytes is not None:
+        raise ConfigError(f"{what}: codes pages of a layout, and no opaque buffers: pass a layout, leave out max_block_bytes")
+    if device.name != "host":
+        raise ConfigError(f"{what}: not yet on a GPU; use device = 'host', or codec = 'raw'")
+    if not config.codec_tables:
+        how = "`kvortex calibrate --tables` makes that file of a sample of the model's KV"
+        raise ConfigError(f"{what}: needs codec_tables; {how}")
+    for dtype in (config.dtype, *(str(getattr(owner, "dtype", "")) for owner in layout.owners)):
+        if _OTHER_DTYPE.search(dtype):
+            raise ConfigError(f"{what}: codes bfloat16, and the blocks are of {shown(dtype)}; use codec = 'raw'")
+    try:
+        tables, shape = Tables.load(config.codec_tables)
+        codec = make_codec(config.codec, shape, tables)
+    except CodecError as error:
+        raise ConfigError(f"{what}: {error}") from error
+    if shape.tokens != config.block_size:
+        raise ConfigError(f"{what}: codec_tables are for blocks of {shape.tokens} tokens, and block_size = {config.block_size}")
+    reason = None if codec.exact else shape.refusal(layout.layers)
+    if layout.record_bytes != shape.raw_bytes:
+        reason = f"a block has {layout.record_bytes} bytes, and the tables are for {shape.raw_bytes}"
+    if reason is not None:
+        raise ConfigError(f"{what}: codec_tables are not for this layout: {reason}")
+    return codec
+
+
+def record_format(namespace: Namespace, record_bytes: int, codec: Codec | None) -> RecordFormat:
+    """How tiers keep what slots hold."""
+    if codec is None:
+        return RecordFormat(namespace.seed, record_bytes)
+    return RecordFormat(namespace.seed, record_bytes, codec.number, codec.shape.raw_bytes)
 
 
 def check_given(config: object, layout: object) -> None:

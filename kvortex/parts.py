@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from kvortex.codecs import Codec
 from kvortex.config import KVortexConfig
 from kvortex.devices import Device
 from kvortex.devices.cuda import CudaDevice
@@ -49,6 +50,7 @@ class Parts:
         device: Device,
         record_bytes: int,
         tiers: Sequence[OpenTier] = (),
+        codec: Codec | None = None,
     ) -> None:
         self.pid = os.getpid()
         self.record_bytes = record_bytes
@@ -59,7 +61,7 @@ class Parts:
             self.arena = PinnedArena(device, config.cpu_pool_size_bytes, record_bytes, numa=config.enable_numa)
             undo.callback(self.arena.close)
             self.arena.notes.extend(notes)
-            self.executor = _executor(config, layout, device, self.arena, profile)
+            self.executor = _executor(config, layout, device, self.arena, profile, codec)
             undo.callback(self.executor.close)
             load_compiled()
             load_compiled_keys()
@@ -160,7 +162,12 @@ def _profile(config: KVortexConfig, device: Device, notes: list[str]) -> Profile
 
 
 def _executor(
-    config: KVortexConfig, layout: KVLayout | None, device: Device, arena: PinnedArena, profile: Profile | None
+    config: KVortexConfig,
+    layout: KVLayout | None,
+    device: Device,
+    arena: PinnedArena,
+    profile: Profile | None,
+    codec: Codec | None,
 ) -> Executor:
     pool = Pool(arena.address, arena.slot_bytes, arena.segment_slots)
     fragments: npt.NDArray[np.int64] = np.empty((0, 4), np.int64) if layout is None else layout.fragments
@@ -175,7 +182,8 @@ def _executor(
         return CudaExecutor(device, fragments, layer_offsets, blocks, pool, budget, *options)
     from kvortex.transfer.host import HostExecutor
 
-    return HostExecutor(fragments, layer_offsets, pool, config.num_transfer_streams or _HOST_THREADS, config.digests)
+    threads = config.num_transfer_streams or _HOST_THREADS
+    return HostExecutor(fragments, layer_offsets, pool, threads, config.digests, codec)
 
 
 def _overridden(profile: Profile, config: KVortexConfig) -> Profile:

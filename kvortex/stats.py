@@ -60,6 +60,8 @@ class EngineStats:
         :meth:`kvortex.KVortexEngine.wait_ready`).
     corrupt_blocks
         Blocks that a load found to be no longer what was saved, by their digests. They were dropped.
+    overlong_blocks
+        Blocks of saves that the codec could not bring into a slot, and that so were not stored: see ``codec``. 0 without one.
     routes
         The same blocks, bytes and seconds by direction and route; only those that were used.
     tiers
@@ -85,6 +87,7 @@ class EngineStats:
     declined_blocks: int = 0
     corrupt_blocks: int = 0
     tiers: tuple[TierStats, ...] = ()
+    overlong_blocks: int = 0
 
     @property
     def cache_hit_rate(self) -> float:
@@ -107,7 +110,7 @@ class Counters:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()  # a finaliser that runs inside may count too
-        self.checked = self.hit = self.missed = self.failed = self.declined = self.corrupt = 0
+        self.checked = self.hit = self.missed = self.failed = self.declined = self.corrupt = self.too_long = 0
         self._routes: dict[tuple[Direction, str], RouteStats] = {}
 
     def check(self, asked: int, found: int) -> None:
@@ -144,6 +147,11 @@ class Counters:
         with self._lock:
             self.corrupt += blocks
 
+    def overlong(self, blocks: int) -> None:
+        """Blocks that a codec could not bring into their slots."""
+        with self._lock:
+            self.too_long += blocks
+
     def snapshot(
         self,
         evictions: int,
@@ -157,7 +165,7 @@ class Counters:
         with self._lock:
             routes = tuple(self._routes.values())
             checked, hit, missed, failed = self.checked, self.hit, self.missed, self.failed
-            declined, corrupt = self.declined, self.corrupt
+            declined, corrupt, too_long = self.declined, self.corrupt, self.too_long
         saved = [entry for entry in routes if entry.direction == Direction.SAVE.value]
         loaded = [entry for entry in routes if entry.direction == Direction.LOAD.value]
         return EngineStats(
@@ -180,4 +188,5 @@ class Counters:
             declined_blocks=declined,
             corrupt_blocks=corrupt,
             tiers=tiers,
+            overlong_blocks=too_long,
         )

@@ -7,7 +7,7 @@ square of the layer's K or V that it is in. ``attention``: relative L2 error of 
 real queries are not in the sample, so they are drawn at random and scaled until scores scatter by 2. ``encode`` and
 ``decode``: GB/s of original bytes, one thread's CPU time. ``wrong_bytes``: of what has to come back exactly: a sequence's first
 block, and everything from exact codecs. ``lmcache 0.5.6``: the scheme that LMCache ships, as tests/naive_codecs.py restates it,
-on the first 256 tokens.
+on the first 256 tokens. ``cachegen 0`` to ``2`` are its levels of quality.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvortex.codecs import CODECS, Codec, RecordShape, calibrate, make_codec
+from kvortex.codecs import CODECS, Codec, RecordShape, Tables, calibrate, make_codec
+from kvortex.codecs.cachegen import LEVELS
 from kvortex.errors import ArgumentError
 from perf.report import ROOT, Report, progress
 
@@ -29,6 +30,9 @@ MODELS = {"smollm2": RecordShape(30, 3, 64), "qwen": RecordShape(24, 2, 64)}
 SEQUENCE = 96  # blocks of 16 tokens: 1,536 tokens
 QUERIES, SCATTER = 32, 2.0
 KEYS = ("model", "codec")
+CODINGS: dict[str, dict[str, Any]] = {name: {} for name in CODECS if name != "cachegen"} | {
+    f"cachegen {level}": {"level": level} for level in range(len(LEVELS))
+}
 _LOSSES = {"error_k": "lower", "error_v": "lower", "attention": "lower"}
 BETTER = {"ratio": "higher", **_LOSSES, "encode": "higher", "decode": "higher"}
 COLUMNS = (*KEYS, "ratio", "ratio_1536", "error_k", "error_v", "largest", "attention", "encode", "decode", "wrong_bytes")
@@ -40,11 +44,16 @@ def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]]
     rows = []
     for model, shape in list(MODELS.items())[-1 if quick else 0 :]:
         values = sample(SAMPLE, model)
-        for name in CODECS:
+        for name in CODINGS:
             progress(f"{model}, {name}")
             rows.append({"model": model, "codec": name} | _row(name, shape, values, 1 if quick else 9))
         rows.append({"model": model, "codec": "lmcache 0.5.6"} | _shipped(values))
     return "host", rows, {"queries": QUERIES, "scatter": SCATTER, "blocks_of_a_sequence": SEQUENCE, "sample": SAMPLE.name}
+
+
+def codec_for(name: str, shape: RecordShape, tables: Tables) -> Codec:
+    """By its name in ``CODINGS``."""
+    return make_codec(name.split()[0], shape, tables, **CODINGS[name])
 
 
 def sample(path: Path, model: str) -> npt.NDArray[np.uint16]:
@@ -77,7 +86,7 @@ def floats(patterns: npt.NDArray[np.uint16]) -> Floats:
 def _row(name: str, shape: RecordShape, values: npt.NDArray[np.uint16], rounds: int) -> dict[str, Any]:
     records = records_of(values)
     half = len(records) // 2
-    codec = make_codec(name, shape, calibrate(records[1:half], shape))
+    codec = codec_for(name, shape, calibrate(records[1:half], shape))
     first = np.arange(len(records)) == 0
     coded, back = np.zeros((len(records), -(-codec.worst_bytes // 4) * 4), np.uint8), np.empty_like(records)
     sizes = codec.encode_into(records, coded, first)
@@ -150,7 +159,8 @@ def draw(axes: Any, report: Report) -> None:
     """What attention loses, by ratio: a line for each model."""
     for model, colour in zip(MODELS, ("#27608f", "#d0792a"), strict=True):
         rows = [row for row in report.rows if row["model"] == model and row["attention"] > 0]
-        ours = [row for row in rows if row["codec"] in CODECS]
+        ours = [row for row in rows if row["codec"] in CODINGS]
+        ours.sort(key=lambda row: float(row["ratio"]))
         axes.plot([row["ratio"] for row in ours], [row["attention"] for row in ours], "o-", color=colour, label=model)
         for row in rows:
             axes.annotate(row["codec"], (row["ratio"], row["attention"]), fontsize=7, xytext=(4, 4), textcoords="offset points")

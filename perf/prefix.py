@@ -20,9 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from examples.lm.download import PACKAGE
-from kvortex.codecs import CODECS, RecordShape, Tables, calibrate, make_codec
+from kvortex.codecs import RecordShape, Tables, calibrate
 from kvortex.errors import ArgumentError
-from perf.codecs import floats, records_of, values_of
+from perf.codecs import CODINGS, codec_for, floats, records_of, values_of
 from perf.llama import Cache, Llama, weights
 from perf.report import Report, progress
 
@@ -41,7 +41,7 @@ def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]]
     manual = _manual()
     shape = RecordShape(model.layers, model.kv_heads, model.dim)
     tables = _learn(model, shape, manual)
-    found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in (*CODECS, "lmcache 0.5.6")}
+    found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in (*CODINGS, "lmcache 0.5.6")}
     ratios, wrong, base = dict.fromkeys(found, 0.0), dict.fromkeys(found, 0), []
     windows = WINDOWS[:1] if quick else WINDOWS
     for window in windows:
@@ -89,9 +89,9 @@ def _coded(
     name: str, shape: RecordShape, tables: Tables, values: npt.NDArray[np.uint16]
 ) -> tuple[Cache, float, int]:
     """What comes back, the ratio, and wrong bytes of what has to come back exactly."""
-    if name not in CODECS:
+    if name not in CODINGS:
         return _shipped(values)
-    codec, records = make_codec(name, shape, tables), records_of(values)
+    codec, records = codec_for(name, shape, tables), records_of(values)
     coded, back = np.zeros((len(records), codec.worst_bytes), np.uint8), np.empty_like(records)
     sizes = codec.encode_into(records, coded, np.arange(len(records)) == 0)
     if not codec.decode_into(coded, back).all():
@@ -138,11 +138,12 @@ def _row(name: str, found: list[tuple[float, float, float]], ratio: float, wrong
 def draw(axes: Any, report: Report) -> None:
     """Divergence by ratio."""
     rows = [row for row in report.rows if row["kl"] > 0]
-    axes.plot([row["ratio"] for row in rows if row["codec"] in CODECS],
-              [row["kl"] for row in rows if row["codec"] in CODECS], "o-", color="#27608f", label="kvortex")
+    for begins, colour in (("cachegen", "#5a9a4a"), ("", "#27608f")):
+        ours = [row for row in rows if row["codec"] in CODINGS and row["codec"].startswith("cachegen") == bool(begins)]
+        axes.plot([row["ratio"] for row in ours], [row["kl"] for row in ours], "o-", color=colour, label=begins or "kvortex")
     for row in rows:
         axes.annotate(row["codec"], (row["ratio"], row["kl"]), fontsize=8, xytext=(4, 4), textcoords="offset points")
-        if row["codec"] not in CODECS:
+        if row["codec"] not in CODINGS:
             axes.plot(row["ratio"], row["kl"], "x", color="#d0792a", label=row["codec"])
     axes.set_yscale("log")
     axes.set_xlabel("ratio to bf16 of 1,536 tokens, headers and the exact first block included")

@@ -57,6 +57,37 @@ def plane_record(record: Any, codec: Any) -> bytes:
     return head + body
 
 
+def cachegen_record(record: Any, codec: Any) -> bytes:
+    """What codec ``cachegen`` makes of one record that it codes."""
+    shape, (form, mean, step, kinds, most, starts) = codec.shape, codec._compiled
+    numbers = (record.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    planes = numbers.reshape(shape.planes, shape.tokens, shape.channels)
+    table, bodies = b"", b""
+    for first in range(0, shape.planes, int(form[0])):
+        symbols = []  # (steps, kind) of each value
+        for p in range(first, min(first + int(form[0]), shape.planes)):
+            for row in np.rint((planes[p] - mean[p]) / step[p]).astype(int).tolist():
+                symbols += list(zip(row, kinds[p].tolist(), strict=True))
+        states, words, escapes = [1 << 16] * 32, [], []
+        for at in reversed(range(len(symbols))):
+            steps, kind = symbols[at]
+            place = steps + int(most[kind])
+            if abs(steps) > most[kind]:
+                place = 2 * int(most[kind]) + 1
+                escapes.insert(0, steps)
+            start, end = int(starts[kind, place]), int(starts[kind, place + 1])
+            if states[at % 32] >= (end - start) << 18:
+                words.insert(0, states[at % 32] & 0xFFFF)
+                states[at % 32] >>= 16
+            turns, rest = divmod(states[at % 32], end - start)
+            states[at % 32] = turns * (1 << 14) + start + rest
+        table += struct.pack("<II", len(words), len(escapes))
+        bodies += struct.pack("<32I", *states) + struct.pack(f"<{len(words)}H", *words) + bytes(2 * (len(words) % 2))
+        bodies += struct.pack(f"<{len(escapes)}h", *escapes) + bytes(2 * (len(escapes) % 2))
+    size = 64 + len(table) + len(bodies)
+    return b"KVXC" + struct.pack("<HHIIQQ", 6, 1, 0, 0, record.size, size) + codec.digest + table + bodies
+
+
 class Shipped:
     """LMCache's CacheGen as 0.5.6 ships it, restated from its description: no anchors, no levels, tables in every chunk.
 

@@ -26,6 +26,7 @@ FLOORS = {
     "tiers": 5,
     "traces": 5,
     "calls": 6,
+    "coding": 6,
     "opening": 6,
     "issuing": 6,
     "stats": 6,
@@ -38,11 +39,12 @@ FLOORS = {
 }
 FRONT_DOOR = ""  # kvortex/__init__.py shows floors 0 to 6; commands and connectors come in by it
 # Rooms of one floor that lean on each other, one way.
-_ENGINE = ("calls", "flight", "issuing", "opening", "parts", "stats")
+_ENGINE = ("calls", "coding", "flight", "issuing", "opening", "parts", "stats")
 NEIGHBOURS = {("config", "errors"), ("kernels", "errors"), ("devices", "arguments"), ("index", "keys"), ("flight", "stats")} | {
     *(("engine", part) for part in _ENGINE),
     *(("parts", part) for part in ("flight", "stats")),
     ("issuing", "parts"),
+    ("coding", "issuing"),
     ("calls", "engine"),  # for type checkers alone
 }
 FOREIGN = {"torch", "cupy", "jax"}

@@ -28,6 +28,8 @@ GOOD: dict[str, list[Any]] = {
     "admit_after": [1, 2, 255],
     "beside_compute": [None, True, False],
     "digests": [True, False],
+    "codec": ["raw", "plane", "int8", "k6v4", "k4v4", "k4v3"],
+    "codec_tables": ["", None, "model.tables"],
     "enable_numa": [True, False],
     "device": ["auto", "host", "cuda", "cuda:0", "cuda:15"],
     "block_size": [1, 16, 256],
@@ -56,6 +58,8 @@ BAD: dict[str, list[Any]] = {
     "admit_after": [0, -1, 256, True, 1.5, None],
     "beside_compute": [1, 0, "true"],
     "digests": [1, 0, "true", None],
+    "codec": ["", "Plane", "cachegen", None, 1],
+    "codec_tables": [b"model.tables", 3, True],
     "enable_numa": [1, 0, "true", None],
     "device": ["", "gpu", "cuda:", "cuda:-1", "cuda:x", "cuda:0\n", "cuda:00", "cuda:٣", "CUDA", "host:0", 0, None],
     "block_size": [0, -16, 16.0, True, None],
@@ -333,7 +337,7 @@ def test_digits_of_other_scripts_are_no_numbers(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(GOOD))
 def test_a_huge_value_makes_no_huge_message(name: str) -> None:
     for value in ("x" * 10**6, b"x" * 10**6, ["x"] * 10**6):
-        chosen = name in ("device", "transfer_route", "eviction_policy")  # not any text
+        chosen = name in ("device", "transfer_route", "eviction_policy", "codec")  # not any text
         if not (isinstance(value, str) and isinstance(GOOD[name][0], str) and not chosen):
             for make in (KVortexConfig, lambda **options: KVortexConfig.from_mapping(options)):
                 with pytest.raises(ConfigError, match=name) as caught:

@@ -43,7 +43,8 @@ def test_examples_of_keys_run() -> None:
     assert scope["keys"].shape == scope["hashes"].shape == (4, 32) and scope["new"].shape == (1, 32)
 
 
-def test_examples_of_codecs_run() -> None:
+def test_examples_of_codecs_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # one writes a file
     path = README.parent / "docs" / "codecs.md"
     scope: dict[str, Any] = {"__name__": "__main__"}
     found = examples(path.read_text(encoding="utf-8"))

@@ -90,6 +90,10 @@ def _run(arguments: argparse.Namespace) -> int:
         from kvortex.cli import record
 
         return record.run(arguments)
+    if arguments.command == "calibrate" and (arguments.tables or arguments.sample):
+        from kvortex.cli import tables
+
+        return tables.run(arguments)
     if arguments.command == "calibrate":
         from kvortex.cli import calibrate
 
@@ -190,6 +194,16 @@ def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]
     calibrate = commands.add_parser("calibrate", help="measure which route serves which transfer best", description=about)
     calibrate.add_argument("--device", default="auto", help=_DEVICE_HELP)
     calibrate.add_argument("--json", action="store_true", help="all measurements as JSON on stdout")
+    calibrate.add_argument("--tables", metavar="FILE",
+                           help="measure nothing; instead write what codecs learn from --sample, for the option codec_tables")
+    calibrate.add_argument("--sample", nargs="+", metavar="NPY",
+                           help="files of numpy.save, a sequence each: (layers, 2, tokens, heads, head_dim) of bf16, as uint16 "
+                                "or float32, or (layers, tokens, width) of a latent")
+    calibrate.add_argument("--order", choices=("NHD", "HND"), default="NHD",
+                           help="in the cache's pages a token's heads lie side by side, or a head's tokens; default NHD")
+    calibrate.add_argument("--block-size", type=_count, default=16, metavar="N", help="tokens in a block; default 16")
+    calibrate.add_argument("--skip", type=_natural, default=16, metavar="N",
+                           help="tokens at the beginning of each file that are left out; default 16")
 
 
 def _add_tier(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

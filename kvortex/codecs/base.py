@@ -29,7 +29,7 @@ HEADER = np.dtype(
         ("codec", "<u2"),
         ("version", "<u2"),
         ("stored", "<u4"),
-        ("zero", "<u4"),
+        ("part", "<u4"),
         ("raw_bytes", "<u8"),
         ("used_bytes", "<u8"),
         ("digest", "u1", 32),
@@ -38,6 +38,7 @@ HEADER = np.dtype(
 HEADER_BYTES = HEADER.itemsize
 # How the body is stored.
 CODED, VERBATIM, EXACT, DECLINED = 0, 1, 2, 3
+PART = 4  # some bytes of an original that takes several slots, as they are
 Bytes = npt.NDArray[np.uint8]
 Flags = npt.NDArray[np.bool_]
 Int64s = npt.NDArray[np.int64]
@@ -159,8 +160,11 @@ class Codec(ABC):
             return "it does not begin as one"
         if seen["codec"] != own["codec"] or seen["version"] != own["version"]:
             return f"it was written by codec {seen['codec']}, version {seen['version']}"
-        if (seen["digest"] != own["digest"]).any() or seen["raw_bytes"] != own["raw_bytes"] or seen["zero"]:
+        foreign = (seen["digest"] != own["digest"]).any() or seen["raw_bytes"] != own["raw_bytes"]
+        if foreign or (seen["part"] and seen["stored"] != PART):
             return "other parameters, tables or another shape were used"
+        if seen["stored"] == PART:
+            return f"it is part {seen['part']} of a record that was kept exactly"
         if seen["stored"] == DECLINED:
             return f"it needed {seen['used_bytes']} bytes and was declined"
         if seen["used_bytes"] != coded.size:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from kvortex.codecs.base import HEADER, HEADER_BYTES, MAGIC, Codec
+from kvortex.codecs.cachegen import CacheGenCodec
 from kvortex.codecs.lossy import Int8Codec, K4V3Codec, K4V4Codec, K6V4Codec
 from kvortex.codecs.plane import PlaneCodec
 from kvortex.codecs.raw import RawCodec
@@ -15,7 +16,7 @@ from kvortex.codecs.tables import Tables
 from kvortex.errors import CodecError, shown
 from kvortex.kernels.plane_form import CHANNELS, ROWS
 
-_KINDS: tuple[type[Codec], ...] = (RawCodec, PlaneCodec, Int8Codec, K6V4Codec, K4V4Codec, K4V3Codec)
+_KINDS: tuple[type[Codec], ...] = (RawCodec, PlaneCodec, Int8Codec, K6V4Codec, K4V4Codec, K4V3Codec, CacheGenCodec)
 CODECS: dict[str, type[Codec]] = {kind.name: kind for kind in _KINDS}
 
 

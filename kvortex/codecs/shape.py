@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 
@@ -14,6 +15,7 @@ DTYPES = {"bfloat16": 2, "float16": 2, "fp8_e4m3": 1, "fp8_e5m2": 1}
 ORDERS = ("NHD", "HND")
 PARTS = ("KV", "L")
 Addresses = npt.NDArray[np.uint64]
+TensorLayer = tuple[int, tuple[int, ...], tuple[int, ...]]  # as kvortex.layout has it, which is on the same floor
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,30 @@ class RecordShape:
     def describe(self) -> bytes:
         """The fields as bytes, for digests."""
         return ";".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self)).encode()
+
+    def refusal(self, layers: Sequence[TensorLayer]) -> str | None:
+        """Why these tensors' blocks are no such records, as far as shapes tell; None where they are.
+
+        Parameters
+        ----------
+        layers
+            ``KVLayout.layers``: bytes of an element, sizes of axes, and bytes in the record from one index to the next, of
+            each layer of each tensor. A layer of the model is one of them, or, with ``parts`` of ``"KV"``, two: K, then V.
+        """
+        apart = len(self.parts) > 1 and len(layers) == self.layers * len(self.parts)
+        if len(layers) != self.layers and not apart:
+            return f"they have {len(layers)} layers, and the tables are of {self.layers}"
+        before = () if apart else (len(self.parts),)
+        rows = (self.heads, self.tokens, self.head_dim) if self.order == "HND" else (self.tokens, self.heads, self.head_dim)
+        wanted = [size for size in (*before, *rows) if size > 1]
+        joined = [size for size in (*before, self.tokens, self.channels) if size > 1]  # heads that are no axis of their own
+        for itemsize, sizes, strides in dict.fromkeys(layers):
+            seen = [size for _, size in sorted(zip(strides, sizes, strict=True), reverse=True) if size > 1]
+            if itemsize != self.itemsize or seen != wanted and (self.order != "NHD" or seen != joined):
+                mine, theirs = (" x ".join(map(str, each)) for each in (wanted, seen))
+                return (f"a layer of a block is {theirs} elements of {itemsize} bytes, in the order of memory, "
+                        f"and the tables are for {mine} of {self.itemsize}")
+        return None
 
     def plane_addresses(self, fragments: npt.NDArray[np.int64]) -> Addresses:
         """Where kernels find the planes in the pages of a layout.

@@ -27,6 +27,7 @@ _COUNTERS = {
     "checked_blocks": "Keys asked for by check_blocks.",
     "hit_blocks": "Keys asked for by check_blocks that were there.",
     "missed_blocks": "Keys asked for by load_blocks that were not there.",
+    "overlong_blocks": "Blocks of saves that the codec could not bring into a slot.",
     "declined_blocks": "Keys offered by save_blocks that were not stored, for want of offers.",
     "failed_blocks": "Blocks of transfers that the device failed.",
     "corrupt_blocks": "Blocks that a load found to be others than were saved, by their digests.",

@@ -18,6 +18,7 @@ from kvortex.layout.overlap import find_overlap
 from kvortex.layout.tensors import TensorSpec, tensor_spec
 
 _OptionalAxes = int | Sequence[int | None] | None
+TensorLayer = tuple[int, tuple[int, ...], tuple[int, ...]]
 _MORE = 100  # axes than there can be, to be told how many there are; they may go on for ever
 _PROTOCOLS = ("__dlpack__", "__cuda_array_interface__", "__array_interface__")
 
@@ -51,6 +52,9 @@ class KVLayout:
         The largest power of two up to 16 that divides every base, block stride, record offset and size.
     order
         The caller's label.
+    layers
+        Of each layer of each tensor: bytes of an element, elements along each axis of a block, and bytes in the record from
+        one index to the next along each. What records mean, for codecs.
     owners
         The arrays, kept alive as long as the layout is. Memory given by raw pointers is the caller's to keep.
     """
@@ -64,6 +68,7 @@ class KVLayout:
     alignment: int
     order: str
     owners: tuple[Any, ...]
+    layers: tuple[TensorLayer, ...] = ()
 
     @classmethod
     def from_arrays(
@@ -182,6 +187,11 @@ def _build(
         alignment=bits & -bits,
         order=order,
         owners=tuple(spec.owner for _, spec in specs if spec.owner is not None),
+        layers=tuple(
+            (spec.itemsize, blocks.shape, blocks.record_strides)
+            for (_, spec), blocks in zip(specs, tensors, strict=True)
+            for _ in range(blocks.num_layers)
+        ),
     )
 
 

@@ -67,8 +67,10 @@ class Promotion:
 class Prefetch:
     """A running promotion, as its caller holds it. May be dropped: the blocks come all the same."""
 
-    def __init__(self, promotion: Promotion, look: Callable[[KeyArray], Flags]) -> None:
-        self._promotion, self._look = promotion, look
+    def __init__(
+        self, promotion: Promotion, look: Callable[[KeyArray], Flags], whole: Callable[[Flags], Flags] | None = None
+    ) -> None:
+        self._promotion, self._look, self._whole = promotion, look, whole
 
     def done(self) -> bool:
         """Whether it has ended: everything is there, or no tier has the rest, or the deadline has passed. Never blocks."""
@@ -95,7 +97,8 @@ class Prefetch:
     @property
     def mask(self) -> Flags:
         """(n,) bool; see :meth:`wait`."""
-        return self._promotion.mask.copy() if self._promotion.over else self._look(self._promotion.keys)
+        mask = self._promotion.mask.copy() if self._promotion.over else self._look(self._promotion.keys)
+        return mask if self._whole is None else self._whole(mask)
 
 
 class Fetcher:

@@ -53,20 +53,21 @@ class RecordFormat:
     most_bytes
         Of a payload.
     codec
-        Number of the codec that made the payloads; records of another are a ``MISS``.
+        Number of the codec that made the payloads; records of another are a ``MISS``. None takes any, for who only looks.
     block_bytes
-        Of a block before a codec shortened it; None for ``RAW``, whose payload is the block.
+        Of a block before a codec made a payload of it; None for ``RAW``, whose payload is the block.
     """
 
     namespace: bytes
     most_bytes: int
-    codec: int = RAW
+    codec: int | None = RAW
     block_bytes: int | None = None
 
     def headers(self, keys: KeyArray, sizes: Int64s, digests: Digests, generation: npt.ArrayLike = 0) -> Headers:
         """(n,) HEADER for n records of (n,) bytes."""
         found = np.zeros(len(keys), HEADER)
-        found["magic"], found["version"], found["header_bytes"], found["codec"] = MAGIC, VERSION, HEADER_BYTES, self.codec
+        found["magic"], found["version"], found["header_bytes"] = MAGIC, VERSION, HEADER_BYTES
+        found["codec"] = self.codec or RAW
         found["payload_bytes"] = sizes
         found["block_bytes"] = sizes if self.block_bytes is None else self.block_bytes
         found["namespace"] = np.frombuffer(self.namespace, np.uint8)
@@ -77,7 +78,8 @@ class RecordFormat:
     def start_of_header(self, key: bytes, size: int, digest: bytes, generation: int) -> bytes:
         """The first :data:`CHECKED_BYTES` of the header of one record, which its check is of: as :meth:`headers` makes them, in
         a fiftieth of the time."""
-        ours = (int(MAGIC), VERSION, HEADER_BYTES, RAW, size, size, self.namespace)
+        block = size if self.block_bytes is None else self.block_bytes
+        ours = (int(MAGIC), VERSION, HEADER_BYTES, self.codec or RAW, size, block, self.namespace)
         return _START.pack(*ours, key, digest, generation, 0)
 
     def check_headers(self, headers: Headers, keys: KeyArray) -> Outcomes:
@@ -93,8 +95,10 @@ class RecordFormat:
         ours = (headers["magic"] == MAGIC) & (headers["version"] == VERSION) & (headers["header_bytes"] == HEADER_BYTES)
         whole = (headers["check"] == _checks(headers)).all(1)
         mine = (headers["namespace"] == np.frombuffer(self.namespace, np.uint8)).all(1) & (headers["key"] == keys).all(1)
-        fits = (headers["codec"] == self.codec) & (headers["payload_bytes"] <= self.most_bytes)
-        fits &= headers["block_bytes"] == (headers["payload_bytes"] if self.block_bytes is None else self.block_bytes)
+        fits = headers["payload_bytes"] <= self.most_bytes
+        if self.codec is not None:
+            block = headers["payload_bytes"] if self.block_bytes is None else self.block_bytes
+            fits &= (headers["codec"] == self.codec) & (headers["block_bytes"] == block)
         found = np.where(mine & fits, Outcome.OK, Outcome.MISS)
         return np.where(ours, np.where(whole, found, Outcome.CORRUPT), Outcome.MISS).astype(np.uint8)
 

@@ -248,8 +248,15 @@ class CudaExecutor(Executor):
             return int(cu.check(driver.cuModuleGetFunction(module, cubin.entry.encode()), f"cuModuleGetFunction of {name}"))
 
     def prepare_blocks(
-        self, direction: Direction, blocks: Int64s, slots: Int64s, stream: Any, layerwise: bool = False
+        self,
+        direction: Direction,
+        blocks: Int64s,
+        slots: Int64s,
+        stream: Any,
+        layerwise: bool = False,
+        parts: Int64s | None = None,
     ) -> Completion:
+        assert parts is None, "no codec on a GPU yet"
         mark = stream if isinstance(stream, CudaMark) else None
         caller = NO_STREAM if mark is not None else cuda_stream_handle(stream)
         nbytes = len(blocks) * int(self._layer_offsets[-1])

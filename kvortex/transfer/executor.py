@@ -46,6 +46,9 @@ class Completion(ABC):
     digests : (n, 16) uint8, or None
         Digests of the records, once :meth:`query` is true and there is no :attr:`error`: of what was read from the pages, or
         was written there, computed while it moved. None where the executor does not digest.
+    unfit : (n,) bool, or None
+        Once :meth:`query` is true and there is no :attr:`error`, which records a codec could not bring into their slots, or
+        out of them; None for none. Their digests mean nothing.
     route : str
         How the bytes travel, for the counters; the name of a :class:`kvortex.transfer.routes.Route`, or ``"host"``.
     """
@@ -55,6 +58,7 @@ class Completion(ABC):
     error: TransferError | None = None
     seconds: float = 0.0
     digests: npt.NDArray[np.uint8] | None = None
+    unfit: npt.NDArray[np.bool_] | None = None
 
     @abstractmethod
     def start(self) -> None:
@@ -130,9 +134,18 @@ class Executor(ABC):
 
     @abstractmethod
     def prepare_blocks(
-        self, direction: Direction, blocks: Int64s, slots: Int64s, stream: Any, layerwise: bool = False
+        self,
+        direction: Direction,
+        blocks: Int64s,
+        slots: Int64s,
+        stream: Any,
+        layerwise: bool = False,
+        parts: Int64s | None = None,
     ) -> Completion:
         """A transfer of pages ``blocks`` (n,) of the layout to or from ``slots`` (n,), n > 0.
+
+        ``parts`` (n,) says which slots hold a part of a block that a codec keeps exactly, and which (from 0); -1 for whole
+        records. None where all are.
 
         With ``layerwise`` the first layers of all blocks move before the last ones; of a save, each group of layers when they
         have been announced (:class:`kvortex.transfer.layerwise.LayerSave`).

@@ -11,12 +11,15 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
+from kvortex.codecs import Codec
 from kvortex.devices.host import HostEvent, HostStream
 from kvortex.devices.native import memcpy_address
 from kvortex.digests.host import add_lengths, numbers
 from kvortex.digests.keys import Numbers as Sums
 from kvortex.errors import ArgumentError, TransferError, TransferTimeoutError
+from kvortex.transfer.coding import Coder
 from kvortex.transfer.copies import copy_buffers, copy_paged, load_compiled
 from kvortex.transfer.executor import Completion, Direction, Executor, Mark, Part
 from kvortex.transfer.layers import cut_layers, cut_sections, group_count
@@ -58,6 +61,8 @@ class HostCompletion(Part):
         What the parts of each group digest.
     sizes : (n,) int64, or None
         Bytes of the records; None where they are only a part of them.
+    good : (n,) bool, or None
+        Where a codec's parts say which records they could code or decode.
     """
 
     route = "host"
@@ -70,8 +75,9 @@ class HostCompletion(Part):
         stream: HostStream | HostMark | None,
         sums: Sums | None = None,
         sizes: Int64s | None = None,
+        good: npt.NDArray[np.bool_] | None = None,
     ) -> None:
-        self._sums, self._sizes = sums, sizes
+        self._sums, self._sizes, self._good = sums, sizes, good
         self._work, self._group_of, self._stream = work, group_of, stream
         self._before: collections.deque[HostEvent] = collections.deque()
         self._parts = [(at, part) for at, parts in enumerate(groups) for part in parts][::-1]
@@ -135,6 +141,8 @@ class HostCompletion(Part):
             if last and self._sums is not None:
                 self.sums = np.add.reduce(self._sums)
                 self.digests = None if self._sizes is None else add_lengths(self.sums, self._sizes)
+            if last and self._good is not None and not self._good.all():
+                self.unfit = ~self._good
         if group_is_done:
             self._groups_done[group].set()
         if last:
@@ -165,15 +173,26 @@ class HostExecutor(Executor):
     threads
     digests
         Whether blocks are digested while they are copied.
+    codec
+        Whose records slots hold, of blocks of the layout; None for the blocks themselves.
     """
 
     def __init__(
-        self, fragments: Int64s, layer_offsets: Int64s, pool: Pool, threads: int, digests: bool = False
+        self,
+        fragments: Int64s,
+        layer_offsets: Int64s,
+        pool: Pool,
+        threads: int,
+        digests: bool = False,
+        codec: Codec | None = None,
     ) -> None:
         self._digests, self._numbers = digests, numbers(pool.slot_bytes)
+        self._coder = None if codec is None else Coder(codec)
         self._fragments, self._layer_offsets, self._pool = np.ascontiguousarray(fragments), layer_offsets, pool
         self._memcpy = memcpy_address()
         load_compiled()
+        if self._coder is not None:
+            self._coder.load_compiled(self._fragments)
         self._work: queue.SimpleQueue[_Part | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         try:
@@ -187,13 +206,21 @@ class HostExecutor(Executor):
             raise
 
     def prepare_blocks(
-        self, direction: Direction, blocks: Int64s, slots: Int64s, stream: Any, layerwise: bool = False
+        self,
+        direction: Direction,
+        blocks: Int64s,
+        slots: Int64s,
+        stream: Any,
+        layerwise: bool = False,
+        parts: Int64s | None = None,
     ) -> Completion:
+        if self._coder is not None:
+            return self._prepare_coded(self._coder, direction, blocks, slots, stream, layerwise, parts)
         sizes = np.full(len(blocks), self._layer_offsets[-1])
         if not layerwise:
             sums = self._zeros(1, len(blocks))
-            parts = self._parts(copy_paged, (self._fragments,), (blocks,), slots, direction, sums, 0)
-            return HostCompletion(self._work, [parts], (), stream, sums, sizes)
+            mine = self._parts(copy_paged, (self._fragments,), (blocks,), slots, direction, sums, 0)
+            return HostCompletion(self._work, [mine], (), stream, sums, sizes)
         fragments = cut_layers(self._fragments, self._layer_offsets)
         num_layers, record_bytes = len(self._layer_offsets) - 1, int(self._layer_offsets[-1])
         count = group_count(num_layers, record_bytes, len(blocks), LEAST_COPY_BYTES, LEAST_GROUP_BYTES)
@@ -209,6 +236,25 @@ class HostExecutor(Executor):
             saves = [HostCompletion(self._work, [parts], (), None, mine) for parts, mine in zip(groups, each, strict=True)]
             return LayerSave(saves, sections.group_of, sizes)
         return HostCompletion(self._work, groups, sections.group_of.tolist(), stream, sums, sizes)
+
+    def _prepare_coded(
+        self,
+        coder: Coder,
+        direction: Direction,
+        blocks: Int64s,
+        slots: Int64s,
+        stream: Any,
+        layerwise: bool,
+        parts: Int64s | None,
+    ) -> Completion:
+        """Through a codec, which takes whole records: all layers are one group."""
+        sums, sizes = self._zeros(1, len(blocks)), np.full(len(blocks), coder.codec.slot_bytes)
+        good = np.ones(len(blocks), np.bool_)
+        function, fixed, rows = coder.call(self._fragments, blocks, parts, good)
+        mine = self._parts(function, fixed, rows, slots, direction, sums, 0, least=1)
+        in_groups = layerwise and direction is Direction.SAVE
+        made = HostCompletion(self._work, [mine], (), None if in_groups else stream, sums, sizes, good)
+        return LayerSave([made], np.zeros(len(self._layer_offsets) - 1, np.int64), sizes) if in_groups else made
 
     def prepare_buffers(
         self, direction: Direction, addresses: Int64s, sizes: Int64s, slots: Int64s, stream: Any
@@ -231,15 +277,16 @@ class HostExecutor(Executor):
         self,
         copy: Any,
         fixed: tuple[Any, ...],
-        rows: tuple[Int64s, ...],
+        rows: tuple[npt.NDArray[Any], ...],
         slots: Int64s,
         direction: Direction,
         sums: Sums | None,
         group: int,
+        least: int = _LEAST_RECORDS_A_THREAD,
     ) -> list[_Part]:
         mine = np.empty((0, 2), np.uint64) if sums is None else sums[group]
         records = self._pool.address + slots * self._pool.slot_bytes
-        count = max(1, min(len(self._threads), len(slots) // _LEAST_RECORDS_A_THREAD))
+        count = max(1, min(len(self._threads), len(slots) // least))
         edges = np.linspace(0, len(slots), count + 1).astype(np.int64)
         to_host = direction is Direction.SAVE
         return [

@@ -105,6 +105,8 @@ class LayerSave(Completion):
         first = next((part.error for part in self._parts if part.error is not None), None)
         self.error = self._verdict.setdefault("error", first)
         self.seconds = sum(part.seconds for part in self._parts)
+        if len(self._parts) == 1:  # where there is a codec: it takes whole records
+            self.unfit = self._parts[0].unfit
         sums = [part.sums for part in self._parts if part.sums is not None]
         if self._sizes is not None and len(sums) == len(self._parts):
             self.digests = add_lengths(np.add.reduce(sums), self._sizes)

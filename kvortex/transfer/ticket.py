@@ -37,7 +37,9 @@ class Ticket:
         check_stream: Callable[[Any], None],
         feed: Callable[[], AbstractContextManager[Call]],
         stream: Any = None,
+        whole: Callable[[Mask], Mask] | None = None,
     ) -> None:
+        self._whole = whole
         self._transfer, self._settle, self._timeout, self._check_stream = transfer, settle, timeout, check_stream
         self._feed, self._stream = feed, stream
         transfer.ticket = weakref.ref(self)
@@ -230,11 +232,10 @@ class Ticket:
         """(n,) bool, one for each key of the call. Of a load: whether the page holds the block. Of a save: whether the
         block was in the cache already when the call was made, or was brought there by a transfer that has ended; another
         save may have evicted it since. False without an :attr:`error` says that the block was not admitted, having been
-        offered less often than ``admit_after``, or that it was on its way from a tier below just then. Final once
-        :meth:`done`; before, all False."""
-        if not self.done():
-            return np.zeros(len(self._transfer.mask), bool)
-        return self._transfer.mask.copy()
+        offered less often than ``admit_after``, that it was on its way from a tier below just then, or that the codec
+        could not bring it into a slot. Final once :meth:`done`; before, all False."""
+        mask = self._transfer.mask.copy() if self.done() else np.zeros(len(self._transfer.mask), bool)
+        return mask if self._whole is None else self._whole(mask)
 
     @property
     def error(self) -> TransferError | None:
@@ -255,4 +256,5 @@ class Ticket:
 
     def __repr__(self) -> str:
         state = "done" if self._transfer.settled else "running"  # looks only: printing must not move anything
-        return f"<Ticket {self.kind} of {len(self._transfer.mask)} blocks, {self.nbytes} bytes, {state}>"
+        count = len(self._transfer.mask if self._whole is None else self._whole(self._transfer.mask))
+        return f"<Ticket {self.kind} of {count} blocks, {self.nbytes} bytes, {state}>"

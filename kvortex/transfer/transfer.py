@@ -37,8 +37,8 @@ class Transfer:
         Set by the index in the step that gives the slots back.
     completion
         None where nothing had to move.
-    nbytes
-        Payload.
+    payload, nbytes
+        Bytes of pages or buffers that move, of each slot that it holds, (m,), and in all.
     layers
         Of a load into pages, and of a layer-wise save: layers of the layout. Else 0.
     ticket
@@ -48,6 +48,10 @@ class Transfer:
         second part, which moves what has to be fetched from a tier first.
     saved
         Of a save whose blocks tiers below RAM are offered: keys and sizes, (n, 32) and (n,).
+    keys : (n, 32) uint8, or None
+        Of a save through a codec, which may be unable to bring some of its blocks into their slots.
+    unfit, once_unfit : int, (1,) uint8
+        How many these were; and set in the step that gives their slots back, which ``once`` does not stand for.
     fetched_bytes
         Payload of the second part, once that is issued.
     mask : (n,) bool
@@ -65,9 +69,11 @@ class Transfer:
     def __init__(self, number: int, direction: Direction, call: Call, slots: Int64s) -> None:
         self.number, self.direction, self.slots = number, direction, slots
         self._call = weakref.ref(call)  # one that an interrupt kept from ever being over dies with its frame
-        self.once = np.zeros(1, np.uint8)
+        self.once, self.once_unfit = np.zeros(1, np.uint8), np.zeros(1, np.uint8)
+        self.keys: KeyArray | None = None
         self.completion: Completion | None = None
-        self.nbytes = self.layers = 0
+        self.payload: Int64s = np.empty(0, np.int64)
+        self.nbytes = self.layers = self.unfit = 0
         self.ticket: weakref.ref[object] | None = None
         self.after: list[tuple[Transfer, Int64s]] = []
         self.mask: Mask = np.ones(len(slots), bool)

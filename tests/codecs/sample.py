@@ -9,6 +9,7 @@ import numpy.typing as npt
 import pytest
 
 from kvortex.codecs import RecordShape, Tables
+from kvortex.codecs.tables import BINS, FINE
 
 PATH = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "kv" / "kv_sample_bf16.npz"
 SHAPES = {"smollm2": RecordShape(30, 3, 64), "qwen": RecordShape(24, 2, 64)}
@@ -34,7 +35,10 @@ def records_of(values: npt.NDArray[np.uint16], order: str = "NHD") -> Bytes:
 
 
 def tables_of(shape: RecordShape, rng: np.random.Generator, base: int | None = None) -> Tables:
-    """Any tables: the same base everywhere, or any base anywhere."""
+    """Any tables: the same base everywhere, or any base anywhere; of spreads about 1.4, and numbers that are normal."""
     size = shape.planes, shape.channels
     made = rng.integers(0, 256, size, np.uint8) if base is None else np.full(size, base, np.uint8)
-    return Tables(made, (rng.normal(size=size).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16))
+    mean = (rng.normal(size=size).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    away = (np.arange(BINS) - BINS // 2) / FINE
+    counts = np.rint(1e6 * np.exp(-(away**2) / 2)).astype(np.uint32)
+    return Tables(made, mean, rng.integers(129, 132, size).astype(np.uint8), np.stack((counts, counts)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -46,10 +47,12 @@ def test_no_sample_and_other_dtypes_are_refused() -> None:
 
 
 def test_a_file_comes_back(tmp_path: Path) -> None:
-    tables = tables_of(SHAPE, np.random.default_rng(1))
-    tables.save(tmp_path / "deep" / "model.tables")
-    back = Tables.load(tmp_path / "deep" / "model.tables")
-    assert back.digest == tables.digest and (back.base == tables.base).all() and (back.mean == tables.mean).all()
+    shape = RecordShape(2, 3, 64, 32, "HND")
+    tables = tables_of(shape, np.random.default_rng(1))
+    tables.save(tmp_path / "deep" / "model.tables", shape)
+    back, of = Tables.load(tmp_path / "deep" / "model.tables")
+    assert of == shape and back.digest == tables.digest
+    assert (back.base == tables.base).all() and (back.mean == tables.mean).all()
     with pytest.raises(ValueError, match="read-only"):
         back.base[0, 0] = 1
 
@@ -58,7 +61,7 @@ def test_a_file_comes_back(tmp_path: Path) -> None:
 def test_a_damaged_file_is_told(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "model.tables"
     if damage != "none":
-        tables_of(SHAPE, np.random.default_rng(1)).save(path)
+        tables_of(SHAPE, np.random.default_rng(1)).save(path, SHAPE)
         data = bytearray(path.read_bytes())
         if damage == "flipped":
             data[-1] ^= 1
@@ -71,15 +74,24 @@ def test_a_damaged_file_is_told(tmp_path: Path, damage: str) -> None:
         else:
             del data[0 if damage == "empty" else len(data) // 2 :]
         path.write_bytes(data)
-    with pytest.raises(CodecError, match="calibrate anew"):
+    with pytest.raises(CodecError, match="no file of codec tables|calibrate anew"):
         Tables.load(path)
 
 
 def test_a_file_of_another_size_is_told(tmp_path: Path) -> None:
     from kvortex.kernels import cache
 
-    cache.write(tmp_path / "t", b"KVXTABLE", 1, b"\x02\0\0\0\x40\0\0\0" + bytes(10))
-    with pytest.raises(CodecError, match="2 planes and 64 channels"):
+    for sizes, message in [
+        ((2, 1, 64, 16, 0, 0, 0), "4 planes and 64 channels"),
+        ((0, 1, 64, 16, 0, 0, 0), "layers = 0"),
+        ((2, 1, 64, 16, 0, 2, 0), "cannot be"),
+        ((2, 1, 1 << 31, 16, 0, 0, 0), "head_dim = "),
+    ]:
+        cache.write(tmp_path / "t", b"KVXTABLE", 2, struct.pack("<7I", *sizes) + bytes(10))
+        with pytest.raises(CodecError, match=message):
+            Tables.load(tmp_path / "t")
+    cache.write(tmp_path / "t", b"KVXTABLE", 2, b"short")
+    with pytest.raises(CodecError, match="no file of codec tables"):
         Tables.load(tmp_path / "t")
 
 
@@ -91,4 +103,6 @@ def test_tables_check_themselves(tmp_path: Path) -> None:
         Tables(base, np.zeros((2, 64), np.uint16))
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(CodecError, match="cannot be written"):
-        Tables(base, np.zeros((1, 64), np.uint16)).save(tmp_path / "file" / "t")
+        Tables(base, np.zeros((1, 64), np.uint16)).save(tmp_path / "file" / "t", RecordShape(1, 1, 64, parts="L"))
+    with pytest.raises(CodecError, match="for no records of layers=2"):
+        Tables(base, np.zeros((1, 64), np.uint16)).save(tmp_path / "t", SHAPE)

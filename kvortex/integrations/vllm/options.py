@@ -61,7 +61,10 @@ def read_options(extra: Mapping[str, Any] | None, identity: Identity, beside: Co
         "model": identity.model, "dtype": identity.dtype, "block_size": identity.block_size,
         "rank": identity.rank % identity.world_size, "world_size": identity.world_size,
     }  # fmt: skip
-    return KVortexConfig.from_mapping({**given, **said}, source=SOURCE)
+    config = KVortexConfig.from_mapping({**given, **said}, source=SOURCE)
+    if config.codec != "raw":
+        raise ConfigError(f"{SOURCE}: codec = {shown(config.codec)}: vLLM's blocks are not coded yet; leave it out")
+    return config
 
 
 def prompts_only(extra: Mapping[str, Any]) -> bool:

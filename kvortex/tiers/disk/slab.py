@@ -154,7 +154,7 @@ class Slab:
         if found is None:
             trouble = "is no slab of this version of kvortex, or is damaged"
         elif found.namespace != namespace:
-            trouble = f"holds records of another model, layout or rank (namespace {found.namespace.hex()[:16]}...)"
+            trouble = f"holds records of another model, layout, codec or rank (namespace {found.namespace.hex()[:16]}...)"
         elif found.slot_bytes != self.slot_bytes:
             trouble = f"has slots of {found.slot_bytes} bytes, not {self.slot_bytes}"
         else:

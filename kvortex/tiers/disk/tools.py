@@ -108,7 +108,7 @@ def listing(folder: str) -> Listing:
     """
     with _looked_at(folder) as slab:
         headers, unread = scan(slab)
-        form = RecordFormat(slab.now.namespace, slab.slot_bytes - PAGE)
+        form = RecordFormat(slab.now.namespace, slab.slot_bytes - PAGE, None)
         found = headers[form.check_headers(headers, headers["key"]) == Outcome.OK]
         _, first = np.unique(np.ascontiguousarray(found["key"]).view(np.uint64).reshape(-1, 4), axis=0, return_index=True)
         return Listing(
@@ -153,7 +153,7 @@ def verify(folder: str, progress: Callable[[int, int], None] | None = None) -> V
     with _looked_at(folder) as slab:
         lock(slab._fd, slab.path)
         headers, unread = scan(slab)
-        form = RecordFormat(slab.now.namespace, slab.slot_bytes - PAGE)
+        form = RecordFormat(slab.now.namespace, slab.slot_bytes - PAGE, None)
         slots = np.flatnonzero(form.check_headers(headers, headers["key"]) == Outcome.OK)
         found = np.zeros(len(slots), np.uint8)
         mine = threading.local()

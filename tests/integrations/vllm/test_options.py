@@ -24,6 +24,7 @@ def test_values_are_read_as_everywhere_and_vllm_says_the_rest() -> None:
     [
         ({"cpu_pool_bytes": 1}, "kv_connector_extra_config: unknown option 'cpu_pool_bytes'; known are admit_after, "),
         ({"model": "other"}, "'model': vLLM says that itself"),
+        ({"codec": "plane"}, "codec = 'plane': vLLM's blocks are not coded yet"),
         ({"rank": 0, "world_size": 1}, "'rank', 'world_size': vLLM says that itself"),
         ({"block_size": 16}, "'block_size': vLLM says that itself"),
         ({"spec_name": "X"}, "'spec_name' is an option of vLLM's OffloadingConnector"),

@@ -1,0 +1,362 @@
+"""Engines whose slots hold coded records: what comes back, what does not fit, and what was damaged."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kvortex.codecs import make_codec
+from kvortex.codecs.base import HEADER
+from kvortex.devices import HostStream
+from kvortex.digests import digest_records
+from kvortex.errors import ArgumentError, CorruptBlocksError, LayersMissingError
+from tests.engine.coded import BLOCKS, CODED, LOSSY, Coded, caches, parts_of, slot_of, slots_of
+from tests.engine.tiered import nothing_is_held
+from tests.naive_digest import digest
+from tests.pages import Bytes, assert_same, keys_of
+
+NOISE = np.random.default_rng(11)
+
+
+@pytest.fixture
+def coded(tmp_path: Path) -> Coded:
+    return Coded.make(tmp_path)
+
+
+def unfit(codec: str, coded: Coded) -> Bytes:
+    """A record that no slot holds: noise where nothing may be lost, an infinity where there are scales."""
+    if codec == "plane":
+        return NOISE.integers(0, 256, coded.shape.raw_bytes, np.uint8)
+    record = coded.records[0].copy()
+    record.view(np.uint16)[77] = 0x7F80
+    return record
+
+
+@pytest.mark.parametrize("kind", caches())
+@pytest.mark.parametrize("codec", ["plane", "k4v4"])
+def test_pages_of_every_kind(codec: str, kind: str, tmp_path: Path) -> None:
+    coded = Coded.make(tmp_path, kind)
+    with coded.engine(codec) as engine:
+        keys = engine.block_keys(np.arange(16 * 6))
+        assert engine.save_blocks(keys, np.arange(6), first=True).wait().all()
+        before = coded.cache.memory()
+        ticket = engine.load_blocks(keys, np.arange(6, 12), first=True)
+        assert ticket.wait().all()
+        assert ticket.nbytes == 6 * coded.shape.raw_bytes
+        back = [coded.read(block) for block in range(12)]
+        for at in range(6):
+            assert (back[at] == coded.records[at]).all()
+            assert (back[6 + at] == coded.expected(codec, coded.records[at], first=at == 0)).all()
+        for at in range(6, 12):  # and no byte beside the pages was touched
+            coded.write(at, coded.records[at])
+        assert_same(coded.cache.memory(), before)
+        nothing_is_held(engine)
+
+
+@pytest.mark.parametrize("codec", CODED)
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 1 << 30), data=st.data())
+def test_any_blocks_in_any_order(codec: str, seed: int, data: st.DataObject, tmp_path: Path) -> None:
+    coded = Coded.make(tmp_path, seed=seed)
+    first = np.array(data.draw(st.lists(st.booleans(), min_size=BLOCKS // 2, max_size=BLOCKS // 2)))
+    order = np.array(data.draw(st.permutations(range(BLOCKS // 2))))
+    with coded.engine(codec, num_transfer_streams=data.draw(st.integers(1, 3)), digests=data.draw(st.booleans())) as engine:
+        keys = keys_of(*range(BLOCKS // 2))
+        assert engine.save_blocks(keys, order, first=first).wait().all()
+        assert engine.load_blocks(keys[::-1], np.arange(BLOCKS // 2, BLOCKS), first=first[::-1]).wait().all()
+        for at in range(BLOCKS // 2):
+            wanted = coded.expected(codec, coded.records[order[at]], bool(first[at]))
+            assert (coded.read(BLOCKS - 1 - at) == wanted).all()
+
+
+@pytest.mark.parametrize("codec", CODED)
+def test_what_lies_in_slots(codec: str, coded: Coded) -> None:
+    """Records of the codec, byte for byte, with zeros behind them, and digests of just that."""
+    with coded.engine(codec) as engine:
+        made = make_codec(codec, coded.shape, coded.tables)
+        keys = keys_of(*range(4))
+        assert engine.save_blocks(keys, [3, 2, 1, 0], first=False).wait().all()
+        kept = engine._parts.digests
+        assert kept is not None and engine.codec is not None and engine.codec.digest == made.digest
+        for at, slot in enumerate(slots_of(engine, keys)):
+            record = slot_of(engine, slot)[: made.slot_bytes].tobytes()
+            alone = made.encode(coded.records[3 - at])
+            assert record == alone.ljust(made.slot_bytes, b"\0")
+            assert kept[slot].tobytes() == digest(record)
+
+
+@pytest.mark.parametrize("codec", LOSSY)
+def test_a_first_block_lies_as_it_is_in_several_slots(codec: str, coded: Coded) -> None:
+    with coded.engine(codec) as engine:
+        made = make_codec(codec, coded.shape, coded.tables)
+        assert engine.save_blocks(keys_of(1), [4], first=True).wait().all()
+        rows = engine._coding.rows(keys_of(1), True)
+        assert engine.get_stats().resident_blocks == parts_of(engine) == len(rows.keys) > 1
+        whole = b""
+        for part, slot in enumerate(slots_of(engine, rows.keys)):
+            record = slot_of(engine, slot)[: made.slot_bytes]
+            header = record[: HEADER.itemsize].view(HEADER)[0]
+            assert header["part"] == part and header["digest"].tobytes() == made.digest
+            whole += record[HEADER.itemsize : header["used_bytes"]].tobytes()
+            assert not record[int(header["used_bytes"]) :].any()
+        assert whole == coded.records[4].tobytes()
+
+
+def test_a_pool_holds_more_blocks(tmp_path: Path) -> None:
+    coded = Coded.make(tmp_path)
+    held = {}
+    for codec in ("raw", *CODED):
+        with coded.engine(codec, slots=64) as engine:
+            held[codec] = engine.get_stats().capacity_blocks
+    assert coded.shape.raw_bytes == 6 * 4096  # and slots are multiples of 4 KiB
+    assert held == {"raw": 64, "plane": 64 * 6 // 5, "int8": 96, "k6v4": 128, "k4v4": 192, "k4v3": 192}
+
+
+@pytest.mark.parametrize("digests", [True, False])
+@pytest.mark.parametrize("codec", CODED)
+def test_what_does_not_fit_is_declined(codec: str, digests: bool, coded: Coded) -> None:
+    coded.write(2, unfit(codec, coded))
+    with coded.engine(codec, digests=digests) as engine:
+        keys = keys_of(*range(5))
+        ticket = engine.save_blocks(keys, np.arange(5), first=False)
+        assert ticket.wait().tolist() == [True, True, False, True, True]
+        assert ticket.error is None
+        assert engine.check_blocks(keys, first=False).tolist() == [True, True, False, True, True]
+        stats = engine.get_stats()
+        assert (stats.overlong_blocks, stats.saved_blocks, stats.resident_blocks) == (1, 4, 4)
+        assert stats.saved_bytes == 4 * coded.shape.raw_bytes
+        nothing_is_held(engine)
+        loaded = engine.load_blocks(keys, np.arange(5, 10), first=False)
+        assert loaded.wait().tolist() == [True, True, False, True, True]
+        assert (coded.read(8) == coded.expected(codec, coded.records[3])).all()
+        only = engine.save_blocks(keys_of(9), [2], first=False)  # where nothing is left to be saved
+        assert only.wait().tolist() == [False] and only.error is None and engine.get_stats().overlong_blocks == 2
+
+
+@pytest.mark.parametrize("codec", LOSSY)
+def test_a_first_block_may_hold_anything(codec: str, coded: Coded) -> None:
+    wild = NOISE.integers(0, 256, coded.shape.raw_bytes, np.uint8)
+    coded.write(2, wild)
+    with coded.engine(codec) as engine:
+        assert engine.save_blocks(keys_of(1, 2), [1, 2], first=[False, True]).wait().all()
+        assert engine.load_blocks(keys_of(2), [7], first=True).wait().all()
+        assert (coded.read(7) == wild).all()
+
+
+def test_who_waits_for_a_save_hears_what_was_declined(coded: Coded) -> None:
+    coded.write(1, unfit("plane", coded))
+    go = threading.Event()
+    with coded.engine("plane") as engine:
+        stream = HostStream()
+        stream.enqueue(lambda: go.wait(60))
+        keys = keys_of(0, 1, 2)
+        save = engine.save_blocks(keys, [0, 1, 2], stream=stream)
+        other = engine.save_blocks(keys[::-1], [5, 4, 3])
+        assert not other.done()
+        go.set()
+        assert other.wait().tolist() == [True, False, True]
+        assert save.wait().tolist() == [True, False, True]
+        nothing_is_held(engine)
+        stream.close()
+
+
+def test_a_late_settlement_leaves_slots_of_others_alone(coded: Coded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between giving back what was declined and making the rest visible, others take the slot, and a second thread settles."""
+    coded.write(1, unfit("plane", coded))
+    with coded.engine("plane") as engine:
+        kept, index, commit = engine._parts.digests, engine._index, engine._index.commit
+        assert kept is not None
+        others: list[int] = []
+
+        def between(slots: Any, **how: Any) -> bool:
+            if not others:
+                others.extend(index.reserve(keys_of(5), engine._parts.record_bytes).slots.tolist())
+                kept[others] = 7
+                commit(np.array(others))
+                assert engine._flight._end(ticket._transfer)
+            return commit(slots, **how)
+
+        monkeypatch.setattr(index, "commit", between)
+        ticket = engine.save_blocks(keys_of(0, 1), [0, 1])
+        assert ticket.wait().tolist() == [True, False]
+        assert others == [int(ticket._transfer.slots[1])]
+        assert (kept[others] == 7).all() and engine.check_blocks(keys_of(0, 1, 5)).tolist() == [True, False, True]
+        assert engine.get_stats().overlong_blocks == 1 and engine.get_stats().saved_blocks == 1
+        assert engine.load_blocks(keys_of(0), [7]).wait().all()
+        nothing_is_held(engine)
+
+
+@pytest.mark.parametrize("codec", CODED)
+def test_damage_in_a_slot_is_seen(codec: str, coded: Coded) -> None:
+    rng = np.random.default_rng(2)
+    with coded.engine(codec) as engine:
+        keys = keys_of(*range(6))
+        for _ in range(12):
+            assert engine.save_blocks(keys, np.arange(6), first=False).wait().all()
+            hurt = int(rng.integers(6))
+            slot = slot_of(engine, slots_of(engine, keys)[hurt])
+            slot[int(rng.integers(engine._parts.record_bytes))] ^= 1 << int(rng.integers(8))
+            ticket = engine.load_blocks(keys, np.arange(6, 12), first=False)
+            assert ticket.wait().tolist() == [at != hurt for at in range(6)]
+            assert isinstance(ticket.error, CorruptBlocksError) and ticket.error.blocks == 1
+            assert engine.check_blocks(keys, first=False).tolist() == [at != hurt for at in range(6)]
+        assert engine.get_stats().corrupt_blocks == 12
+        nothing_is_held(engine)
+
+
+@pytest.mark.parametrize("codec", LOSSY)
+def test_damage_in_a_part_of_a_first_block_is_seen(codec: str, coded: Coded) -> None:
+    with coded.engine(codec) as engine:
+        for part in range(parts_of(engine)):
+            assert engine.save_blocks(keys_of(1), [1], first=True).wait().all()
+            slot_of(engine, slots_of(engine, engine._coding.rows(keys_of(1), True).keys)[part])[100] ^= 4
+            ticket = engine.load_blocks(keys_of(1), [7], first=True)
+            assert not ticket.wait().any() and isinstance(ticket.error, CorruptBlocksError)
+            assert not engine.check_blocks(keys_of(1), first=True).any()
+
+
+@pytest.mark.parametrize("digests", [True, False])
+@pytest.mark.parametrize("codec", CODED)
+def test_a_record_of_another_codec_is_a_miss(codec: str, digests: bool, coded: Coded, tmp_path: Path) -> None:
+    """With the right digest, as no damage has it: what says so is the codec's own header."""
+    other = Coded.make(tmp_path, seed=77)
+    foreign = make_codec(codec, coded.shape, other.tables)  # other tables
+    short = foreign.encode(coded.records[0])
+    with coded.engine(codec, digests=digests) as engine:
+        assert engine.codec is not None
+        mine = bytearray(engine.codec.encode(coded.records[0]).ljust(engine.codec.slot_bytes, b"\0"))
+        mine[12:16] = b"\1\0\0\0"  # a part, or nothing that there is
+        cut = bytes(mine[:64]).ljust(len(mine), b"\xff")
+        for record in (short.ljust(foreign.slot_bytes, b"\0"), bytes(mine), bytes(len(mine)), cut):
+            assert engine.save_blocks(keys_of(1), [1], first=False).wait().all()
+            (slot,) = slots_of(engine, keys_of(1))
+            there = slot_of(engine, slot)
+            there[: len(record)] = np.frombuffer(record, np.uint8)
+            if engine._parts.digests is not None:
+                found = np.empty((1, 16), np.uint8)
+                digest_records(np.array([there.ctypes.data]), np.array([engine.codec.slot_bytes]), found)
+                engine._parts.digests[slot] = found[0]
+            ticket = engine.load_blocks(keys_of(1), [7], first=False)
+            assert not ticket.wait().any(), record[:64]
+            assert "no records of the codec" in str(ticket.error)
+            assert (coded.read(7) == coded.records[7]).all()  # untouched
+            assert not engine.check_blocks(keys_of(1), first=False).any()
+
+
+@pytest.mark.parametrize("codec", LOSSY)
+def test_one_part_is_not_taken_for_another(codec: str, coded: Coded) -> None:
+    with coded.engine(codec) as engine:
+        assert engine.save_blocks(keys_of(1), [1], first=True).wait().all()
+        slots = slots_of(engine, engine._coding.rows(keys_of(1), True).keys)
+        kept = engine._parts.digests
+        assert kept is not None
+        slot_of(engine, slots[0])[:] = slot_of(engine, slots[1])
+        kept[slots[0]] = kept[slots[1]]
+        ticket = engine.load_blocks(keys_of(1), [7], first=True)
+        assert not ticket.wait().any() and "no records of the codec" in str(ticket.error)
+
+
+@pytest.mark.parametrize("codec", LOSSY)
+def test_a_codec_with_loss_is_told_which_blocks_are_first(codec: str, coded: Coded) -> None:
+    with coded.engine(codec) as engine:
+        keys = keys_of(1, 2)
+        calls: list[Any] = [
+            lambda **how: engine.save_blocks(keys, [1, 2], **how),
+            lambda **how: engine.load_blocks(keys, [1, 2], **how),
+            lambda **how: engine.check_blocks(keys, **how),
+            lambda **how: engine.prefetch(keys, **how),
+        ]
+        for call in calls:
+            with pytest.raises(ArgumentError, match=f"first is missing: codec {codec} keeps the first block"):
+                call()
+            for wrong in ([True], [1, 0], 1, "yes", np.zeros((2, 1), bool), [True, None], np.ma.masked_array([True, False])):
+                with pytest.raises(ArgumentError, match="^first "):
+                    call(first=wrong)
+        with pytest.raises(ArgumentError, match=r"keys\[1\] and keys\[2\] are the same key"):
+            engine.save_blocks(keys_of(3, 1, 1), [1, 2, 3], first=True)
+        assert engine.save_blocks(keys[:0], [], first=[]).wait().shape == (0,)
+        assert not engine.get_stats().resident_blocks
+
+
+def test_first_blocks_are_found_as_such_alone(coded: Coded) -> None:
+    with coded.engine("k4v4") as engine:
+        assert engine.save_blocks(keys_of(1, 2), [1, 2], first=True).wait().all()
+        assert engine.check_blocks(keys_of(1, 2), first=True).tolist() == [True, True]
+        assert engine.check_blocks(keys_of(1, 2), first=False).tolist() == [False, True]
+        assert engine.check_blocks(keys_of(2, 1), first=[False, True]).tolist() == [True, True]
+        assert engine.load_blocks(keys_of(1, 2), [7, 8], first=[True, True]).wait().tolist() == [True, False]
+        assert (coded.read(8) == coded.records[8]).all()
+        assert engine.drop_blocks(keys_of(1, 2, 3)) == 2
+        assert not engine.get_stats().resident_blocks
+        nothing_is_held(engine)
+
+
+def test_a_first_block_with_a_part_gone_is_a_miss(coded: Coded) -> None:
+    with coded.engine("k4v4") as engine:
+        for part in range(parts_of(engine)):
+            assert engine.save_blocks(keys_of(1, 2), [1, 2], first=True).wait().all()
+            engine._index.drop(engine._coding.rows(keys_of(1), True).keys[part : part + 1])
+            assert engine.check_blocks(keys_of(1, 2), first=True).tolist() == [False, True]
+            ticket = engine.load_blocks(keys_of(1, 2), [7, 8], first=True)
+            assert ticket.wait().tolist() == [False, True] and ticket.error is None
+        assert "of 2 blocks" in repr(ticket)
+        nothing_is_held(engine)
+
+
+def test_a_small_pool_evicts_and_stays_right(coded: Coded) -> None:
+    with coded.engine("k4v3", slots=3) as engine:
+        capacity = engine.get_stats().capacity_blocks
+        for turn in range(40):
+            keys, pages = keys_of(turn, 1000 + turn), [turn % 6, (turn + 1) % 6]
+            assert engine.save_blocks(keys, pages, first=True).wait().all()
+            assert engine.load_blocks(keys, [7, 8], first=True).wait().all()
+            assert (coded.read(7) == coded.records[pages[0]]).all()
+            assert (coded.read(8) == coded.expected("k4v3", coded.records[pages[1]])).all()
+        assert engine.get_stats().resident_blocks <= capacity
+        nothing_is_held(engine)
+
+
+@pytest.mark.parametrize("codec", ["plane", "k4v4"])
+def test_layer_by_layer(codec: str, coded: Coded) -> None:
+    """A save is whole when its last layer is announced; a load gives all layers at once."""
+    with coded.engine(codec) as engine:
+        keys = keys_of(*range(4))
+        save = engine.save_blocks(keys, np.arange(4), layerwise=True, first=True)
+        for layer in (2, 0):
+            save.save_layer(layer)
+        with pytest.raises(LayersMissingError):
+            save.wait()
+        assert not engine.check_blocks(keys, first=True).any()
+        save.save_layer(1)
+        save.wait_layer(0)
+        assert save.wait().all()
+        load = engine.load_blocks(keys, np.arange(6, 10), layerwise=True, first=True)
+        load.wait_layer(0)
+        assert (coded.read(6) == coded.records[0]).all()
+        assert (coded.read(8) == coded.expected(codec, coded.records[2])).all()
+        assert load.wait().all()
+
+
+def test_a_layer_save_tells_what_was_declined(coded: Coded) -> None:
+    coded.write(1, unfit("plane", coded))
+    with coded.engine("plane") as engine:
+        save = engine.save_blocks(keys_of(0, 1), [0, 1], layerwise=True)
+        for layer in range(3):
+            save.save_layer(layer)
+        assert save.wait().tolist() == [True, False]
+        assert engine.get_stats().overlong_blocks == 1
+
+
+def test_lossless_codecs_do_not_ask(coded: Coded) -> None:
+    for codec in ("raw", "plane"):
+        with coded.engine(codec) as engine:
+            for first in (None, True, False, [True, False]):
+                assert engine.save_blocks(keys_of(1, 2), [1, 2], first=first).wait().all()
+                assert engine.check_blocks(keys_of(1, 2), first=first).all()
+                assert engine.prefetch(keys_of(1, 2), first=first).wait().all()
