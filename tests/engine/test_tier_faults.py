@@ -84,7 +84,8 @@ def test_a_tier_that_hangs_holds_nobody_up() -> None:
             assert not load.wait().any() and load.error is None
         assert time.monotonic() - began < 2.0, "two calls' time at most"
         assert_same(cache.memory(), poisoned)
-        assert tiers[0].hung == 3  # two readers and the writer
+        until(lambda: tiers[0].hung == 3)  # two readers and the writer
+        until(lambda: engine.get_stats().tiers[0].errors.get("Overdue") == 3)
         stats = engine.get_stats()
         assert stats.reserved_blocks == 2, "slots that the tier may still be writing to are not given to others"
         assert stats.tiers[0].breaker != "closed" and "has not come back" in stats.tiers[0].breaker_reason
