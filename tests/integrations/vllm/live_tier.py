@@ -26,9 +26,8 @@ class TierRun(Run):
     """One vLLM with a tier."""
 
     def __init__(self, model: str, block_size: int, folder: str, *, blocks: int = 256, **options: Any) -> None:
-        tier = {
-            "type": "KvortexTier", "module_path": "kvortex.integrations.vllm", "url": f"disk:{folder}?capacity=64MiB", **options,
-        }  # fmt: skip
+        url = f"disk:{folder}?capacity=64MiB"
+        tier = {"type": "KvortexTier", "module_path": "kvortex.integrations.vllm", "url": url, **options}
         extra = {
             "spec_name": "HostTieringSpec", "spec_module_path": "tests.integrations.vllm.host_tiering",
             "cpu_bytes_to_use": blocks * 1024 * block_size, "secondary_tiers": [tier],
@@ -53,7 +52,7 @@ class TierRun(Run):
 
     def stored(self, least: int) -> None:
         """Goes on until so many chunks are on the disk."""
-        for _ in range(200):
+        for _ in range(50):
             self.settle()
             if self.count("put") >= least:
                 return
@@ -91,8 +90,8 @@ def restart(model: str, block_size: int, folder: str) -> Any:
     """Another process finds them."""
     run = TierRun(model, block_size, folder)
     answers = run.ask(PROMPT)
-    full = len(PROMPT) // block_size
-    check("restart: all full blocks came from the disk", run.count("get") == full and run.cached == [full * block_size], run.cached)
+    full, cached = len(PROMPT) // block_size, run.cached
+    check("restart: all full blocks came from the disk", run.count("get") == full and cached == [full * block_size], cached)
     run.forget()
     check("restart: the same tokens again", run.ask(PROMPT) == answers)
     check("restart: now from vLLM's pool", run.count("get") == full)
@@ -105,8 +104,8 @@ def damaged(model: str, block_size: int, folder: str) -> Any:
     run = TierRun(model, block_size, folder)
     check("damaged: one record", _flip(Path(folder), 4) == 1)
     answers, full = run.ask(PROMPT), len(PROMPT) // block_size
-    corrupt = run.side.stats().corrupt
-    check("damaged: it was seen, and not handed out", corrupt == 1 and run.count("get") == full - 1, (corrupt, run.count("get")))
+    corrupt, good = run.side.stats().corrupt, run.count("get")
+    check("damaged: it was seen, and not handed out", corrupt == 1 and good == full - 1, (corrupt, good))
     check("damaged: what is in front of it was taken", 0 < run.cached[0] < full * block_size, run.cached)
     run.stored(1)  # it was computed, and stored again
     run.end()
