@@ -31,7 +31,7 @@ from kvortex.tiers.metrics import TierStats
 from kvortex.tiers.urls import OpenTier
 
 _ALIGNMENT = 4096  # of addresses that tiers take
-_FLUSH_S = 3.0  # that the end waits for what is to be stored
+_FLUSH_S = 3.0  # that jobs have which no thread has begun, where all are to end
 _DRAIN_S = 60.0
 _NAP_S = 1e-3
 _Entry = TypeVar("_Entry")
@@ -55,6 +55,10 @@ class Chunks:
     def at(self, numbers: Int64s) -> Int64s:
         """(n,) int64 addresses."""
         return self.address + numbers * self.nbytes
+
+    def has(self, numbers: Int64s) -> bool:
+        """Whether all of them are chunks."""
+        return bool(((numbers >= 0) & (numbers < self.count)).all())
 
 
 @dataclass
@@ -131,30 +135,44 @@ class TierSide:
 
     def store(self, job: Job) -> None:
         """Starts to store chunks, but for those that are not admitted. A job for which there is no room ends at once."""
-        options, tally = self._line.options, self._line.guard.tally
-        count, fits = len(job.names), (options.least_bytes or 0) <= self._chunks.nbytes <= (options.most_bytes or 1 << 62)
         self._jobs[job.number] = job
-        reason = ""
-        if not fits:
-            reason = "size"
-        elif not self._line.breaker.closed:
-            reason = "breaker"
-        elif self._storing and self._storing + count > self._most:
-            reason = "queue_full"
-        if reason or options.mode == "read":
-            if reason and options.mode != "read":
-                tally.drop(reason, count)
-            self._ended.put(job)
-        else:
-            job.counted = count
-            self._storing += count
+        if not self._known(job):
+            return
+        reason = self._refusal(len(job.names))
+        if reason is None:
+            job.counted = len(job.names)
+            self._storing += job.counted
             self._hand(job, self._line.writers, self._put)
+            return
+        if reason:
+            self._line.guard.tally.drop(reason, len(job.names))
+        self._ended.put(job)
+
+    def _refusal(self, count: int) -> str | None:
+        """Why so many chunks are not stored; None where they are, empty where nothing ever is."""
+        options, size = self._line.options, self._chunks.nbytes
+        if options.mode == "read":
+            return ""
+        if not (options.least_bytes or 0) <= size <= (options.most_bytes or size):
+            return "size"
+        if not self._line.breaker.closed:
+            return "breaker"
+        return "queue_full" if self._storing and self._storing + count > self._most else None
 
     def load(self, job: Job) -> None:
         """Starts to load chunks. A job that no thread has begun in time has failed."""
         job.deadline = time.monotonic() + self._patience_s
         self._jobs[job.number] = job
-        self._hand(job, self._line.readers, self._get)
+        if self._known(job):
+            self._hand(job, self._line.readers, self._get)
+
+    def _known(self, job: Job) -> bool:
+        """Whether its chunks are the pool's; if not, it has failed."""
+        known = self._chunks.has(job.chunks)
+        if not known:
+            self._line.guard.tally.error("no such chunk")
+            self._ended.put(job)
+        return known
 
     def _hand(self, job: Job, work: _Work, move: Callable[[Job], None]) -> None:
         self._waiting[job.number] = job
@@ -272,16 +290,27 @@ class TierSide:
             self._ended.put(job)
 
     def drain(self) -> None:
-        """Waits until no job runs; those that have not begun are given up. All are among the next :meth:`finished`.
+        """Waits until no job runs; those that have not begun after a while are given up. All are among the next
+        :meth:`finished`.
 
         Raises
         ------
         TransferTimeoutError
             One does not end: the pool's memory may still be read, or written.
         """
+        self._flush()
+        self._wait(self._is_idle, _DRAIN_S)
+
+    def _is_idle(self) -> bool:
+        return self._ended.qsize() >= len(self._jobs)
+
+    def _flush(self) -> None:
+        """Waits a moment for all jobs; gives up those that no thread has begun then."""
+        deadline = time.monotonic() + _FLUSH_S
+        while not self._is_idle() and time.monotonic() < deadline:
+            time.sleep(_NAP_S)
         for job in list(self._waiting.values()):
             self._give_up(job)
-        self._wait(lambda: self._ended.qsize() >= len(self._jobs), _DRAIN_S)
 
     def _wait(self, over: Callable[[], bool], seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -292,21 +321,16 @@ class TierSide:
             time.sleep(_NAP_S)
 
     def close(self) -> None:
-        """Stores what waits, for a moment; then ends all threads, and closes the tier. Twice does no harm.
+        """Stores what waits, for a moment at most; then ends all threads, and closes the tier. Twice does no harm.
 
         Raises
         ------
         TransferTimeoutError
             A call of the tier does not come back: the pool's memory must stay.
         """
-        storing = [job for job in self._jobs.values() if not job.loads]
-        deadline = time.monotonic() + _FLUSH_S
-        while storing and not self._closing and time.monotonic() < deadline and self._ended.qsize() < len(self._jobs):
-            time.sleep(_NAP_S)
         if not self._closing:
+            self._flush()
             self._closing = True
-            for job in list(self._waiting.values()):
-                self._give_up(job)
             for work, count in _threads(self._line):
                 for _ in range(count):
                     work.put(None)

@@ -227,24 +227,34 @@ def test_a_slow_tier_keeps_a_share_of_the_pool_pinned_and_no_more(hanging: Hangi
     pool.side.close()
 
 
-def test_the_end_stores_what_waits_and_drain_gives_up_what_has_not_begun(pool: Pool, store: MemoryStore) -> None:
+@pytest.mark.parametrize("end", ["close", "drain"])
+def test_what_waits_is_stored_in_the_end(pool: Pool, store: MemoryStore, end: str) -> None:
     for at in range(8):
         pool.begin(False, names(at), [at])
-    pool.side.close()
-    assert len(store.objects) == 8
-    assert len(pool.side.finished()) == 8
+    getattr(pool.side, end)()
+    assert len(store.objects) == 8 and len(pool.side.finished()) == 8 and pool.side.stats().queue_blocks == 0
 
 
-def test_drain_leaves_no_job_running(hanging: Hanging) -> None:
+def test_what_has_not_begun_in_the_end_is_given_up(hanging: Hanging, monkeypatch: pytest.MonkeyPatch) -> None:
     pool = Pool(OpenTier(hanging, TierOptions(write_timeout_s=30)))
     for at in range(4):
         pool.begin(False, names(at), [at])
     until(lambda: len(pool.side._waiting) == 3)
-    threading.Timer(0.05, hanging.go.set).start()
+    monkeypatch.setattr(below, "_FLUSH_S", 0.02)
+    threading.Timer(0.1, hanging.go.set).start()
     pool.side.drain()
     ended = pool.side.finished()
     assert len(ended) == 4 and sum(job.good.all() for job in ended) == 1 and pool.side.stats().queue_blocks == 0
     pool.side.close()
+
+
+@pytest.mark.parametrize("chunk", [CHUNKS, -1])
+def test_a_chunk_that_the_pool_does_not_have_fails_its_job(pool: Pool, store: MemoryStore, chunk: int) -> None:
+    assert pool.store(names(1, 2), [0, chunk]) == [False, False] and not store.objects
+    pool.store(names(1), [0])
+    before = pool.bytes.copy()
+    assert pool.load(names(1), [chunk]) == [False] and (pool.bytes == before).all()
+    assert pool.side.stats().errors == {"no such chunk": 2}
 
 
 def test_options_of_a_tier_are_kept(store: MemoryStore) -> None:

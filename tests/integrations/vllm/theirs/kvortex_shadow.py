@@ -1,10 +1,10 @@
 """A pytest plugin for vLLM's own tests of its offloading scheduler, by which kvortex carries out what their mocks are told.
 
 Their runner drives vLLM's real scheduler and connector over a manager and a worker that must be its own mocks, since each test
-says what the manager answers. Here the mocks stay, and behind each is kvortex's: whatever vLLM calls, kvortex's manager hears
-too, gives the places, and kvortex's worker moves the pages of the test's tensors. Before a store these get bytes that were never
-there; behind a load they must be those that were stored under that key. What a test only claims (a hit for a chunk that nobody
-stored) is left out, and counted.
+says what the manager answers. Here the mocks stay, and behind each is kvortex's: its manager hears all that vLLM calls, and
+gives the places, and its worker moves the pages of the test's tensors. Before a store these get bytes that were never there; behind a
+load they must be those that were stored under that key. What a test only claims (a hit for a chunk that nobody stored) is left
+out, and counted.
 
 Run by ``.ci/vllm-tests``; written for the tests of vLLM 0.32.
 """
@@ -115,8 +115,9 @@ def places(spec: Any, keys: Any, per_chunk: int) -> list[tuple[bytes, int]]:
 @pytest.hookimpl(tryfirst=True)
 def pytest_load_initial_conftests() -> None:
     """Exchanges their mocks before anything of theirs is imported."""
-    from tests.v1.kv_connector.unit import utils as common
     from vllm.platforms.cpu import CpuPlatform
+
+    from tests.v1.kv_connector.unit import utils as common
 
     make = common.create_vllm_config
 
