@@ -201,12 +201,12 @@ def test_a_tier_that_hangs_keeps_its_own_threads_and_nobody_else(hanging: Hangin
     stored = pool.begin(False, names(3), [1])
     until(lambda: not pool.side._waiting)
     monkeypatch.setattr(below, "_DRAIN_S", 0.02)
+    monkeypatch.setattr(below, "_FLUSH_S", 0.02)
     with pytest.raises(TransferTimeoutError, match=f"jobs {stored} of tier memory have not ended"):
         pool.side.drain()
     until(lambda: pool.side.finished() or not pool.side._line.breaker.closed)  # overdue: nobody asks it any more
     assert pool.side.lookup(names(4)[0], "r") == "miss"
     assert pool.store(names(5), [2]) == [False] and pool.side.stats().dropped == {"breaker": 1}
-    monkeypatch.setattr(below, "_FLUSH_S", 0.02)
     with pytest.raises(TransferTimeoutError, match="vLLM's pool must stay"):
         pool.side.close()
     hanging.go.set()

@@ -2,9 +2,9 @@
 
 Their runner drives vLLM's real scheduler and connector over a manager and a worker that must be its own mocks, since each test
 says what the manager answers. Here the mocks stay, and behind each is kvortex's: its manager hears all that vLLM calls, and
-gives the places, and its worker moves the pages of the test's tensors. Before a store these get bytes that were never there; behind a
-load they must be those that were stored under that key. What a test only claims (a hit for a chunk that nobody stored) is left
-out, and counted.
+gives the places, and its worker moves the pages of the test's tensors. Before a store these get bytes that were never there;
+behind a load they must be those that were stored under that key. What a test only claims (a hit for a chunk that nobody stored)
+is left out, and counted.
 
 Run by ``.ci/vllm-tests``; written for the tests of vLLM 0.32.
 """
