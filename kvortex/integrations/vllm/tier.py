@@ -1,4 +1,4 @@
-"""The secondary tier that vLLM loads: kvortex's tiers below vLLM's own pinned pool (vLLM 0.23 and newer)."""
+"""The secondary tier that vLLM loads: one of kvortex's tiers below vLLM's own pinned pool (vLLM 0.26 and newer)."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from kvortex.keys import Namespace
 from kvortex.tiers.record import RecordFormat
 from kvortex.tiers.urls import open_tier
 
+if not hasattr(offload, "LookupResult"):
+    raise ImportError("this vLLM's secondary tiers have an interface of before 0.26, which kvortex does not serve")
 SOURCE = "secondary_tiers"
 _RESULTS = {"hit": offload.LookupResult.HIT, "miss": offload.LookupResult.MISS, "retry": offload.LookupResult.RETRY}
 _SAYS = {entry.name for entry in dataclasses.fields(base.JobResult)}  # newer versions take more of a job's end

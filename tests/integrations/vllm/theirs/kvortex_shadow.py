@@ -34,10 +34,10 @@ class Method(MagicMock):
         return self.__dict__["behind"](answer, *given, **more)
 
 
-def method(mock: Any, name: str, behind: Any) -> None:
+def method(mock: Any, name: str, behind: Any, kind: type = Method) -> None:
     """Puts somebody behind a method, whatever a test makes that answer."""
     old = getattr(mock, name)
-    new = Method(return_value=old.return_value)
+    new = kind(return_value=old.return_value)
     new.__dict__["behind"] = behind
     setattr(mock, name, new)
 
