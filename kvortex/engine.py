@@ -184,7 +184,7 @@ class KVortexEngine:
         stored, allowed = self._stored(keys), arguments.seconds(timeout)
         with EngineCall(self):
             found = self._index.lookup(stored)
-            if tiers and self._cascade is not None and not found.all():
+            if tiers and self._cascade is not None and self._cascade.is_awake() and not found.all():
                 found[~found] = self._cascade.check(stored[~found], allowed)
             self._counters.check(len(found), int(found.sum()))
             self._recordings.note(CHECK, stored)

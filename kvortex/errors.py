@@ -17,6 +17,7 @@ _REPR.maxstring = _REPR.maxother = _REPR.maxlong = _LONGEST + 1
 _REPR.maxtuple = _REPR.maxlist = 20
 _LOGIN = re.compile(r"(//[^/@:\s]*):\S*@")  # to the last @, since passwords may have some that should have been quoted
 _HALF_LOGIN = re.compile(r"(//[^/@:\s\[]*):(?!\*\*\*@|\d*(?![^/?#,:;\s]))[^:;\s]*")  # what is no port, where no @ follows
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what servers say must not command a terminal
 _SECRET = re.compile(r"password|secret|token|access_key", re.IGNORECASE)  # in the names of options
 _SECRET_OPTION = re.compile(rf"([?&][^=&\s]*(?:{_SECRET.pattern})[^=&\s]*=)[^&\s]*", re.IGNORECASE)
 
@@ -148,4 +149,4 @@ def cut(text: str, longest: int = _LONGEST) -> str:
     """A text of about ``longest`` characters at most, the middle left out, that can be printed."""
     if len(text) > longest:
         text = f"{text[: longest - 23]}...{text[-20:]}"
-    return text.encode("utf-8", "backslashreplace").decode()
+    return _CONTROL.sub("\ufffd", text.encode("utf-8", "backslashreplace").decode())

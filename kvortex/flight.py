@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
+import numpy.typing as npt
 
 from kvortex.digests.kept import Digests, compare, keep
 from kvortex.errors import CorruptBlocksError, TransferError, shown
@@ -25,7 +26,7 @@ class Flight:
     ----------
     index, counters
     saved
-        Told of blocks that have just become visible, by keys and sizes.
+        Told of blocks that have just become visible: keys, sizes, and which of them.
     numbers
         Of transfers; shared with others who reserve slots.
 
@@ -49,7 +50,7 @@ class Flight:
         index: BlockIndex,
         counters: Counters,
         digests: Digests | None = None,
-        saved: Callable[[KeyArray, Int64s], None] | None = None,
+        saved: Callable[[KeyArray, Int64s, npt.NDArray[np.bool_]], None] | None = None,
         numbers: Iterator[int] | None = None,
     ) -> None:
         self._index, self._counters, self._digests, self._saved = index, counters, digests, saved
@@ -118,7 +119,7 @@ class Flight:
         transfer.ended = True
         if mine and error is None and transfer.saved is not None and self._saved is not None:
             keys, sizes = transfer.saved
-            self._saved(keys[transfer.slots >= 0], sizes[transfer.slots >= 0])
+            self._saved(keys, sizes, transfer.slots >= 0)
         if mine and error is not None:
             self._counters.fail(len(held))
         elif mine and completion is not None:

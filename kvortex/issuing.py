@@ -115,8 +115,10 @@ def rest_of(
     parts: Parts, whole: Transfer, keys: KeyArray, memory: Memory, stream: Any, layerwise: bool, longest: float
 ) -> Rest | None:
     """The second part of a load, where a tier may have what is not in RAM; it may take ``longest`` seconds."""
+    if parts.cascade is None or not parts.cascade.is_awake():
+        return None
     missing = np.flatnonzero(~whole.mask)
-    if parts.cascade is None or not len(missing):
+    if not len(missing):
         return None
     missing = missing[parts.cascade.may_have(keys[missing])]
     if not len(missing):

@@ -26,6 +26,7 @@ from perf import (
     prefix,
     submit,
     tiers,
+    ttft,
 )
 from perf.report import Report, check_writable, environment, progress
 
@@ -47,6 +48,7 @@ QUESTIONS = {
     "prefix": prefix,
     "submit": submit,
     "tiers": tiers,
+    "ttft": ttft,
 }
 WRONG_BYTES, FAILED = 1, 2  # exit statuses
 
@@ -57,10 +59,26 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", help="auto, host, cuda or cuda:N")
     parser.add_argument("--quick", action="store_true", help="small and short: shows that it works, not how fast")
     parser.add_argument("--out", type=Path, default=Path("perf/results"), help="folder of the JSON and the picture")
+    own = _own_options(parser)
     arguments = parser.parse_args(argv)
+    for name, options in own.items():
+        if name != arguments.name and (given := [option for option in options if getattr(arguments, option) is not None]):
+            parser.error(f"--{given[0]} is for {name} alone")
+    arguments.own = own
     if arguments.name != "all":
         return _answer(arguments.name, QUESTIONS[arguments.name], arguments)
     return _answer_all(arguments)
+
+
+def _own_options(parser: argparse.ArgumentParser) -> dict[str, list[str]]:
+    """Adds the options of questions that have some, None where they are not given; their names by question."""
+    found = {}
+    for name, module in QUESTIONS.items():
+        if hasattr(module, "add_options"):
+            group = parser.add_argument_group(f"options of {name}")
+            module.add_options(group)
+            found[name] = [action.dest for action in group._group_actions]
+    return found
 
 
 def _answer_all(arguments: argparse.Namespace) -> int:
@@ -82,7 +100,8 @@ def _answer_all(arguments: argparse.Namespace) -> int:
 def _answer(name: str, module: ModuleType, arguments: argparse.Namespace) -> int:
     try:
         check_writable(arguments.out)
-        device_name, rows, notes = module.measure(arguments.device, quick=arguments.quick)
+        own = {"options": arguments} if name in arguments.own else {}
+        device_name, rows, notes = module.measure(arguments.device, quick=arguments.quick, **own)
     except KVortexError as error:
         print(f"perf: {error}", file=sys.stderr)
         return FAILED
@@ -97,16 +116,21 @@ def _answer(name: str, module: ModuleType, arguments: argparse.Namespace) -> int
     except OSError as error:  # the disk may have filled up since
         print(f"perf: --out {arguments.out}: {error.strerror or error}", file=sys.stderr)
         return FAILED
+    for part, why in notes.get("failed", {}).items():
+        print(f"perf: {part}: {why}", file=sys.stderr)
     if report.wrong_bytes:
         print(f"perf: {report.wrong_bytes} bytes were wrong; see the column wrong_bytes", file=sys.stderr)
         return WRONG_BYTES
-    return 0
+    return FAILED if notes.get("failed") else 0
 
 
 def _command(name: str, arguments: argparse.Namespace) -> str:
     """What repeats the measurement; where its result was put is nobody else's business."""
     quick = ["--quick"] if arguments.quick else []
-    return " ".join(["python -m perf", name, "--device", arguments.device, *quick])
+    given = {option: getattr(arguments, option) for option in arguments.own.get(name, ())}
+    each = {option: value if isinstance(value, list) else [value] for option, value in given.items()}
+    own = [f"--{option} {value}" for option, values in each.items() for value in values if isinstance(value, str | int | float)]
+    return " ".join(["python -m perf", name, "--device", arguments.device, *quick, *own])
 
 
 if __name__ == "__main__":

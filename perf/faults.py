@@ -3,15 +3,16 @@
 Each campaign injects faults at random and counts what must never be: ``wrong_bytes``, ``hangs`` (waits beyond their deadlines),
 ``leaked`` (slots and pins that nobody holds), and ``raised`` (errors that no call of a tier may raise). Processes that write
 are killed besides: what they said was stored must be there, and what they deleted must not. ``served_again`` says whether all
-tiers gave back what they took once the faults were over. The modules say what each injects. ``broken`` is the sum of all that
-must be 0 but ``wrong_bytes``. Runs on the host, whatever ``--device`` says.
+tiers gave back what they took once the faults were over. And of bits flipped at rest, one a record, none may be ``unseen``. The
+modules say what each injects. ``broken`` is the sum of all that must be 0 but ``wrong_bytes``. Runs on the host, whatever
+``--device`` says.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from perf import faults_cascade, faults_disk, faults_remote, kills_disk
+from perf import faults_cascade, faults_disk, faults_remote, flips_tiers, kills_disk
 from perf.report import Report, progress
 
 PARTS = {"disk": faults_disk, "remote": faults_remote, "cascade": faults_cascade}
@@ -19,7 +20,8 @@ FAULTS, QUICK_FAULTS, SEED = 40_000, 300, 1  # of each part
 KILLS, QUICK_KILLS = 250, 3
 KEYS = ("campaign",)
 BETTER: dict[str, str] = {}
-_NEVER = ("hangs", "leaked", "raised", "returned_after_delete", "lost")
+FLIPS, QUICK_FLIPS = 10_000, 60  # in each tier
+_NEVER = ("hangs", "leaked", "raised", "returned_after_delete", "lost", "unseen")
 COLUMNS = (*KEYS, "faults", "operations", "wrong_bytes", "hangs", "leaked", "broken", "served_again", "seconds")
 
 
@@ -30,6 +32,7 @@ def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]]
         progress(name)
         found = part.campaign(SEED, QUICK_FAULTS if quick else FAULTS)
         rows += [_row(row.get("tier", name), row) for row in found.get("tiers", [found])]
+    rows += [_row(row["tier"], row) for row in flips_tiers.campaign(SEED, QUICK_FLIPS if quick else FLIPS)["tiers"]]
     progress("processes killed in the middle of writes")
     killed = kills_disk.kills(SEED, QUICK_KILLS if quick else KILLS)
     rows.append(_row("disk, kill -9", killed | {"faults": killed["kills"], "operations": killed["acknowledged"]}))

@@ -239,7 +239,9 @@ def _calls_per_second(call: Callable[[int], object], threads: int, seconds: floa
     start.wait()
     began = time.perf_counter()
     time.sleep(seconds)
-    total, took = sum(done), time.perf_counter() - began
+    while not (total := sum(done)) and any(worker.is_alive() for worker in workers):
+        time.sleep(1e-3)  # none has come to its first end: others may have all CPUs
+    took = time.perf_counter() - began
     stop.set()
     for worker in workers:
         worker.join()

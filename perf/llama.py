@@ -1,4 +1,4 @@
-"""A small Llama in NumPy with its K and V in plain sight: weights from a GGUF file, float32, K and V rounded to bf16.
+"""The example's model with its K and V in plain sight: weights from a GGUF file, float32, K and V rounded to bf16.
 
 K is as vLLM caches it: after RoPE, in rotate-half order.
 """
@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from examples.lm.download import WeightsError, fetch_weights
+from examples.lm.pages import BLOCK_SIZE, PagedCache
 from kvortex.errors import ArgumentError
 from kvortex.kernels.cache import cache_folder
 
@@ -38,78 +39,37 @@ class Llama:
 
     def __init__(self, path: Path) -> None:
         try:
-            from gguf import GGUFReader
-            from gguf.quants import dequantize
-            from tokenizers import Tokenizer, models, pre_tokenizers
+            from examples.lm.gguf_file import read_gguf
         except ImportError as error:
             raise ArgumentError(f"a model needs gguf and tokenizers, of the extra examples: {error}") from None
-        reader = GGUFReader(path)
-        fields = {name: field.contents() for name, field in reader.fields.items()}
-        self.layers, self.heads = fields["llama.block_count"], fields["llama.attention.head_count"]
-        self.kv_heads, self.width = fields["llama.attention.head_count_kv"], fields["llama.embedding_length"]
-        self.dim = self.width // self.heads
-        self._epsilon = fields["llama.attention.layer_norm_rms_epsilon"]
-        self._turns = fields["llama.rope.freq_base"] ** (-np.arange(0, self.dim, 2) / self.dim)
-        self._weights: dict[str, Floats] = {}
-        for tensor in reader.tensors:
-            shape = [int(n) for n in tensor.shape][::-1]
-            self._weights[tensor.name] = dequantize(tensor.data, tensor.tensor_type).astype(np.float32).reshape(shape)
-        for layer in range(self.layers):
-            for name, heads in (("attn_q", self.heads), ("attn_k", self.kv_heads)):
-                self._rotate_half(f"blk.{layer}.{name}.weight", heads)
-        vocabulary = {token: at for at, token in enumerate(fields["tokenizer.ggml.tokens"])}
-        merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
-        self._tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-        bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-        self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), bytes_])
+        self._model, self._chat = read_gguf(path)
+        shape = self._model.shape
+        self.layers, self.kv_heads, self.dim = shape.layers, shape.kv_heads, shape.head_dim
 
-    def _rotate_half(self, name: str, heads: int) -> None:
-        """Undoes the interleaved order of RoPE in which GGUF files keep a Llama's Q and K."""
-        matrix = self._weights[name]
-        split = matrix.reshape(heads, self.dim // 2, 2, -1)
-        self._weights[name] = np.ascontiguousarray(split.swapaxes(1, 2).reshape(matrix.shape))
+    def close(self) -> None:
+        """Ends its threads, and gives BLAS its own back."""
+        self._model.workers.close()
 
     def tokens(self, text: str) -> npt.NDArray[np.int64]:
         """Ids of a text."""
-        return np.array(self._tokenizer.encode(text).ids)
+        return np.array(self._chat.encode(text))
 
     def forward(self, ids: npt.NDArray[np.int64], past: Cache | None = None, *, scores: bool = True) -> tuple[Any, Cache]:
         """Logits of every token (None without ``scores``), and the K and V of these tokens."""
-        w, count = self._weights, len(ids)
         begin = 0 if past is None else len(past[0][0])
-        at = np.arange(begin, begin + count)
-        mask = np.where(np.arange(begin + count) <= at[:, None], 0, -np.inf).astype(np.float32)
-        x, kept = w["token_embd.weight"][ids], []
-        for layer in range(self.layers):
-            name = f"blk.{layer}."
-            h = self._norm(x, w[name + "attn_norm.weight"])
-            q, k, v = ((h @ w[f"{name}attn_{part}.weight"].T).reshape(count, -1, self.dim) for part in "qkv")
-            q, k, v = self._rope(q, at), bf16(self._rope(k, at)), bf16(v)
-            kept.append((k, v))
-            if past is not None:
-                k, v = np.concatenate((past[layer][0], k)), np.concatenate((past[layer][1], v))
-            x = x + self._attention(q, k, v, mask).reshape(count, -1) @ w[name + "attn_output.weight"].T
-            h = self._norm(x, w[name + "ffn_norm.weight"])
-            gate = h @ w[name + "ffn_gate.weight"].T
-            x = x + (gate / (1 + np.exp(-gate)) * (h @ w[name + "ffn_up.weight"].T)) @ w[name + "ffn_down.weight"].T
-        if not scores:
-            return None, kept
-        return self._norm(x, w["output_norm.weight"]) @ w["token_embd.weight"].T, kept
+        cache = self._model.new_cache(-(-(begin + len(ids)) // BLOCK_SIZE))
+        for layer, pair in zip(cache.layers, past, strict=True) if past is not None else ():
+            for rows, floats in zip(_rows(layer), pair, strict=True):
+                rows[:begin] = bf16(floats).view(np.uint32) >> 16
+        found = self._model.forward(ids, begin, np.arange(cache.free_pages), cache, every=scores)
+        return found if scores else None, _read(cache, begin, begin + len(ids))
 
-    def _norm(self, x: Floats, gain: Floats) -> Floats:
-        return np.asarray(x / np.sqrt(np.square(x).mean(-1, keepdims=True) + self._epsilon) * gain, np.float32)
 
-    def _rope(self, x: Floats, at: npt.NDArray[np.int64]) -> Floats:
-        angle = at[:, None] * self._turns
-        c, s = np.cos(angle).astype(np.float32)[:, None], np.sin(angle).astype(np.float32)[:, None]
-        a, b = np.split(x, 2, -1)
-        return np.concatenate((a * c - b * s, b * c + a * s), -1)
+def _rows(layer: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint16]:
+    """(2, tokens, heads, d), the same memory: pages that lie in the order of their tokens."""
+    return layer.reshape(2, -1, *layer.shape[3:])
 
-    def _attention(self, q: Floats, k: Floats, v: Floats, mask: Floats) -> Floats:
-        out = np.empty_like(q)
-        for head in range(self.heads):
-            own = head * self.kv_heads // self.heads
-            scores = q[:, head] @ k[:, own].T / np.float32(np.sqrt(self.dim)) + mask
-            shares = np.exp(scores - scores.max(-1, keepdims=True))
-            out[:, head] = shares / shares.sum(-1, keepdims=True) @ v[:, own]
-        return out
+
+def _read(cache: PagedCache, first: int, last: int) -> Cache:
+    both = ((_rows(layer)[:, first:last].astype(np.uint32) << 16).view(np.float32) for layer in cache.layers)
+    return [(k, v) for k, v in both]

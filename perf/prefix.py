@@ -58,6 +58,7 @@ def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]]
             wrong[name] += missed
             same = (_patterns(back) == values).all()  # then so is what is predicted
             found[name].append(_compared(exact, exact if same else _logs(model, ids, back), targets))
+    model.close()
     rows = [_row(name, found[name], ratios[name], wrong[name]) for name in found]
     notes = {"model": PACKAGE, "windows": list(windows), "prefix": PREFIX, "scored": SCORED - 1, "base_perplexity": base}
     return "host", rows, notes | {"manual": platform.python_version(), "learnt_tokens": 2 * LEARNT}

@@ -22,7 +22,7 @@ from kvortex.transfer import profile_store
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("numpy", "numba", "numba-cuda", "cuda-bindings", "cuda-core")
-FOREIGN = ("torch", "cupy")  # told where a measurement imported them
+FOREIGN = ("torch", "cupy", "jax")  # told where a measurement imported them
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -100,8 +100,8 @@ class Report:
         return sum(row.get("wrong_bytes", 0) for row in self.rows)
 
     def table(self, columns: Sequence[str]) -> str:
-        """The named columns as aligned text."""
-        cells = [list(columns), *([_text(row[column]) for column in columns] for row in self.rows)]
+        """The named columns as aligned text; a dash where a row has none."""
+        cells = [list(columns), *([_text(row.get(column, "-")) for column in columns] for row in self.rows)]
         widths = [max(len(line[at]) for line in cells) for at in range(len(columns))]
         return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
 

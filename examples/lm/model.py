@@ -114,6 +114,7 @@ class Model:
         before: OnLayer = _nothing,
         after: OnLayer = _nothing,
         exact: bool = False,
+        every: bool = False,
     ) -> Floats:
         """Computes tokens at positions ``start`` and on, and writes their keys and values into the sequence's pages.
 
@@ -136,10 +137,12 @@ class Model:
         exact
             Compute a single token in ``ROWS`` rows as well, at less than half the speed: it gets the bits that it has in a
             prompt.
+        every
+            Give the scores behind every token.
 
         Returns
         -------
-        (vocabulary,) float32
+        (vocabulary,) float32, or (n, vocabulary) with ``every``
             Scores of what follows the last token.
         """
         count, shape = len(tokens), self.shape
@@ -155,7 +158,8 @@ class Model:
             x += self._product(mixed.reshape(rows, -1), layer.output)
             after(at)
             x += self._feed_forward(layer, x)
-        return self._product(self._normed(x[count - 1 : count], self._norm), self._head)[0]
+        scores = self._product(self._normed(x[0 if every else count - 1 : count], self._norm), self._head)
+        return scores if every else scores[0]
 
     def _queries_and_pages(
         self, layer: Layer, pages: NDArray[np.uint16], x: Floats, start: int, count: int, table: NDArray[np.int64]

@@ -7,7 +7,7 @@ higher one 32 (``vpmulld``), summed apart. The compiler makes vectors of the loo
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -16,12 +16,13 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from kvortex.devices.native import call
+from kvortex.digests._rows import sum_rows
 from kvortex.digests.keys import ROW_BYTES, Numbers, columns, lengths, rows
 
 _PAIR = 8  # bytes of two words
-_PAIRS = ROW_BYTES // _PAIR
 _COPY_BYTES = 8192  # what is copied before it is digested: it is in the nearest cache then
 _MASK = np.uint64(0xFFFFFFFF)
+Fixed: TypeAlias = tuple[Numbers, Numbers, npt.NDArray[np.uint32], Numbers]
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -137,17 +138,25 @@ def sum_part(address, nbytes, offset, c, lows, highs, r):  # type: ignore[no-unt
     while nbytes >= _PAIR:
         j, within = offset // ROW_BYTES, offset % ROW_BYTES
         if within == 0 and nbytes >= ROW_BYTES:
-            a, b = _sum_pairs(_pairs(address), _words(address), 0, _PAIRS, lows, highs)
-            taken = ROW_BYTES
+            count = nbytes // ROW_BYTES
+            a, b = sum_rows(address, count, lows.ctypes.data, highs.ctypes.data, r[j].ctypes.data)
+            first, second, taken = first + a, second + b, count * ROW_BYTES
         else:
             count = min(nbytes, ROW_BYTES - within) // _PAIR
             a, b = _sum_pairs(_pairs(address), _words(address), within // _PAIR, count, lows, highs)
-            taken = count * _PAIR
-        first += r[j, 0] * a
-        second += r[j, 1] * b
+            first, second, taken = first + r[j, 0] * a, second + r[j, 1] * b, count * _PAIR
         address, offset, nbytes = address + taken, offset + taken, nbytes - taken
     a, b = _sum_bytes(address, nbytes, offset, c, r)
     return first + a, second + b
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def add_part(address, nbytes, offset, sums, fixed):  # type: ignore[no-untyped-def]
+    """Adds what :func:`sum_part` gives to ``sums``, (2,) uint64; ``fixed`` is of :func:`numbers`."""
+    c, lows, highs, r = fixed
+    first, second = sum_part(address, nbytes, offset, c, lows, highs, r)
+    sums[0] += first
+    sums[1] += second
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
@@ -181,7 +190,7 @@ def _parts_of_columns() -> tuple[Numbers, npt.NDArray[np.uint32]]:
     return lows, (columns() >> np.uint64(32)).astype(np.uint32)
 
 
-def numbers(most_bytes: int) -> tuple[Numbers, Numbers, npt.NDArray[np.uint32], Numbers]:
+def numbers(most_bytes: int) -> Fixed:
     """``c, lows, highs, r`` of :func:`sum_part`, for records of up to so many bytes."""
     return (columns(), *_parts_of_columns(), rows(most_bytes))
 
@@ -197,6 +206,7 @@ def load_compiled() -> None:
     """Loads what is compiled, once in a process."""
     none = np.empty(0, np.int64)
     _digest_all(none, none, *numbers(0), lengths(), np.empty((0, 2), np.uint64))
+    add_part(0, 0, 0, np.zeros(2, np.uint64), numbers(0))
 
 
 def digest_records(

@@ -93,20 +93,21 @@ class Cascade:
 
     # -- down
 
-    def offer(self, keys: KeyArray, sizes: Int64s) -> None:
-        """Blocks that are in RAM now: each tier gets them, as its options say."""
-        self._offer(keys, sizes, len(self.lines))
+    def is_awake(self) -> bool:
+        """Whether any tier is called at all. Calls ask this first: while all breakers are open tiers cost no more than that."""
+        return any(line.breaker.closed for line in self.lines)
 
-    def _offer(self, keys: KeyArray, sizes: Int64s, count: int) -> None:
-        """To the first ``count`` tiers."""
-        if not len(keys) or self._closing:
+    def offer(self, keys: KeyArray, sizes: Int64s, which: Flags) -> None:
+        """Blocks that are in RAM now, ``which`` of these keys: each tier gets them, as its options say."""
+        blocks = int(np.count_nonzero(which))
+        if not blocks or self._closing:
             return
-        reason = "breaker" if not any(line.breaker.closed for line in self.lines[:count]) else "queue_full"
+        reason = "queue_full" if self.is_awake() else "breaker"
         if reason == "breaker" or self._keeper.backlog() >= _MOST_OFFERS:
-            for line in self.lines[:count]:
-                line.guard.tally.drop(reason, len(keys))
+            for line in self.lines:
+                line.guard.tally.drop(reason, blocks)
             return
-        self._keeper.put(functools.partial(self._offered, keys, sizes, count))
+        self._keeper.put(functools.partial(self._offered, keys[which], sizes[which], len(self.lines)))
 
     def _offered(self, keys: KeyArray, sizes: Int64s, count: int) -> None:
         for writing in self._writing[:count]:

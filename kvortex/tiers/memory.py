@@ -6,13 +6,15 @@ import collections
 import ctypes
 import functools
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from kvortex.keys import KeyArray
+from kvortex.keys import KEY_BYTES, KeyArray
 from kvortex.tiers.base import Call, Digests, Fetched, Int64s, Outcome, Outcomes, Tier
+from kvortex.tiers.inventory import Listing, Name, Verified, check_record, list_records, verify_records
 from kvortex.tiers.record import HEADER, HEADER_BYTES, RecordFormat, check_payloads
 
 _PROBE_BYTES = 4096
@@ -164,53 +166,19 @@ def _stopped(call: Call) -> int:
     return 0 if call.left() else Outcome.TIMEOUT
 
 
-@dataclass(frozen=True)
-class Listing:
-    """What a store holds: records whose headers check, bytes of their payloads, and objects that are something else."""
-
-    name: str
-    records: int
-    payload_bytes: int
-    others: int
-
-
-@dataclass(frozen=True)
-class Verified:
-    """How many records of a store are what was stored, and how many are not."""
-
-    name: str
-    right: int
-    corrupt: int
-
-
-def _payloads(options: MemoryOptions) -> list[bool | None]:
-    """Of each object whether its payload is what was stored; None of what is no record."""
-    found: list[bool | None] = []
-    for record in list(shared_store(options.name).objects.values()):
-        header = np.frombuffer(record[:HEADER_BYTES].ljust(HEADER_BYTES, b"\0"), HEADER)
-        form = RecordFormat(header["namespace"].tobytes(), len(record))
-        if form.check_headers(header, np.ascontiguousarray(header["key"]))[0] != Outcome.OK:
-            found.append(None)
-            continue
-        payload = np.frombuffer(record, np.uint8)[HEADER_BYTES:]
-        at, nbytes = np.array([payload.ctypes.data]), np.array([len(payload)])
-        whole = len(payload) == int(header["payload_bytes"][0])
-        found.append(whole and bool(check_payloads(at, nbytes, np.ascontiguousarray(header["digest"]))[0]))
-    return found
+def _records(options: MemoryOptions) -> Iterator[tuple[Name, bytes]]:
+    for name, record in list(shared_store(options.name).objects.items()):
+        yield Name(name[:-KEY_BYTES], name[-KEY_BYTES:]), bytes(record)
 
 
 def listing(options: MemoryOptions) -> Listing:
     """What is in a shared store."""
-    found = _payloads(options)
-    sizes = [len(record) - HEADER_BYTES for record in shared_store(options.name).objects.values()]
-    payload = sum(size for size, whole in zip(sizes, found, strict=True) if whole is not None)
-    return Listing(options.name, sum(whole is not None for whole in found), payload, found.count(None))
+    return list_records(_records(options))
 
 
 def verify(options: MemoryOptions) -> Verified:
-    """Checks every record of a shared store."""
-    found = _payloads(options)
-    return Verified(options.name, found.count(True), len(found) - found.count(True))
+    """Checks every record of a shared store; what is none counts as corrupt."""
+    return verify_records((name, check_record(name, record)) for name, record in _records(options))
 
 
 def purge(options: MemoryOptions) -> int:

@@ -204,6 +204,7 @@ class MooncakeTier(Tier):
                     arrivals.outcomes[at] = self._outcome(count, "get")
                 else:
                     arrivals.bring(at, place, min(count, sizes[at]))
+            arrivals.judge(some)
         return Outcome.FAILED
 
     def _outcome(self, code: int, what: str) -> Outcome:
@@ -249,13 +250,16 @@ class MooncakeTier(Tier):
             raise Broken("Mooncake's calls do not come back")
 
         def run() -> None:
+            if not done.set_running_or_notify_cancel():
+                return
             try:
                 done.set_result([int(each) for each in work(self._opened())])
             except Exception as error:
                 done.set_exception(error)
 
-        threading.Thread(target=run, name="kvortex-mooncake", daemon=True).start()
+        thread = threading.Thread(target=run, name="kvortex-mooncake", daemon=True)
         try:
+            thread.start()
             while True:
                 try:
                     return done.result(min(call.left(), _PATIENCE))
@@ -268,7 +272,7 @@ class MooncakeTier(Tier):
         except Exception as error:
             raise Broken(told(error)) from None
         finally:
-            if not done.done():
+            if not done.cancel() and not done.done():  # it has begun
                 with self._counting:
                     self._left_behind += 1
                 if keep is not None:

@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import urlencode
 
 from kvortex.config import parse_size
 from kvortex.errors import ConfigError, shown
@@ -100,9 +100,10 @@ def _of_disk(url: str) -> dict[str, Any]:
 
 
 def _of_s3(url: str) -> dict[str, Any]:
-    parts = urlsplit(url)
-    prefix = parts.path.strip("/")
-    return {"bucket": parts.netloc} | ({"prefix": prefix} if prefix else {})
+    if "@" in url:  # not shown: what is before it may be a key
+        raise ConfigError("the URL of an S3 tier has no login: give access_key_id and secret_access_key, or as AWS does")
+    bucket, _, prefix = url.partition("://")[2].partition("/")
+    return {"bucket": bucket} | ({"prefix": prefix.strip("/")} if prefix.strip("/") else {})
 
 
 def _folders(url: str) -> tuple[str, ...]:

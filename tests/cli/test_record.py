@@ -143,8 +143,9 @@ for at in range(20):
     time.sleep(0.02)
 """
     assert main(["record", str(tmp_path / "t"), "--", sys.executable, "-c", code]) == 0
-    told = f"kvortex: recording: {tmp_path / 't'}: File too large; the trace ends after 95 bytes\n"
-    assert capfd.readouterr().err.count(told) == 1
+    whole = (tmp_path / "t").stat().st_size  # depends on the digits of a time
+    told = f"kvortex: recording: {tmp_path / 't'}: File too large; the trace ends after {whole} bytes\n"
+    assert whole < 150 and capfd.readouterr().err.count(told) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -154,6 +155,7 @@ import signal, sys, time
 from tests.pages import PagedCache, keys_of
 from kvortex.devices import HostDevice
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(5))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have what they put into the background ignore it
 engine = PagedCache.plain(HostDevice()).engine()
 for at in range(10**6):
     engine.check_blocks(keys_of(at))

@@ -26,7 +26,8 @@ def test_ls_verify_and_purge(capsys: pytest.CaptureFixture[str]) -> None:
     store.put(b"other", b"somebody else's")
     assert main(["tier", "ls", "memory:cli-a", "--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)
-    assert found == {"name": "cli-a", "records": 3, "payload_bytes": 3 * 16384, "others": 1}
+    (namespace,) = found.pop("namespaces")
+    assert found == {"records": 3, "payload_bytes": 3 * 16384, "others": 1} and namespace.endswith(": 3 records")
     assert main(["tier", "ls", "memory:cli-a"]) == 0
     assert rows(capsys.readouterr().out)["records"] == "3"
     store.remove(b"other")

@@ -112,7 +112,7 @@ def test_saves_that_overlap_cost_what_they_hold() -> None:
         began = time.monotonic()
         for _ in range(20):
             assert not engine.check_blocks(keys_of(1)).any()
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < 5
         gate.set()
         assert all(ticket.wait().all() for ticket in tickets)
     stream.close()
@@ -144,7 +144,7 @@ def test_others_are_refused_at_once_while_a_shutdown_waits() -> None:
         engine.check_blocks(keys_of(1))
     with pytest.raises(TransferTimeoutError):
         engine.shutdown(0.05)
-    assert time.monotonic() - began < 1 and not ticket.done()
+    assert time.monotonic() - began < 1.8 and not ticket.done()
     closing.join()
     gate.set()
     engine.shutdown()

@@ -283,14 +283,22 @@ def test_what_a_small_disk_has_evicted_is_known_at_once_and_written_again(tmp_pa
     assert_same(cache.memory(), cache.expected(poisoned, before, [(0, 20)]))
 
 
-def test_commands_for_stores_of_others_are_refused_without_secrets(
-    shared_url: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for action in (["ls"], ["verify"], ["purge", "--yes"]):
-        assert main(["tier", action[0], shared_url, *action[1:]]) == 2
-        said = capsys.readouterr()
-        assert "use the tools of its server" in said.err
-        assert "hunter2" not in said.err + said.out and servers.S3_SECRET not in said.err + said.out
+def test_the_commands_on_a_store(shared_url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    cache = cache_of()
+    assert main(["tier", "purge", shared_url, "--yes"]) == 0
+    written(cache, shared_url, 5)
+    said = ""
+    for action, wanted in (
+        (["ls"], {"records": 5, "payload_bytes": 5 * cache.layout.record_bytes, "others": 0}),
+        (["verify"], {"right": 5, "corrupt": 0, "incomplete": 0}),
+        (["purge", "--yes"], {}),
+        (["ls"], {"records": 0, "others": 0}),
+    ):
+        capsys.readouterr()
+        assert main(["tier", action[0], shared_url, *action[1:], "--json"]) == 0
+        said += (out := capsys.readouterr().out)
+        assert wanted.items() <= json.loads(out)[0].items()
+    assert "hunter2" not in said and servers.S3_SECRET not in said
 
 
 def test_the_doctor_probes_each(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

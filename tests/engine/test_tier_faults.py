@@ -109,7 +109,7 @@ def test_a_question_that_hangs_is_noticed() -> None:
     with cache.engine(slots=8, tiers=tiers.config) as engine:
         tiers[0].plan = lambda _: "hang"
         began = time.monotonic()
-        assert not engine.check_blocks(keys_of(1)).any() and time.monotonic() - began < 1.0
+        assert not engine.check_blocks(keys_of(1)).any() and time.monotonic() - began < 3.0
         until(lambda: engine.get_stats().tiers[0].breaker != "closed")
         tiers[0].gate.set()
 
@@ -123,7 +123,7 @@ def test_a_tier_behind_one_that_hangs_serves_still() -> None:
         began = time.monotonic()
         poisoned = cache.randomize()
         assert engine.load_blocks(keys_of(4, 5), [20, 21]).wait().all()
-        assert time.monotonic() - began < 0.75
+        assert time.monotonic() - began < 3.0
         assert_same(cache.memory(), cache.expected(poisoned, before, [(4, 20), (5, 21)]))
         assert engine.load_blocks(keys_of(6, 7), [22, 23]).wait().all()
         tiers[0].gate.set()
@@ -134,10 +134,10 @@ def test_a_slow_tier_is_a_miss_at_the_deadline_of_who_waits() -> None:
     cache, _ = filled(store)
     tiers = Tiers(store, read_timeout_s=5.0)
     with cache.engine(slots=16, tiers=tiers.config) as engine:
-        tiers[0].slow_s, tiers[0].plan = 0.3, lambda operation: "late" if operation == "get" else None
+        tiers[0].slow_s, tiers[0].plan = 1.0, lambda operation: "late" if operation == "get" else None
         began = time.monotonic()
         handle = engine.prefetch(keys_of(1), timeout=0.05)
-        assert not handle.wait().any() and 0.04 < time.monotonic() - began < 0.25
+        assert not handle.wait().any() and 0.04 < time.monotonic() - began < 0.9
         until(lambda: handle.done())
         assert not handle.mask.any() and engine.get_stats().reserved_blocks == 1
         until(lambda: engine.check_blocks(keys_of(1), tiers=False).all())
@@ -240,7 +240,7 @@ def test_a_save_of_the_whole_pool_waits_for_what_a_tier_has_but_not_for_one_that
         began = time.monotonic()
         with pytest.raises(PoolFullError, match="1 are pinned"):
             engine.save_blocks(keys_of(110, 111, 112, 113), np.arange(4))
-        assert time.monotonic() - began < 2.5
+        assert time.monotonic() - began < 5
         save(engine, cache, keys_of(110, 111, 112), np.arange(3))
         tiers[0].gate.set()
         nothing_is_held(engine)
@@ -260,7 +260,7 @@ def test_shutdown_with_a_tier_that_hangs_keeps_its_deadline_and_the_memory(opera
     began = time.monotonic()
     with pytest.raises(TransferTimeoutError, match="1 calls of tiers below RAM are still running"):
         engine.shutdown(0.5)
-    assert 0.4 < time.monotonic() - began < 1.5
+    assert 0.4 < time.monotonic() - began < 5
     view = engine._parts.arena.view(0)
     assert view.nbytes and int(view[0]) >= 0, "the tier may still be in there"
     assert not tiers[0].closed
@@ -386,3 +386,26 @@ def test_shutdown_ends_loads_that_wait_for_tiers_at_once() -> None:
         tiers[0].gate.set()
         ending.join(20)
     assert not ending.is_alive() and tiers[0].closed
+
+
+def test_while_all_breakers_are_open_calls_do_nothing_for_tiers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither key sets nor the keeper are asked for anything, and what is not stored is counted."""
+    cache = PagedCache.plain(HostDevice())
+    cache.randomize()
+    with cache.engine(tiers=Tiers(MemoryStore(), MemoryStore(), breaker={"pause_s": 60.0}).config) as engine:
+        cascade = engine._cascade
+        assert cascade is not None and cascade.is_awake()
+        cascade.lines[0].breaker.trip("as a test wants it")
+        assert cascade.is_awake()
+        cascade.lines[1].breaker.trip("as a test wants it")
+        assert not cascade.is_awake()
+        asked = list[str]()
+        with monkeypatch.context() as patch:
+            for name in ("check", "may_have", "submit", "_offered"):
+                patch.setattr(cascade, name, lambda *_, name=name: asked.append(name))
+            save(engine, cache, keys_of(1, 2), [1, 2])
+            assert engine.check_blocks(keys_of(1, 9)).tolist() == [True, False]
+            assert engine.load_blocks(keys_of(2, 9), [3, 4]).wait().tolist() == [True, False]
+            assert engine.flush(5.0)
+        assert not asked
+        assert [stats.dropped for stats in engine.get_stats().tiers] == [{"breaker": 2}] * 2

@@ -34,7 +34,7 @@ class Tiers:
         return self.made[at]
 
 
-def until(true: Callable[[], Any], seconds: float = 10.0) -> None:
+def until(true: Callable[[], Any], seconds: float = 30.0) -> None:
     """Waits for something to come true."""
     deadline = time.monotonic() + seconds
     while not true():

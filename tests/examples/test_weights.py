@@ -82,6 +82,9 @@ def test_a_gguf_file_gives_the_model_that_it_holds(tmp_path: Path) -> None:
     for start, end in ((0, 33), (33, 64), (64, 65), (65, 90)):
         found = model.forward(tokens[start:end], start, pages, cache)
         np.testing.assert_allclose(found, expected[end - 1], **near)
+    found = model.forward(tokens[33:64], 33, pages, cache, every=True)
+    assert found.shape == (31, len(WORDS))
+    np.testing.assert_allclose(found, expected[33:64], **near)
     assert np.abs(expected[-1] - expected[-2]).max() > 0.5, "a position more or less would be seen"
     model.workers.close()
 

@@ -117,7 +117,7 @@ def test_a_warm_start_reads_the_cache(cache: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(build, "compile_kernel", lambda *_: pytest.fail("compiled again"))
     began = time.perf_counter()
     assert build.load("gather", (9, 0)) == cold
-    assert time.perf_counter() - began < 0.1
+    assert time.perf_counter() - began < 1
     assert [path.suffix for path in cache.iterdir()] == [".cubin"]
 
 

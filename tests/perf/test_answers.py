@@ -52,5 +52,6 @@ def test_a_changed_prefix_is_cached_nowhere(sides: SideBySide) -> None:
     rng = np.random.default_rng(8)
     prefix = rng.integers(0, TINY.vocabulary, 85).tolist()
     answers._save_prefix(sides, prefix)
-    found = answers._times(sides, prefix, [*prefix, *range(20)], 1, 2)
-    assert found["cached"] == 80 and found["saving_cached"] == 0
+    found = answers._times(sides, prefix, [*prefix, *range(20)], 1, 2, pairs := [])
+    assert found["cached"] == 80 and found["saving_cached"] == 0 and len(pairs) == 2
+    assert found["saving_share"] > 0

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from kvortex.tiers.base import Outcome
 from kvortex.tiers.promotion import Fetcher
-from perf import faults, faults_cascade
+from kvortex.tiers.remote.arrivals import Arrivals
+from kvortex.tiers.s3 import S3Tier
+from perf import faults, faults_cascade, flips_tiers
 from perf.faulty import FAULTS
 
 
@@ -29,6 +33,33 @@ def test_wrong_bytes_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Fetcher, "_bring", bring)
     assert faults_cascade.campaign(3, 600)["wrong_bytes"] > 0
+
+
+def test_every_flipped_bit_is_seen() -> None:
+    found = flips_tiers.campaign(5, 100)["tiers"]
+    assert {row["tier"].partition(",")[0] for row in found} >= {"disk", "s3"}  # and redis, where it is installed
+    for row in found:
+        assert (row["faults"], row["seen"], row["lost"], row["wrong_bytes"]) == (100, 100, 0, 0)
+
+
+def test_flips_that_go_unseen_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tier that looks at no payload."""
+    monkeypatch.setattr(Arrivals, "_payload_checks", lambda self, at: np.ones(len(at), bool))
+    (row,) = (row for row in flips_tiers.campaign(5, 100)["tiers"] if row["tier"].startswith("s3"))
+    assert row["seen"] < 100 and row["wrong_bytes"] > 0 and faults._row("x", row)["broken"] >= row["unseen"] > 0
+
+
+def test_a_flip_that_only_made_a_call_fail_was_not_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    get = S3Tier.get_into
+
+    def failing(*arguments: Any) -> Any:
+        found = get(*arguments)
+        found.outcomes[found.outcomes == Outcome.CORRUPT] = Outcome.FAILED
+        return found
+
+    monkeypatch.setattr(S3Tier, "get_into", failing)
+    (row,) = (row for row in flips_tiers.campaign(5, 100)["tiers"] if row["tier"].startswith("s3"))
+    assert row["unseen"] > 50 and row["wrong_bytes"] == 0
 
 
 def test_leaks_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:

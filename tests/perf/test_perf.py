@@ -30,11 +30,12 @@ from perf.raw import RawCopy
 from perf.report import Report
 
 NEED_A_GPU = {"compute"}
+NEED_JAX = {"ttft"}  # which has threads, and tests fork: test_ttft.py runs it in another process
 NEED_WEIGHTS = {"prefix"}  # of a model, and minutes
 FACTS = ("date", "device", "python", "kvortex", "packages")
 
 
-@pytest.fixture(scope="module", params=sorted(set(program.QUESTIONS) - NEED_A_GPU - NEED_WEIGHTS))
+@pytest.fixture(scope="module", params=sorted(set(program.QUESTIONS) - NEED_A_GPU - NEED_JAX - NEED_WEIGHTS))
 def answer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """A question, and the folder with what it wrote; run once for all tests."""
     if request.param == "codecs" and not codecs.SAMPLE.exists():

@@ -28,6 +28,9 @@ class Formula:
         self.v = llama.bf16(rng.normal(size=(50, 1, 64)).astype(np.float32))
         self.out = rng.normal(size=(64, 50)).astype(np.float32)
 
+    def close(self) -> None:
+        self.closed = True
+
     def tokens(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int64) % 50
 
@@ -83,3 +86,8 @@ def test_the_model_gives_the_sample_back() -> None:
 
     keys, wanted = (floats(both[:, 0]).reshape(len(both), -1) for both in (mine, values))
     assert (np.linalg.norm(keys - wanted, axis=1) / np.linalg.norm(wanted, axis=1)).max() < 0.004
+    whole, _ = model.forward(ids)
+    behind, kept = model.forward(ids[80:], [(k[:80], v[:80]) for k, v in cache])
+    assert np.linalg.norm(behind - whole[80:]) < 0.01 * np.linalg.norm(whole[80:]), "behind a prefix that was handed in"
+    assert kept[0][0].shape == cache[0][0][80:].shape
+    model.close()

@@ -190,7 +190,7 @@ def misbehaving(upstream: int) -> Iterator[Proxy]:
         proxy.close()
 
 
-def until(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
+def until(condition: Callable[[], bool], seconds: float = 30.0) -> bool:
     """Waits for what other threads or processes do."""
     end = time.monotonic() + seconds
     while not condition():

@@ -20,7 +20,7 @@ from tests.tiers import servers
 from tests.tiers.misbehaving import until
 from tests.tiers.racks import FORMAT, Rack
 
-TOLERANCE = 0.5
+TOLERANCE = 2.0
 
 
 class StandIn:
@@ -155,6 +155,46 @@ def test_a_call_that_hangs_is_left_behind_and_touches_no_slot(stand_in: type[Sta
     for _ in range(4):  # both buffers are there again
         assert (rack.get(tier).outcomes == Outcome.OK).all()
     assert tier._buffers.qsize() == 2 and rack.wrong_bytes == 0
+
+
+def test_an_interrupt_while_a_call_begins_leaves_its_buffer_to_it(
+    stand_in: type[StandIn], tier: MooncakeTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody else gets the buffer while Mooncake writes there."""
+    rack = Rack([4096])
+    assert rack.put(tier)[0] == Outcome.OK
+    buffers, stand_in.hangs = tier._buffers.qsize(), threading.Event()
+    start, left = threading.Thread.start, [1]
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        if thread.name == "kvortex-mooncake":
+            left[0] -= 1
+            if left[0] < 0:  # the first of them makes sure that the store is open
+                raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(threading.Thread, "start", interrupted)
+        rack.get(tier)
+    assert tier._buffers.qsize() == buffers - 1 and tier._left_behind == 1
+    stand_in.hangs.set()
+    assert until(lambda: tier._buffers.qsize() == buffers and tier._left_behind == 0)
+    assert rack.get(tier).outcomes[0] == Outcome.OK and rack.wrong_bytes == 0
+
+
+def test_without_a_thread_a_call_fails(stand_in: type[StandIn], tier: MooncakeTier, monkeypatch: pytest.MonkeyPatch) -> None:
+    rack = Rack([4096])
+    assert rack.put(tier)[0] == Outcome.OK
+    buffers = tier._buffers.qsize()
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        assert rack.get(tier).outcomes[0] == Outcome.FAILED and rack.put(tier)[0] == Outcome.FAILED
+    assert tier._buffers.qsize() == buffers and tier._left_behind == 0
+    assert rack.get(tier).outcomes[0] == Outcome.OK and rack.wrong_bytes == 0
 
 
 def test_a_client_that_raises_or_cannot_be_set_up_fails(stand_in: type[StandIn], tier: MooncakeTier) -> None:

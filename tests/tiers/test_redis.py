@@ -21,7 +21,7 @@ from tests.tiers import servers
 from tests.tiers.racks import FORMAT, NAMESPACE, Rack
 
 SIZES = [2 << 20, 1 << 20, 4096, 65_536 + 17, 300, 129, 128, 64, 1, 100_000]
-TOLERANCE = 0.5  # seconds that a call may come back after its deadline, on a busy machine
+TOLERANCE = 2.0  # seconds that a call may come back after its deadline, on a busy machine
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
 
 
@@ -330,7 +330,7 @@ def test_a_killed_server_fails_and_serves_again_when_it_is_back() -> None:
         assert seen <= {Outcome.OK, Outcome.FAILED}
         started = time.monotonic()
         assert (rack.put(tier, seconds=5) == Outcome.FAILED).all() and "connecting" in tier.trouble
-        assert time.monotonic() - started < 1
+        assert time.monotonic() - started < 3
     with servers.redis_server(port=port):
         assert (rack.get(tier).outcomes == Outcome.MISS).all()
         assert (rack.put(tier) == Outcome.OK).all() and (rack.get(tier).outcomes == Outcome.OK).all()

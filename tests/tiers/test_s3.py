@@ -23,7 +23,7 @@ from tests.tiers.misbehaving import KINDS, Fault, misbehaving
 from tests.tiers.racks import FORMAT, NAMESPACE, Rack
 
 SIZES = [1 << 20, 4096, 65_536 + 17, 300, 1]
-TOLERANCE = 0.5  # seconds that a call may come back after its deadline, on a busy machine
+TOLERANCE = 2.0  # seconds that a call may come back after its deadline, on a busy machine
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
 ENVIRONMENT = [name for name in os.environ if name.startswith("AWS_")]
 
@@ -266,7 +266,7 @@ def test_requests_are_repeated_as_often_as_said(s3_endpoint: str) -> None:
 def test_credentials_are_found_where_aws_has_them(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def key(**options: object) -> str:
         tier = S3Tier(S3Options(bucket="some-bucket", **options), FORMAT)  # type: ignore[arg-type]
-        url = tier._signer.urls("GET", ["a"])[0]
+        url = tier._bucket.urls("GET", ["a"])[0]
         tier.close()
         return f"{url.netloc} {url.query.partition('Credential=')[2].partition('%2F')[0]} {url.query.split('%2F')[2]}"
 
@@ -291,7 +291,7 @@ def test_credentials_are_found_where_aws_has_them(s3_endpoint: str, monkeypatch:
 
 
 def test_the_query_of_a_signed_url_is_valid_for_minutes(s3_endpoint: str, tier: S3Tier) -> None:
-    assert f"X-Amz-Expires={int(timedelta(minutes=15).total_seconds())}" in tier._signer.urls("GET", ["a"])[0].query
+    assert f"X-Amz-Expires={int(timedelta(minutes=15).total_seconds())}" in tier._bucket.urls("GET", ["a"])[0].query
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 
 from kvortex import ConfigError, KVortexConfig
 from kvortex.errors import hidden
-from kvortex.tiers import BreakerOptions, RecordFormat, TierOptions
+from kvortex.tiers import BreakerOptions, RecordFormat, TierOptions, tools
 from kvortex.tiers.memory import MemoryStore, MemoryTier, shared_store
 from kvortex.tiers.urls import open_tier, open_tiers, parse_url
 
@@ -78,6 +78,11 @@ SECRETS: list[tuple[str, Callable[[], Any]]] = [
     ("no host and port", lambda: open_tier("redis://:hunter2/0", FORM)),
     ("no host and port", lambda: open_tier("redis://me:hunter2?x@host", FORM)),
     ("nonsense", lambda: open_tier("redis://:x@hunter2@host?nonsense=1", FORM)),
+    ("has no login", lambda: open_tier("s3://AKIA:hunter2@bucket", FORM)),
+    ("has no login", lambda: open_tier("s3://AKIA:hun/hunter2@bucket/prefix", FORM)),
+    ("has no login", lambda: tools.act("ls", "s3://AKIA:hunter2@bucket")),
+    ("bucket must be", lambda: open_tier("s3://AKIA:hunter2", FORM)),
+    ("bucket must be", lambda: tools.act("ls", "s3://AKIA:hunter2/prefix")),
     ("unknown scheme", lambda: open_tier("gopher://x?secret_access_key=hunter2", FORM)),
     ("unknown scheme", lambda: open_tier("gopher://me:" + "hunter2" * 30 + "@" + "host" * 30, FORM)),
 ]
@@ -88,6 +93,13 @@ def test_no_refusal_shows_what_may_be_secret(why: str, wrong: Callable[[], Any])
     with pytest.raises(ConfigError) as caught:
         wrong()
     assert why in str(caught.value) and "hunter" not in str(caught.value)
+
+
+@pytest.mark.parametrize("action", tools.ACTIONS)
+def test_a_url_that_cannot_be_read_is_one_error_of_tools_too(action: str) -> None:
+    for url in ("s3://[bucket", "s3://b\x1b[31mucket", "s3:bucket", "redis://[x"):
+        with pytest.raises(ConfigError):
+            tools.act(action, url)
 
 
 @pytest.mark.parametrize("url", ["redis://h:6379/0", "redis://h:6379", "s3://b/p", "redis://[::1]:3/0", "x://h:1: no"])

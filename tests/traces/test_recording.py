@@ -237,8 +237,10 @@ def test_a_full_disk_ends_the_trace_and_nothing_else(tmp_path: Path, monkeypatch
     while not recording.closed:
         time.sleep(0.01)
     assert engine.save_blocks(keys_of(1), [1]).wait().all()
+    whole = (tmp_path / "t").stat().st_size  # depends on the digits of a time
+    assert whole < 150
     for _ in range(2):
-        with pytest.raises(TraceError, match="No space left on device; the trace ends after 95 bytes"):
+        with pytest.raises(TraceError, match=f"No space left on device; the trace ends after {whole} bytes"):
             recording.close()
     assert ids_of(tmp_path / "t") == [[0, 1]]
     with pytest.raises(ZeroDivisionError), recording:
@@ -276,8 +278,9 @@ def test_a_writer_that_dies_of_anything_tells_it(
     monkeypatch.setattr(module._lines, "write_lines", die)
     for _ in range(7):
         engine.check_blocks(keys_of(3))
-    recording._writer._thread.join(10)
-    with pytest.raises(TraceError, match="t: MemoryError; the trace ends after 95 bytes"):
+    recording._writer._thread.join(60)
+    whole = (tmp_path / "t").stat().st_size
+    with pytest.raises(TraceError, match=f"t: MemoryError; the trace ends after {whole} bytes"):
         recording.close()
     engine.shutdown()
     assert any("MemoryError; the trace ends" in note for note in engine.notes) and ids_of(tmp_path / "t") == [[0, 1]]

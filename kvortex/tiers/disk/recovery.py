@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -23,6 +24,7 @@ from kvortex.tiers.disk.system import System
 from kvortex.tiers.record import HEADER, HEADER_BYTES, Headers, RecordFormat
 
 SCAN_THREADS = 8  # 35 to 62 thousand headers a second with 4 to 16
+_WAITING = 2048
 _RUN_BYTES = 1 << 20
 _SMALL_SLOT = 64 << 10  # up to here a whole slot costs no more to read than its first page
 _PART = 4096  # slots whose headers are checked at once
@@ -99,10 +101,17 @@ def scan(slab: Slab) -> tuple[Headers, Flags]:
             except OSError:
                 unread[slot] = True
 
-    with ThreadPoolExecutor(SCAN_THREADS, "kvortex-disk-scan") as pool:
-        for _ in pool.map(read, range(0, slab.slots, run)):
-            pass
+    for _ in in_threads(read, range(0, slab.slots, run), "kvortex-disk-scan"):
+        pass
     return headers, unread
+
+
+def in_threads(work: Callable[[int], None], numbers: range, name: str) -> Iterator[None]:
+    """Works for each number, some at once, in their order; a few thousand wait for a thread, and not the millions there may be,
+    each of which takes over a kilobyte."""
+    with ThreadPoolExecutor(SCAN_THREADS, name) as pool:
+        for first in range(0, len(numbers), _WAITING):
+            yield from pool.map(work, numbers[first : first + _WAITING])
 
 
 def newest(places: Places, live: Flags) -> Int64s:

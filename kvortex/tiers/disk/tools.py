@@ -9,7 +9,6 @@ import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +17,7 @@ from kvortex.errors import ConfigError
 from kvortex.tiers.base import Outcome
 from kvortex.tiers.disk import snapshot, superblock
 from kvortex.tiers.disk.pages import PAGE, padded
-from kvortex.tiers.disk.recovery import SCAN_THREADS, scan
+from kvortex.tiers.disk.recovery import in_threads, scan
 from kvortex.tiers.disk.slab import NAME, START, Slab, lock
 from kvortex.tiers.disk.superblock import COPIES, Superblock
 from kvortex.tiers.disk.system import System
@@ -173,10 +172,9 @@ def verify(folder: str, progress: Callable[[int, int], None] | None = None) -> V
             right = check_payloads(np.array([address]), np.array([nbytes]), header["digest"])[0]
             found[at] = Outcome.OK if right else Outcome.CORRUPT
 
-        with ThreadPoolExecutor(SCAN_THREADS, "kvortex-disk-verify") as pool:
-            for done, _ in enumerate(pool.map(read, range(len(slots))), 1):
-                if progress is not None:
-                    progress(done, len(slots))
+        for done, _ in enumerate(in_threads(read, range(len(slots)), "kvortex-disk-verify"), 1):
+            if progress is not None:
+                progress(done, len(slots))
         wrong = tuple(key.tobytes().hex() for key in headers["key"][slots[found != Outcome.OK]])
         counts = [int((found == outcome).sum()) for outcome in (Outcome.OK, Outcome.CORRUPT, Outcome.FAILED)]
         return Verified(slab.path, counts[0], counts[1], counts[2] + int(unread.sum()), wrong)

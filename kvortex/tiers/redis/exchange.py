@@ -19,6 +19,7 @@ from kvortex.tiers.remote.wire import Broken, Wire, view_of
 
 _IN_FLIGHT = 256  # keys at once at most, so that neither side's buffers fill with commands and answers
 _ASKING = command(b"ASKING")
+_BOTH_OK = b"+OK\r\n+OK\r\n"
 Command = list["bytes | memoryview"]
 
 
@@ -195,6 +196,9 @@ class Putting(Exchange):
         ]
 
     def receive(self, wire: Wire, at: int, call: Call) -> int:
+        if not self.asking and wire.begins_with(_BOTH_OK, call):  # mostly
+            wire.answered(self.answers)
+            return Outcome.OK
         if self._answers(wire, call) != ["OK", "OK"]:
             raise Broken("the server's answer is none to SET")
         return Outcome.OK

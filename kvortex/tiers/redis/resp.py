@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from kvortex.tiers.base import Call, Outcome
 from kvortex.tiers.remote.wire import Broken, Wire
 
-_LONGEST = 1 << 20  # bytes of an answer that is no payload, and entries of an array: memory is taken before they come
+_LONGEST = 1 << 20  # bytes of one string in an answer that is no payload, and entries of an array: memory is taken for them
+_MOST = 32 << 20  # bytes of such an answer, of which each entry takes some: CLUSTER SLOTS with every slot by itself has half
+_ENTRY = 64
 _DEEPEST = 8
 
 
@@ -77,33 +79,46 @@ def end_bulk(wire: Wire, call: Call) -> None:
 
 def answer(wire: Wire, call: Call) -> object:
     """Any answer; an error is raised as ``ServerError``."""
-    found = _read(wire, call, 0)
+    found = _Reader(wire, call).read(0)
     wire.answered()
     if isinstance(found, ServerError):
         raise found
     return found
 
 
-def _read(wire: Wire, call: Call, depth: int) -> object:
-    kind, rest = _first_line(wire, call)
-    if kind == b"+":
-        return rest.decode("utf-8", "replace")
-    if kind == b"-":
-        return ServerError(rest.decode("utf-8", "replace"))
-    count = _number(rest)
-    if kind == b":":
-        return count
-    if kind not in (b"$", b"*") or not -1 <= count <= _LONGEST or depth > _DEEPEST:
-        raise Broken("the server does not speak RESP2")
-    if count == -1:
-        return None
-    if kind == b"*":
-        return [_read(wire, call, depth + 1) for _ in range(count)]
-    value = bytearray(count + 2)
-    wire.into(memoryview(value), call)
-    if value[count:] != b"\r\n":
-        raise Broken("a value is longer than the server said")
-    return bytes(value[:count])
+class _Reader:
+    """Of one answer."""
+
+    def __init__(self, wire: Wire, call: Call) -> None:
+        self._wire, self._call, self._left = wire, call, _MOST
+
+    def read(self, depth: int) -> object:
+        kind, rest = _first_line(self._wire, self._call)
+        self._take(_ENTRY + len(rest))
+        if kind == b"+":
+            return rest.decode("utf-8", "replace")
+        if kind == b"-":
+            return ServerError(rest.decode("utf-8", "replace"))
+        count = _number(rest)
+        if kind == b":":
+            return count
+        if kind not in (b"$", b"*") or not -1 <= count <= _LONGEST or depth > _DEEPEST:
+            raise Broken("the server does not speak RESP2")
+        if count == -1:
+            return None
+        if kind == b"*":
+            return [self.read(depth + 1) for _ in range(count)]
+        self._take(count)
+        value = bytearray(count + 2)
+        self._wire.into(memoryview(value), self._call)
+        if value[count:] != b"\r\n":
+            raise Broken("a value is longer than the server said")
+        return bytes(value[:count])
+
+    def _take(self, nbytes: int) -> None:
+        self._left -= nbytes
+        if self._left < 0:
+            raise Broken("the server's answer is too long")
 
 
 def _first_line(wire: Wire, call: Call) -> tuple[bytes, bytes]:

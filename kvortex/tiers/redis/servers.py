@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import binascii
 import importlib
+import socket
 import time
 from typing import Any
 from urllib.parse import unquote
@@ -27,13 +28,13 @@ class Servers:
 
     def __init__(self, options: RedisOptions) -> None:
         self._options = options
-        self._redis = _import_redis()
+        self._redis = import_redis()
         try:
             self._arguments: dict[str, Any] = dict(self._redis.connection.parse_url(options.url))
             self._class = self._arguments.pop("connection_class", self._redis.connection.Connection)
             self._connection(self._home, 1.0)
         except Exception as error:  # it may quote the URL
-            raise ConfigError(f"url of a Redis tier cannot be used: {_hidden(told(error), options.url)}") from None
+            raise ConfigError(f"url of a Redis tier cannot be used: {hidden_in(told(error), options.url)}") from None
         self.pool = Pool(self._connect, options.connections)
         # Who owns each slot, by number among the endpoints; None where one server has all. One attribute: threads may ask
         # at the same time, and the last answer holds.
@@ -105,10 +106,12 @@ class Servers:
         self.pool.close()
 
     def _connect(self, endpoint: Endpoint, call: Call) -> Wire:
-        timeout = min(self._options.connect_timeout_s, call.left())
+        steps = self._steps(endpoint)
+        left = call.left()
+        timeout = min(self._options.connect_timeout_s, left)
         if not timeout:
             raise Late("the deadline passed")
-        connection = self._connection(endpoint, timeout)
+        connection = self._connection(endpoint, timeout / steps)
         try:
             connection.connect()
             wire = Wire(connection._sock, connection.disconnect)
@@ -116,10 +119,10 @@ class Servers:
             return wire
         except self._redis.exceptions.TimeoutError:
             connection.disconnect()
-            raise (Broken if call.left() else Late)("the server does not answer: connecting took too long") from None
-        except self._redis.exceptions.RedisError as error:
+            raise (Broken if timeout < left else Late)("the server does not answer: connecting took too long") from None
+        except (self._redis.exceptions.RedisError, ValueError) as error:  # the latter of a host that can be none
             connection.disconnect()
-            raise Broken(_hidden(told(error), self._options.url)) from None
+            raise Broken(hidden_in(told(error), self._options.url)) from None
         except ServerError as error:
             connection.disconnect()
             raise Broken(f"the server refuses the login: {error.code}") from None
@@ -127,8 +130,19 @@ class Servers:
             connection.disconnect()
             raise
 
+    def _steps(self, endpoint: Endpoint) -> int:
+        """How often redis-py waits until it has connected: for each of the name's addresses, and for TLS."""
+        if "path" in self._arguments:
+            return 1
+        try:
+            addresses = len(socket.getaddrinfo(*endpoint, type=socket.SOCK_STREAM))
+        except (OSError, ValueError):  # which redis-py will meet too
+            addresses = 1
+        return max(1, addresses) + issubclass(self._class, self._redis.connection.SSLConnection)
+
     def _connection(self, endpoint: Endpoint, timeout: float) -> Any:
-        """redis-py's, which connects and does TLS; what it would say then is said by :meth:`_log_in`, with the deadline."""
+        """redis-py's, which connects and does TLS, and has ``timeout`` for each step of that; what it would say then is said by
+        :meth:`_log_in`, with the deadline."""
         arguments = self._arguments | {
             "socket_timeout": timeout,
             "socket_connect_timeout": timeout,
@@ -157,9 +171,15 @@ class Servers:
 def parse_address(address: str, asked: Endpoint) -> Endpoint:
     """``host:port`` of a redirection; no host means that of the server that was asked."""
     host, _, port = address.rpartition(":")
-    if not port.isdigit():
+    if not port.isascii() or not port.isdigit():
         raise Broken("the server redirects to an address that is none")
-    return host.strip("[]") or asked[0], int(port)
+    return host.strip("[]") or asked[0], _port(int(port))
+
+
+def _port(number: int) -> int:
+    if not 0 < number < 1 << 16:  # the system would take 65537 for 1
+        raise Broken("the server names a port that is none")
+    return number
 
 
 def _masters(ranges: object, asked: Endpoint) -> tuple[npt.NDArray[np.int32], list[Endpoint]]:
@@ -169,7 +189,7 @@ def _masters(ranges: object, asked: Endpoint) -> tuple[npt.NDArray[np.int32], li
     try:
         for first, last, master, *_ in ranges:  # type: ignore[attr-defined]
             host = (master[0] or b"").decode()
-            endpoint = (asked[0] if host in ("", "?") else host, int(master[1]))
+            endpoint = (asked[0] if host in ("", "?") else host, _port(int(master[1])))
             owners[int(first) : int(last) + 1] = numbers.setdefault(endpoint, len(numbers))
     except (TypeError, ValueError, IndexError, AttributeError):
         raise Broken("the server's answer is none to CLUSTER SLOTS") from None
@@ -178,7 +198,8 @@ def _masters(ranges: object, asked: Endpoint) -> tuple[npt.NDArray[np.int32], li
     return owners, list(numbers)
 
 
-def _import_redis() -> Any:
+def import_redis() -> Any:
+    """redis-py. ConfigError where it is not installed."""
     try:
         for part in ("backoff", "connection", "credentials", "exceptions", "retry"):
             importlib.import_module(f"redis.{part}")
@@ -188,7 +209,7 @@ def _import_redis() -> Any:
         raise ConfigError(f"a Redis tier needs redis-py, of the extra redis: {cure}") from None
 
 
-def _hidden(text: str, url: str) -> str:
+def hidden_in(text: str, url: str) -> str:
     """A message without the URL's secrets, as they are written there and as they are meant."""
     login = url.partition("://")[2].rpartition("@")[0]
     for secret in sorted(filter(None, {url, login, login.partition(":")[2]}), key=len, reverse=True):

@@ -10,15 +10,15 @@ import numpy as np
 import numpy.typing as npt
 
 from kvortex.digests import host
-from kvortex.digests.host import add_lengths, numbers, sum_part
+from kvortex.digests.host import add_lengths, add_part, numbers
 from kvortex.keys import KeyArray
 from kvortex.tiers.base import Call, Digests, Fetched, Int64s, Outcome
 from kvortex.tiers.record import HEADER, HEADER_BYTES, RecordFormat
+from kvortex.tiers.remote import receiving
 from kvortex.tiers.remote.wire import Wire, view_of
 
 _PAYLOAD_BYTES = HEADER.fields["payload_bytes"][1]  # type: ignore[index]
-_PIECE = 2 << 20  # bytes that are added to a digest while they are still in the cache
-_MASK = (1 << 64) - 1
+_NOTHING = bytes(HEADER_BYTES)
 PENDING = 255  # no outcome yet
 
 
@@ -26,7 +26,7 @@ PENDING = 255  # no outcome yet
 def load_compiled() -> None:
     """Loads what is compiled, which takes longer than some calls have time."""
     host.load_compiled()
-    sum_part(0, 0, 0, *numbers(0))
+    receiving.load_compiled()
 
 
 class Arrivals:
@@ -46,7 +46,9 @@ class Arrivals:
     def header(self, at: int) -> memoryview:
         """Where the header of one record is to go, and what came before of it is forgotten."""
         self._sums[at], self._arrived[at] = 0, False
-        return self._bytes[at * HEADER_BYTES : (at + 1) * HEADER_BYTES]
+        place = self._bytes[at * HEADER_BYTES : (at + 1) * HEADER_BYTES]
+        place[:] = _NOTHING
+        return place
 
     def payload_bytes(self, at: int) -> int:
         """What the header says, which nobody has checked yet; -1 where that does not fit into the slot."""
@@ -56,24 +58,19 @@ class Arrivals:
 
     def take(self, wire: Wire, at: int, start: int, nbytes: int, call: Call) -> None:
         """Reads a part of one payload to its place. Its digest grows with it: the bytes are read again while they are near."""
-        address, (first, second) = int(self.addresses[at]), map(int, self._sums[at])
-        for place in range(start, start + nbytes, _PIECE):
-            count = min(_PIECE, start + nbytes - place)
-            wire.into(view_of(address + place, count), call)
-            more = sum_part(address + place, count, place, *self._numbers)
-            first, second = (first + int(more[0])) & _MASK, (second + int(more[1])) & _MASK
-        self._sums[at] = first, second
+        address, end = int(self.addresses[at]), start + nbytes
+        while start < end:
+            start += wire.summed(address + start, end - start, start, self._sums[at], self._numbers, call)
 
     def bring(self, at: int, address: int, nbytes: int) -> None:
-        """A whole record that lies elsewhere in memory: copied, and checked where it lies then."""
+        """A whole record that lies elsewhere in memory: copied, and digested where it lies then."""
         ctypes.memmove(self.headers.ctypes.data + at * HEADER_BYTES, address, min(nbytes, HEADER_BYTES))
         payload = nbytes - HEADER_BYTES
         is_whole = payload >= 0 and payload == self.payload_bytes(at)
         if is_whole:
             ctypes.memmove(int(self.addresses[at]), address + HEADER_BYTES, payload)
-            first, second = sum_part(int(self.addresses[at]), payload, 0, *self._numbers)
-            self._sums[at] = int(first) & _MASK, int(second) & _MASK
-        self.check(at, is_whole)
+            add_part(int(self.addresses[at]), payload, 0, self._sums[at], self._numbers)
+        self.arrived(at, is_whole)
 
     def arrived(self, at: int, is_whole: bool) -> None:
         """The header of a record has come, and its payload if ``is_whole``: it had the length that the header states."""
@@ -91,11 +88,6 @@ class Arrivals:
         # Ours, and larger than the slot: a miss.
         self.outcomes[at] = np.where(outcomes == Outcome.OK, np.where(fits, right, Outcome.MISS), outcomes)
         self._arrived[at] = False
-
-    def check(self, at: int, is_whole: bool) -> None:
-        """Both for one record."""
-        self.arrived(at, is_whole)
-        self.judge([at])
 
     def _payload_checks(self, at: Int64s) -> npt.NDArray[np.bool_]:
         headers = self.headers[at]

@@ -45,31 +45,37 @@ class Crew:
                 job(terms)
 
         helpers: list[Future[None]] = []
+        interrupt: BaseException | None = None
         try:
             for _ in range(min(len(jobs), self._threads) - 1):
-                helper = self._submit(work)
-                if helper is not None:
-                    helpers.append(helper)
+                helpers.append(Future())  # before a thread has it: an interrupt must not come between
+                self._submit(helpers[-1], work)
             work()
         except BaseException:
             stopped.set()
             raise
-        finally:
-            _join([helper for helper in helpers if not helper.cancel()], stopped)
+        finally:  # waits for those that have begun, through signals too: they write into the caller's memory
+            while True:
+                try:
+                    wait([helper for helper in helpers if not helper.cancel()])
+                    break
+                except BaseException as error:  # KeyboardInterrupt: from now on they hurry
+                    interrupt = error
+                    stopped.set()
+        if interrupt is not None:
+            raise interrupt
         for helper in helpers:
             if not helper.cancelled():
                 helper.result()
 
-    def _submit(self, work: Callable[[], None]) -> Future[None] | None:
+    def _submit(self, helper: Future[None], work: Callable[[], None]) -> None:
         with self._lock:
             if self._closed:
-                return None
+                return
             if self._executor is None or self._process != os.getpid():
                 self._executor, self._process = ThreadPoolExecutor(self._threads, f"kvortex-{self._name}"), os.getpid()
-            helper: Future[None] = Future()
             with contextlib.suppress(RuntimeError):  # no thread is to be had, or the interpreter ends; or it comes later
                 self._executor.submit(_help, helper, work)
-            return helper
 
     def close(self) -> None:
         """Ends the threads when they have done what they do. Twice does no harm."""
@@ -102,17 +108,3 @@ def _help(helper: Future[None], work: Callable[[], None]) -> None:
         helper.set_exception(error)
     else:
         helper.set_result(None)
-
-
-def _join(helpers: list[Future[None]], stopped: threading.Event) -> None:
-    """Waits for threads that have begun, through signals too: they write into the caller's memory."""
-    interrupt: BaseException | None = None
-    while True:
-        try:
-            wait(helpers)
-            break
-        except BaseException as error:  # KeyboardInterrupt: from now on they hurry
-            interrupt = error
-            stopped.set()
-    if interrupt is not None:
-        raise interrupt

@@ -13,9 +13,14 @@ import select
 import socket
 import ssl
 import struct
+import time
 from collections.abc import Callable, Sequence
 
+from kvortex.digests import host
+from kvortex.digests.host import Fixed
+from kvortex.digests.keys import Numbers
 from kvortex.tiers.base import Call, Outcome
+from kvortex.tiers.remote.receiving import PIECE, functions, receive_part
 
 _READ_AHEAD = 4096  # bytes; what is read beyond a line and belongs to a payload is copied once more
 PATIENCE = 0.25  # seconds between two looks whether the call was cancelled
@@ -72,6 +77,7 @@ class Wire:
         self._buffer = memoryview(bytearray(_READ_AHEAD))
         self._start = self._end = 0
         self._patience = 0.0  # seconds that a step waits at most, as the socket was told
+        self._looked = 0.0  # when a call was last asked whether it was cancelled
         self._is_blocking = False
         self.owed = self.served = 0
 
@@ -94,10 +100,10 @@ class Wire:
         with contextlib.suppress(OSError):
             release()
 
-    def answered(self) -> None:
-        """An answer has come whole."""
-        self.owed -= 1
-        self.served += 1
+    def answered(self, answers: int = 1) -> None:
+        """Answers have come whole."""
+        self.owed -= answers
+        self.served += answers
 
     def send(self, parts: Sequence[bytes | memoryview], call: Call, answers: int = 1) -> None:
         """Sends all of ``parts``, to which ``answers`` answers will be owed."""
@@ -108,14 +114,16 @@ class Wire:
                 while len(view):
                     view = view[self._step(lambda view=view: self._sock.send(view[:_TLS_PART]), call) :]  # type: ignore[misc]
             return
-        left = [memoryview(part) for part in parts if len(part)]
+        left: list[bytes | memoryview] = [part for part in parts if len(part)]
         while left:
             count = self._step(lambda: self._sock.sendmsg(left[:_MOST_PARTS]), call)
+            if len(left) <= _MOST_PARTS and count == sum(map(len, left)):  # mostly
+                return
             done = 0
             while count:
                 here = len(left[done])
                 if count < here:
-                    left[done] = left[done][count:]
+                    left[done] = memoryview(left[done])[count:]
                     break
                 count -= here
                 done += 1
@@ -131,9 +139,25 @@ class Wire:
                 return here[:at]
             if len(here) == _READ_AHEAD:
                 raise Broken("the answer has a line without an end")
-            self._buffer[: len(here)] = here
-            self._start, self._end = 0, len(here)
-            self._end += self._receive(self._buffer[self._end :], call)
+            self._fill(call)
+
+    def _fill(self, call: Call) -> None:
+        """Reads more behind what is here, and has room for it."""
+        here = bytes(self._buffer[self._start : self._end])
+        self._buffer[: len(here)] = here
+        self._start, self._end = 0, len(here)
+        self._end += self._receive(self._buffer[self._end :], call)
+
+    def begins_with(self, wanted: bytes, call: Call) -> bool:
+        """Whether the next bytes are these, and then they are read; else none is."""
+        while (here := self._end - self._start) < len(wanted):
+            if self._buffer[self._start : self._end] != wanted[:here]:
+                return False
+            self._fill(call)
+        if self._buffer[self._start : self._start + len(wanted)] != wanted:
+            return False
+        self._start += len(wanted)
+        return True
 
     def into(self, view: memoryview, call: Call) -> None:
         """Exactly as many bytes as ``view`` has, into it."""
@@ -142,6 +166,26 @@ class Wire:
         self._start += done
         while done < len(view):
             done += self._receive(view[done:], call, 0 if self._is_tls else socket.MSG_WAITALL)
+
+    def summed(self, address: int, nbytes: int, offset: int, sums: Numbers, fixed: Fixed, call: Call) -> int:
+        """Some of ``nbytes``, at least one, to an address, and what they add to a digest to ``sums``; how many.
+
+        ``offset`` is that of the first in the record; ``fixed`` is of :func:`kvortex.digests.host.numbers`, and ``sums`` are
+        (2,) uint64.
+        """
+        if call.cancelled():  # while much comes, no step waits in vain and looks
+            raise Stopped("the call was cancelled")
+        if self._start == self._end and not self._is_tls:
+            left = self._patient(call)
+            until = time.monotonic() + min(PATIENCE, left - self._patience)  # no piece waits beyond the deadline
+            recv, clock = functions()
+            done = receive_part(recv, clock, self._sock.fileno(), address, nbytes, offset, int(until * 1e9), sums, fixed)
+            if done:
+                return int(done)
+        count = min(nbytes, PIECE if self._start == self._end else self._end - self._start)
+        self.into(view_of(address, count), call)
+        host.add_part(address, count, offset, sums, fixed)
+        return count
 
     def skip(self, count: int, call: Call) -> None:
         """Reads ``count`` bytes and forgets them."""
@@ -160,10 +204,8 @@ class Wire:
     def _step(self, step: Callable[[], int], call: Call) -> int:
         """One call of the socket that may wait, until it did something."""
         while True:
-            left = call.left()
-            if not left:
-                raise Late("the deadline passed")
-            self._wait_at_most(min(left, PATIENCE))
+            self._look(call)
+            self._patient(call)
             try:
                 return step()
             except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
@@ -175,6 +217,22 @@ class Wire:
                 raise Broken(f"the connection failed: {error}") from None
             if call.cancelled():
                 raise Stopped("the call was cancelled")
+
+    def _look(self, call: Call) -> None:
+        """Now and then, whether the call was cancelled: a step that waits in vain asks anyway, one that gets little not."""
+        now = time.monotonic()
+        if now - self._looked >= PATIENCE:
+            self._looked = now
+            if call.cancelled():
+                raise Stopped("the call was cancelled")
+
+    def _patient(self, call: Call) -> float:
+        """Has the socket wait no longer than the call; the seconds that are left of that."""
+        left = call.left()
+        if not left:
+            raise Late("the deadline passed")
+        self._wait_at_most(min(left, PATIENCE))
+        return left
 
     def _wait_at_most(self, seconds: float) -> None:
         """Python's own time-out costs two more system calls a step, and keeps the kernel from filling a whole buffer in one;

@@ -49,12 +49,11 @@ class Head:
 def connect(endpoint: Endpoint, timeout: float, context: ssl.SSLContext | None, call: Call) -> Wire:
     """A connection, with TLS for ``https``. Names are looked up by the system, which has a deadline of its own."""
     end = min(call.deadline, time.monotonic() + timeout)
-    left = end - time.monotonic()
-    if left <= 0:
+    if end <= time.monotonic():
         raise Late("the deadline passed")
     sock = None
     try:
-        sock = socket.create_connection((endpoint.host, endpoint.port), timeout=left)
+        sock = _dial(endpoint, end)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if context is not None:
             sock.settimeout(max(0.001, end - time.monotonic()))
@@ -70,6 +69,25 @@ def connect(endpoint: Endpoint, timeout: float, context: ssl.SSLContext | None, 
     except BaseException:
         _close(sock)
         raise
+
+
+def _dial(endpoint: Endpoint, end: float) -> socket.socket:
+    """The first of a name's addresses that answers. Each may take its part of the time: of two, one may be of no use here."""
+    addresses = socket.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM)
+    trouble = OSError("the name has no address")
+    for at, (family, kind, protocol, _, address) in enumerate(addresses):
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.settimeout(max(0.001, (end - time.monotonic()) / (len(addresses) - at)))
+            sock.connect(address)
+            return sock
+        except OSError as error:
+            sock.close()
+            trouble = error
+        except BaseException:
+            sock.close()
+            raise
+    raise trouble
 
 
 def _close(sock: socket.socket | None) -> None:

@@ -62,7 +62,8 @@ class S3Options:
 
     def __post_init__(self) -> None:
         if not isinstance(self.bucket, str) or not _BUCKET.fullmatch(self.bucket):
-            raise ConfigError(f"bucket must be an S3 bucket, 3 to 63 letters, digits, . and -, not {shown(self.bucket)}")
+            seen = "what looks like a login" if ":" in str(self.bucket) else shown(self.bucket)
+            raise ConfigError(f"bucket must be an S3 bucket, 3 to 63 letters, digits, . and -, not {seen}")
         if not isinstance(self.prefix, str) or not _PREFIX.fullmatch(self.prefix) or {".", ".."} & set(self.prefix.split("/")):
             raise ConfigError(f"prefix must be words of letters, digits, . _ = - with / between them, not {shown(self.prefix)}")
         if self.endpoint is not None:

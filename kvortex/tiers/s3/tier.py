@@ -7,7 +7,7 @@ import re
 import ssl
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from urllib.parse import SplitResult
 
 import numpy as np
@@ -23,8 +23,8 @@ from kvortex.tiers.remote.pool import Pool
 from kvortex.tiers.remote.probing import probe_record
 from kvortex.tiers.remote.wire import PATIENCE, Broken, Late, Stopped, Wire, view_of
 from kvortex.tiers.s3 import http
+from kvortex.tiers.s3.bucket import Bucket
 from kvortex.tiers.s3.options import S3Options
-from kvortex.tiers.s3.signing import Signer
 
 _MOST_BYTES = 5 << 30  # of an object in one request
 _AGAIN = {429, 500, 502, 503, 504}
@@ -32,8 +32,8 @@ _SKIPPED = 1 << 16  # bytes that are cheaper read and forgotten than a new conne
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0  # seconds before a request is repeated
 _CODE = re.compile(rb"<Code>([A-Za-z0-9.]{1,80})</Code>")
 _OUTCOMES = {"EntityTooLarge": Outcome.TOO_LARGE, "QuotaExceeded": Outcome.FULL, "XMinioStorageFull": Outcome.FULL}
-# One request and the reading of its answer: a connection, host, target, index, terms -> outcome, None for "again".
-Ask = Callable[[Wire, str, str, int, Call], "Outcome | None"]
+# One request and the reading of its answer: a connection, host, target, index, terms -> outcome or PENDING, None for "again".
+Ask = Callable[[Wire, str, str, int, Call], "int | None"]
 
 
 class S3Tier(Tier):
@@ -60,7 +60,7 @@ class S3Tier(Tier):
 
     def __init__(self, options: S3Options, record_format: RecordFormat) -> None:
         self.options, self.format = options, record_format
-        self._signer = Signer(options)
+        self._bucket = Bucket(options, options.connect_timeout_s)
         self._context: ssl.SSLContext | None = None
         try:
             self._context = ssl.create_default_context(cafile=options.ca_file)
@@ -79,10 +79,10 @@ class S3Tier(Tier):
     def get_into(self, keys: KeyArray, addresses: Int64s, room: Int64s, call: Call) -> Fetched:
         arrivals = Arrivals(self.format, keys, addresses, room)
 
-        def ask(wire: Wire, host: str, target: str, at: int, terms: Call) -> Outcome | None:
+        def ask(wire: Wire, host: str, target: str, at: int, terms: Call) -> int | None:
             return self._get(arrivals, wire, host, target, at, terms)
 
-        self._run("GET", keys, arrivals.outcomes, ask, call)
+        self._run("GET", keys, arrivals.outcomes, ask, call, arrivals.judge)
         corrupt = arrivals.outcomes == Outcome.CORRUPT
         if corrupt.any():
             self._run("DELETE", keys[corrupt], np.full(int(corrupt.sum()), PENDING, np.uint8), self._delete, call)
@@ -92,7 +92,7 @@ class S3Tier(Tier):
         headers = memoryview(self.format.headers(keys, sizes, digests).tobytes())
         outcomes = np.where(np.asarray(sizes) + HEADER_BYTES > _MOST_BYTES, Outcome.TOO_LARGE, PENDING).astype(np.uint8)
 
-        def ask(wire: Wire, host: str, target: str, at: int, terms: Call) -> Outcome | None:
+        def ask(wire: Wire, host: str, target: str, at: int, terms: Call) -> int | None:
             header = headers[at * HEADER_BYTES : (at + 1) * HEADER_BYTES]
             body = [header, view_of(int(addresses[at]), int(sizes[at]))]
             return self._judge(wire, http.request(wire, "PUT", host, target, body, terms), "PUT", terms)
@@ -122,24 +122,38 @@ class S3Tier(Tier):
         prefix = f"{self.options.prefix}/{self.format.namespace.hex()}"
         return [f"{prefix}/{name[:2]}/{name}" for name in (key.tobytes().hex() for key in keys)]
 
-    def _run(self, method: str, keys: KeyArray, outcomes: Outcomes, ask: Ask, call: Call) -> None:
-        """One request for each key that has no outcome yet; afterwards all have one."""
+    def _run(
+        self,
+        method: str,
+        keys: KeyArray,
+        outcomes: Outcomes,
+        ask: Ask,
+        call: Call,
+        conclude: Callable[[Sequence[int]], None] = lambda mine: None,
+    ) -> None:
+        """One request for each key that has no outcome yet; afterwards all have one. ``conclude`` is for what one thread
+        has asked for and ``ask`` has left ``PENDING``."""
         todo = np.flatnonzero(outcomes == PENDING).tolist()
         try:
             if self._pool.is_closed():
                 raise Broken("the tier is closed")
             if todo:
-                urls = self._signer.urls(method, self._names(keys[todo]))
+                urls = self._bucket.urls(method, self._names(keys[todo]))
                 following = iter(list(zip(todo, urls, strict=True)))
                 lock = threading.Lock()
 
                 def job(terms: Call) -> None:
-                    while True:
-                        with lock:
-                            at, url = next(following, (None, None))
-                        if at is None or url is None:
-                            return
-                        outcomes[at] = self._ask(ask, url, at, terms)
+                    mine: list[int] = []
+                    try:
+                        while True:
+                            with lock:
+                                at, url = next(following, (None, None))
+                            if at is None or url is None:
+                                return
+                            outcomes[at] = self._ask(ask, url, at, terms)
+                            mine.append(at)
+                    finally:
+                        conclude(mine)
 
                 self._crew.run([job] * min(self.options.connections, len(todo)), call)
         except Broken as error:
@@ -147,7 +161,7 @@ class S3Tier(Tier):
             outcomes[outcomes == PENDING] = error.outcome
         outcomes[outcomes == PENDING] = Outcome.FAILED
 
-    def _ask(self, ask: Ask, url: SplitResult, at: int, call: Call) -> Outcome:
+    def _ask(self, ask: Ask, url: SplitResult, at: int, call: Call) -> int:
         """One request, repeated as often as the options allow."""
         secure = url.scheme == "https"
         endpoint = http.Endpoint(url.scheme, url.hostname or "", url.port or (443 if secure else 80))
@@ -172,7 +186,7 @@ class S3Tier(Tier):
                     return outcome
             except Broken as error:
                 self.trouble = cut(str(error), 200)
-                if type(error) is not Broken or not left:
+                if type(error) is not Broken or not left or self._pool.is_closed():
                     return error.outcome
             if not left:
                 return Outcome.FAILED
@@ -186,7 +200,7 @@ class S3Tier(Tier):
     def _delete(self, wire: Wire, host: str, target: str, at: int, call: Call) -> Outcome | None:
         return self._judge(wire, http.request(wire, "DELETE", host, target, [], call), "DELETE", call)
 
-    def _get(self, arrivals: Arrivals, wire: Wire, host: str, target: str, at: int, call: Call) -> Outcome | None:
+    def _get(self, arrivals: Arrivals, wire: Wire, host: str, target: str, at: int, call: Call) -> int | None:
         head = http.request(wire, "GET", host, target, [], call)
         if head.status != 200:
             return self._judge(wire, head, "GET", call)
@@ -202,8 +216,8 @@ class S3Tier(Tier):
             wire.skip(max(0, payload), call)
         if is_whole or payload <= _SKIPPED:
             http.finish(wire, head)
-        arrivals.check(at, is_whole)
-        return Outcome(int(arrivals.outcomes[at]))
+        arrivals.arrived(at, is_whole)
+        return PENDING
 
     def _judge(self, wire: Wire, head: http.Head, method: str, call: Call) -> Outcome | None:
         """What an answer without an object makes of a key; None for a request that is to be repeated."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -245,3 +246,25 @@ def test_one_record_a_megabyte_is_scanned_by_its_first_page(tmp_path: Path) -> N
     with opened(tmp_path, 4, form=form, system=system) as tier:
         assert {nbytes for name, offset, nbytes in system.calls if name == "preadv" and offset} == {4096}
         assert all(blocks.found(tier))
+
+
+def test_a_large_disk_is_scanned_in_little_memory() -> None:
+    """As many slots as there may be do not all wait for a thread at once."""
+
+    class Large:
+        slots, slot_bytes = 20_000, 2 << 20
+
+        def offset(self, slot: int) -> int:
+            return slot
+
+        def read_run(self, offset: int, buffer: memoryview) -> None:
+            buffer[:8] = offset.to_bytes(8, "little")
+
+    tracemalloc.start()
+    try:
+        headers, unread = recovery.scan(Large())  # type: ignore[arg-type]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (headers["magic"] == np.arange(Large.slots)).all() and not unread.any()
+    assert peak < 3 * headers.nbytes

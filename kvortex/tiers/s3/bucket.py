@@ -1,4 +1,4 @@
-"""Who may ask: credentials as AWS's own tools find them, and signed URLs, by obstore."""
+"""A bucket, and who may ask for what is in it: credentials as AWS's own tools find them, by obstore."""
 
 from __future__ import annotations
 
@@ -25,23 +25,27 @@ _IN_ENVIRONMENT = (
 )
 
 
-class Signer:
-    """Signed URLs of one bucket's objects.
+class Bucket:
+    """A bucket, as obstore reaches it: credentials found, and kept fresh.
 
-    The body is not part of what is signed (a pass over it would cost more than sending it): the record's own digest guards
-    it, and TLS.
+    Attributes
+    ----------
+    obstore
+        The module.
+    store
+        Its store of this bucket.
     """
 
-    def __init__(self, options: S3Options) -> None:
-        self._obstore, store = _import_obstore()
-        timeout = timedelta(seconds=options.connect_timeout_s)
+    def __init__(self, options: S3Options, timeout_s: float) -> None:
+        self.obstore, store = _import_obstore()
+        timeout = timedelta(seconds=timeout_s)
         given = {key: value for key, value in _given(options).items() if value is not None}
         endpoint = given.get("endpoint") or os.environ.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_ENDPOINT") or ""
         try:
             if options.virtual_hosted and given.get("endpoint"):  # obstore takes it for the bucket's own
                 parts = urlsplit(given["endpoint"])
                 given["endpoint"] = f"{parts.scheme}://{options.bucket}.{parts.netloc}"
-            self._store = store(
+            self.store = store(
                 options.bucket,
                 virtual_hosted_style_request=options.virtual_hosted,
                 client_options={"allow_http": endpoint.startswith("http://"), "timeout": timeout, "connect_timeout": timeout},
@@ -49,19 +53,23 @@ class Signer:
                 **given,
             )
         except Exception as error:
-            raise ConfigError(f"the options of an S3 tier cannot be used: {self._plain(error)}") from None
+            raise ConfigError(f"the options of an S3 tier cannot be used: {plain(error)}") from None
 
     def urls(self, method: str, names: Sequence[str]) -> list[SplitResult]:
-        """Where to send a request for each object, for the next minutes."""
-        try:
-            return [urlsplit(url) for url in self._obstore.sign(self._store, method, list(names), _VALID)]
-        except Exception as error:  # no credentials, or none to be had just now
-            raise Broken(f"no credentials for the store: {self._plain(error)}") from None
+        """Where to send a request for each object, for the next minutes.
 
-    @staticmethod
-    def _plain(error: Exception) -> str:
-        """The first line: below, obstore shows what it holds."""
-        return told(type(error)(str(error).partition("\n")[0]))
+        The body is not part of what is signed (a pass over it would cost more than sending it): the record's own digest
+        guards it, and TLS.
+        """
+        try:
+            return [urlsplit(url) for url in self.obstore.sign(self.store, method, list(names), _VALID)]
+        except Exception as error:  # no credentials, or none to be had just now
+            raise Broken(f"no credentials for the store: {plain(error)}") from None
+
+
+def plain(error: Exception) -> str:
+    """The first line of what obstore says: below, it shows what it holds."""
+    return told(type(error)(str(error).partition("\n")[0]))
 
 
 def _given(options: S3Options) -> dict[str, str | None]:

@@ -1,0 +1,183 @@
+"""Requests to a model in JAX: computed whole, saved while it is computed, or behind what kvortex has of it.
+
+The seconds of a request begin with its tokens in a NumPy array and end with the first new token as a Python integer: names of
+blocks, look-ups, transfers that have to end before, launches and waits are all in them.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+import kvortex
+from examples.lm.pages import BLOCK_SIZE
+from kvortex.devices import Device
+from kvortex.devices import driver as cu
+from kvortex.devices.cuda import CudaDevice
+from perf.clock import CudaClock
+from perf.jax_llama import Ids, JaxLlama
+from perf.jax_pages import JaxPages
+
+AHEAD = 2  # layers that JAX has been given when the host waits for one: then it is never without
+
+
+class Answer(NamedTuple):
+    """First token's seconds; scores; and seconds until a save had ended too."""
+
+    seconds: float
+    logits: npt.NDArray[np.float32]
+    saved_seconds: float = 0.0
+
+
+class Waits:
+    """Makes the host wait for a layer of a load.
+
+    A GPU's streams wait for a layer by ``Ticket.wait_layer(layer, stream)``. JAX shows none of its own, so here is one that has
+    nothing to do, and the host waits for it. On the host device ``wait_layer`` itself waits.
+
+    Attributes
+    ----------
+    stream
+        For ``load_blocks`` and ``save_blocks``: nothing is ever on it, since JAX is done before they are called.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self._context = device.context if isinstance(device, CudaDevice) else None
+        self._clock = CudaClock(device) if isinstance(device, CudaDevice) else None
+        self.stream = None if self._clock is None else self._clock.stream
+
+    def layer(self, ticket: kvortex.Ticket, layer: int) -> None:
+        """Returns when the pages hold this layer."""
+        ticket.wait_layer(layer, self.stream)
+        if self._clock is not None:
+            with cu.current(self._context) as driver:
+                cu.check(driver.cuStreamSynchronize(self.stream), "cuStreamSynchronize")
+
+    def close(self) -> None:
+        """Frees the stream."""
+        if self._clock is not None:
+            self._clock.close()
+
+
+def cold(model: JaxLlama, pages: JaxPages, tokens: Ids, table: Ids) -> Answer:
+    """Computes a prompt whole, or its last tokens behind pages that hold the others."""
+    began = time.perf_counter()
+    logits, token = model.forward(tokens, table, pages.layers)
+    int(token)
+    seconds = time.perf_counter() - began
+    pages.check()
+    return Answer(seconds, np.asarray(logits))
+
+
+def saving(
+    model: JaxLlama, pages: JaxPages, engine: kvortex.KVortexEngine, waits: Waits, tokens: Ids, table: Ids
+) -> Answer:
+    """Computes a prompt whole, and saves each layer as soon as JAX is done with it."""
+    began, layers = time.perf_counter(), model.shape.layers
+    saves: list[kvortex.Ticket] = []
+
+    def launched(layer: int) -> None:
+        if not saves:  # names and slots are found while JAX computes the first layer
+            saves.append(engine.save_blocks(engine.block_keys(tokens), table, stream=waits.stream, layerwise=True))
+        if layer >= AHEAD:
+            announce(layer - AHEAD)
+
+    def announce(layer: int) -> None:
+        pages.check(layer)  # waits for it
+        saves[0].save_layer(layer)
+
+    try:
+        logits, token = model.forward(tokens, table, pages.layers, after=launched)
+        for layer in range(max(0, layers - AHEAD), layers):
+            announce(layer)
+        int(token)
+        seconds = time.perf_counter() - began
+    except BaseException:
+        for save in saves:
+            save.abort()
+        raise
+    whole(saves[0], len(table), moves=True)
+    return Answer(seconds, np.asarray(logits), time.perf_counter() - began)
+
+
+def hit(
+    model: JaxLlama,
+    pages: JaxPages,
+    engine: kvortex.KVortexEngine,
+    waits: Waits,
+    tokens: Ids,
+    table: Ids,
+    *,
+    layerwise: bool = True,
+) -> Answer:
+    """Loads all of a prompt but its last block, and computes that one: layer by layer behind the load, or when it has ended."""
+    began = time.perf_counter()
+    keys = engine.block_keys(tokens)[:-1]  # the last token is computed in any case: what follows it is asked for
+    if not engine.check_blocks(keys).all():
+        raise kvortex.TransferError("blocks that were saved are not there")
+    load = engine.load_blocks(keys, table[:-1], stream=waits.stream, layerwise=layerwise)
+    if not layerwise:
+        whole(load, len(keys), moves=True)
+    before: Callable[[int], object] = (lambda layer: waits.layer(load, layer)) if layerwise else (lambda layer: None)
+    logits, token = model.forward(tokens[-BLOCK_SIZE:], table, pages.layers, before=before)
+    int(token)
+    whole(load, len(keys), moves=True)  # only now is it known that what the token came from was right
+    seconds = time.perf_counter() - began
+    pages.check()
+    return Answer(seconds, np.asarray(logits))
+
+
+def whole(ticket: kvortex.Ticket, blocks: int, *, moves: bool) -> None:
+    """Waits for a ticket; TransferError where a block did not come, or nothing moved that should have."""
+    if int(ticket.wait().sum()) != blocks or (moves and not ticket.nbytes):
+        raise kvortex.TransferError(f"a {ticket.kind} of {blocks} blocks failed, or moved nothing: {ticket.error}")
+
+
+class Other:
+    """Prefills of another prompt, one after another without a pause, by a thread of their own; use it as a context.
+
+    Launched layer by layer, ``AHEAD`` of what is done, as by an engine that goes from one request to the next: whoever comes
+    with a request waits for no more than that.
+    """
+
+    def __init__(self, model: JaxLlama, pages: JaxPages, tokens: Ids, table: Ids) -> None:
+        self._model, self._pages, self._tokens, self._table = model, pages, tokens, table
+        self._stop, self.layers = threading.Event(), 0  # layers: launched so far
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="other-prefill", daemon=True)
+
+    def _run(self) -> None:
+        try:
+            while not self._stop.is_set():
+                self._model.forward(self._tokens, self._table, self._pages.layers, after=self._after)
+        except _Stopped:
+            pass
+        except BaseException as error:
+            self._error = error
+
+    def _after(self, layer: int) -> None:
+        self._pages.layers[layer - AHEAD].block_until_ready()  # the last ones of the pass before, at a pass's beginning
+        self.layers += 1
+        if self._stop.is_set():
+            raise _Stopped
+
+    def __enter__(self) -> Other:
+        self._thread.start()
+        while self.layers < 2 * AHEAD and self._thread.is_alive():
+            time.sleep(1e-3)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+
+class _Stopped(Exception):
+    pass
