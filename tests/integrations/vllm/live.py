@@ -96,13 +96,15 @@ class Run:
             return connector._scheduler.ledger
         return connector.connector_scheduler.manager._manager.ledger
 
-    def damage(self, block: int) -> None:
-        """Flips a bit in the stored bytes of one block, by the order of slots that were filled first."""
+    def damage(self, block: int, *, wholly: bool = False) -> None:
+        """Flips a bit in the stored bytes of one block, by the order of slots that were filled first; or all of them, by which
+        tokens surely are others where the block is used."""
         store = self.worker.store
         keys = store._keys[[block]]
         slot = int(store.engine._index.acquire(keys)[0])
         store.engine._index.release([slot])
-        store.engine._parts.arena.view(slot)[1000] ^= 16
+        record = store.engine._parts.arena.view(slot)
+        record[slice(None) if wholly else slice(1000, 1001)] ^= 255 if wholly else 16
 
     def begin(self, name: str, prompt: list[int], hold: Hold) -> None:
         """Asks, and goes on until the prompt's blocks are being loaded, which nobody hears the end of."""
@@ -301,7 +303,7 @@ def cache_off(kind: str, model: str, block_size: int) -> Any:
         run.settle()
         check("without vLLM's cache: the same tokens", run.ask(PROMPT) == answers)
         check("without vLLM's cache: blocks came from kvortex", run.came() == full, run.came())
-        run.damage(2)
+        run.damage(2, wholly=True)
         check("without vLLM's cache, damaged: the same tokens", run.ask(PROMPT) == answers)
         moved = run.came() - full
         check("without vLLM's cache, damaged: that block was not taken", 0 < moved < full, moved)
