@@ -16,6 +16,7 @@ from kvortex.errors import ConfigError
 from kvortex.tiers.base import Call, Outcome
 from kvortex.tiers.record import HEADER_BYTES, RecordFormat
 from kvortex.tiers.redis import RedisOptions, RedisTier
+from kvortex.tiers.redis.exchange import Exchange, Getting
 from kvortex.tiers.redis.layout import body_bytes, body_name, head_name, names
 from tests.tiers import servers
 from tests.tiers.racks import FORMAT, NAMESPACE, Rack
@@ -477,3 +478,31 @@ def test_a_dead_server_of_a_cluster_costs_only_its_own_keys() -> None:
     except servers.Absent as error:
         pytest.skip(str(error))
     assert rack.wrong_bytes == 0 and rack.latest < TOLERANCE
+
+
+def test_a_record_that_is_just_being_replaced_is_read_again(
+    tier: RedisTier, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By an engine whose block of that key has other bits: its two strings are two commands, and this reads between them."""
+    rack, theirs = Rack([1000, 4096, 300]), Rack([1000, 4096, 300], seed=2)
+    theirs.keys = rack.keys
+    assert (rack.put(tier) == Outcome.OK).all()
+    bodies = [body_name(name) for name in names(NAMESPACE, [key.tobytes() for key in rack.keys])]
+    mine = client.mget(bodies)
+    assert (theirs.put(tier) == Outcome.OK).all()
+    client.mset(dict(zip(bodies[:2], mine[:2], strict=True)))
+    run = tier._run
+
+    def settled(exchange: Exchange, call: Call) -> None:
+        run(exchange, call)
+        if isinstance(exchange, Getting):
+            assert (theirs.put(other) == Outcome.OK).all()
+
+    other = make(int(client.connection_pool.connection_kwargs["port"]))
+    monkeypatch.setattr(tier, "_run", settled)
+    assert (theirs.get(tier).outcomes == Outcome.OK).all() and not theirs.wrong_bytes
+    other.close()
+    client.mset(dict(zip(bodies[:2], mine[:2], strict=True)))
+    monkeypatch.setattr(tier, "_run", run)
+    assert theirs.get(tier).outcomes.tolist() == [Outcome.CORRUPT, Outcome.CORRUPT, Outcome.OK]
+    assert client.exists(*bodies[:2]) == 0 and client.exists(bodies[2])

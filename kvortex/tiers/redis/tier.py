@@ -62,11 +62,17 @@ class RedisTier(Tier):
         return answer(found.outcomes)
 
     def get_into(self, keys: KeyArray, addresses: Int64s, room: Int64s, call: Call) -> Fetched:
+        found = self._fetch(keys, addresses, room, call)
+        corrupt = np.flatnonzero(found.outcomes == Outcome.CORRUPT)
+        if len(corrupt):  # or read between another engine's two strings, if that has other bits of the same block
+            again = self._fetch(keys[corrupt], addresses[corrupt], room[corrupt], call)
+            found.outcomes[corrupt], found.sizes[corrupt], found.digests[corrupt] = again.outcomes, again.sizes, again.digests
+            self.delete(keys[corrupt[again.outcomes == Outcome.CORRUPT]], call)
+        return found
+
+    def _fetch(self, keys: KeyArray, addresses: Int64s, room: Int64s, call: Call) -> Fetched:
         arrivals = Arrivals(self.format, keys, addresses, room)
         self._run(Getting(self._names(keys), arrivals, self.options), call)
-        corrupt = arrivals.outcomes == Outcome.CORRUPT
-        if corrupt.any():
-            self.delete(keys[corrupt], call)
         return arrivals.fetched()
 
     def put_from(self, keys: KeyArray, addresses: Int64s, sizes: Int64s, digests: Digests, call: Call) -> Outcomes:
