@@ -1,8 +1,9 @@
-"""vLLM keeps its KV blocks in kvortex: as a connector, or as the store behind vLLM's own OffloadingConnector.
+"""vLLM keeps its KV blocks in kvortex: by a connector, behind vLLM's own OffloadingConnector, or in tiers below vLLM's pool.
 
-vLLM is told so in ``--kv-transfer-config``: ``"kv_connector": "KvortexConnector"`` and ``"kv_connector_module_path"``, or, in
-the extra config of its own connector, ``"spec_name": "KvortexOffloadingSpec"`` and ``"spec_module_path"``, with the name of
-this module as the path; docs/vllm.md has whole commands. Neither vLLM nor torch is imported before vLLM asks for one of them.
+vLLM is told so in ``--kv-transfer-config``: ``"kv_connector": "KvortexConnector"`` and ``"kv_connector_module_path"``; or, in
+the extra config of its own connector, ``"spec_name": "KvortexOffloadingSpec"`` and ``"spec_module_path"``; or, among the
+secondary tiers of its own spec, ``"type": "KvortexTier"`` and ``"module_path"``. The name of this module is the path;
+docs/vllm.md has whole commands. Neither vLLM nor torch is imported before vLLM asks for one of them.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_PLUGINS = {"KvortexConnector": "connector", "KvortexOffloadingSpec": "spec"}
+_PLUGINS = {"KvortexConnector": "connector", "KvortexOffloadingSpec": "spec", "KvortexTier": "tier"}
 
 
 def __getattr__(name: str) -> Any:

@@ -138,9 +138,14 @@ class Ledger:
         return self._index.counts()
 
     def _keys(self, names: Sequence[bytes]) -> KeyArray:
-        keys = np.empty((len(names), KEY_BYTES), np.uint8)
-        lengths = np.array([len(name) for name in names], np.int64)
-        for length in np.unique(lengths):  # one, but for vLLM's keys of unfinished blocks
-            at = np.flatnonzero(lengths == length)
-            keys[at] = adopt(self._namespace, [names[i] for i in at.tolist()])
-        return keys
+        return keys_of(self._namespace, names)
+
+
+def keys_of(namespace: Namespace, names: Sequence[bytes]) -> KeyArray:
+    """(n, 32) uint8: keys for vLLM's names."""
+    keys = np.empty((len(names), KEY_BYTES), np.uint8)
+    lengths = np.array([len(name) for name in names], np.int64)
+    for length in np.unique(lengths):  # one, but for vLLM's keys of unfinished blocks
+        at = np.flatnonzero(lengths == length)
+        keys[at] = adopt(namespace, [names[i] for i in at.tolist()])
+    return keys

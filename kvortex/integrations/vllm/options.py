@@ -18,6 +18,8 @@ OF_VLLM = {
     "spec_name", "spec_module_path", "block_size", "blocks_per_chunk", PROMPTS_ONLY, "self_describing_kv_events",
     "sync_load_budget_bytes",
 }  # fmt: skip
+# Of an engine that finds blocks by their own keys. Here it finds them by slots that one process counts: below RAM nobody would.
+BELOW = {"tiers", "tier_pool_share"}
 # What vLLM knows, and nobody else should say.
 FROM_VLLM = {"model", "dtype", "lora", "rank", "world_size", "max_block_bytes", "key_scheme", "key_seed"}
 
@@ -55,6 +57,11 @@ def read_options(extra: Mapping[str, Any] | None, identity: Identity, beside: Co
     if taken:
         raise ConfigError(f"{SOURCE}: {', '.join(map(shown, taken))}: vLLM says that itself; leave it out")
     for name in given:
+        if name in BELOW:
+            raise ConfigError(
+                f"{SOURCE}: {shown(name)}: kvortex keeps vLLM's blocks in RAM here. Tiers below RAM are plugged into vLLM's "
+                "TieringOffloadingSpec, as KvortexTier"
+            )
         if name in OF_VLLM:
             raise ConfigError(f"{SOURCE}: {shown(name)} is an option of vLLM's OffloadingConnector, which this is not")
     said = {

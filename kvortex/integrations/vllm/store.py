@@ -13,7 +13,7 @@ import numpy.typing as npt
 from kvortex.config import KVortexConfig
 from kvortex.engine import KVortexEngine
 from kvortex.errors import ConfigError, KVortexError, told
-from kvortex.integrations.vllm.checking import HostCheck
+from kvortex.integrations.vllm.checking import undamaged
 from kvortex.integrations.vllm.messages import Blocks, Done
 from kvortex.keys import KeyArray, adopt
 from kvortex.layout import KVLayout
@@ -66,7 +66,6 @@ class Store:
                 )
             self._keys = np.zeros((slots, 32), np.uint8)
             self._held = np.zeros(slots, bool)
-            self._check = HostCheck(self.engine, slots)
             self._running: dict[int, _Running] = {}
         except BaseException:
             self.engine.shutdown()
@@ -87,14 +86,14 @@ class Store:
             run.failed = list(range(len(blocks.slots)))
 
     def load(self, number: int, blocks: Blocks, stream: Any = None) -> None:
-        """Starts loading slots into pages, behind what is on ``stream``. What is not there, or not what was saved, fails, and
-        its page stays as it is."""
+        """Starts loading slots into pages, behind what is on ``stream``. What is not there fails, and its page stays as it is;
+        what is not what was saved fails too, and its page may hold anything."""
         keys = self._name(blocks)
-        good = self.good(blocks, keys)
-        run = _Running(number, False, blocks, np.flatnonzero(good), keys[good], None, np.flatnonzero(~good).tolist())
+        there = self._there(blocks, keys)
+        run = _Running(number, False, blocks, np.flatnonzero(there), keys[there], None, np.flatnonzero(~there).tolist())
         self._running[number] = run
         if run.failed:
-            log.warning("kvortex: %d of %d blocks are damaged or gone, and must be computed", len(run.failed), len(good))
+            log.warning("kvortex: %d of %d blocks are gone, and must be computed", len(run.failed), len(there))
         try:
             if len(run.at):
                 run.ticket = self.engine.load_blocks(run.keys, blocks.block_ids[run.at], stream=stream)
@@ -102,15 +101,20 @@ class Store:
             log.warning("kvortex could not load %d blocks: %s", len(run.at), told(error))
             run.failed = list(range(len(blocks.slots)))
 
-    def good(self, blocks: Blocks, keys: KeyArray | None = None) -> npt.NDArray[np.bool_]:
-        """Which blocks are in their slots, whole and undamaged, (n,) bool. Their pages do not matter."""
-        keys = self._name(blocks) if keys is None else keys
+    def good(self, blocks: Blocks) -> npt.NDArray[np.bool_]:
+        """Which blocks are in their slots and undamaged, (n,) bool, by a look at all their bytes. Pages do not matter."""
+        keys = self._name(blocks)
+        good = self._there(blocks, keys)
+        good[good] = undamaged(self.engine, keys[good])
+        return good
+
+    def _there(self, blocks: Blocks, keys: KeyArray) -> npt.NDArray[np.bool_]:
+        """Into which slots just these blocks were saved, (n,) bool."""
         here = blocks.slots >= 0
         at = blocks.slots[here]
-        good = np.zeros(len(here), bool)
-        good[here] = self._held[at] & (self._keys[at] == keys[here]).all(axis=1)
-        good[good] = self._check.good(blocks.slots[good], keys[good])
-        return good
+        there = np.zeros(len(here), bool)
+        there[here] = self._held[at] & (self._keys[at] == keys[here]).all(axis=1)
+        return there
 
     def held(self, slots: Int64s) -> npt.NDArray[np.bool_]:
         """Into which slots something was saved, (n,) bool."""
@@ -130,9 +134,7 @@ class Store:
         if run.ticket is not None:
             mask = run.ticket.mask
             if run.saved:
-                slots = run.blocks.slots
-                mask[mask] = self._check.note(slots[mask], run.keys[mask])
-                self._held[slots[mask]] = True
+                self._held[run.blocks.slots[mask]] = True
             failed.update(run.at[~mask].tolist())
             if run.ticket.error is not None:
                 log.warning("kvortex: a %s failed: %s", run.ticket.kind, told(run.ticket.error))

@@ -32,6 +32,22 @@ class Metadata:
     pass
 
 
+class SecondaryTier:
+    """What vLLM's base class does of its own."""
+
+    def __init__(self, offloading_spec: Any, primary_kv_view: memoryview, tier_type: str, detector: Any = None) -> None:
+        self.tier_type, self.medium, self.cache_hit_source, self.locality = tier_type, None, "unknown", None
+
+
+@dataclasses.dataclass
+class JobResult:
+    job_id: int
+    success: bool
+    successful_keys: Any = None
+    transfer_time: float | None = None
+    transfer_bytes: int | None = None
+
+
 @dataclasses.dataclass
 class Stats:
     data: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -131,11 +147,16 @@ def modules(form: str) -> dict[str, ModuleType]:
         new = _module(
             f"{offload}.base", OffloadingSpec=NewSpec, OffloadingManager=_plain(), OffloadingWorker=_plain(),
             LoadStoreSpec=_plain(), PrepareStoreOutput=NewStores, TransferResult=TransferResult, OffloadingEvent=_event,
-            LookupResult=enum.Enum("LookupResult", "MISS HIT HIT_PENDING RETRY"), Medium=enum.Enum("Medium", "CPU"),
+            LookupResult=enum.Enum("LookupResult", "MISS HIT HIT_PENDING RETRY"),
             RequestOffloadingContext=_plain(),
         )  # fmt: skip
-        made += [new, _module(offload, base=new)]
-    made += [_module("vllm"), _module("vllm.v1"), _module("vllm.distributed"), _module("vllm.distributed.kv_transfer")]
+        vars(new)["Locality"] = enum.Enum("Locality", {"LOCAL": "LOCAL", "REMOTE": "REMOTE"})
+        vars(new)["Medium"] = enum.Enum("Medium", "CPU STORAGE")
+        below = _module(f"{offload}.tiering.base", SecondaryTierManager=SecondaryTier, JobResult=JobResult)
+        vars(below)["CacheHitSource"] = enum.Enum("CacheHitSource", "DISK EXTERNAL_UNSPECIFIED")
+        made += [new, _module(offload, base=new), below, _module(f"{offload}.tiering", base=below)]
+    made += [_module("vllm", __version__="0.0"), _module("vllm.v1")]
+    made += [_module("vllm.distributed"), _module("vllm.distributed.kv_transfer")]
     made.append(_module("vllm.distributed.kv_transfer.kv_connector"))
     return {module.__name__: module for module in made}
 
@@ -154,7 +175,7 @@ def installed(form: str) -> Iterator[ModuleType]:
 
 
 def _is_over_vllm(name: str) -> bool:
-    ours = {f"{PLUGINS}.{each}" for each in ("connector", "spec", "spec_new", "spec_old")}
+    ours = {f"{PLUGINS}.{each}" for each in ("connector", "spec", "spec_new", "spec_old", "tier")}
     return name == "vllm" or name.startswith("vllm.") or name in ours
 
 

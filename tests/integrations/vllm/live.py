@@ -9,8 +9,13 @@ fails. A scenario is a process: vLLM 0.32 on a CPU cannot start a second engine 
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import sys
+import threading
+import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +53,16 @@ class Run:
         )  # fmt: skip
 
     def ask(self, *prompts: list[int], tokens: int = 8) -> list[Any]:
-        """Tokens of each answer, with their logprobs as the CPU gave them."""
+        """Tokens of each answer."""
         params = SamplingParams(temperature=0, max_tokens=tokens, detokenize=False, ignore_eos=True, logprobs=1)
         outputs = self.llm.generate([TokensPrompt(prompt_token_ids=p) for p in prompts], params, use_tqdm=False)
         self.cached = [output.num_cached_tokens for output in outputs]
         return [list(output.outputs[0].token_ids) for output in outputs]
+
+    def settle(self) -> None:
+        """Steps in which the last transfers begin, and are reported; their prompts fill no block."""
+        for k in range(3):
+            self.ask([(i * 13 + k * 17) % 1000 + 3 for i in range(self.block_size // 2)], tokens=2)
 
     def forget(self) -> None:
         """Empties vLLM's own prefix cache; after some steps, with prompts that fill no block, where 0.15's OffloadingConnector
@@ -75,6 +85,10 @@ class Run:
         """Of kvortex's engine."""
         return self.worker.store.engine.get_stats()
 
+    def came(self) -> int:
+        """Blocks that came from kvortex so far, and were what was saved."""
+        return int(self.stats().loaded_blocks - self.stats().corrupt_blocks)
+
     def ledger(self) -> Any:
         """What the scheduler's half knows."""
         connector = self.llm.llm_engine.engine_core.engine_core.scheduler.connector
@@ -82,13 +96,35 @@ class Run:
             return connector._scheduler.ledger
         return connector.connector_scheduler.manager._manager.ledger
 
-    def damage(self, block: int) -> None:
-        """Flips a bit in the stored bytes of one block, by the order of slots that were filled first."""
+    def damage(self, block: int, *, wholly: bool = False) -> None:
+        """Flips a bit in the stored bytes of one block, by the order of slots that were filled first; or all of them, by which
+        tokens surely are others where the block is used."""
         store = self.worker.store
         keys = store._keys[[block]]
         slot = int(store.engine._index.acquire(keys)[0])
         store.engine._index.release([slot])
-        store.engine._parts.arena.view(slot)[1000] ^= 16
+        record = store.engine._parts.arena.view(slot)
+        record[slice(None) if wholly else slice(1000, 1001)] ^= 255 if wholly else 16
+
+    def begin(self, name: str, prompt: list[int], hold: Hold) -> None:
+        """Asks, and goes on until the prompt's blocks are being loaded, which nobody hears the end of."""
+        params = SamplingParams(temperature=0, max_tokens=8, detokenize=False, ignore_eos=True)
+        self.llm.llm_engine.add_request(name, TokensPrompt(prompt_token_ids=prompt), params)
+        for _ in range(20):
+            self.llm.llm_engine.step()
+        check("a load is on its way", hold.begun > 0 and bool(self.worker.store._running), hold.begun)
+
+    def left_over(self) -> list[str]:
+        """What kvortex still remembers of requests and transfers."""
+        holders = [(self.worker.store, "_running")]
+        connector = self.llm.llm_engine.engine_core.engine_core.scheduler.connector
+        if self.kind == "connector":
+            holders += [(connector._scheduler, name) for name in ("_running", "_on_page", "_requests")]
+            holders += [(self.worker, "_jobs"), (connector._scheduler.ledger, "_pending")]
+        else:
+            manager = connector.connector_scheduler.manager._manager
+            holders += [(manager, "_pins"), (manager.ledger, "_pending")]
+        return [f"{type(holder).__name__}.{name}" for holder, name in holders if getattr(holder, name)]
 
     def preemptions(self) -> int:
         """How often vLLM took a running request's pages away."""
@@ -97,15 +133,74 @@ class Run:
     def close(self) -> None:
         """Nothing may be left over; then ends."""
         if self.kind != "none":
-            for k in range(3):  # steps in which the last transfers are reported
-                self.ask([(i * 13 + k * 17) % 1000 + 3 for i in range(self.block_size // 2)], tokens=2)
+            self.settle()
             engine, counts, stats = self.worker.store.engine, self.ledger().counts(), self.stats()
             check("no pin and no reservation is left", counts.pinned == counts.reserved == stats.pinned_blocks == 0)
             check("no slot is left reserved", stats.reserved_blocks == 0 and stats.resident_blocks <= counts.resident)
+            check("no request and no transfer is left", not self.left_over(), self.left_over())
             engine._index.check()
             pool = self.llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
             check("no page of vLLM is left", pool.get_num_free_blocks() == pool.num_gpu_blocks - 1)
+            del engine
+        self.shut_down()
+
+    def shut_down(self) -> None:
+        """Ends vLLM: kvortex's pool and threads end with it."""
+        engine = weakref.ref(self.worker.store.engine) if self.kind != "none" else None
+        begun = time.monotonic()
         self.llm.llm_engine.engine_core.shutdown()
+        if engine is not None:
+            del self.llm  # 0.15 tells no handlers that it ends: they go with it
+            gc.collect()
+            check("the pool is freed", (there := engine()) is None or there._closed)
+            ours = [thread.name for thread in threading.enumerate() if thread.name.startswith("kvortex")]
+            check("no thread is left", not ours, ours)
+            check("the end took its time", time.monotonic() - begun < 30, f"{time.monotonic() - begun:.1f} s")
+
+
+class Hold:
+    """Loads of a store whose ends nobody hears of until :meth:`release`. With ``spoil`` their pages are zeros then."""
+
+    def __init__(self, store: Any, *, spoil: bool = False) -> None:
+        self.begun, self.held, self._engine, self._load = 0, not spoil, store.engine, store.engine.load_blocks
+        self._layout = store.engine.layout if spoil else None
+        store.engine.load_blocks = self._hold
+
+    def _hold(self, keys: Any, block_ids: Any, **more: Any) -> Any:
+        self.begun += 1
+        return Held(self, self._load(keys, block_ids, **more), block_ids)
+
+    def ended(self, block_ids: Any) -> None:
+        """A load has ended."""
+        for base, stride, _, nbytes in self._layout.fragments.tolist() if self._layout is not None else ():
+            for block in block_ids.tolist():
+                ctypes.memset(base + stride * block, 0, nbytes)
+
+    def let_go(self) -> None:
+        """Later loads are the engine's own again; vLLM has frozen the collector, which would not find this cycle."""
+        self._engine.__dict__.pop("load_blocks", None)
+
+    def release(self) -> None:
+        """All may hear."""
+        self.held = False
+        self.let_go()
+
+
+class Held:
+    """A ticket of one of them."""
+
+    def __init__(self, hold: Hold, ticket: Any, block_ids: Any) -> None:
+        self._hold, self._ticket, self._block_ids = hold, ticket, block_ids
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ticket, name)
+
+    def done(self) -> bool:
+        """As a ticket's."""
+        if self._hold.held or not self._ticket.done():
+            return False
+        self._hold.ended(self._block_ids)
+        return True
 
 
 def check(what: str, good: bool, seen: Any = "") -> None:
@@ -121,25 +216,27 @@ def one_prompt(kind: str, model: str, block_size: int) -> Any:
     full = len(PROMPT) // block_size * block_size
     answers = run.ask(PROMPT)
     if kind != "none":
-        check("cold: nothing came from kvortex", run.cached == [0] and run.stats().loaded_blocks == 0)
+        check("cold: nothing came from kvortex", run.cached == [0] and run.came() == 0)
         run.forget()
         check("reload: the same tokens", run.ask(PROMPT) == answers)
         check("reload: all full blocks came from kvortex", run.cached == [full], run.cached)
-        check("reload: kvortex says so", run.stats().loaded_blocks == full // block_size, run.stats().loaded_blocks)
+        check("reload: kvortex says so", run.came() == full // block_size, run.came())
         run.forget()
         run.damage(3)
-        before = run.stats().loaded_blocks
+        before = run.came()
         check("damaged: the same tokens", run.ask(PROMPT) == answers)
-        moved = run.stats().loaded_blocks - before
+        moved = run.came() - before
         check("damaged: that block was not taken", 0 < moved < full // block_size, moved)
+        if kind == "connector":
+            check("damaged: the load found it", run.stats().corrupt_blocks == 1, run.stats().corrupt_blocks)
         run.forget()
         check("repaired: the same tokens", run.ask(PROMPT) == answers)
-        check("repaired: all full blocks came again", run.stats().loaded_blocks - before - moved == full // block_size)
+        check("repaired: all full blocks came again", run.came() - before - moved == full // block_size)
         run.llm.reset_prefix_cache(reset_connector=True) if kind == "connector" else run.llm.reset_prefix_cache()
         if kind == "connector":
-            before = run.stats().loaded_blocks
+            before = run.came()
             check("reset of the connector: the same tokens", run.ask(PROMPT) == answers)
-            check("reset of the connector: nothing came", run.stats().loaded_blocks == before)
+            check("reset of the connector: nothing came", run.came() == before)
     run.close()
     return answers
 
@@ -159,7 +256,7 @@ def many(kind: str, model: str, block_size: int) -> Any:
     answers = run.ask(*prompts, tokens=40)
     check("many: pages were taken away", run.preemptions() > 0, run.preemptions())
     if kind != "none":
-        check("many: blocks came from kvortex", run.stats().loaded_blocks > 0, run.stats().loaded_blocks)
+        check("many: blocks came from kvortex", run.came() > 0, run.came())
         again = run.ask(*prompts, tokens=8)
         different = [k for k in range(len(prompts)) if again[k] != answers[k][:8]]
         check("many, again: the same tokens", not different, different)
@@ -179,7 +276,7 @@ def small_pool(kind: str, model: str, block_size: int) -> Any:
     if kind != "none":
         counts = run.ledger().counts()
         check("small pool: it evicted", counts.evictions > 0 and counts.capacity == TINY_POOL, counts)
-        check("small pool: blocks came from kvortex", run.stats().loaded_blocks > 0, run.stats().loaded_blocks)
+        check("small pool: blocks came from kvortex", run.came() > 0, run.came())
     run.close()
     return answers
 
@@ -189,15 +286,91 @@ def restart(kind: str, model: str, block_size: int) -> Any:
     run = Run(kind, model, block_size)
     answers = run.ask(PROMPT)
     if kind != "none":
-        check("restart: nothing came from the pool that is gone", run.stats().loaded_blocks == 0)
+        check("restart: nothing came from the pool that is gone", run.came() == 0)
         run.forget()
         check("restart: the same tokens", run.ask(PROMPT) == answers)
-        check("restart: blocks came from kvortex", run.stats().loaded_blocks == len(PROMPT) // block_size)
+        check("restart: blocks came from kvortex", run.came() == len(PROMPT) // block_size)
     run.close()
     return answers
 
 
-SCENARIOS = {scenario.__name__: scenario for scenario in (one_prompt, restart, small_pool, many)}
+def cache_off(kind: str, model: str, block_size: int) -> Any:
+    """As ``one_prompt``, by a vLLM that keeps no prefixes itself."""
+    run = Run(kind, model, block_size, enable_prefix_caching=False)
+    full, answers = len(PROMPT) // block_size, run.ask(PROMPT)
+    if kind != "none":
+        check("without vLLM's cache: nothing came", run.came() == 0)
+        run.settle()
+        check("without vLLM's cache: the same tokens", run.ask(PROMPT) == answers)
+        check("without vLLM's cache: blocks came from kvortex", run.came() == full, run.came())
+        run.damage(2, wholly=True)
+        check("without vLLM's cache, damaged: the same tokens", run.ask(PROMPT) == answers)
+        moved = run.came() - full
+        check("without vLLM's cache, damaged: that block was not taken", 0 < moved < full, moved)
+    run.close()
+    return answers
+
+
+def abort(kind: str, model: str, block_size: int) -> Any:
+    """A request that is aborted while its blocks are loaded; others get its pages as soon as vLLM gives them away."""
+    run = Run(kind, model, block_size, max_model_len=512, num_gpu_blocks_override=24 * 32 // block_size)
+    others = [[(i * 23 + k * 41) % 1000 + 3 for i in range(8 * block_size)] for k in range(4)]
+    answers = run.ask(PROMPT)
+    if kind != "none":
+        run.forget()
+        hold = Hold(run.worker.store)
+        run.begin("aborted", PROMPT, hold)
+        run.llm.llm_engine.abort_request(["aborted"])
+        for _ in range(3):
+            run.llm.llm_engine.step()
+        meanwhile = run.ask(*others)
+        check("aborted: its load runs still", bool(run.worker.store._running))
+        hold.release()
+        del hold
+        run.forget()
+        before = run.came()
+        check("aborted: the same tokens", run.ask(PROMPT) == answers)
+        check("aborted: blocks came from kvortex", run.came() > before)
+        run.forget()
+        check("aborted: others' tokens as before", run.ask(*others) == meanwhile)
+        answers += meanwhile
+    else:
+        answers += run.ask(*others)
+    run.close()
+    return answers
+
+
+def shutdown(kind: str, model: str, block_size: int) -> Any:
+    """vLLM ends while blocks are loaded."""
+    run = Run(kind, model, block_size)
+    answers = run.ask(PROMPT)
+    if kind != "none":
+        run.forget()
+        hold = Hold(run.worker.store)
+        run.begin("unanswered", PROMPT, hold)
+        hold.let_go()
+        del hold
+    run.shut_down()
+    return answers
+
+
+def planted(kind: str, model: str, block_size: int) -> Any:
+    """That these checks see anything at all: where loads leave zeros in their pages, tokens must be others."""
+    run = Run(kind, model, block_size)
+    answers = run.ask(PROMPT)
+    if kind != "none":
+        run.forget()
+        hold = Hold(run.worker.store, spoil=True)
+        check("planted zeros: other tokens", run.ask(PROMPT) != answers)
+        check("planted zeros: they were loaded", hold.begun > 0 and run.came() > 0)
+        hold.release()
+        del hold
+    run.close()
+    return answers
+
+
+ALL = (one_prompt, cache_off, restart, small_pool, many, abort, shutdown, planted)
+SCENARIOS = {scenario.__name__: scenario for scenario in ALL}
 
 
 def main() -> None:

@@ -28,6 +28,7 @@ def test_values_are_read_as_everywhere_and_vllm_says_the_rest() -> None:
         ({"rank": 0, "world_size": 1}, "'rank', 'world_size': vLLM says that itself"),
         ({"block_size": 16}, "'block_size': vLLM says that itself"),
         ({"spec_name": "X"}, "'spec_name' is an option of vLLM's OffloadingConnector"),
+        ({"tiers": ["disk:/x"]}, "'tiers': kvortex keeps vLLM's blocks in RAM here"),
         ({"eviction_policy": "mru"}, "eviction_policy = 'mru'"),
         ({"cpu_pool_size_bytes": "much"}, "cpu_pool_size_bytes: 'much' is no size"),
     ],

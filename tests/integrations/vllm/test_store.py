@@ -11,6 +11,7 @@ import pytest
 from kvortex.config import KVortexConfig
 from kvortex.devices import open_device
 from kvortex.errors import ArgumentError, ConfigError
+from kvortex.integrations.vllm import store as store_module
 from kvortex.integrations.vllm.messages import Blocks, rows_of
 from kvortex.integrations.vllm.store import Store
 from tests.pages import PagedCache, assert_same
@@ -55,14 +56,36 @@ def damage(store: Store, slot: int) -> None:
     store.engine._parts.arena.view(int(there))[5] ^= 1
 
 
-def test_a_damaged_block_fails_and_its_page_stays(store: Store, cache: PagedCache) -> None:
+def test_a_damaged_block_fails_and_others_are_loaded(store: Store, cache: PagedCache) -> None:
+    """What the page of the damaged one holds is not promised: whoever is told of it computes it."""
     save(store, 1, [3, 5, 6], ["a", "b", "c"], [0, 1, 2])
     before = cache.memory()
     damage(store, 5)
     assert store.good(blocks([3, 5, 6], ["a", "b", "c"], [0, 0, 0])).tolist() == [True, False, True]
     store.load(2, blocks([3, 5, 6], ["a", "b", "c"], [7, 8, 9]))
     assert ended(store, 2) == (1,)
-    assert_same(cache.memory(), cache.expected(before, before, [(0, 7), (2, 9)]))
+    want = cache.expected(before, before, [(0, 7), (2, 9)])
+    spared = cache.expected(want, cache.memory(), [(8, 8)])  # whatever lies in page 8 now
+    assert_same(cache.memory(), spared)
+    store.load(3, blocks([5], ["b"], [10]))
+    assert ended(store, 3) == (0,) and store.engine.get_stats().corrupt_blocks == 1
+
+
+def test_a_load_reads_no_record_twice(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine compares digests while it moves blocks; a host that read them before took as long again."""
+    save(store, 1, [3, 5], ["a", "b"], [0, 1])
+    monkeypatch.setattr(store_module, "undamaged", lambda *a: pytest.fail("a load looked at its records first"))
+    store.load(2, blocks([3, 5], ["a", "b"], [7, 8]))
+    assert ended(store, 2) == ()
+
+
+def test_without_digests_nothing_is_compared(cache: PagedCache) -> None:
+    slot = -(-cache.layout.record_bytes // 4096) * 4096
+    made = Store(KVortexConfig(cpu_pool_size_bytes=SLOTS * slot, device="host", digests=False), cache.layout, SLOTS)
+    save(made, 1, [3], ["a"], [0])
+    damage(made, 3)
+    assert made.good(blocks([3, 4], ["a", "b"], [0, 0])).tolist() == [True, False]
+    made.close()
 
 
 def test_a_slot_holds_what_was_saved_last(store: Store, cache: PagedCache) -> None:
@@ -112,13 +135,13 @@ def test_a_pool_that_is_smaller_than_the_scheduler_believes_is_refused(cache: Pa
 def test_a_block_that_is_lost_between_the_look_and_the_load_fails(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     save(store, 1, [3, 4, 5], ["a", "b", "c"], [0, 1, 2])
     damage(store, 3)  # so that positions of the ticket are not those of the call
-    good = store.good
+    there = store._there
 
     def lose(*given: Any) -> Any:
-        found = good(*given)
+        found = there(*given)
         store.engine.drop_blocks(store._keys[[5]])
         return found
 
-    monkeypatch.setattr(store, "good", lose)
-    store.load(2, blocks([3, 4, 5], ["a", "b", "c"], [7, 8, 9]))
-    assert ended(store, 2) == (0, 2)
+    monkeypatch.setattr(store, "_there", lose)
+    store.load(2, blocks([3, 6, 4, 5], ["a", "d", "b", "c"], [7, 10, 8, 9]))
+    assert ended(store, 2) == (0, 1, 3)
