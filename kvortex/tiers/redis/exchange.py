@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -18,6 +18,8 @@ from kvortex.tiers.remote.arrivals import PENDING, Arrivals
 from kvortex.tiers.remote.wire import Broken, Wire, view_of
 
 _IN_FLIGHT = 256  # keys at once at most, so that neither side's buffers fill with commands and answers
+_TOGETHER = 1 << 18  # bytes of payloads from which on each is sent, or asked for, by itself
+_SHORT = 4096  # bytes of a payload's end that are copied rather than sent from where they lie
 _ASKING = command(b"ASKING")
 _BOTH_OK = b"+OK\r\n+OK\r\n"
 Command = list["bytes | memoryview"]
@@ -63,34 +65,62 @@ class Exchange:
             if self.outcomes[at] == PENDING:
                 self.outcomes[at] = outcome
 
-    def talk(self, wire: Wire, some: Sequence[int], endpoint: Endpoint, call: Call) -> None:
-        """Sends and receives for keys of one server, the answers in the order of the requests."""
+    def talk(self, wire: Wire, some: Sequence[int], endpoint: Endpoint, call: Call, parts: int = 1) -> None:
+        """Sends and receives for keys of one server, the answers in the order of the requests; as one of ``parts`` connections
+        that do so, each of which may ask ahead as far as its part of what may be in flight."""
+        most = self._in_flight_bytes // parts
         waiting: deque[int] = deque()
-        in_flight = 0
+        unsent: list[Command] = []
+        in_flight = unsent_bytes = 0
         try:
-            for at in some:
+            for at, words in self._worded(some):
                 cost = self.cost(at)
-                while waiting and (in_flight + cost > self._in_flight_bytes or len(waiting) >= _IN_FLIGHT):
-                    in_flight -= self._finish(wire, waiting, endpoint, call)
+                if waiting and (in_flight + cost > most or len(waiting) >= _IN_FLIGHT):
+                    unsent_bytes = self._send(wire, unsent, call)
+                    fewest = _IN_FLIGHT // 2 if len(waiting) >= _IN_FLIGHT else _IN_FLIGHT
+                    while waiting and (in_flight + cost > most or len(waiting) > fewest):
+                        in_flight -= self._finish(wire, waiting, endpoint, call)
                 if call.cancelled():
                     break
-                self._send(wire, at, call)
+                unsent.append(words)
                 waiting.append(at)
-                in_flight += cost
+                in_flight, unsent_bytes = in_flight + cost, unsent_bytes + cost
+                if unsent_bytes >= _TOGETHER or len(unsent) >= _IN_FLIGHT // 2:
+                    unsent_bytes = self._send(wire, unsent, call)
+            if call.cancelled():
+                for _ in unsent:
+                    waiting.pop()
+            else:
+                self._send(wire, unsent, call)
             while waiting:
                 self._finish(wire, waiting, endpoint, call)
         finally:
             self.conclude(some)
         self.settle(Outcome.CANCELLED, some)
 
+    def _worded(self, some: Sequence[int]) -> Iterator[tuple[int, Command]]:
+        """Keys and all that is said about each; put into words for many at once, since between two large payloads nothing of
+        that would be in the core's caches."""
+        for start in range(0, len(some), _IN_FLIGHT):
+            part = some[start : start + _IN_FLIGHT]
+            yield from list(zip(part, map(self._words, part), strict=True))
+
+    def _words(self, at: int) -> Command:
+        found: Command = []
+        for words in self.request(at):
+            found += [_ASKING, *words] if self.asking else words
+        return found
+
     def conclude(self, some: Sequence[int]) -> None:
         """Judges what has come, whatever came of the rest."""
 
-    def _send(self, wire: Wire, at: int, call: Call) -> None:
-        parts: Command = []
-        for some in self.request(at):
-            parts += [_ASKING, *some] if self.asking else some
-        wire.send(parts, call, self.answers * (1 + self.asking))
+    def _send(self, wire: Wire, unsent: list[Command], call: Call) -> int:
+        """Sends what there is to say about some keys, and empties the list of that; the bytes that are left to send: none."""
+        if unsent:
+            parts = unsent[0] if len(unsent) == 1 else [part for words in unsent for part in words]
+            wire.send(parts, call, self.answers * (1 + self.asking) * len(unsent))
+            unsent.clear()
+        return 0
 
     def _answer(self, wire: Wire, call: Call) -> object:
         self._permit(wire, call)
@@ -190,10 +220,11 @@ class Putting(Exchange):
         payload = view_of(self._addresses[at], self._sizes[at])
         header = self._headers[at * HEADER_BYTES : (at + 1) * HEADER_BYTES]
         body = body_bytes(len(payload))
-        return [
-            long_set(body_name(self.names[at]), [payload[:body]], self._options),
-            long_set(head_name(self.names[at]), [header, payload[body:]], self._options),
-        ]
+        first = long_set(body_name(self.names[at]), [payload[:body]], self._options)
+        second = long_set(head_name(self.names[at]), [header, payload[body:]], self._options)
+        if self.asking or len(payload) - body > _SHORT:
+            return [first, second]
+        return [[*first[:-1], b"".join((first[-1], *second))]]  # fewer parts, which all cost the same
 
     def receive(self, wire: Wire, at: int, call: Call) -> int:
         if not self.asking and wire.begins_with(_BOTH_OK, call):  # mostly

@@ -30,7 +30,8 @@ class RedisOptions:
     connections
         Threads, and connections to each server, that share a batch; 1 to 256.
     in_flight_bytes
-        Payload that one connection asks for or sends before it has read the answers.
+        Payload that a call asks of one server, or sends there, before it has read the answers: shared by the connections that
+        share the batch, and one record each at least.
     connect_timeout_s
         Of a connection, login included; a call's deadline bounds it too.
     """

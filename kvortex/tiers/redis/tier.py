@@ -148,17 +148,17 @@ class RedisTier(Tier):
             parts = min(self.options.connections, max(-(-nbytes // _LEAST_SHARE), -(-len(mine) // _LEAST_COUNT)))
             for part in range(parts):
                 first, last = len(mine) * part // parts, len(mine) * (part + 1) // parts
-                jobs.append(self._job(exchange, endpoint, mine[first:last]))
+                jobs.append(self._job(exchange, endpoint, mine[first:last], parts))
         return jobs
 
-    def _job(self, exchange: Exchange, endpoint: Endpoint, some: list[int]) -> Callable[[Call], None]:
+    def _job(self, exchange: Exchange, endpoint: Endpoint, some: list[int], parts: int = 1) -> Callable[[Call], None]:
         def job(call: Call) -> None:
             try:
                 mine = some
                 if isinstance(exchange, Putting):
                     mine = exchange.refuse_larger(some, self._largest_value(endpoint, call))
                 if mine:
-                    self._talk(exchange, endpoint, mine, call)
+                    self._talk(exchange, endpoint, mine, call, parts)
             except Broken as error:
                 self._servers.doubt()
                 self._note(error)
@@ -166,13 +166,13 @@ class RedisTier(Tier):
 
         return job
 
-    def _talk(self, exchange: Exchange, endpoint: Endpoint, some: list[int], call: Call) -> None:
+    def _talk(self, exchange: Exchange, endpoint: Endpoint, some: list[int], call: Call, parts: int) -> None:
         """One part on one connection; anew where one that had waited turned out dead before it said anything."""
         for fresh in (False, True):
             with self._servers.pool.lend(endpoint, call, fresh) as (wire, was_used):
                 before = wire.served
                 try:
-                    exchange.talk(wire, some, endpoint, call)
+                    exchange.talk(wire, some, endpoint, call, parts)
                     return
                 except Broken as error:
                     if type(error) is not Broken or fresh or not was_used or wire.served != before:
