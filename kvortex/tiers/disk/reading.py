@@ -58,8 +58,7 @@ def _read(
     size = int(store.places.sizes[place])
     slab, offset = store.where(place)
     try:
-        with store.reading:
-            slab.read(offset, address, size, pages)
+        slab.read(offset, address, size, pages, store.reading)
     except OSError as error:
         store.failed(error)
         found.outcomes[row] = Outcome.FAILED

@@ -24,8 +24,8 @@ NAME = "kvortex.slab"
 PROBE = COPIES * PAGE  # where the record of probes lies, of one page
 START = PROBE + 2 * PAGE  # where slots begin
 MOST_AT_ONCE = 0x7FFF_F000  # bytes of one preadv or pwritev; Linux does no more (read(2), write(2))
-
-
+Turn = contextlib.AbstractContextManager[object]
+_NO_TURN: Turn = contextlib.nullcontext()
 # EINVAL too: where a file system has no such call, the C library writes a byte a block instead, which O_DIRECT refuses.
 _NO_FALLOCATE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
@@ -233,13 +233,19 @@ class Slab:
         """Where a slot begins."""
         return START + slot * self.slot_bytes
 
-    def write(self, offset: int, address: int, nbytes: int, pages: Pages) -> None:
-        """Header and payload in one call; OSError where not all of it was written."""
-        self._all(self._system.pwritev(self._fd, pages.to_write(address, nbytes), offset), PAGE + padded(nbytes))
+    def write(self, offset: int, address: int, nbytes: int, pages: Pages, turn: Turn = _NO_TURN) -> None:
+        """Header and payload in one call, which holds ``turn``; OSError where not all of it was written."""
+        parts = pages.to_write(address, nbytes)
+        with turn:
+            done = self._system.pwritev(self._fd, parts, offset)
+        self._all(done, PAGE + padded(nbytes))
 
-    def read(self, offset: int, address: int, nbytes: int, pages: Pages) -> None:
-        """Header and payload in one call; OSError where not all of it came."""
-        self._all(self._system.preadv(self._fd, pages.to_read(address, nbytes), offset), PAGE + padded(nbytes))
+    def read(self, offset: int, address: int, nbytes: int, pages: Pages, turn: Turn = _NO_TURN) -> None:
+        """Header and payload in one call, which holds ``turn``; OSError where not all of it came."""
+        parts = pages.to_read(address, nbytes)
+        with turn:
+            done = self._system.preadv(self._fd, parts, offset)
+        self._all(done, PAGE + padded(nbytes))
         pages.arrived(address, nbytes)
 
     def read_run(self, offset: int, buffer: memoryview) -> None:

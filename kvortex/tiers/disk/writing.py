@@ -111,8 +111,7 @@ class Putting:
             slab, offset = store.where(place)
             whole = False
             try:
-                with store.writing:
-                    slab.write(offset, int(self.addresses[row]), size, pages)
+                slab.write(offset, int(self.addresses[row]), size, pages, store.writing)
                 whole = True
             except OSError as error:
                 store.failed(error)
