@@ -28,7 +28,7 @@ from kvortex.tiers import Call, Outcome, RecordFormat, Tier
 from perf.report import progress
 
 BLOCK = 2 << 20
-BLOCKS, ROUNDS = 32, 15
+BLOCKS, ROUNDS = 32, 31
 _SECONDS = 120.0
 _AHEAD = 4
 Bytes = npt.NDArray[np.uint8]
