@@ -31,7 +31,7 @@ from perf.report import progress
 
 BLOCK = 2 << 20
 DEPTHS = (1, 2, 4, 8, 16)
-BLOCKS, ROUNDS = 64, 9
+BLOCKS, ROUNDS = 64, 21
 _SLOTS = 2  # batches that a file holds
 _SECONDS = 120.0
 Bytes = npt.NDArray[np.uint8]
