@@ -184,8 +184,11 @@ class TierSide:
         self._line.guard.overdue()
         self._line.start_probe()
         now = time.monotonic()
-        for job in [job for job in list(self._waiting.values()) if now > job.deadline]:
-            self._give_up(job)
+        for job in list(self._waiting.values()):
+            if not self._line.breaker.closed:  # nothing would be moved, and a call that hangs may keep a thread for ever
+                self._give_up(job, "breaker")
+            elif now > job.deadline:
+                self._give_up(job)
         return [self._settle(job) for job in _drained(self._ended)]
 
     def _settle(self, job: Job) -> Job:
@@ -284,9 +287,11 @@ class TierSide:
         for answers in _drained(self._answers):
             self._questions.learn(answers)
 
-    def _give_up(self, job: Job) -> None:
+    def _give_up(self, job: Job, why: str = "") -> None:
         """A job that no thread has begun."""
         if self._waiting.pop(job.number, None) is not None:
+            if why and job.counted:
+                self._line.guard.tally.drop(why, job.counted)
             self._ended.put(job)
 
     def drain(self) -> None:

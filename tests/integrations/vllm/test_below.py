@@ -227,6 +227,23 @@ def test_a_slow_tier_keeps_a_share_of_the_pool_pinned_and_no_more(hanging: Hangi
     pool.side.close()
 
 
+def test_chunks_that_wait_behind_a_call_that_hangs_are_given_back_when_that_is_noticed(hanging: Hanging) -> None:
+    """vLLM keeps them pinned: only the chunk that may still be read cannot be spared."""
+    pool = Pool(OpenTier(hanging, TierOptions(write_timeout_s=0.05)))
+    hung = pool.begin(False, names(1), [1])
+    until(lambda: not pool.side._waiting)
+    behind = [pool.begin(False, names(at), [at]) for at in (2, 3)]
+    ended: list[Job] = []
+    until(lambda: ended.extend(pool.side.finished()) or len(ended) == 2)
+    assert [job.number for job in ended] == behind and not any(job.good.any() for job in ended)
+    stats = pool.side.stats()
+    assert (stats.breaker, stats.queue_blocks, stats.dropped) == ("open", 1, {"breaker": 2})
+    hanging.go.set()
+    (job,) = until(pool.side.finished)
+    assert job.number == hung and pool.side.stats().queue_blocks == 0
+    pool.side.close()
+
+
 @pytest.mark.parametrize("end", ["close", "drain"])
 def test_what_waits_is_stored_in_the_end(pool: Pool, store: MemoryStore, end: str) -> None:
     for at in range(8):
