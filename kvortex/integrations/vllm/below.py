@@ -122,8 +122,13 @@ class TierSide:
         self._ended: queue.SimpleQueue[Job] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[dict[bytes, bool]] = queue.SimpleQueue()
         self._storing = 0  # chunks
-        for thread in self._line.threads:
-            thread.start()
+        self._draining = False
+        try:
+            for thread in self._line.threads:
+                thread.start()
+        except BaseException:
+            self._end_threads()
+            raise
 
     # -- what vLLM's scheduler asks
 
@@ -268,7 +273,7 @@ class TierSide:
         options = self._line.options
         most = max(1, min(options.batch_blocks, options.batch_bytes // self._chunks.nbytes))
         for first in range(0, len(rows), most):
-            if not self._line.breaker.closed or self._closing:
+            if not self._line.breaker.closed or self._closing or (first and self._draining):
                 return
             yield rows[first : first + most]
 
@@ -295,8 +300,8 @@ class TierSide:
             self._ended.put(job)
 
     def drain(self) -> None:
-        """Waits until no job runs; those that have not begun after a while are given up. All are among the next
-        :meth:`finished`.
+        """Waits until no job runs. Those that have not ended after a while are given up: those that no thread has begun at
+        once, others behind their first call, or the one that runs. All are among the next :meth:`finished`.
 
         Raises
         ------
@@ -304,7 +309,11 @@ class TierSide:
             One does not end: the pool's memory may still be read, or written.
         """
         self._flush()
-        self._wait(self._is_idle, _DRAIN_S)
+        self._draining = True
+        try:
+            self._wait(self._is_idle, _DRAIN_S)
+        finally:
+            self._draining = False
 
     def _is_idle(self) -> bool:
         return self._ended.qsize() >= len(self._jobs)
@@ -335,16 +344,19 @@ class TierSide:
         """
         if not self._closing:
             self._flush()
-            self._closing = True
-            for work, count in _threads(self._line):
-                for _ in range(count):
-                    work.put(None)
+            self._end_threads()
         deadline = time.monotonic() + self._line.options.read_timeout_s + self._line.options.write_timeout_s
         for thread in self._line.threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         if left := [thread.name for thread in self._line.threads if thread.is_alive()]:
             raise TransferTimeoutError(f"{', '.join(left)}: calls of the tier have not come back; vLLM's pool must stay")
         self._line.tier.close()
+
+    def _end_threads(self) -> None:
+        self._closing = True
+        for work, count in _threads(self._line):
+            for _ in range(count):
+                work.put(None)
 
 
 def _threads(line: Line) -> Sequence[tuple[_Work, int]]:
