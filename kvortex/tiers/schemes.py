@@ -64,7 +64,10 @@ class Scheme:
             url += "?" + urlencode(others)
         chosen = {name: value_of(name, value, kinds[name]) for name, value in named.items() if name in kinds}
         missing = [entry.name for entry in dataclasses.fields(kind) if _is_required(entry)]
-        values = self.parts(url) | chosen
+        said = self.parts(url)
+        if both := [name for name in chosen if said.get(name)]:
+            raise ConfigError(f"{shown(both[0])} stands twice: the URL says it before its '?'")
+        values = said | chosen
         if absent := [name for name in missing if name not in values]:
             raise ConfigError(f"{', '.join(absent)} must be given")
         return kind(**values)

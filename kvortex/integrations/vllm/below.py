@@ -122,8 +122,13 @@ class TierSide:
         self._ended: queue.SimpleQueue[Job] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[dict[bytes, bool]] = queue.SimpleQueue()
         self._storing = 0  # chunks
-        for thread in self._line.threads:
-            thread.start()
+        self._draining = False
+        try:
+            for thread in self._line.threads:
+                thread.start()
+        except BaseException:
+            self._end_threads()
+            raise
 
     # -- what vLLM's scheduler asks
 
@@ -184,8 +189,11 @@ class TierSide:
         self._line.guard.overdue()
         self._line.start_probe()
         now = time.monotonic()
-        for job in [job for job in list(self._waiting.values()) if now > job.deadline]:
-            self._give_up(job)
+        for job in list(self._waiting.values()):
+            if not self._line.breaker.closed:  # nothing would be moved, and a call that hangs may keep a thread for ever
+                self._give_up(job, "breaker")
+            elif now > job.deadline:
+                self._give_up(job)
         return [self._settle(job) for job in _drained(self._ended)]
 
     def _settle(self, job: Job) -> Job:
@@ -265,7 +273,7 @@ class TierSide:
         options = self._line.options
         most = max(1, min(options.batch_blocks, options.batch_bytes // self._chunks.nbytes))
         for first in range(0, len(rows), most):
-            if not self._line.breaker.closed or self._closing:
+            if not self._line.breaker.closed or self._closing or (first and self._draining):
                 return
             yield rows[first : first + most]
 
@@ -284,14 +292,16 @@ class TierSide:
         for answers in _drained(self._answers):
             self._questions.learn(answers)
 
-    def _give_up(self, job: Job) -> None:
+    def _give_up(self, job: Job, why: str = "") -> None:
         """A job that no thread has begun."""
         if self._waiting.pop(job.number, None) is not None:
+            if why and job.counted:
+                self._line.guard.tally.drop(why, job.counted)
             self._ended.put(job)
 
     def drain(self) -> None:
-        """Waits until no job runs; those that have not begun after a while are given up. All are among the next
-        :meth:`finished`.
+        """Waits until no job runs. Those that have not ended after a while are given up: those that no thread has begun at
+        once, others behind their first call, or the one that runs. All are among the next :meth:`finished`.
 
         Raises
         ------
@@ -299,7 +309,11 @@ class TierSide:
             One does not end: the pool's memory may still be read, or written.
         """
         self._flush()
-        self._wait(self._is_idle, _DRAIN_S)
+        self._draining = True
+        try:
+            self._wait(self._is_idle, _DRAIN_S)
+        finally:
+            self._draining = False
 
     def _is_idle(self) -> bool:
         return self._ended.qsize() >= len(self._jobs)
@@ -330,16 +344,19 @@ class TierSide:
         """
         if not self._closing:
             self._flush()
-            self._closing = True
-            for work, count in _threads(self._line):
-                for _ in range(count):
-                    work.put(None)
+            self._end_threads()
         deadline = time.monotonic() + self._line.options.read_timeout_s + self._line.options.write_timeout_s
         for thread in self._line.threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         if left := [thread.name for thread in self._line.threads if thread.is_alive()]:
             raise TransferTimeoutError(f"{', '.join(left)}: calls of the tier have not come back; vLLM's pool must stay")
         self._line.tier.close()
+
+    def _end_threads(self) -> None:
+        self._closing = True
+        for work, count in _threads(self._line):
+            for _ in range(count):
+                work.put(None)
 
 
 def _threads(line: Line) -> Sequence[tuple[_Work, int]]:

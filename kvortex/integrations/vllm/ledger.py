@@ -17,11 +17,13 @@ Int64s = npt.NDArray[np.int64]
 
 
 class Reserved(NamedTuple):
-    """What :meth:`Ledger.reserve` made: positions of the names that got slots, these slots, and whose bytes lay there."""
+    """What :meth:`Ledger.reserve` made: positions of the names that got slots, these slots, and whose bytes lay there; and
+    whether there was room for none."""
 
     positions: Int64s
     slots: Int64s
     evicted: list[bytes]
+    full: bool = False
 
 
 class Ledger:
@@ -81,11 +83,11 @@ class Ledger:
             room = counts.free + counts.resident - counts.pinned - mine  # at least: some of mine may be pinned
             missing = [at for at, name in enumerate(names) if name not in self._here and name not in self._pending]
             if room < 1 or not missing:
-                return Reserved(np.empty(0, np.int64), np.empty(0, np.int64), [])
+                return Reserved(np.empty(0, np.int64), np.empty(0, np.int64), [], full=True)
             try:
                 return self._reserve(names[: missing[min(room, len(missing)) - 1] + 1])
             except PoolFullError:
-                return Reserved(np.empty(0, np.int64), np.empty(0, np.int64), [])
+                return Reserved(np.empty(0, np.int64), np.empty(0, np.int64), [], full=True)
 
     def _reserve(self, names: Sequence[bytes]) -> Reserved:
         made = self._index.reserve(self._keys(names))

@@ -104,11 +104,11 @@ class Manager:
                     del self._pins[name]
 
     def prepare_store(self, names: Sequence[bytes]) -> Stores | None:
-        """Slots for blocks that are not here; None where none could be had."""
+        """Slots for blocks that are not here, and are admitted; None where none could be had."""
         names = list(dict.fromkeys(names))
         made = self.ledger.reserve(names)
         mine = [names[i] for i in made.positions.tolist()]
-        missing = not mine and any(self.ledger.slot_of(each) is None and not self.ledger.is_pending(each) for each in names)
+        missing = made.full and any(self.ledger.slot_of(each) is None and not self.ledger.is_pending(each) for each in names)
         if missing:
             return None
         for slot in made.slots.tolist():

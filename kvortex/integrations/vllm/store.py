@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from dataclasses import dataclass, field
@@ -55,7 +56,8 @@ class Store:
     """
 
     def __init__(self, config: KVortexConfig, layout: KVLayout, slots: int) -> None:
-        self.engine = KVortexEngine.create(config, layout)
+        # Whom the scheduler admits is admitted. An engine that counted offers again would leave out what is promised then.
+        self.engine = KVortexEngine.create(dataclasses.replace(config, admit_after=1), layout)
         try:
             there = self.engine.wait_ready()
             if there < slots:

@@ -14,7 +14,7 @@ import vllm
 from vllm.v1.kv_offload import base as offload
 from vllm.v1.kv_offload.tiering import base
 
-from kvortex.errors import ConfigError, shown
+from kvortex.errors import ConfigError, shown, shown_tiers
 from kvortex.integrations.vllm.below import Chunks, Job, TierSide
 from kvortex.keys import Namespace
 from kvortex.tiers.record import RecordFormat
@@ -64,7 +64,7 @@ class KvortexTier(base.SecondaryTierManager):  # type: ignore[misc]
     ) -> None:
         super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
         if not isinstance(url, str):
-            raise ConfigError(f"{SOURCE}: url = {shown(url)}: must be given, as disk:/folder?capacity=100GiB or redis://host:6379/0")
+            raise ConfigError(f"{SOURCE}: url = {shown_tiers(url)}: must be given, as disk:/folder?capacity=100GiB or redis://host:6379/0")
         is_share = isinstance(tier_pool_share, (int, float)) and not isinstance(tier_pool_share, bool)
         if not is_share or not 0 < tier_pool_share <= 0.5:
             raise ConfigError(f"{SOURCE}: tier_pool_share = {shown(tier_pool_share)}: must be above 0 and up to 0.5")
@@ -157,7 +157,7 @@ def _locality(name: str | None) -> Any:
     if name is None:
         return None
     known = {entry.value: entry for entry in getattr(offload, "Locality", ())}
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         names = ", ".join(known) or "none that this vLLM knows"
         raise ConfigError(f"{SOURCE}: locality = {shown(name)}: must be one of {names}")
     return known[name]

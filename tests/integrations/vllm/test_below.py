@@ -227,6 +227,23 @@ def test_a_slow_tier_keeps_a_share_of_the_pool_pinned_and_no_more(hanging: Hangi
     pool.side.close()
 
 
+def test_chunks_that_wait_behind_a_call_that_hangs_are_given_back_when_that_is_noticed(hanging: Hanging) -> None:
+    """vLLM keeps them pinned: only the chunk that may still be read cannot be spared."""
+    pool = Pool(OpenTier(hanging, TierOptions(read_timeout_s=0.05, write_timeout_s=0.05)))
+    hung = pool.begin(False, names(1), [1])
+    until(lambda: not pool.side._waiting)
+    behind = [pool.begin(False, names(at), [at]) for at in (2, 3)]
+    ended: list[Job] = []
+    until(lambda: ended.extend(pool.side.finished()) or len(ended) == 2)
+    assert [job.number for job in ended] == behind and not any(job.good.any() for job in ended)
+    stats = pool.side.stats()
+    assert (stats.breaker, stats.queue_blocks, stats.dropped) == ("open", 1, {"breaker": 2})
+    hanging.go.set()
+    (job,) = until(pool.side.finished)
+    assert job.number == hung and pool.side.stats().queue_blocks == 0
+    pool.side.close()
+
+
 @pytest.mark.parametrize("end", ["close", "drain"])
 def test_what_waits_is_stored_in_the_end(pool: Pool, store: MemoryStore, end: str) -> None:
     for at in range(8):
@@ -246,6 +263,51 @@ def test_what_has_not_begun_in_the_end_is_given_up(hanging: Hanging, monkeypatch
     ended = pool.side.finished()
     assert len(ended) == 4 and sum(job.good.all() for job in ended) == 1 and pool.side.stats().queue_blocks == 0
     pool.side.close()
+
+
+@pytest.mark.parametrize("loads", [False, True])
+def test_a_drain_ends_a_job_of_many_calls_behind_the_one_that_runs(
+    store: MemoryStore, monkeypatch: pytest.MonkeyPatch, loads: bool
+) -> None:
+    """A tier that is slow but works would otherwise keep vLLM until the time is up, and end it."""
+    monkeypatch.setattr(below, "_FLUSH_S", 0.02)
+    pool = Pool(memory(store, batch_blocks=1))
+    if loads:
+        pool.store(names(1, 2, 3), [1, 2, 3])
+    tier, name, calls, drains = pool.side._line.tier, "get_into" if loads else "put_from", [], threading.Event()
+    whole = getattr(tier, name)
+
+    def slow(*given: Any) -> Any:
+        calls.append(given)
+        drains.wait(30)
+        return whole(*given)
+
+    monkeypatch.setattr(tier, name, slow)
+    flush = pool.side._flush
+    monkeypatch.setattr(pool.side, "_flush", lambda: (flush(), threading.Timer(0.2, drains.set).start()))
+    pool.begin(loads, names(1, 2, 3), [4, 5, 6])
+    until(lambda: calls)
+    pool.side.drain()
+    (job,) = pool.side.finished()
+    assert job.good.tolist() == [True, False, False] and len(calls) == 1
+    assert pool.move(loads, names(1, 2, 3), [4, 5, 6]) == [True] * 3  # later ones go on
+    pool.side.close()
+
+
+def test_a_side_whose_threads_cannot_all_be_started_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    start, started = threading.Thread.start, []
+
+    def few(thread: threading.Thread) -> None:
+        if len(started) == 2:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", few)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        Pool(memory())
+    assert len(started) == 2
+    until(lambda: not any(thread.is_alive() for thread in started))
 
 
 @pytest.mark.parametrize("chunk", [CHUNKS, -1])

@@ -158,6 +158,15 @@ def test_pinned_chunks_stay_and_none_means_no_room(world: World) -> None:
     assert place.slots.tolist() == [world.manager.ledger.slot_of(name) for name in names(*range(6))]
 
 
+def test_a_chunk_that_is_not_admitted_yet_is_no_want_of_room() -> None:
+    """vLLM would warn, and offer it again with each step of the same request, until that had admitted it."""
+    manager = Manager(Ledger(2, "lru", 2, Namespace()), lambda: None, events=False)
+    first, second = manager.prepare_store(names(1, 2)), manager.prepare_store(names(1, 2))
+    assert first is not None and first.names == [] and second is not None and second.names == names(1, 2)
+    assert manager.prepare_store(names(3)) is not None and manager.prepare_store(names(3)) is None  # now it is one
+    manager.complete_store(names(1, 2), False)
+
+
 def test_a_chunk_that_is_loaded_twice_is_pinned_twice(world: World) -> None:
     world.store(names(1), [3])
     world.manager.prepare_load(names(1))

@@ -88,6 +88,15 @@ def test_without_digests_nothing_is_compared(cache: PagedCache) -> None:
     made.close()
 
 
+def test_who_is_admitted_is_the_schedulers_to_say_and_what_it_says_is_saved_is_saved(cache: PagedCache) -> None:
+    """An engine that counted offers once more would leave out what all ranks' scheduler then promises."""
+    slot = -(-cache.layout.record_bytes // 4096) * 4096
+    made = Store(KVortexConfig(cpu_pool_size_bytes=SLOTS * slot, device="host", admit_after=2), cache.layout, SLOTS)
+    save(made, 1, [3, 4], ["a", "b"], [0, 1])
+    assert made.good(blocks([3, 4], ["a", "b"], [0, 0])).all()
+    made.close()
+
+
 def test_a_slot_holds_what_was_saved_last(store: Store, cache: PagedCache) -> None:
     save(store, 1, [3, 4], ["a", "b"], [0, 1])
     save(store, 2, [4], ["a"], [2])  # the same name elsewhere too

@@ -83,7 +83,8 @@ def looked(tier: Any, name: bytes) -> str:
 
 
 def test_chunks_go_down_and_come_back_and_what_is_missing_is_told(plugin: Any, pool: np.ndarray, tmp_path: Path) -> None:
-    tier, names = start(plugin, pool, tmp_path, locality="LOCAL", tier_pool_share=0.5), [bytes([at] * 36) for at in range(3)]
+    view, names, url = memoryview(pool), [bytes([at] * 36) for at in range(3)], f"disk:{tmp_path}?capacity=1MiB"
+    tier = plugin.KvortexTier(spec(), view, "KvortexTier", None, url=url, locality="LOCAL", tier_pool_share=0.5)
     assert (tier.medium.name, tier.cache_hit_source.name, tier.locality.value) == ("STORAGE", "DISK", "LOCAL")
     tier.submit_store(job(1, names[:2], [0, 1]))
     result = ended(tier)
@@ -95,7 +96,7 @@ def test_chunks_go_down_and_come_back_and_what_is_missing_is_told(plugin: Any, p
     assert (pool[4:6] == pool[:2]).all()
     tier.drain_jobs()
     tier.shutdown()
-    memoryview(pool).release()  # nobody holds vLLM's view
+    view.release()  # BufferError, if anybody held vLLM's view
 
 
 def test_another_model_layout_salt_or_version_finds_nothing(plugin: Any, pool: np.ndarray, tmp_path: Path) -> None:
@@ -123,6 +124,8 @@ def test_another_model_layout_salt_or_version_finds_nothing(plugin: Any, pool: n
         ({"url": None}, "secondary_tiers: url = None: must be given"),
         ({"url": "tape:/x"}, "secondary_tiers: tier tape:/x: unknown scheme"),
         ({"locality": "near"}, "secondary_tiers: locality = 'near': must be one of LOCAL, REMOTE"),
+        ({"locality": ["LOCAL"]}, "secondary_tiers: locality = .'LOCAL'.: must be one of LOCAL, REMOTE"),
+        ({"url": ["redis://kv:hidden@host/0"]}, r"secondary_tiers: url = .'redis://kv:\*\*\*@host/0'.: must be given"),
         ({"tier_pool_share": 0.9}, "secondary_tiers: tier_pool_share = 0.9: must be above 0 and up to 0.5"),
         ({"salt": 5}, "salt = 5: must be str"),
         ({"mode": "back"}, "mode = 'back'"),
