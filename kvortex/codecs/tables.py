@@ -87,7 +87,11 @@ class Tables:
             raise CodecError(f"tables of {self.base.shape} are for no records of {shape.describe().decode()}")
         named = (names.index(name) for names, name in zip(_NAMES, (shape.order, shape.parts, shape.dtype), strict=True))
         said = _SHAPE.pack(shape.layers, shape.heads, shape.head_dim, shape.tokens, *named)
-        if not cache.write(pathlib.Path(path), _MAGIC, _VERSION, said + self._values()):
+        try:
+            written = cache.write(pathlib.Path(path), _MAGIC, _VERSION, said + self._values())
+        except ValueError:  # a NUL in the path
+            written = False
+        if not written:
             raise CodecError(f"{shown(str(path))} cannot be written")
 
     @classmethod

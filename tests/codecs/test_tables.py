@@ -101,6 +101,9 @@ def test_tables_check_themselves(tmp_path: Path) -> None:
         Tables(base, mean)
     with pytest.raises(CodecError, match="planes, channels"):
         Tables(base, np.zeros((2, 64), np.uint16))
+    for name in ("a\0b", str(tmp_path / "\ud800")):  # no names of files at all
+        with pytest.raises(CodecError, match="cannot be written"):
+            Tables(base, np.zeros((1, 64), np.uint16)).save(name, RecordShape(1, 1, 64, parts="L"))
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(CodecError, match="cannot be written"):
         Tables(base, np.zeros((1, 64), np.uint16)).save(tmp_path / "file" / "t", RecordShape(1, 1, 64, parts="L"))
