@@ -99,7 +99,8 @@ class Tables:
         """Reads what :meth:`save` wrote. Raises CodecError where there is none, or it is damaged or of another version."""
         name = shown(str(path))
         try:
-            body = cache.read(pathlib.Path(path), _MAGIC, _VERSION)
+            there = pathlib.Path(path)
+            body = cache.read(there, _MAGIC, _VERSION) if there.is_file() else None  # pipes and devices may have no end
         except ValueError:  # a NUL in the path
             body = None
         if body is None or len(body) < _SHAPE.size:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import struct
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +78,26 @@ def test_a_damaged_file_is_told(tmp_path: Path, damage: str) -> None:
         path.write_bytes(data)
     with pytest.raises(CodecError, match="no file of codec tables|calibrate anew"):
         Tables.load(path)
+
+
+def test_a_pipe_is_no_file_to_wait_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    heard: list[str] = []
+
+    def load() -> None:
+        try:
+            Tables.load(tmp_path / "pipe")
+        except CodecError as error:
+            heard.append(str(error))
+
+    reader = threading.Thread(target=load)
+    reader.start()
+    reader.join(10)
+    waited = reader.is_alive()
+    if waited:  # gives it an end
+        os.close(os.open(tmp_path / "pipe", os.O_WRONLY | os.O_NONBLOCK))
+        reader.join()
+    assert not waited and "no file of codec tables" in heard[0]
 
 
 def test_a_file_of_another_size_is_told(tmp_path: Path) -> None:
