@@ -101,7 +101,7 @@ class Tables:
         try:
             there = pathlib.Path(path)
             body = cache.read(there, _MAGIC, _VERSION) if there.is_file() else None  # pipes and devices may have no end
-        except ValueError:  # a NUL in the path
+        except (OSError, ValueError):  # a name that is too long, or has a NUL
             body = None
         if body is None or len(body) < _SHAPE.size:
             raise CodecError(f"{name} is no file of codec tables of this version, or damaged: see kvortex calibrate --tables")

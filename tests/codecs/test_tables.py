@@ -112,6 +112,9 @@ def test_a_file_of_another_size_is_told(tmp_path: Path) -> None:
         cache.write(tmp_path / "t", b"KVXTABLE", 2, struct.pack("<7I", *sizes) + bytes(10))
         with pytest.raises(CodecError, match=message):
             Tables.load(tmp_path / "t")
+    for name in ("x" * 5000, "a\0b", "\ud800", "", "/", "/dev/zero"):
+        with pytest.raises(CodecError, match="no file of codec tables"):
+            Tables.load(name)
     cache.write(tmp_path / "t", b"KVXTABLE", 2, b"short")
     with pytest.raises(CodecError, match="no file of codec tables"):
         Tables.load(tmp_path / "t")
