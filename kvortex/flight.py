@@ -100,8 +100,9 @@ class Flight:
             completion.abort(TransferError(f"the ticket was dropped before layers {shown(list(missing))} were announced"))
         if completion is not None and not completion.query():
             return False
-        held, moved = transfer.slots[transfer.slots >= 0], transfer.moved()
-        unfit = np.zeros(len(held), bool)
+        moved = transfer.moved()
+        held = fit = transfer.slots[moved]
+        unfit: npt.NDArray[np.bool_] | None = None  # as without a codec, whose saves are to cost nothing more
         error = completion.error if completion is not None else None
         if completion is None and len(held):
             error = TransferError("the call was interrupted before anything moved")
@@ -109,52 +110,56 @@ class Flight:
             transfer.mask[moved] = False
             transfer.error = error
         elif completion is not None:
-            unfit = unfit if completion.unfit is None else completion.unfit
+            unfit, found = completion.unfit, completion.digests
             if transfer.direction is Direction.LOAD:
-                self._compare(transfer, held, completion.digests, unfit)
+                self._compare(transfer, held, found, unfit)
             else:
-                transfer.mask[moved[unfit]] = False
-                transfer.unfit = int(unfit.sum())
-                if completion.digests is not None and self._digests is not None:
-                    keep(transfer.once, held[~unfit], completion.digests[~unfit], self._digests)
+                if unfit is not None:
+                    transfer.mask[moved[unfit]] = False
+                    transfer.unfit = int(unfit.sum())
+                    fit, found = held[~unfit], None if found is None else found[~unfit]
+                if found is not None and self._digests is not None:
+                    keep(transfer.once, fit, found, self._digests)
         if transfer.direction is Direction.LOAD:
             mine = self._index.release(held, once=transfer.once)
         elif error is not None:
             mine = self._index.abort(held, once=transfer.once)
         else:
-            if unfit.any():  # first: ``once`` says that all of it is done
+            if unfit is not None:  # first: ``once`` says that all of it is done
                 self._index.abort(held[unfit], once=transfer.once_unfit)
-            mine = self._index.commit(held[~unfit], once=transfer.once)
+            mine = self._index.commit(fit, once=transfer.once)
         transfer.ended = True
         if mine and error is None and transfer.saved is not None and self._saved is not None:
             keys, sizes = transfer.saved
             there = transfer.slots >= 0
-            there[moved[unfit]] = False
+            if unfit is not None:
+                there[moved[unfit]] = False
             self._saved(keys, sizes, there)
         if mine and error is not None:
             self._counters.fail(len(held))
         elif mine and completion is not None:
             count, nbytes = len(held), transfer.nbytes
-            if transfer.unfit:
+            if unfit is not None and transfer.unfit:
                 count, nbytes = count - transfer.unfit, int(transfer.payload[~unfit].sum())
                 self._counters.overlong(transfer.unfit)
             self._counters.transfer(transfer.direction, completion.route, count, nbytes, completion.seconds)
             self._counters.damage(transfer.corrupt)
         return True
 
-    def _compare(self, transfer: Transfer, held: Int64s, found: Digests | None, unfit: npt.NDArray[np.bool_]) -> None:
+    def _compare(
+        self, transfer: Transfer, held: Int64s, found: Digests | None, unfit: npt.NDArray[np.bool_] | None
+    ) -> None:
         """Blocks that are not what was saved are failures of a load, and nobody will find them again. The others are right."""
-        wrong: npt.NDArray[np.bool_] | None = np.zeros(len(held), np.bool_)
+        wrong = None if transfer.once[0] else unfit
         if found is not None and self._digests is not None:
             wrong = compare(transfer.once, held, found, self._digests)
-        elif transfer.once[0]:
-            wrong = None
-        wrong = None if wrong is None else wrong | unfit
+            if wrong is not None and unfit is not None:
+                wrong |= unfit
         if wrong is None or not wrong.any():  # without an answer, another thread has seen to it
             return
         transfer.mask[transfer.moved()[wrong]] = False
         transfer.corrupt = int(wrong.sum())
-        why = "their digests differ" if not unfit.any() else "their digests differ, or they are no records of the codec"
+        why = "their digests differ" if unfit is None else "their digests differ, or they are no records of the codec"
         error = CorruptBlocksError(
             f"{transfer.corrupt} of {len(held)} blocks are not what was saved ({why}) and were dropped: compute "
             "them again. Host memory, the link or the GPU's memory damaged them, or somebody wrote to pages while they moved."

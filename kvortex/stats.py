@@ -38,6 +38,9 @@ class RouteStats:
 class EngineStats:
     """A snapshot of an engine's counters.
 
+    Of a block that a codec with loss keeps in several slots, as it does the first of a sequence, each part counts as one, but
+    in ``checked_blocks`` and ``hit_blocks``.
+
     Attributes
     ----------
     checked_blocks, hit_blocks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from kvortex.cli import console
 from kvortex.codecs import CODECS, RecordShape, Tables, calibrate, make_codec
 from kvortex.codecs.base import Bytes
 from kvortex.codecs.samples import read_sample, records_of
-from kvortex.errors import ArgumentError, CodecError
+from kvortex.errors import ArgumentError, CodecError, shown
 
 _ENOUGH_TOKENS = 1500  # for means, from which codecs with loss profit
 _SHOWN = [name for name in CODECS if name not in ("raw", "cachegen")]  # what an engine takes
@@ -29,6 +30,8 @@ def run(arguments: argparse.Namespace) -> int:
     """
     if not arguments.sample or not arguments.tables:
         raise ArgumentError("--tables names a file to write, and needs --sample: files of numpy.save with the model's KV")
+    if os.path.realpath(arguments.tables) in map(os.path.realpath, arguments.sample):
+        raise ArgumentError(f"--tables {shown(arguments.tables)} is a file of --sample: name another, or the sample is lost")
     parts, shape = [], None
     for path in arguments.sample:
         records, seen = records_of(read_sample(path), arguments.order, arguments.block_size, arguments.skip)

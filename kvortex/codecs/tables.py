@@ -87,7 +87,11 @@ class Tables:
             raise CodecError(f"tables of {self.base.shape} are for no records of {shape.describe().decode()}")
         named = (names.index(name) for names, name in zip(_NAMES, (shape.order, shape.parts, shape.dtype), strict=True))
         said = _SHAPE.pack(shape.layers, shape.heads, shape.head_dim, shape.tokens, *named)
-        if not cache.write(pathlib.Path(path), _MAGIC, _VERSION, said + self._values()):
+        try:
+            written = cache.write(pathlib.Path(path), _MAGIC, _VERSION, said + self._values())
+        except ValueError:  # a NUL in the path
+            written = False
+        if not written:
             raise CodecError(f"{shown(str(path))} cannot be written")
 
     @classmethod
@@ -95,8 +99,9 @@ class Tables:
         """Reads what :meth:`save` wrote. Raises CodecError where there is none, or it is damaged or of another version."""
         name = shown(str(path))
         try:
-            body = cache.read(pathlib.Path(path), _MAGIC, _VERSION)
-        except ValueError:  # a NUL in the path
+            there = pathlib.Path(path)
+            body = cache.read(there, _MAGIC, _VERSION) if there.is_file() else None  # pipes and devices may have no end
+        except (OSError, ValueError):  # a name that is too long, or has a NUL
             body = None
         if body is None or len(body) < _SHAPE.size:
             raise CodecError(f"{name} is no file of codec tables of this version, or damaged: see kvortex calibrate --tables")

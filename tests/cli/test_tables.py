@@ -104,6 +104,16 @@ def test_other_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert message in capsys.readouterr().err
 
 
+def test_a_sample_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = saved(tmp_path, "a", sample_of(1)), saved(tmp_path, "b", sample_of(2))
+    before = Path(b).read_bytes()
+    (tmp_path / "link").symlink_to(b)
+    for out in (b, str(tmp_path / "link")):
+        assert main(["calibrate", "--tables", out, "--sample", a, b]) == 2
+        assert "is a file of --sample: name another" in capsys.readouterr().err
+        assert Path(b).read_bytes() == before
+
+
 def test_records_of_long_blocks() -> None:
     a = sample_of(5)
     records, shape = records_of(a, "HND", tokens=32, skip=3)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import struct
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +80,26 @@ def test_a_damaged_file_is_told(tmp_path: Path, damage: str) -> None:
         Tables.load(path)
 
 
+def test_a_pipe_is_no_file_to_wait_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    heard: list[str] = []
+
+    def load() -> None:
+        try:
+            Tables.load(tmp_path / "pipe")
+        except CodecError as error:
+            heard.append(str(error))
+
+    reader = threading.Thread(target=load)
+    reader.start()
+    reader.join(10)
+    waited = reader.is_alive()
+    if waited:  # gives it an end
+        os.close(os.open(tmp_path / "pipe", os.O_WRONLY | os.O_NONBLOCK))
+        reader.join()
+    assert not waited and "no file of codec tables" in heard[0]
+
+
 def test_a_file_of_another_size_is_told(tmp_path: Path) -> None:
     from kvortex.kernels import cache
 
@@ -90,6 +112,9 @@ def test_a_file_of_another_size_is_told(tmp_path: Path) -> None:
         cache.write(tmp_path / "t", b"KVXTABLE", 2, struct.pack("<7I", *sizes) + bytes(10))
         with pytest.raises(CodecError, match=message):
             Tables.load(tmp_path / "t")
+    for name in ("x" * 5000, "a\0b", "\ud800", "", "/", "/dev/zero"):
+        with pytest.raises(CodecError, match="no file of codec tables"):
+            Tables.load(name)
     cache.write(tmp_path / "t", b"KVXTABLE", 2, b"short")
     with pytest.raises(CodecError, match="no file of codec tables"):
         Tables.load(tmp_path / "t")
@@ -101,6 +126,9 @@ def test_tables_check_themselves(tmp_path: Path) -> None:
         Tables(base, mean)
     with pytest.raises(CodecError, match="planes, channels"):
         Tables(base, np.zeros((2, 64), np.uint16))
+    for name in ("a\0b", str(tmp_path / "\ud800")):  # no names of files at all
+        with pytest.raises(CodecError, match="cannot be written"):
+            Tables(base, np.zeros((1, 64), np.uint16)).save(name, RecordShape(1, 1, 64, parts="L"))
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(CodecError, match="cannot be written"):
         Tables(base, np.zeros((1, 64), np.uint16)).save(tmp_path / "file" / "t", RecordShape(1, 1, 64, parts="L"))

@@ -322,6 +322,23 @@ def test_a_small_pool_evicts_and_stays_right(coded: Coded) -> None:
         nothing_is_held(engine)
 
 
+def test_parts_count_in_counters_of_slots(coded: Coded) -> None:
+    with coded.engine("k4v4", admit_after=2) as engine:
+        parts = parts_of(engine)
+        assert not engine.load_blocks(keys_of(1, 2), [7, 8], first=True).wait().any()
+        assert not engine.save_blocks(keys_of(1, 2), [1, 2], first=True).wait().any()  # offered for the first time
+        assert engine.save_blocks(keys_of(1, 2), [1, 2], first=True).wait().all()
+        slot_of(engine, slots_of(engine, engine._coding.rows(keys_of(1), True).keys)[0])[100] ^= 4
+        ticket = engine.load_blocks(keys_of(1, 2), [7, 8], first=True)
+        assert ticket.wait().tolist() == [False, True] and ticket.nbytes == 2 * coded.shape.raw_bytes
+        assert engine.check_blocks(keys_of(1, 2), first=True).tolist() == [False, True]
+        stats = engine.get_stats()
+        assert stats.missed_blocks == stats.declined_blocks == stats.saved_blocks == stats.loaded_blocks == parts + 1 > 2
+        assert (stats.corrupt_blocks, stats.resident_blocks) == (1, parts)
+        assert stats.saved_bytes == stats.loaded_bytes == 2 * coded.shape.raw_bytes
+        assert (stats.checked_blocks, stats.hit_blocks) == (2, 1)
+
+
 @pytest.mark.parametrize("codec", ["plane", "k4v4"])
 def test_layer_by_layer(codec: str, coded: Coded) -> None:
     """A save is whole when its last layer is announced; a load gives all layers at once."""
