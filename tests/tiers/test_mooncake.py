@@ -237,8 +237,9 @@ for turn in range(2):
         assert not rack.has(tier).any() and (rack.get(tier).outcomes == Outcome.MISS).all()
         assert (rack.put(tier) == Outcome.OK).all(), tier.trouble
     assert rack.has(tier).all() and (rack.put(tier) == Outcome.OK).all()
-    assert (rack.get(tier).outcomes == Outcome.OK).all(), tier.trouble
-    assert (tier.probe(rack.call())) is None
+    # On a busy machine a lease may expire before the data have come, which is a failure of that get.
+    assert any((rack.get(tier).outcomes == Outcome.OK).all() for _ in range(10)), tier.trouble
+    assert any(tier.probe(rack.call()) is None for _ in range(10)), tier.trouble
     tier.close()
     assert rack.wrong_bytes == 0
 """
