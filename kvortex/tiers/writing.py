@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from kvortex.index import NEW, BlockIndex
 from kvortex.keys import KeyArray
 from kvortex.tiers.base import Int64s, Outcome, Outcomes
 from kvortex.tiers.keyset import KeySet
 from kvortex.tiers.line import Line
+from kvortex.tiers.offers import Offers
 from kvortex.tiers.room import Room
 
 _QUEUED_S = 600.0  # a key that was left behind in the set of queued ones is offered again after that, at the latest
@@ -50,8 +50,7 @@ class Writing:
         self._line, self._room, self._threads, self._post = line, room, threads, post
         self._waiting: collections.deque[tuple[KeyArray, Int64s, float]] = collections.deque()  # keys, sizes, when due
         self._queued = KeySet(min(line.options.queue_blocks, 1 << 16), _QUEUED_S)
-        admit_after = line.options.admit_after
-        self._offers = BlockIndex(line.options.known_keys, admit_after=admit_after) if admit_after > 1 else None
+        self._offers = Offers(line.options, line.guard.tally)
         self._idle = line.options.write_threads
         self.blocks = self.nbytes = 0
         self.flushing = False
@@ -73,7 +72,7 @@ class Writing:
         fits = (sizes >= (options.least_bytes or 0)) & (sizes <= (options.most_bytes or sizes))
         tally.drop("size", int((wanted & ~fits).sum()))
         rows = np.flatnonzero(wanted & fits)
-        rows = rows[self._admitted(keys[rows])]
+        rows = rows[self._offers.admitted(keys[rows])]
         room = (np.arange(1, len(rows) + 1) <= options.queue_blocks - self.blocks) & (
             np.cumsum(sizes[rows]) <= options.queue_bytes - self.nbytes
         )
@@ -86,15 +85,6 @@ class Writing:
             self.blocks += len(rows)
             self.nbytes += int(sizes[rows].sum())
         self.pump()
-
-    def _admitted(self, keys: KeyArray) -> npt.NDArray[np.bool_]:
-        if self._offers is None or not len(keys):
-            return np.ones(len(keys), bool)
-        found = self._offers.reserve(keys)
-        admitted = found.status == NEW
-        self._offers.abort(found.slots[admitted])
-        self._line.guard.tally.drop("admission", int((~admitted).sum()))
-        return np.asarray(admitted)
 
     def pump(self) -> None:
         """Hands batches to threads that have nothing to do."""

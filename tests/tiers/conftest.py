@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 from collections.abc import Iterator
 
 import pytest
 
+from kvortex.tiers.remote.wire import Wire
 from tests.tiers import servers
 from tests.tiers.misbehaving import until
 
@@ -49,3 +51,13 @@ def nothing_leaks() -> Iterator[None]:
 def _held() -> tuple[int, int]:
     threads = sum(thread.name.startswith("kvortex") for thread in threading.enumerate())
     return threads, len(os.listdir("/proc/self/fd"))
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[Wire, socket.socket]]:
+    """A connection, and its far end."""
+    near, far = socket.socketpair()
+    wire = Wire(near)
+    yield wire, far
+    wire.close()
+    far.close()

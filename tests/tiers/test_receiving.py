@@ -26,15 +26,6 @@ FIXED = numbers(MOST)
 naive = functools.cache(digest)  # which takes its time
 
 
-@pytest.fixture
-def pair() -> Iterator[tuple[Wire, socket.socket]]:
-    near, far = socket.socketpair()
-    wire = Wire(near)
-    yield wire, far
-    wire.close()
-    far.close()
-
-
 def read(wire: Wire, room: np.ndarray, call: Call, sums: np.ndarray | None = None) -> np.ndarray:
     """Fills ``room`` from a wire; the digest of what came."""
     sums = np.zeros(2, np.uint64) if sums is None else sums

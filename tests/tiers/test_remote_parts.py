@@ -35,15 +35,6 @@ def soon(seconds: float = 5.0) -> Call:
     return Call(time.monotonic() + seconds)
 
 
-@pytest.fixture
-def pair() -> Iterator[tuple[Wire, socket.socket]]:
-    near, far = socket.socketpair()
-    wire = Wire(near)
-    yield wire, far
-    wire.close()
-    far.close()
-
-
 def test_lines_and_payloads_come_apart_wherever_they_are_cut(pair: tuple[Wire, socket.socket]) -> None:
     wire, far = pair
     payload = bytes(range(256)) * 300

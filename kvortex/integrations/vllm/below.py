@@ -21,13 +21,13 @@ import numpy.typing as npt
 from kvortex.digests import DIGEST_BYTES, digest_records
 from kvortex.digests.host import load_compiled
 from kvortex.errors import ConfigError, TransferTimeoutError
-from kvortex.index import NEW, BlockIndex
 from kvortex.integrations.vllm.ledger import keys_of
 from kvortex.integrations.vllm.questions import Questions
 from kvortex.keys import Namespace
 from kvortex.tiers.base import Int64s, Outcome
 from kvortex.tiers.line import Line
 from kvortex.tiers.metrics import TierStats
+from kvortex.tiers.offers import Offers
 from kvortex.tiers.urls import OpenTier
 
 _ALIGNMENT = 4096  # of addresses that tiers take
@@ -116,7 +116,7 @@ class TierSide:
         self._patience_s = 2 * options.read_timeout_s
         self._questions = Questions(self._patience_s)
         self._most = min(options.queue_blocks, options.queue_bytes // chunks.nbytes, max(1, int(chunks.count * share)))
-        self._offers = BlockIndex(options.known_keys, admit_after=options.admit_after) if options.admit_after > 1 else None
+        self._offers = Offers(options, self._line.guard.tally)
         self._jobs: dict[int, Job] = {}  # that have not been told to have ended
         self._waiting: dict[int, Job] = {}  # that no thread has begun; whoever pops one has it
         self._ended: queue.SimpleQueue[Job] = queue.SimpleQueue()
@@ -244,7 +244,7 @@ class TierSide:
         keys = keys_of(self._namespace, job.names)
         job.good[:] = line.has(keys)
         rows = np.flatnonzero(~job.good)
-        for some in self._batches(rows[self._admitted(keys[rows])]):
+        for some in self._batches(rows[self._offers.admitted(keys[rows])]):
             addresses, sizes = self._chunks.at(job.chunks[some]), np.full(len(some), size)
             digests = np.empty((len(some), DIGEST_BYTES), np.uint8)
             digest_records(addresses, sizes, digests)
@@ -276,15 +276,6 @@ class TierSide:
             if not self._line.breaker.closed or self._closing or (first and self._draining):
                 return
             yield rows[first : first + most]
-
-    def _admitted(self, keys: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
-        if self._offers is None or not len(keys):
-            return np.ones(len(keys), bool)
-        found = self._offers.reserve(keys)
-        admitted = found.status == NEW
-        self._offers.abort(found.slots[admitted])
-        self._line.guard.tally.drop("admission", int((~admitted).sum()))
-        return np.asarray(admitted)
 
     # -- the rest
 
