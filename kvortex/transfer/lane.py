@@ -181,18 +181,24 @@ class Lane:
         reading = digesting.reading if digesting is not None else None
         listed = plan.ids if reading is None else reading.listed
         ids.ids[room.listed : room.listed + len(listed)] = listed
+        cells = dg.NO_DIGESTS.copy()
+        if len(listed) == 1:
+            cells[dg.ONLY] = listed[0]
         if digesting is None:
-            return dg.NO_DIGESTS
+            return cells
         ids.ids[room.sums : room.words] = 0
         sent = room.sums if reading is None else room.listed
-        cells = np.zeros(dg.DIGEST_CELLS, np.int64)
+        here = ids.address if digesting.apart else ids.mirror  # where kernels find what is listed, and leave sums
         cells[dg.NUMBERS], cells[dg.SUMS_BYTES] = digesting.numbers, 4 * (room.words - room.sums)
-        cells[dg.SUMS], cells[dg.SUMS_HOST] = ids.mirror + 4 * room.sums, ids.address + 4 * room.sums
+        cells[dg.SUMS], cells[dg.SUMS_HOST] = here + 4 * room.sums, ids.address + 4 * room.sums
+        cells[dg.RECORD_BYTES] = 4 * dg.SUM_WORDS * max(1, digesting.apart)
+        if digesting.apart:
+            cells[dg.PIECE_BYTES], cells[dg.SUMS_OF_PIECE] = 4 * dg.SUM_WORDS, digesting.first_piece
         cells[dg.SENT_TO], cells[dg.SENT_FROM] = ids.mirror + 4 * sent, ids.address + 4 * sent
         cells[dg.SENT_BYTES] = 4 * (room.words - sent)
         cells[dg.STREAM], cells[dg.EVENT] = self._digest_stream, self._digest_event
         if reading is not None:
-            cells[dg.KERNEL], cells[dg.IDS] = reading.kernel, ids.mirror + 4 * room.listed
+            cells[dg.KERNEL], cells[dg.IDS] = reading.kernel, here + 4 * room.listed
             cells[dg.TABLE] = reading.table or cells[dg.IDS]
             cells[dg.N_PIECES], cells[dg.N_BLOCKS] = reading.n_pieces, digesting.count
             ctas = -(-reading.n_pieces * digesting.count // (THREADS // 32))

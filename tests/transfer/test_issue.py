@@ -54,7 +54,7 @@ def work_of(lane: Lane, plan: Plan) -> list[Call]:
         launches = []
         if chunk[N_PIECES]:
             table, ids = TABLE + 32 * chunk[FIRST_PIECE], IDS + 4 * chunk[FIRST_BLOCK]
-            values = (base, table, chunk[N_PIECES], ids, chunk[N_BLOCKS], plan.pitch, 0, 0)
+            values = (base, table, chunk[N_PIECES], ids, chunk[N_BLOCKS], plan.pitch, -1, 0, 0, 0, 0)
             ctas = min(lane.max_ctas, -(-chunk[N_PIECES] * chunk[N_BLOCKS] // (THREADS // 32)))
             launches = [Call("launch", (KERNEL, ctas, 1, 1, THREADS, 1, 1, 0, stream, 0, 0), values)]
         calls += launches + copies if lane.to_host else copies + launches
