@@ -144,7 +144,8 @@ def room_for(plan: Plan, digesting: Digesting | None, row_words: int) -> Room:
 
 def sums_of(words: Int32s, room: Room, plan: Plan, digesting: Digesting) -> Sums:
     """(n, 2) uint64, a copy: the sums that were read back, or left there piece by piece, in the order of the call."""
-    found = words[room.sums : room.words].view(np.uint64).reshape(digesting.count, -1, 2).sum(axis=1, dtype=np.uint64)
+    cells = words[room.sums : room.words].view(np.uint64).reshape(digesting.count, -1, 2)
+    found: Sums = cells.sum(axis=1, dtype=np.uint64)
     if not len(plan.order):
         return found
     sums = np.empty_like(found)

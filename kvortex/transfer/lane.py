@@ -27,6 +27,7 @@ RESIDENT_THREADS = 512  # of kvortex.kernels.resident, which needs numba.cuda to
 
 Job: TypeAlias = "tuple[int, tuple[Any, ...]]"  # of kvortex.transfer.submitting
 _AT_ONCE = 32  # calls of the driver, of a hundred microseconds at most in all, that are not worth waking a thread for
+_FEW_THREADS = 128  # of a CTA that only reads, where there is so little that it is to be spread over all multiprocessors
 _READING_LAUNCHES = 8  # times the CTAs of a launch, for one that only reads: as many as keep the bus of the VRAM busy
 
 
@@ -201,8 +202,9 @@ class Lane:
             cells[dg.KERNEL], cells[dg.IDS] = reading.kernel, here + 4 * room.listed
             cells[dg.TABLE] = reading.table or cells[dg.IDS]
             cells[dg.N_PIECES], cells[dg.N_BLOCKS] = reading.n_pieces, digesting.count
-            ctas = -(-reading.n_pieces * digesting.count // (THREADS // 32))
-            cells[dg.CTAS], cells[dg.THREADS] = min(_READING_LAUNCHES * int(self.cells[nogil.MAX_CTAS]), ctas), THREADS
+            most, warps = _READING_LAUNCHES * int(self.cells[nogil.MAX_CTAS]), reading.n_pieces * digesting.count
+            threads = THREADS if warps > most * (_FEW_THREADS // 32) else _FEW_THREADS
+            cells[dg.CTAS], cells[dg.THREADS] = min(most, -(-warps // (threads // 32))), threads
         return cells
 
     def _resident_job(
