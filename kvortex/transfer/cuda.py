@@ -290,7 +290,7 @@ class CudaExecutor(Executor):
             return None
         apart = pieces_apart(len(blocks), last - first) if whole and route is not Route.RESIDENT else 0
         if route in (Route.STAGED, Route.RESIDENT, Route.MAPPED):
-            return Digesting(len(blocks), self._numbers.address, None, apart, first)
+            return Digesting(len(blocks), self._numbers.address, None, apart)
         table = self._table.address + first * PIECE_ROW_BYTES
         reading = Reading(self._readers[0], table, last - first, blocks.astype(np.int32))
         return Digesting(len(blocks), self._numbers.address, reading, apart)

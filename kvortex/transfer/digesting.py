@@ -22,10 +22,10 @@ from kvortex.transfer.plan import Int32s, Int64s, Plan
 
 # Cells of ``digest``: table of numbers; sums in VRAM and in pinned memory, and their bytes (0: no digests); what is sent ahead,
 # from where and its bytes; a kernel that reads, or 0, its table, pieces, ids, blocks, CTAs and threads; stream and event; bytes
-# from the sums of a record to the next one's, and of a piece to the next one's, or 0 where a record's are added up, and the
-# piece that the first of them are of; and the page of the only record, or -1.
+# from the sums of a record to the next one's, and of a piece to the next one's, or 0 where a record's are added up; and the
+# page of the only record, or -1.
 (NUMBERS, SUMS, SUMS_HOST, SUMS_BYTES, SENT_TO, SENT_FROM, SENT_BYTES, KERNEL, TABLE, N_PIECES, IDS, N_BLOCKS, CTAS, THREADS,
- STREAM, EVENT, RECORD_BYTES, PIECE_BYTES, SUMS_OF_PIECE, ONLY) = range(DIGEST_CELLS := 20)  # fmt: skip
+ STREAM, EVENT, RECORD_BYTES, PIECE_BYTES, ONLY) = range(DIGEST_CELLS := 19)  # fmt: skip
 NO_DIGESTS = np.zeros(DIGEST_CELLS, np.int64)
 NO_DIGESTS[ONLY] = -1
 SUM_WORDS = 4  # of an IdBuffer's int32, for both sums of a record
@@ -99,16 +99,14 @@ class Digesting:
     reading
         None where the kernels that move bytes digest them.
     apart
-        Pieces of a record, each of which has sums of its own in pinned memory; 0 where they are added up in VRAM.
-    first_piece
-        Of those, in the table that the transfer's chunks are of.
+        Pieces of a record, all that there are, each of which has sums of its own in pinned memory; 0 where they are added up
+        in VRAM.
     """
 
     count: int
     numbers: int
     reading: Reading | None = None
     apart: int = 0
-    first_piece: int = 0
 
 
 def pieces_apart(count: int, n_pieces: int) -> int:

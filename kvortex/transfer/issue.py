@@ -32,7 +32,6 @@ from kvortex.transfer.digesting import (
     STREAM,
     SUMS,
     SUMS_BYTES,
-    SUMS_OF_PIECE,
     read,
     read_back,
     send,
@@ -143,9 +142,8 @@ def _launch(functions, lane, chunk, ids, digest, buffer, pitch, stream, paramete
     parameters[5] = pitch
     parameters[6] = digest[ONLY]
     if digest[SUMS_BYTES]:
-        first_piece = chunk[FIRST_PIECE] - digest[SUMS_OF_PIECE]
         parameters[7] = digest[NUMBERS]
-        parameters[8] = digest[SUMS] + chunk[FIRST_BLOCK] * digest[RECORD_BYTES] + first_piece * digest[PIECE_BYTES]
+        parameters[8] = digest[SUMS] + chunk[FIRST_BLOCK] * digest[RECORD_BYTES] + chunk[FIRST_PIECE] * digest[PIECE_BYTES]
         parameters[9] = digest[RECORD_BYTES]
         parameters[10] = digest[PIECE_BYTES]
     warps = lane[THREADS] // 32

@@ -194,7 +194,7 @@ class Lane:
         cells[dg.SUMS], cells[dg.SUMS_HOST] = here + 4 * room.sums, ids.address + 4 * room.sums
         cells[dg.RECORD_BYTES] = 4 * dg.SUM_WORDS * max(1, digesting.apart)
         if digesting.apart:
-            cells[dg.PIECE_BYTES], cells[dg.SUMS_OF_PIECE] = 4 * dg.SUM_WORDS, digesting.first_piece
+            cells[dg.PIECE_BYTES] = 4 * dg.SUM_WORDS
         cells[dg.SENT_TO], cells[dg.SENT_FROM] = ids.mirror + 4 * sent, ids.address + 4 * sent
         cells[dg.SENT_BYTES] = 4 * (room.words - sent)
         cells[dg.STREAM], cells[dg.EVENT] = self._digest_stream, self._digest_event
