@@ -72,7 +72,8 @@ def run(case: Case, direction: str, grid: int, threads: int, digests: bool = Fal
         lanes[0] = 0
         cells, where = apart(len(ids), len(pieces))
         kernel[grid, threads](*values, numbers_at, *where)
-        assert cells.sum(1, np.uint64).tolist() == [list(pair) for pair in case.sums(pages)] and not cells[:, -1].any()
+        assert cells.sum(1, np.uint64).tolist() == [list(pair) for pair in case.sums(pages)]
+        assert cells[:, :-1].any(2).all() and not cells[:, -1].any(), "each piece has sums of its own"
     else:
         cuda.jit(getattr(paged, direction))[grid, threads](*values)
     if all(pieces[0, :2] % 16 == 0) and case.pitch % 16 == 0:
@@ -132,7 +133,7 @@ def run_reading(case: Case, grid: int, threads: int) -> None:
     assert sums.tolist() == [list(pair) for pair in case.sums(memory)]
     cells, into = apart(len(ids), len(pieces))
     cuda.jit(reading.read_pages)[grid, threads](*values, where[0], *into)
-    assert cells.sum(1, np.uint64).tolist() == sums.tolist()
+    assert cells.sum(1, np.uint64).tolist() == sums.tolist() and cells[:, :-1].any(2).all()
     spans = [(case.starts[0], 4200), (0, 0), (case.starts[-1] + 1, 61), (0, memory.size)]
     spans = [(first, min(count, memory.size - first)) for first, count in spans]
     buffers = np.array([(memory.ctypes.data + first, count) for first, count in spans], np.uint64)
@@ -143,7 +144,7 @@ def run_reading(case: Case, grid: int, threads: int) -> None:
     assert sums.tolist() == [list(naive_sums(memory[first:][:count].tobytes())) for first, count in spans]
     cells, into = apart(len(spans), most)
     cuda.jit(reading.read_buffers)[grid, threads](*values, where[0], *into)
-    assert cells.sum(1, np.uint64).tolist() == sums.tolist()
+    assert cells.sum(1, np.uint64).tolist() == sums.tolist() and cells[-1, :-1].any(1).all()
 
 
 def run_compute(grid: int, threads: int) -> None:
