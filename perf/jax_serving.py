@@ -135,7 +135,8 @@ def hit(
         whole(load, len(keys), moves=True)
     before: Callable[[int], object] = (lambda layer: waits.layer(load, layer)) if layerwise else (lambda layer: None)
     logits, token = model.forward(tokens[-BLOCK_SIZE:], table, pages.layers, before=before)
-    whole(load, len(keys), moves=True)  # what the token comes from was right; JAX computes meanwhile
+    pages.layers[-1].block_until_ready()
+    whole(load, len(keys), moves=True)  # what the token comes from was right; JAX computes scores meanwhile
     int(token)
     seconds = time.perf_counter() - began
     pages.check()
