@@ -1,8 +1,8 @@
 """What the kernels of codec ``cachegen`` share: its tables in shared memory, and where a record's streams lie.
 
-:mod:`kvortex.codecs._ranges` has the form. A warp codes a stream, and each lane has one of its 32 coders: a *turn* is a value of
-every lane, 32 neighbouring channels of a token. Who needs a word in a turn is told by a vote, and each lane's place among the
-words by the votes below it, so words lie in the order in which one decoder after the other would take them.
+:mod:`kvortex.codecs._ranges` has the form. A warp codes a stream, and each lane has one of its 32 coders: a *turn* is a value
+of every lane, 32 neighbouring channels of a token. Who needs a word in a turn is told by a vote, and each lane's place among
+the words by the votes below it, so words lie in the order in which one decoder after the other would take them.
 
 Arguments are those of :mod:`kvortex.kernels.plane`, and so are the cells of ``codec`` up to those of the planes; behind them,
 from ``PLANES + 2 * planes`` on, are the cells below. A CTA has any number of whole warps.
@@ -13,7 +13,6 @@ from __future__ import annotations
 from typing import Any
 
 from numba import cuda
-from numba.cuda import types
 
 from kvortex.kernels import plane
 from kvortex.kernels.lane import cached4, load4

@@ -13,12 +13,12 @@ from numba.cuda import types
 from kvortex.kernels import cachegen
 from kvortex.kernels.cachegen import (
     BODY,
+    HALVES,
     KINDS,
     LEAST_STATE,
     MEANS,
     MOST,
     MOST_AT,
-    HALVES,
     PROBABILITY_BITS,
     ROW,
     STEPS,
@@ -113,14 +113,15 @@ def _decode(codec, more, tables, first, last, block, lane, states, n_words, n_es
             mask = uint32(cuda.ballot_sync(ALL, low))
             k = uint32(inside + uint32(cuda.popc(uint32(mask & lower))))
             half = _of(near, k)
-            other = _of(beyond, k)
-            if k >= uint32(64):
-                half = other
-            if low:
-                state = uint32((state << uint32(16)) | half)
             count = uint32(cuda.popc(mask))
             taken = uint32(taken + count)
             inside = uint32(inside + count)
+            if inside > uint32(64):
+                other = _of(beyond, k)
+                if k >= uint32(64):
+                    half = other
+            if low:
+                state = uint32((state << uint32(16)) | half)
             good = taken <= n_words
             if inside >= uint32(64):
                 inside = uint32(inside - uint32(64))

@@ -13,12 +13,12 @@ from numba.cuda import types
 from kvortex.kernels import cachegen
 from kvortex.kernels.cachegen import (
     BODY,
+    HALVES,
     KINDS,
     LEAST_STATE,
     MEANS,
     MOST,
     MOST_AT,
-    HALVES,
     PROBABILITY_BITS,
     ROW,
     STEPS,
@@ -37,7 +37,6 @@ from kvortex.kernels.plane import (
     DECLINED,
     GROUPS,
     HEADER,
-    HEADER_WORDS,
     N_PLANES,
     PLANES,
     TABLE_WORDS,
