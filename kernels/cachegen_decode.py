@@ -60,6 +60,14 @@ def _rounded(bits):  # type: ignore[no-untyped-def]
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def _search(tables, row, symbol, stride, place):  # type: ignore[no-untyped-def]
+    """``stride`` symbols further where that one begins at or before the place."""
+    if uint32(tables[uint32(row + symbol + uint32(stride))]) <= place:
+        symbol = uint32(symbol + uint32(stride))
+    return symbol
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
 def _decode(codec, more, tables, first, last, block, lane, states, n_words, n_escapes):  # type: ignore[no-untyped-def]
     """Decodes a stream, whose states, words and escapes lie one behind the other, into planes ``first`` to ``last``; whether
     it ends as it began."""
@@ -100,12 +108,17 @@ def _decode(codec, more, tables, first, last, block, lane, states, n_words, n_es
             kind = uint32(cached1(kinds + uint64(32) * uint64(column)))  # of the next turn
             mean = uint32(cached4(means + uint64(128) * uint64(column)))
             place = uint32(state & uint32((1 << PROBABILITY_BITS) - 1))
-            symbol = uint32(0)  # the last one that begins at or before the place
-            stride = top
-            while stride > uint32(0):
-                if uint32(tables[uint32(row + symbol + stride)]) <= place:
-                    symbol = uint32(symbol + stride)
-                stride = uint32(stride >> uint32(1))
+            symbol = uint32(0)  # becomes the last one that begins at or before the place
+            if top >= uint32(128):
+                symbol = _search(tables, row, symbol, 128, place)
+            if top >= uint32(64):
+                symbol = _search(tables, row, symbol, 64, place)
+            symbol = _search(tables, row, symbol, 32, place)
+            symbol = _search(tables, row, symbol, 16, place)
+            symbol = _search(tables, row, symbol, 8, place)
+            symbol = _search(tables, row, symbol, 4, place)
+            symbol = _search(tables, row, symbol, 2, place)
+            symbol = _search(tables, row, symbol, 1, place)
             start = uint32(tables[uint32(row + symbol)])
             share = uint32(uint32(tables[uint32(row + symbol + uint32(1))]) - start)
             state = uint32(share * uint32(state >> uint32(PROBABILITY_BITS)) + place - start)
