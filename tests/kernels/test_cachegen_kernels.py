@@ -50,7 +50,7 @@ def test_the_machine_code_is_lean(name: str, capability: tuple[int, int], tmp_pa
         assert "FMUL" in text and "FADD" in text and "FFMA" not in text, "a product and a sum were contracted"
         assert not re.findall(r"\bF(?:MUL|ADD)\.FTZ", text), "denormals are numbers"
     else:
-        assert re.search(r"\bFADD R", text) and "FRND R" in text, "denormals are numbers"
+        assert re.search(r"\bFADD R", text), "denormals are numbers"
 
 
 def test_cells_and_their_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
