@@ -12,7 +12,7 @@ from kvortex.codecs.base import DECLINED, HEADER_BYTES
 from kvortex.codecs.cachegen import CacheGenCodec
 from tests.kernels.plane_cases import GUARD, PlaneCase, Words
 
-__all__ = ["CASES", "GUARD", "CacheGenCase", "damages"]
+__all__ = ["CASES", "GUARD", "CacheGenCase", "damages", "escaping"]
 
 
 def bf16(numbers: npt.NDArray[np.float64]) -> Words:
@@ -63,8 +63,18 @@ class CacheGenCase(PlaneCase):
         return -(-self.shape.planes // self.per)
 
 
-def damages(case: CacheGenCase, record: npt.NDArray[np.uint8], size: int) -> dict[str, npt.NDArray[np.uint8]]:
-    """A good record (pitch,) of ``size`` bytes, damaged each time in another way."""
+def escaping(case: CacheGenCase) -> tuple[npt.NDArray[np.uint8], int]:
+    """A good record, (pitch,), and its size: the first of the hostile ones, whose streams have escapes."""
+    room = np.zeros((1, case.pitch), np.uint8)
+    (size,) = case.codec.encode_into(case.records()[case.blocks == case.pages], room)
+    counts = room[0, HEADER_BYTES : HEADER_BYTES + 8 * case.streams].view(np.uint32).reshape(-1, 2)
+    assert size > 0 and (counts > 2).all()
+    return room[0], int(size)
+
+
+def damages(case: CacheGenCase) -> dict[str, npt.NDArray[np.uint8]]:
+    """A good record damaged each time in another way, (pitch,)."""
+    record, size = escaping(case)
     begin = HEADER_BYTES + 8 * case.streams
     made: dict[str, npt.NDArray[np.uint8]] = {}
 
@@ -72,7 +82,7 @@ def damages(case: CacheGenCase, record: npt.NDArray[np.uint8], size: int) -> dic
         made[what] = record.copy()
         made[what][at : at + np.dtype(width).itemsize] = np.array([number], width).view(np.uint8)
 
-    words = int(record[HEADER_BYTES : HEADER_BYTES + 4].view(np.uint32)[0])
+    words, escapes = record[HEADER_BYTES : HEADER_BYTES + 8].view(np.uint32).tolist()
     damaged("another digest", 40, int(record[40]) ^ 1, "u1")
     damaged("declined", 8, DECLINED)
     damaged("a length of nothing", 24, 0, "<u8")
@@ -83,6 +93,7 @@ def damages(case: CacheGenCase, record: npt.NDArray[np.uint8], size: int) -> dic
     damaged("two words less", HEADER_BYTES, words - 2)
     damaged("two words more", HEADER_BYTES, words + 2)
     damaged("many words", HEADER_BYTES, 0xFFFFFFFF)
+    damaged("two escapes less", HEADER_BYTES + 4, escapes - 2)
     damaged("many escapes", HEADER_BYTES + 4, 0x80000000)
     damaged("a state of nothing", begin, 0)
     damaged("the largest state", begin + 4 * 31, 0xFFFFFFFF)
@@ -99,7 +110,7 @@ def damages(case: CacheGenCase, record: npt.NDArray[np.uint8], size: int) -> dic
 
 
 CASES = [
-    CacheGenCase("two streams, usual and hostile", RecordShape(1, 1, 64), 1, hostile=True),
+    CacheGenCase("two streams, hostile pages", RecordShape(1, 1, 64), 0, hostile=True),
     CacheGenCase("a last stream that is shorter, coarse", RecordShape(3, 1, 64, parts="L"), 1, level=2, per=2),
     CacheGenCase("32 tokens, fine, one stream", RecordShape(1, 1, 64, tokens=32, parts="L"), 1, level=0, per=2),
 ]

@@ -19,7 +19,7 @@ from kvortex.codecs.cachegen_device import cells, constants
 from kvortex.errors import CodecError
 from kvortex.kernels import build, cachegen_encode, plane
 from kvortex.kernels import cachegen as kernels
-from tests.kernels.cachegen_cases import CASES, GUARD, CacheGenCase, damages
+from tests.kernels.cachegen_cases import CASES, GUARD, CacheGenCase, damages, escaping
 from tests.kernels.test_build import sass
 
 NAMES = ("cachegen_count", "cachegen_encode", "cachegen_decode")
@@ -178,19 +178,22 @@ def test_on_a_gpu_at_size(level: int) -> None:
 
 @pytest.mark.gpu
 def test_on_a_gpu_damage_is_told_as_the_host_tells_it() -> None:
-    """Known lies, and 3,000 records with random bytes or words wrong; where the host sees nothing, pages are the host's."""
+    """Known lies, and 4,000 records with random bytes or words wrong; where the host sees nothing, pages are the host's."""
     gpu, case, rng = Gpu(), CASES[0], np.random.default_rng(11)
-    codec, room = case.cachegen, np.zeros((1, case.pitch), np.uint8)
-    (size,) = codec.encode_into(case.records()[case.blocks == 0], room)
-    rows = np.concatenate((np.stack(list(damages(case, room[0], int(size)).values())), np.repeat(room, 3000, 0)))
-    for at, row in enumerate(rows[-3000:]):
-        if at % 3 == 0:
+    codec, (record, size) = case.cachegen, escaping(case)
+    rows = np.concatenate((np.stack(list(damages(case).values())), np.repeat(record[None], 4000, 0)))
+    n_escapes = int(record[HEADER_BYTES : HEADER_BYTES + 8 * case.streams].view(np.uint32)[-1])
+    for at, row in enumerate(rows[-4000:]):
+        if at % 4 == 0:
             row[rng.integers(0, size)] ^= 1 << rng.integers(0, 8)
-        elif at % 3 == 1:
+        elif at % 4 == 1:
             row[HEADER_BYTES + 8 * case.streams :][: 4 * rng.integers(1, 100)] = rng.integers(0, 256)
-        else:
+        elif at % 4 == 2:
             begin = 4 * int(rng.integers(16, size // 4))
             row[begin : begin + 64] = rng.integers(0, 256, row[begin : begin + 64].size)
+        else:  # escapes of the last stream, which may be anything
+            begin = (size - 2 * n_escapes) & ~3
+            row[begin + rng.integers(4, size - begin)] = rng.integers(0, 256)
     n, planes = len(rows), case.memory.shape[0]
     shape = planes, n + 2, *case.memory.shape[2:]
     memory, staging = gpu.upload(np.full(shape, 0x5A5A, np.uint16)), gpu.upload(rows)
