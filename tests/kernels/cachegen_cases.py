@@ -102,6 +102,13 @@ def damages(case: CacheGenCase) -> dict[str, npt.NDArray[np.uint8]]:
     counts = made["counts of each other"][HEADER_BYTES:begin].view(np.uint32).reshape(-1, 2)
     counts[0, 0] -= 2
     counts[-1, 1] += 2
+    # Of the last stream: escapes that nobody asks for, and a last word that leaves a coder where none began.
+    more = "more escapes, and a length that fits"
+    damaged(more, 24, size + 4, "<u8")
+    made[more][HEADER_BYTES:begin].view(np.uint32)[-1] += 2
+    last_words, last_escapes = record[HEADER_BYTES:begin].view(np.uint32)[-2:].tolist()
+    at = size - 4 * ((last_escapes + 1) // 2) - 4 * ((last_words + 1) // 2) + 2 * (last_words - 1)
+    damaged("another last word", at, int(record[at]) ^ 1, "u1")
     # All words are others: whatever decoders do, they stay in their stream.
     for what, fill in (("words of ones", 0xFF), ("words of zeros", 0)):
         made[what] = record.copy()
