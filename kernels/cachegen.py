@@ -5,7 +5,7 @@ of every lane, 32 neighbouring channels of a token. Who needs a word in a turn i
 the words by the votes below it, so words lie in the order in which one decoder after the other would take them.
 
 Arguments are those of :mod:`kvortex.kernels.plane`, and so are the cells of ``codec`` up to those of the planes; behind them,
-from ``PLANES + 2 * planes`` on, are the cells below. A CTA has any number of whole warps.
+from ``PLANES + 2 * planes`` on, those of :mod:`kvortex.kernels.cachegen_form`. A CTA has any number of whole warps.
 """
 
 from __future__ import annotations
@@ -15,17 +15,10 @@ from typing import Any
 from numba import cuda
 
 from kvortex.kernels import plane
+from kvortex.kernels.cachegen_form import LANES, N_TABLES, ROW, TABLES
 from kvortex.kernels.lane import cached4, load4
 from kvortex.kernels.plane import ALL, HEADER_WORDS, warp_sum
 
-# Addresses of (planes, channels) uint8 tables of channels, (planes, channels) and (planes,) float32 means and steps, and of the
-# tables; then how many tables, the largest power of two that is a symbol, planes of a stream, streams, values of a stream,
-# bytes of the longest record.
-KINDS, MEANS, STEPS, TABLES, N_TABLES, TOP, STREAM_PLANES, STREAMS, MOST, WORST, CELLS = range(11)
-ROW, MOST_AT = 258, 257  # halves of a table: where each symbol's share of 2**14 begins; behind, the most steps with a symbol
-MOST_TABLES = 82
-HALVES = MOST_TABLES * ROW  # of all tables in shared memory
-PROBABILITY_BITS, LEAST_STATE, LANES = 14, 1 << 16, 32  # as in kvortex.codecs._ranges
 BODY = 4 * HEADER_WORDS
 
 uint8, uint16, uint32, uint64, int32 = plane.uint8, plane.uint16, plane.uint32, plane.uint64, plane.int32

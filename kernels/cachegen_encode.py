@@ -11,8 +11,8 @@ from numba import cuda
 from numba.cuda import types
 
 from kvortex.kernels import cachegen
-from kvortex.kernels.cachegen import (
-    BODY,
+from kvortex.kernels.cachegen import BODY, bring_tables, extents
+from kvortex.kernels.cachegen_form import (
     HALVES,
     KINDS,
     LEAST_STATE,
@@ -25,8 +25,6 @@ from kvortex.kernels.cachegen import (
     STREAM_PLANES,
     STREAMS,
     WORST,
-    bring_tables,
-    extents,
 )
 from kvortex.kernels.floats import quotient, steps_away, whole
 from kvortex.kernels.lane import cached1, cached4, load2, load4, store2, store4

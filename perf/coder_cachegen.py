@@ -17,7 +17,7 @@ import numpy.typing as npt
 import kvortex
 from kvortex.codecs import RecordShape, calibrate, make_codec
 from kvortex.codecs.cachegen import CacheGenCodec
-from kvortex.codecs.cachegen_device import cells, constants
+from kvortex.codecs.on_device_cachegen import cells, constants
 from kvortex.devices import driver as cu
 from kvortex.devices.cuda import CudaDevice
 from kvortex.kernels import build
@@ -77,8 +77,7 @@ class _Bench:
         fixed = self.upload(constants(codec))
         self.form = self.upload(cells(codec, layout.fragments, fixed.address))
         self.fixed, self.ids = fixed, {"save": self.upload(self.source), "load": self.upload(self.target)}
-        streams = -(-shape.planes // int(codec.compiled[0][0]))
-        self.counts, self.status = device.allocate(8 * n * streams), self.upload(np.zeros(n, np.uint32))
+        self.counts, self.status = device.allocate(8 * n * codec.streams), self.upload(np.zeros(n, np.uint32))
         self.clock, self._functions = CudaClock(device), {}
         for name in NAMES:
             cubin = build.load(name, device.compute_capability)

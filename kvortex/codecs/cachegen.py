@@ -81,6 +81,16 @@ class CacheGenCodec(BoundedCodec):
         return self.tables.digest + hashlib.sha256(b"".join(part.tobytes() for part in self.compiled)).digest()
 
     @property
+    def stream_planes(self) -> int:
+        """Planes of a stream."""
+        return int(self._form[0])
+
+    @property
+    def streams(self) -> int:
+        """Streams of a record."""
+        return -(-self.shape.planes // self.stream_planes)
+
+    @property
     def kept(self) -> PlaneCodec:
         """Codes what is kept exactly."""
         return self._plane

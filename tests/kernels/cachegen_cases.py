@@ -60,7 +60,7 @@ class CacheGenCase(PlaneCase):
     @property
     def streams(self) -> int:
         """Of a record."""
-        return -(-self.shape.planes // self.per)
+        return self.cachegen.streams
 
 
 def escaping(case: CacheGenCase) -> tuple[npt.NDArray[np.uint8], int]:

@@ -12,7 +12,7 @@ import numpy as np
 from numba.cuda.core import config
 
 import conftest  # noqa: F401  (makes kvortex.kernels importable)
-from kvortex.codecs.cachegen_device import cells, constants
+from kvortex.codecs.on_device_cachegen import cells, constants
 from kvortex.kernels import cachegen, cachegen_decode, cachegen_encode, plane, plane_decode, plane_encode
 from tests.kernels import warp
 from tests.kernels.cachegen_cases import CASES, GUARD, CacheGenCase, damages

@@ -15,12 +15,13 @@ import pytest
 
 from kvortex.codecs import RecordShape, _ranges, cachegen, make_codec
 from kvortex.codecs.base import HEADER_BYTES
-from kvortex.codecs.cachegen_device import cells, constants
+from kvortex.codecs.on_device_cachegen import cells, constants
 from kvortex.errors import CodecError
 from kvortex.kernels import build, cachegen_encode, plane
-from kvortex.kernels import cachegen as kernels
+from kvortex.kernels import cachegen_form as kernels
+from kvortex.kernels.cachegen import BODY
 from tests.kernels.cachegen_cases import CASES, GUARD, CacheGenCase, damages, escaping
-from tests.kernels.test_build import sass
+from tests.kernels.test_build import compiled, sass
 
 NAMES = ("cachegen_count", "cachegen_encode", "cachegen_decode")
 
@@ -42,7 +43,7 @@ def test_in_the_simulator_they_write_what_the_host_writes() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_machine_code_is_lean(name: str, capability: tuple[int, int], tmp_path: Path) -> None:
     """Nothing in local memory, and four CTAs of 256 threads in the registers of a multiprocessor."""
-    text = sass(build.compile_kernel(name, capability).code, tmp_path)
+    text = sass(compiled(name, capability).code, tmp_path)
     assert not re.findall(r"\b(LDL|STL)\b", text), "registers were spilled to local memory"
     assert max(map(int, re.findall(r"\bR(\d+)\b", text))) < 64
     assert not re.findall(r"\b(DADD|DMUL|DFMA|I2F\.F64\S*)\b", text), "an index went through floating point of 64 bits"
@@ -79,7 +80,7 @@ def test_cells_and_their_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (more[kernels.STREAM_PLANES], more[kernels.STREAMS]) == (2, 2) and more[kernels.MOST] == 2 * 16 * 64
     with pytest.raises(CodecError, match="multiples of 4"):
         cells(codec, case.fragments(4098), 0)
-    monkeypatch.setattr("kvortex.codecs.cachegen_device.MOST_BYTES", codec.worst_bytes)
+    monkeypatch.setattr("kvortex.codecs.on_device_cachegen.MOST_BYTES", codec.worst_bytes)
     with pytest.raises(CodecError, match="larger than kernels can count"):
         cells(codec, case.fragments(4096), 0)
 
@@ -94,7 +95,7 @@ def test_the_numbers_agree_with_the_host() -> None:
     assert kernels.HALVES * 2 <= 48 << 10, "shared memory that no kernel has to ask for"
     # A search of halves may look at any of them; behind the last symbol nothing begins at or before a place.
     assert all((line[2 * far + 2 :] == 1 << _ranges.PROBABILITY_BITS).all() for far, line in zip(most, starts, strict=True))
-    assert kernels.BODY == HEADER_BYTES
+    assert BODY == HEADER_BYTES
 
 
 class Gpu:

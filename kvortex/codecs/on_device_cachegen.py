@@ -10,7 +10,7 @@ from kvortex.codecs import on_device
 from kvortex.codecs.cachegen import CacheGenCodec
 from kvortex.codecs.on_device import Cells
 from kvortex.errors import CodecError
-from kvortex.kernels import cachegen
+from kvortex.kernels import cachegen_form as form
 from kvortex.kernels.plane import HEADER
 
 MOST_BYTES = 1 << 30  # of a record: kernels count in 32 bits what damaged ones say
@@ -47,14 +47,13 @@ def cells(codec: CacheGenCodec, fragments: npt.NDArray[np.int64], constants_at: 
     made = on_device.cells(codec.kept, fragments, constants_at)  # of what is kept exactly: a header says its size
     ends = constants_at + np.cumsum([part.size for part in _constants(codec)])
     tables = _tables(codec)
-    per = int(codec.compiled[0][0])
-    more = np.zeros(cachegen.CELLS, np.uint64)
-    made[HEADER], more[[cachegen.KINDS, cachegen.MEANS, cachegen.STEPS, cachegen.TABLES]] = ends[0], ends[1:5]
-    more[cachegen.N_TABLES] = len(tables)
-    more[cachegen.TOP] = 1 << (2 * int(tables[:, cachegen.MOST_AT].max()) + 1).bit_length() - 1
-    more[cachegen.STREAM_PLANES], more[cachegen.STREAMS] = per, -(-codec.shape.planes // per)
-    more[cachegen.MOST] = per * codec.shape.tokens * codec.shape.channels
-    more[cachegen.WORST] = codec.worst_bytes
+    more = np.zeros(form.CELLS, np.uint64)
+    made[HEADER], more[[form.KINDS, form.MEANS, form.STEPS, form.TABLES]] = ends[0], ends[1:5]
+    more[form.N_TABLES] = len(tables)
+    more[form.TOP] = 1 << (2 * int(tables[:, form.MOST_AT].max()) + 1).bit_length() - 1
+    more[form.STREAM_PLANES], more[form.STREAMS] = codec.stream_planes, codec.streams
+    more[form.MOST] = codec.stream_planes * codec.shape.tokens * codec.shape.channels
+    more[form.WORST] = codec.worst_bytes
     return np.concatenate((made, more))
 
 
@@ -71,6 +70,6 @@ def _tables(codec: CacheGenCodec) -> npt.NDArray[np.uint16]:
     """(tables, ROW) uint16, as kernels read them, of those that are used."""
     _, _, _, kinds, most, starts = codec.compiled
     used = np.unique(kinds)
-    made = np.empty((len(used), cachegen.ROW), np.uint16)
-    made[:, : cachegen.MOST_AT], made[:, cachegen.MOST_AT] = starts[used], most[used]
+    made = np.empty((len(used), form.ROW), np.uint16)
+    made[:, : form.MOST_AT], made[:, form.MOST_AT] = starts[used], most[used]
     return made
