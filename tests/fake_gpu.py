@@ -130,7 +130,7 @@ class FakeGpu(FakeDriver):
 
     def _reach(self, what: str, address: int, nbytes: int) -> bool:
         """Whether a range lies in one piece of memory of this GPU."""
-        spans = [(at, buffer.nbytes) for at, buffer in self.memory.items()] + list(self.registered.items())
+        spans = [(at, buffer.nbytes) for at, buffer in list(self.memory.items())] + list(self.registered.items())
         inside = nbytes >= 0 and any(at <= address and address + nbytes <= at + size for at, size in spans)
         if not inside:
             self.wild.append(f"{what} reaches [{address:#x}, {address + nbytes:#x})")
@@ -157,7 +157,7 @@ class FakeGpu(FakeDriver):
         return Result(0), buffer.address
 
     def _range(self, address: int) -> tuple[Result, int, int]:
-        for base, buffer in self.memory.items():
+        for base, buffer in list(self.memory.items()):
             if base <= address < base + buffer.nbytes:
                 return Result(0), base, buffer.nbytes
         return Result(1), 0, 0
