@@ -182,15 +182,20 @@ def _at_depth(home: Path, memory: Memory, raw: RawFile, depth: int, rounds: int)
         direct = raw.direct and tiered.tier._store.slabs[0].direct
     finally:
         tiered.tier.close()
-    return [_row(name, times, memory, depth, direct, wrong if name == "get" else 0) for name in ("put", "get")]
+    return [
+        row("disk", name, memory, depth, times[name], times[f"raw {name}"], direct, wrong if name == "get" else 0)
+        for name in ("put", "get")
+    ]
 
 
-def _row(name: str, times: dict[str, list[float]], memory: Memory, depth: int, direct: bool, wrong: int) -> dict[str, Any]:
-    mine, bare = times[name], times[f"raw {name}"]
+def row(
+    tier: str, operation: str, memory: Memory, depth: int, mine: list[float], bare: list[float], direct: bool, wrong: int
+) -> dict[str, Any]:
+    """Of the seconds of rounds, and those of what they are compared with: see :func:`rows`."""
     nbytes = memory.blocks * memory.block
     return {
-        "tier": "disk",
-        "operation": name,
+        "tier": tier,
+        "operation": operation,
         "block_bytes": memory.block,
         "depth": depth,
         "gb_per_s": nbytes / statistics.median(mine) / 1e9,

@@ -8,16 +8,16 @@ kernel does not have, or forbids, has no row. ``wrong_bytes`` counts bytes that 
 from __future__ import annotations
 
 import shutil
-import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from perf.kernel_io import Aio, Uring, transfer
 from perf.report import progress
-from perf.tiers_disk import Memory, RawFile
+from perf.tiers_disk import Memory, RawFile, row
 
 DEPTHS, SIZES = (1, 4, 16), ((2 << 20, 64), (64 << 10, 512))  # bytes of a block, and blocks
 ROUNDS = 9
@@ -62,7 +62,7 @@ def _at_depth(memory: Memory, raw: RawFile, depth: int, rounds: int) -> list[dic
     for name, made in engines.items():
         ways["put"][name], ways["get"][name] = (lambda made=made, write=write: by(made, write) for write in (True, False))
     times: dict[tuple[str, str], list[float]] = {}
-    wrong = dict.fromkeys(ways["get"], 0)
+    wrong: Counter[tuple[str, str]] = Counter()  # puts have none
     for _ in range(2):
         raw.write(depth)  # both halves of the file
     for turn in range(rounds):
@@ -71,25 +71,10 @@ def _at_depth(memory: Memory, raw: RawFile, depth: int, rounds: int) -> list[dic
                 began = time.perf_counter()
                 work()
                 times.setdefault((operation, name), []).append(time.perf_counter() - began)
-                wrong[name] += memory.wrong() if operation == "get" else 0
+                wrong[operation, name] += memory.wrong() if operation == "get" else 0
     for made in engines.values():
         made.close()
-    return [_row(memory, raw, depth, operation, name, times, wrong[name]) for operation, name in times]
-
-
-def _row(
-    memory: Memory, raw: RawFile, depth: int, operation: str, name: str, times: dict[tuple[str, str], list[float]], wrong: int
-) -> dict[str, Any]:
-    mine, threads = times[operation, name], times[operation, "threads"]
-    nbytes = memory.blocks * memory.block
-    return {
-        "tier": name,
-        "operation": operation,
-        "block_bytes": memory.block,
-        "depth": depth,
-        "gb_per_s": nbytes / statistics.median(mine) / 1e9,
-        "raw_gb_per_s": nbytes / statistics.median(threads) / 1e9,
-        "ratio": statistics.median(theirs / ours for ours, theirs in zip(mine, threads, strict=True)),
-        "direct": raw.direct,
-        "wrong_bytes": wrong if operation == "get" else 0,
-    }
+    return [
+        row(name, operation, memory, depth, seconds, times[operation, "threads"], raw.direct, wrong[operation, name])
+        for (operation, name), seconds in times.items()
+    ]
