@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +18,14 @@ from kvortex.kernels import build, cachegen_encode, plane
 from kvortex.kernels import cachegen_form as kernels
 from kvortex.kernels.cachegen import BODY
 from tests.kernels.cachegen_cases import CASES, GUARD, CacheGenCase, damages, escaping
+from tests.kernels.simulator import simulated
 from tests.kernels.test_build import compiled, sass
 
 NAMES = ("cachegen_count", "cachegen_encode", "cachegen_decode")
 
 
 def test_in_the_simulator_they_write_what_the_host_writes() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.simulate_cachegen"],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "NUMBA_ENABLE_CUDASIM": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("simulated cachegen: ") == len(CASES) + 1
+    assert simulated("simulate_cachegen").count("simulated cachegen: ") == len(CASES) + 1
 
 
 @pytest.mark.parametrize("capability", [(9, 0), (10, 0)])

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +14,14 @@ from kvortex.codecs.on_device import cells, constants
 from kvortex.errors import CodecError
 from kvortex.kernels import build, plane
 from tests.kernels.plane_cases import CASES, GUARD, PlaneCase
+from tests.kernels.simulator import simulated
 from tests.kernels.test_build import sass
 
 KERNELS = ("plane_count", "plane_encode", "plane_decode")
 
 
 def test_in_the_simulator_they_write_what_the_host_writes() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.simulate_plane"],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "NUMBA_ENABLE_CUDASIM": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("simulated plane: ") == len(CASES) + 1
+    assert simulated("simulate_plane").count("simulated plane: ") == len(CASES) + 1
 
 
 @pytest.mark.parametrize("capability", [(9, 0), (10, 0)])
