@@ -8,6 +8,7 @@ them. Where DMAs alone move the bytes, a kernel reads the pages: beside the copi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -88,11 +89,18 @@ class Digesting:
         Address of the table in VRAM.
     reading
         None where the kernels that move bytes digest them.
+    coded
+        Whether a codec's launches bring the records into their slots, or out of them: these read ids in VRAM, and say of each
+        record whether they could.
+    summed
+        Whether there are sums at all; else only that is told.
     """
 
     count: int
     numbers: int
     reading: Reading | None = None
+    coded: bool = False
+    summed: bool = True
 
 
 def buffers_reading(kernel: int, addresses: Int64s, sizes: Int64s) -> Reading:
@@ -107,25 +115,36 @@ class Room:
 
     listed: int
     sums: int
+    status: int
     words: int
 
 
 def room_for(plan: Plan, digesting: Digesting | None, row_words: int) -> Room:
-    """Rows of chunks, where a kernel reads them; ids, or what is listed in their place; sums at a multiple of 16 bytes."""
+    """Rows of chunks, where a kernel reads them; ids, or what is listed in their place; sums at a multiple of 16 bytes, and
+    behind them what codecs say of each record."""
     listed = row_words * len(plan.chunks) if plan.ctas else 0
     reading = digesting.reading if digesting is not None else None
     end = listed + len(plan.ids if reading is None else reading.listed)
     if digesting is None:
-        return Room(listed, end, end)
+        return Room(listed, end, end, end)
     sums = -(-end // SUM_WORDS) * SUM_WORDS
-    return Room(listed, sums, sums + SUM_WORDS * digesting.count)
+    status = sums + SUM_WORDS * digesting.count * digesting.summed
+    return Room(listed, sums, status, status + digesting.count * digesting.coded)
 
 
 def sums_of(words: Int32s, room: Room, plan: Plan) -> Sums:
     """(n, 2) uint64, a copy: the sums that were read back, in the order of the call."""
-    found = words[room.sums : room.words].view(np.uint64).reshape(-1, 2)
+    return _in_order(words[room.sums : room.status].view(np.uint64).reshape(-1, 2), plan)
+
+
+def status_of(words: Int32s, room: Room, plan: Plan) -> Int32s:
+    """(n,) int32, a copy: what a codec's launches said of each record, in the order of the call; 0 for good ones."""
+    return _in_order(words[room.status : room.words], plan)
+
+
+def _in_order(found: npt.NDArray[Any], plan: Plan) -> npt.NDArray[Any]:
     if not len(plan.order):
         return found.copy()
-    sums = np.empty_like(found)
-    sums[plan.order] = found
-    return sums
+    made = np.empty_like(found)
+    made[plan.order] = found
+    return made

@@ -19,7 +19,7 @@ from kvortex.kernels import build, plane
 from tests.kernels.plane_cases import CASES, GUARD, PlaneCase
 from tests.kernels.test_build import sass
 
-KERNELS = ("plane_count", "plane_encode", "plane_decode")
+KERNELS = ("plane_count", "plane_encode", "plane_decode", "read_records", "seal_records")
 
 
 def test_in_the_simulator_they_write_what_the_host_writes() -> None:
@@ -38,13 +38,13 @@ def test_in_the_simulator_they_write_what_the_host_writes() -> None:
 @pytest.mark.parametrize("capability", [(9, 0), (10, 0)])
 @pytest.mark.parametrize("name", KERNELS)
 def test_the_machine_code_is_lean(name: str, capability: tuple[int, int], tmp_path: Path) -> None:
-    """Nothing in local memory, and four CTAs of 256 threads in the registers of a multiprocessor.
+    """Nothing in local memory, and four CTAs of 256 threads in the registers of a multiprocessor, or three that digest.
 
     Not so before Hopper, where a vote that the compiler does not know to be whole becomes a call, with registers of its own.
     """
     text = sass(build.compile_kernel(name, capability).code, tmp_path)
     assert not re.findall(r"\b(LDL|STL)\b", text), "registers were spilled to local memory"
-    assert max(map(int, re.findall(r"\bR(\d+)\b", text))) < 64
+    assert max(map(int, re.findall(r"\bR(\d+)\b", text))) < (80 if name.endswith("records") else 64)
     assert not re.findall(r"\b(DADD|DMUL|DFMA|I2F\.F64\S*)\b", text), "an index went through floating point of 64 bits"
     assert name != "plane_decode" or re.search(r"\bLDG\.E\.\S*128", text), "the planes of a row come in one load"
 

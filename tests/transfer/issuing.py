@@ -16,6 +16,7 @@ from tests.transfer.recorder import Recorder
 
 CONTEXT, KERNEL, THREADS, TABLE, JOIN_STREAM, CALLER_EVENT = 0xC0, 0xF0, 64, 0x7AB1E000, 0x5000, 0xE000
 CALLER, START, DONE, IDS, MARK = 0x5CA11, 0xE111, 0xE222, 0x1D5000, 0xE30000
+IDS_IN_VRAM, SUMS, STATUS = 0x1D6000, 0x50000, 0x57A700
 SLOT_BYTES, PIECE_BYTES = 128, 16
 
 
@@ -35,6 +36,7 @@ class Lane:
     def __post_init__(self) -> None:
         at = np.arange(self.count, dtype=np.int64)
         self.streams, self.joins, self.buffers, self.copied = 0x5001 + at, 0xE001 + at, 0xB0000 * (at + 1), 0xC001 + at
+        self.works = 0x330000 + 0x1000 * at
         self.cells = np.zeros(nogil.LANE_CELLS, np.int64)
         self.cells[nogil.CONTEXT] = CONTEXT
         self.cells[nogil.KERNEL] = KERNEL
@@ -56,7 +58,9 @@ class Lane:
         marks = MARK + np.arange(len(plan.marks), dtype=np.int64)
         table = (plan.chunks, plan.copies, plan.batch, plan.pitch, plan.marks, marks)
         digest = np.zeros(DIGEST_CELLS, np.int64) if self.digest is None else self.digest
-        nogil.issue(recorder.functions, *fixed, START, DONE, *table, IDS, digest, parameters, pointers, scratch, outcome)
+        rows = plan.launches, self.works, np.array([0, 0, 0, IDS_IN_VRAM, SUMS, STATUS], np.int64)
+        last = (*rows, parameters, pointers, scratch, outcome)
+        nogil.issue(recorder.functions, *fixed, START, DONE, *table, IDS, digest, *last)
         assert outcome[nogil.ISSUED] == 1
         pushed = len(recorder.calls) > 1
         assert turn[0] == ((self.turn + len(plan.chunks)) % self.count if pushed else self.turn)
