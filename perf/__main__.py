@@ -10,6 +10,7 @@ from types import ModuleType
 from kvortex.errors import KVortexError, told
 from perf import (
     answers,
+    coded,
     codecs,
     compute,
     digest,
@@ -32,6 +33,7 @@ from perf.report import Report, check_writable, environment, progress
 
 QUESTIONS = {
     "answers": answers,
+    "coded": coded,
     "codecs": codecs,
     "compute": compute,
     "digest": digest,

@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from kvortex.transfer import issue as nogil
+from kvortex.transfer.coded import plan_coded
 from kvortex.transfer.digesting import DIGEST_CELLS
 from kvortex.transfer.layers import cut_layers, cut_sections, plan_layers
-from kvortex.transfer.plan import Int64s, Plan, Pool, plan_batched, plan_direct, plan_staged, split_pieces
+from kvortex.transfer.plan import (
+    ARGUMENTS,
+    BUFFER,
+    FIRST_LAUNCH,
+    LAUNCH_COLUMNS,
+    N_LAUNCHES,
+    RELATIVE,
+    WORK,
+    Int64s,
+    Plan,
+    Pool,
+    plan_batched,
+    plan_direct,
+    plan_staged,
+    split_pieces,
+)
+from kvortex.transfer.plan import IDS as IDS_BASE
+from kvortex.transfer.plan import STATUS as STATUS_BASE
+from kvortex.transfer.plan import SUMS as SUMS_BASE
 from tests.naive_plan import VRAM
 from tests.transfer.plans import HOST, fragments_of
 from tests.transfer.recorder import Recorder
@@ -101,7 +121,23 @@ def batched(n: int = 9, streams: int = 3) -> Plan:
     return plan_batched(np.arange(n)[::-1].copy(), slots, fragments, np.zeros(2, np.int64), pool, streams, one_call=True)
 
 
+def coded(n: int = 9, streams: int = 3) -> Plan:
+    """Records of up to 112 bytes that a codec's launches, two a chunk, bring into slots; copies are as long as the longest."""
+    slots, room, used = np.arange(n) + (np.arange(n) >= 4), 112, 64 + np.arange(n) % 5 * 8
+    starts = np.arange(0, n, 2)
+    plan = plan_coded(np.arange(n)[::-1].copy(), slots, used, Pool(HOST, SLOT_BYTES, 7), room, starts)
+    chunks, count = plan.chunks, len(starts)
+    chunks[:, FIRST_LAUNCH], chunks[:, N_LAUNCHES] = 2 * np.arange(count), 2
+    launches = np.zeros((2 * count, LAUNCH_COLUMNS), np.int64)
+    launches[:, :RELATIVE] = np.arange(2 * count)[:, None] + (0xF100, 5, 96)
+    launches[:, RELATIVE] = BUFFER | WORK << 4 | 0 << 8 | IDS_BASE << 12 | SUMS_BASE << 16 | STATUS_BASE << 20
+    launches[:, ARGUMENTS:] = 1000 * np.arange(2 * count)[:, None] + np.arange(nogil.PARAMETERS)
+    return dataclasses.replace(plan, launches=launches)
+
+
 PLANS = {
+    "coded": coded(),
+    "one coded": coded(1),
     "batched": batched(),
     "one in a batch": batched(1, 1),
     "layers": layers(),

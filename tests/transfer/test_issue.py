@@ -8,19 +8,33 @@ import numpy as np
 import pytest
 
 from kvortex.devices import driver as cu
-from kvortex.transfer.plan import FIRST_BLOCK, FIRST_COPY, FIRST_PIECE, N_BLOCKS, N_COPIES, N_PIECES, Int64s, Plan
+from kvortex.transfer.plan import (
+    FIRST_BLOCK,
+    FIRST_COPY,
+    FIRST_LAUNCH,
+    FIRST_PIECE,
+    N_BLOCKS,
+    N_COPIES,
+    N_LAUNCHES,
+    N_PIECES,
+    Int64s,
+    Plan,
+)
 from tests.transfer.issuing import (
     CALLER,
     CALLER_EVENT,
     CONTEXT,
     DONE,
     IDS,
+    IDS_IN_VRAM,
     JOIN_STREAM,
     KERNEL,
     MARK,
     PLANS,
     SLOT_BYTES,
     START,
+    STATUS,
+    SUMS,
     TABLE,
     THREADS,
     Lane,
@@ -52,7 +66,12 @@ def work_of(lane: Lane, plan: Plan) -> list[Call]:
         for device, host, *rest in plan.copies[chunk[FIRST_COPY] : chunk[FIRST_COPY] + chunk[N_COPIES]].tolist():
             copies.append(copy_of(lane.to_host, base + device, host, rest, stream))
         launches = []
-        if chunk[N_PIECES]:
+        if chunk[N_LAUNCHES]:
+            for row in plan.launches[chunk[FIRST_LAUNCH] : chunk[FIRST_LAUNCH] + chunk[N_LAUNCHES]].tolist():
+                bases = (base, int(lane.works[k]), 0, IDS_IN_VRAM, SUMS, STATUS, 0, 0)
+                values = tuple(value + added for value, added in zip(row[4:], bases, strict=True))
+                launches.append(Call("launch", (row[0], row[1], 1, 1, row[2], 1, 1, 0, stream, 0, 0), values))
+        elif chunk[N_PIECES]:
             table, ids = TABLE + 32 * chunk[FIRST_PIECE], IDS + 4 * chunk[FIRST_BLOCK]
             values = (base, table, chunk[N_PIECES], ids, chunk[N_BLOCKS], plan.pitch, 0, 0)
             ctas = min(lane.max_ctas, -(-chunk[N_PIECES] * chunk[N_BLOCKS] // (THREADS // 32)))
