@@ -40,8 +40,8 @@ from kvortex.kernels.plane_form import (
 )
 
 __all__ = [
-    "ACROSS", "BASES", "CODED", "DECLINED", "GROUPS", "HEADER", "HEADER_WORDS", "N_PLANES", "PLANES", "STORED_AT", "TABLE_WORDS",
-    "USED_AT", "VERBATIM", "WARPS",
+    "ACROSS", "BASES", "CODED", "DECLINED", "GROUPS", "HEADER", "HEADER_WORDS", "N_PLANES", "PLANES", "STORED_AT",
+    "TABLE_WORDS", "USED_AT", "VERBATIM", "WARPS",
 ]  # fmt: skip
 
 uint8, uint16, uint32, uint64, int32 = types.uint8, types.uint16, types.uint32, types.uint64, types.int32

@@ -46,7 +46,8 @@ def codec_for(config: KVortexConfig, layout: KVLayout | None, device: Device) ->
     on_gpu = device.name != "host"
     if on_gpu and config.transfer_route not in ("auto", "staged"):
         seen = shown(config.transfer_route)
-        raise ConfigError(f"{what}: codes what is staged, and transfer_route = {seen}; use 'auto' or 'staged', or codec = 'raw'")
+        how = "use 'auto' or 'staged', or codec = 'raw'"
+        raise ConfigError(f"{what}: codes what is staged, and transfer_route = {seen}; {how}")
     if not config.codec_tables:
         how = "`kvortex calibrate --tables` makes that file of a sample of the model's KV"
         raise ConfigError(f"{what}: needs codec_tables; {how}")

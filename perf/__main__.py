@@ -10,8 +10,8 @@ from types import ModuleType
 from kvortex.errors import KVortexError, told
 from perf import (
     answers,
-    coded,
     codecs,
+    coded,
     compute,
     digest,
     duplex,

@@ -1,11 +1,11 @@
 """How fast do coded blocks cross the link, in bytes of what they were, beside one contiguous DMA of as many bytes?
 
-Pages have Llama-3-8B's shape (32 layers, 8 heads of 128, blocks of 16 tokens: 2 MiB) and hold the numbers of ``perf plane``, in each
-block others. Engines save blocks from pages drawn at random and load them into others; a row for each codec that has a way on this
-device, and for each size of the staging buffers of both directions together, 0 for what the engine takes by itself. ``save`` and
-``load``: GB/s of original bytes, medians of device-timed calls; raw DMAs and all engines take turns. ``ratio``: bytes of pages to
-bytes that the records use; ``slot``: what a slot reserves of them. ``wrong_bytes``: every byte of the pages, behind the timed
-calls; with a codec with loss, against what the codec's own calls make of a few blocks.
+Pages have Llama-3-8B's shape (32 layers, 8 heads of 128, blocks of 16 tokens: 2 MiB) and hold the numbers of ``perf plane``, in
+each block others. Engines save blocks from pages drawn at random and load them into others; a row for each codec that has a way
+on this device, and for each size of the staging buffers of both directions together, 0 for what the engine takes by itself.
+``save`` and ``load``: GB/s of original bytes, medians of device-timed calls; raw DMAs and all engines take turns. ``ratio``:
+bytes of pages to bytes that the records use; ``slot``: what a slot reserves of them. ``wrong_bytes``: every byte of the pages,
+behind the timed calls; with a codec with loss, against what the codec's own calls make of a few blocks.
 """
 
 from __future__ import annotations

@@ -108,8 +108,8 @@ class Tables:
         try:
             there = pathlib.Path(path)
             body = cache.read(there, _MAGIC, _VERSION) if there.is_file() else None  # pipes and devices may have no end
-            if body is None and there.is_file() and (body := cache.read(there, _MAGIC, _WITHOUT_LONGEST)) is not None:
-                body += _LONGEST.pack(0)
+            older = cache.read(there, _MAGIC, _WITHOUT_LONGEST) if body is None and there.is_file() else None
+            body = body if older is None else older + _LONGEST.pack(0)
         except (OSError, ValueError):  # a name that is too long, or has a NUL
             body = None
         if body is None or len(body) < _SHAPE.size:

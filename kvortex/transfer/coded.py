@@ -3,9 +3,9 @@
 A chunk has launches on its buffer's stream, each a row of a kernel, its grid and its parameters (:mod:`kvortex.transfer.plan`),
 and copies between the buffer and slots. What a codec launches is all that a :class:`DeviceCoder` has of its own.
 
-A slot holds ``codec.slot_bytes``, with zeros behind a record that is shorter. A save cannot know how long its records become, so
-it moves whole slots. A load can: their headers lie in host memory. So it moves as much as the longest of neighbours needs, and no
-zeros, which add nothing to a digest either.
+A slot holds ``codec.slot_bytes``, with zeros behind a record that is shorter. A save cannot know how long its records become,
+so it moves whole slots. A load can: their headers lie in host memory. So it moves as much as the longest of neighbours needs,
+and no zeros, which add nothing to a digest either.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ def used_lengths(pool: Pool, slots: Int64s, most: int) -> Int64s:
     """
     first = np.ctypeslib.as_array((ctypes.c_uint64 * 1).from_address(pool.address + _USED_AT))
     rows = np.lib.stride_tricks.as_strided(first, (int(slots.max()) + 1,), (pool.slot_bytes,), writeable=False)
-    return np.clip(rows[slots], HEADER_BYTES, most).astype(np.int64)
+    used: Int64s = np.clip(rows[slots], HEADER_BYTES, most).astype(np.int64)
+    return used
 
 
 def plan_coded(blocks: Int64s, slots: Int64s, used: Int64s, pool: Pool, room: int, starts: Int64s) -> Plan:
@@ -165,8 +166,8 @@ class DeviceCoder(ABC):
         self._per_chunk, self._buffers = buffer_bytes // room, buffers // 2
         if not self._per_chunk:
             least = buffers * -(-room // READ_PIECE) * READ_PIECE
-            raise ConfigError(f"codec = {self.codec.name!r}: a staging buffer of {buffer_bytes} bytes does not hold a record of "
-                              f"{room}; set gpu_pool_size_bytes to {least} or more")
+            what = f"codec = {self.codec.name!r}: a staging buffer of {buffer_bytes} bytes does not hold a record of {room}"
+            raise ConfigError(f"{what}; set gpu_pool_size_bytes to {least} or more")
         nbytes = self._per_chunk * self.work_bytes
         first = self._hold(np.empty(buffers * nbytes, np.uint8)) if nbytes else 0
         self.works = [first + at * nbytes for at in range(buffers)]

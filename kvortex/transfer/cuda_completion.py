@@ -182,9 +182,8 @@ class CudaCompletion(Part):
                 unfit = status_of(self._ids.ids, room, self._plan) != 0
                 self.unfit = unfit if unfit.any() else None
             if self._digesting.summed:
-                self.sums = sums_of(self._ids.ids, room, self._plan)
-            if self._digesting.summed and self._sizes is not None:
-                self.digests = add_lengths(self.sums, self._sizes)
+                self.sums = sums = sums_of(self._ids.ids, room, self._plan)
+                self.digests = None if self._sizes is None else add_lengths(sums, self._sizes)
 
     def _is_issued(self) -> bool:
         return self._finished or bool(self.outcome[nogil.ISSUED])

@@ -17,7 +17,7 @@ from kvortex.transfer import resident
 from kvortex.transfer.digesting import Digesting
 from kvortex.transfer.executor import Direction
 from kvortex.transfer.holding import FLAGS, NOTHING, STREAMS
-from kvortex.transfer.plan import BASE_CELLS, IDS, INSTEAD, N_PIECES, STATUS, SUMS, Int64s, Plan
+from kvortex.transfer.plan import BASE_CELLS, IDS, INSTEAD, N_PIECES, PARAMETERS, STATUS, SUMS, Int64s, Plan
 from kvortex.transfer.submitting import RESIDENT, STREAMED, Submitter
 
 THREADS = 512
@@ -118,7 +118,7 @@ class Lane:
         self._filled = np.zeros((2, len(halves)), np.int64)
         self._turns = {kind: np.zeros(1, np.int64) for kind in (NOTHING, STREAMS, FLAGS)}
         self._holder = np.array([NOTHING], np.int64)  # of the staging buffers
-        self._parameters = np.zeros(max(nogil.PARAMETERS, resident.PARAMETERS), np.int64)
+        self._parameters = np.zeros(max(PARAMETERS, resident.PARAMETERS), np.int64)
         self._pointers = self._parameters.ctypes.data + 8 * np.arange(len(self._parameters), dtype=np.int64)
         self._scratch = np.zeros(nogil.SCRATCH_CELLS, np.int64)
 

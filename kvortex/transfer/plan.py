@@ -20,7 +20,7 @@ Int32s = npt.NDArray[np.int32]
 BASE, STRIDE, OFFSET, BYTES = range(4)
 LINES_OF_RUN = 4  # column behind these, of what :func:`strides` gives
 # Columns of a chunk: range of ids, range of pieces, range of copies, and the address that the kernel uses instead of a
-# staging buffer, or 0. n_pieces is 0 where no kernel runs. Then a range of launches: none where the lane's own kernel runs once.
+# staging buffer, or 0. n_pieces is 0 where no kernel runs. Then a range of launches: none where the lane's own kernel runs.
 (FIRST_BLOCK, N_BLOCKS, FIRST_PIECE, N_PIECES, FIRST_COPY, N_COPIES, INSTEAD, FIRST_LAUNCH,
  N_LAUNCHES) = range(CHUNK_COLUMNS := 9)  # fmt: skip
 # Columns of a copy: offset in the staging buffer (or address in VRAM where no kernel runs), host address, bytes of a line,
@@ -163,10 +163,8 @@ def plan_staged(
         chunks, copies = _chunks_of_parts(slots, pieces, pool, buffer_bytes)
     else:
         per_chunk = buffer_bytes // pool.slot_bytes
-        if ctas:
-            starts = ramp(len(slots), per_chunk, small)
-        else:
-            starts = even(len(slots), min(per_chunk, max_blocks), buffers)
+        limit = min(per_chunk, max_blocks)
+        starts = ramp(len(slots), per_chunk, small) if ctas else even(len(slots), limit, buffers)
         chunks, copies = _chunks_of_records(slots, len(pieces), record_bytes, pool, starts)
     return Plan(ids, chunks, copies, record_bytes * len(slots), pool.slot_bytes, ctas, order=order)
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +13,15 @@ from hypothesis import strategies as st
 
 from kvortex.codecs import make_codec
 from kvortex.codecs.base import HEADER
-from kvortex.devices import Device, HostStream, open_device
-from kvortex.devices.cuda import CudaDevice
+from kvortex.devices import Device, HostStream
 from kvortex.digests import digest_records
 from kvortex.errors import ArgumentError, ConfigError, CorruptBlocksError, LayersMissingError
 from tests.engine.coded import BLOCKS, CODED, EACH, LOSSY, PLANE, WHERE, Coded, caches, parts_of, slot_of, slots_of
 from tests.engine.tiered import nothing_is_held
-from tests.fake_gpu import fake_gpu
 from tests.naive_digest import digest
 from tests.pages import Bytes, assert_same, keys_of
 
 NOISE = np.random.default_rng(11)
-
-
-@pytest.fixture
-def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
-    """The host, a GPU made of RAM, and a GPU."""
-    name = getattr(request, "param", "host")
-    with fake_gpu(monkeypatch) if name == "fake" else contextlib.nullcontext():
-        yield CudaDevice() if name == "fake" else open_device(name)
 
 
 @pytest.fixture
@@ -59,7 +47,7 @@ def unfit(codec: str, coded: Coded) -> Bytes:
 def test_pages_of_every_kind(codec: str, where: Device, kind: str, tmp_path: Path) -> None:
     coded = Coded.make(tmp_path, kind, device=where)
     if where.name != "host" and kind == "padded":
-        with pytest.raises(ConfigError, match="codec = 'plane': not on a GPU: a plane of 4096 bytes is no contiguous part"):
+        with pytest.raises(ConfigError, match="codec = 'plane': not on a GPU: .*multiples of 4 bytes"):
             coded.engine(codec)
         return
     with coded.engine(codec) as engine:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 import time
 from pathlib import Path
@@ -30,7 +31,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("kind", SHAPES)
 def test_transfers_in_any_order(kind: str, seed: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Saves of pages that change again behind them, and loads that nobody waits for before the next ones, layer by layer too."""
+    """Saves of pages that change again behind them, and loads that nobody waits for before the next; layer by layer too."""
     chooser = random.Random(seed)
     with fake_gpu(monkeypatch, LateGpu(seed)) as gpu:
         if seed % 2:
@@ -79,11 +80,11 @@ def test_transfers_in_any_order(kind: str, seed: int, monkeypatch: pytest.Monkey
 
 def _write(gpu: LateGpu, coded: Coded, page: int, record: Any) -> None:
     for (address, nbytes), part in _parts(coded, page, record):
-        gpu._array(address, nbytes, np.ctypeslib.ctypes.c_uint8)[:] = part
+        gpu._array(address, nbytes, ctypes.c_uint8)[:] = part
 
 
 def _check(gpu: LateGpu, coded: Coded, page: int, record: Any, right: dict[Any, bool], what: Any) -> None:
-    kind = np.ctypeslib.ctypes.c_uint8
+    kind = ctypes.c_uint8
     right[what] = all((gpu._array(*at, kind) == part).all() for at, part in _parts(coded, page, record))
 
 

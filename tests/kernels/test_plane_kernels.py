@@ -14,10 +14,13 @@ import numpy as np
 import pytest
 
 from kvortex.codecs.on_device import cells, constants
+from kvortex.digests.host import add_lengths
+from kvortex.digests.keys import kernel_numbers
 from kvortex.errors import CodecError
 from kvortex.kernels import build, plane
 from tests.kernels.plane_cases import CASES, GUARD, PlaneCase
 from tests.kernels.test_build import sass
+from tests.naive_digest import digest
 
 KERNELS = ("plane_count", "plane_encode", "plane_decode", "read_records", "seal_records")
 
@@ -89,7 +92,7 @@ def test_on_a_gpu_they_write_what_the_host_writes(case: PlaneCase) -> None:
     form = upload(cells(case.codec, case.fragments(memory.address), upload(constants(case.codec)).address))
     counts, status, ids = upload(np.zeros(n * case.tiles, np.uint32)), upload(np.zeros(n, np.uint32)), upload(case.blocks)
 
-    def launch(name: str, extra: Any) -> None:
+    def launch(name: str, extra: Any, sums: Any = None) -> None:
         cubin = build.load(name, device.compute_capability)
         u64, i32 = ctypes.c_uint64, ctypes.c_int32
         values = (staging.address + GUARD, case.pitch, form.address, extra.address, ids.address, n, case.run)
@@ -97,6 +100,10 @@ def test_on_a_gpu_they_write_what_the_host_writes(case: PlaneCase) -> None:
             module = cu.check(driver.cuModuleLoadData(cubin.code), "cuModuleLoadData")
             kernel = cu.check(driver.cuModuleGetFunction(module, cubin.entry.encode()), "cuModuleGetFunction")
             kinds = (u64, u64, u64, u64, u64, i32, i32)
+            if sums is not None:
+                start, pieces = staging.address + GUARD, -(-case.pitch // 4096)
+                values = (start, case.pitch, pieces, n, numbers.address, sums.address, extra.address)
+                kinds = (u64, u64, i32, i32, u64, u64, u64)
             cu.check(driver.cuLaunchKernel(kernel, 3, 1, 1, 64, 1, 1, 0, 0, (values, kinds), 0), "cuLaunchKernel")
             cu.check(driver.cuCtxSynchronize(), "cuCtxSynchronize")
 
@@ -109,8 +116,23 @@ def test_on_a_gpu_they_write_what_the_host_writes(case: PlaneCase) -> None:
     assert not case.wrong(rows)
     for row, size in zip(rows, sizes, strict=True):
         assert (row[64 if size < 0 else size :] == 0xA5).all()
+    whole = rows.copy()
+    for row, size in zip(whole, sizes, strict=True):
+        row[64 if size < 0 else size :] = 0
+    numbers, declined = upload(kernel_numbers(case.pitch)), upload(np.zeros(n, np.uint32))
+    sums, again = upload(np.zeros((n, 2), np.uint64)), upload(np.zeros((n, 2), np.uint64))
+    launch("seal_records", declined, sums)
+    seen = staging.read()
+    assert (seen[:GUARD] == 0xA5).all() and (seen[-GUARD:] == 0xA5).all()
+    assert (seen[GUARD:-GUARD].reshape(n, case.pitch) == whole).all()
+    assert (declined.read().view(np.uint32) == (sizes < 0)).all()
+    launch("read_records", declined, again)
+    for summed in (sums, again):
+        found = add_lengths(summed.read().view(np.uint64).reshape(n, 2), np.full(n, case.pitch))
+        for mine, row, size in zip(found, whole, sizes, strict=True):
+            assert size < 0 or mine.tobytes() == digest(row.tobytes())
     memory.write(np.full(case.memory.nbytes, 0x5A, np.uint8))
     launch("plane_decode", status)
     assert (status.read().view(np.uint32) == (sizes < 0)).all()
-    back, whole = memory.read().view(np.uint16).reshape(case.memory.shape), case.blocks[sizes > 0]
-    assert (back[:, whole] == case.memory[:, whole]).all()
+    back, kept = memory.read().view(np.uint16).reshape(case.memory.shape), case.blocks[sizes > 0]
+    assert (back[:, kept] == case.memory[:, kept]).all()

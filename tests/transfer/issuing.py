@@ -17,6 +17,7 @@ from kvortex.transfer.plan import (
     FIRST_LAUNCH,
     LAUNCH_COLUMNS,
     N_LAUNCHES,
+    PARAMETERS,
     RELATIVE,
     WORK,
     Int64s,
@@ -69,8 +70,8 @@ class Lane:
 
     def issue(self, recorder: Recorder, plan: Plan) -> tuple[int, int]:
         """The two codes."""
-        parameters = np.zeros(nogil.PARAMETERS, np.int64)
-        pointers = parameters.ctypes.data + 8 * np.arange(nogil.PARAMETERS, dtype=np.int64)
+        parameters = np.zeros(PARAMETERS, np.int64)
+        pointers = parameters.ctypes.data + 8 * np.arange(PARAMETERS, dtype=np.int64)
         turn, outcome = np.array([self.turn]), np.zeros(nogil.OUTCOME_CELLS, np.int64)
         scratch = np.zeros(nogil.SCRATCH_CELLS, np.int64)
         caller, after = (CALLER, [CALLER_EVENT]) if self.after is None else (nogil.NO_STREAM, self.after)
@@ -131,7 +132,7 @@ def coded(n: int = 9, streams: int = 3) -> Plan:
     launches = np.zeros((2 * count, LAUNCH_COLUMNS), np.int64)
     launches[:, :RELATIVE] = np.arange(2 * count)[:, None] + (0xF100, 5, 96)
     launches[:, RELATIVE] = BUFFER | WORK << 4 | 0 << 8 | IDS_BASE << 12 | SUMS_BASE << 16 | STATUS_BASE << 20
-    launches[:, ARGUMENTS:] = 1000 * np.arange(2 * count)[:, None] + np.arange(nogil.PARAMETERS)
+    launches[:, ARGUMENTS:] = 1000 * np.arange(2 * count)[:, None] + np.arange(PARAMETERS)
     return dataclasses.replace(plan, launches=launches)
 
 

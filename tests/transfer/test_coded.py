@@ -81,7 +81,7 @@ class Cache:
 @pytest.mark.parametrize("staging", [1 << 20, 64 << 20])
 @pytest.mark.parametrize("busy", [False, True])
 def test_many_chunks(staging: int, busy: bool, tmp_path: Path) -> None:
-    """Records in slots are the CPU's, byte for byte; they come back whole; saves and loads under way together are each right."""
+    """Records in slots are the CPU's, byte for byte, and come back whole; saves and loads under way together are each right."""
     cache = Cache(open_device("cuda"), tmp_path, 300)
     records = cache.records.copy()
     records[11] = np.random.default_rng(3).integers(0, 256, SHAPE.raw_bytes, np.uint8)
