@@ -169,7 +169,7 @@ class DeviceCoder(ABC):
             what = f"codec = {self.codec.name!r}: a staging buffer of {buffer_bytes} bytes does not hold a record of {room}"
             raise ConfigError(f"{what}; set gpu_pool_size_bytes to {least} or more")
         nbytes = self._per_chunk * self.work_bytes
-        first = self._hold(np.empty(buffers * nbytes, np.uint8)) if nbytes else 0
+        first = self._hold(np.zeros(buffers * nbytes, np.uint8)) if nbytes else 0
         self.works = [first + at * nbytes for at in range(buffers)]
 
     def _hold(self, array: Any) -> int:
