@@ -182,7 +182,7 @@ class CudaCompletion(Part):
                 unfit = status_of(self._ids.ids, room, self._plan) != 0
                 self.unfit = unfit if unfit.any() else None
             if self._digesting.summed:
-                self.sums = sums = sums_of(self._ids.ids, room, self._plan)
+                self.sums = sums = sums_of(self._ids.ids, room, self._plan, self._digesting)
                 self.digests = None if self._sizes is None else add_lengths(sums, self._sizes)
 
     def _is_issued(self) -> bool:

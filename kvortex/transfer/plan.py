@@ -29,7 +29,7 @@ DEVICE_SIDE, HOST_SIDE, COPY_BYTES, LINES, PITCH, HOST_PITCH = range(COPY_COLUMN
 # Columns of a launch: handle of a kernel, CTAs and threads of each, and its parameters, to each of which one of ``bases`` is
 # added; ``RELATIVE`` has four bits for each that say which.
 KERNEL, CTAS, THREADS, RELATIVE, ARGUMENTS = range(5)
-PARAMETERS = 8
+PARAMETERS = 11
 LAUNCH_COLUMNS = ARGUMENTS + PARAMETERS
 # Bases: nothing, the chunk's staging buffer, what else belongs to that buffer, the plan's ids, and sums and status of its
 # records, all in VRAM.
@@ -72,7 +72,7 @@ class Plan:
         chunk is one call. Takes the place of ``copies``; (3, 0) where those are used.
     order : (n,) int64
         Of each record that ``ids`` name the position in the call; (0,) where that is the same.
-    launches : (l, 12) int64
+    launches : (l, 15) int64
         Of chunks that take more than the lane's own kernel, one behind another on the stream of the chunk's buffer.
     """
 
@@ -346,13 +346,13 @@ def plan_strided(blocks: Int64s, slots: Int64s, runs: Int64s, pool: Pool, stream
         Streams that the copies are dealt to.
     """
     base, stride, offset, nbytes, lines, pitch = runs.T
-    copies = np.empty((len(blocks) * len(runs), COPY_COLUMNS), np.int64)
-    copies[:, DEVICE_SIDE] = (base + blocks[:, None] * stride).ravel()
-    copies[:, HOST_SIDE] = (pool.address + slots[:, None] * pool.slot_bytes + offset).ravel()
+    copies = np.empty((len(blocks), len(runs), COPY_COLUMNS), np.int64)
+    copies[..., DEVICE_SIDE] = base + blocks[:, None] * stride
+    copies[..., HOST_SIDE] = pool.address + slots[:, None] * pool.slot_bytes + offset
     for column, values in ((COPY_BYTES, nbytes), (LINES, lines), (PITCH, pitch), (HOST_PITCH, nbytes)):
-        copies[:, column] = np.tile(values, len(blocks))
-    total = len(blocks) * int((nbytes * lines).sum())
-    return Plan(np.empty(0, np.int32), dealt(len(copies), streams), copies, total)
+        copies[..., column] = values
+    count, total = len(blocks) * len(runs), len(blocks) * int(nbytes @ lines)
+    return Plan(np.empty(0, np.int32), dealt(count, streams), copies.reshape(count, COPY_COLUMNS), total)
 
 
 def plan_batched(
@@ -442,5 +442,6 @@ def _shares(starts: Int64s, count: int) -> Int64s:
     """Chunks without a kernel, one from each of ``starts`` on, of ``count`` copies in all."""
     chunks = np.zeros((len(starts), CHUNK_COLUMNS), np.int64)
     chunks[:, FIRST_COPY] = starts
-    chunks[:, N_COPIES] = np.diff(np.append(starts, count))
+    chunks[:-1, N_COPIES] = starts[1:] - starts[:-1]
+    chunks[-1:, N_COPIES] = count - starts[-1:]
     return chunks

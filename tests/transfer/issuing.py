@@ -9,7 +9,7 @@ import numpy as np
 
 from kvortex.transfer import issue as nogil
 from kvortex.transfer.coded import plan_coded
-from kvortex.transfer.digesting import DIGEST_CELLS
+from kvortex.transfer.digesting import NO_DIGESTS
 from kvortex.transfer.layers import cut_layers, cut_sections, plan_layers
 from kvortex.transfer.plan import (
     ARGUMENTS,
@@ -78,7 +78,7 @@ class Lane:
         fixed = (self.cells, self.streams, self.buffers, self.joins, self.copied, turn, caller, np.array(after, np.int64))
         marks = MARK + np.arange(len(plan.marks), dtype=np.int64)
         table = (plan.chunks, plan.copies, plan.batch, plan.pitch, plan.marks, marks)
-        digest = np.zeros(DIGEST_CELLS, np.int64) if self.digest is None else self.digest
+        digest = NO_DIGESTS if self.digest is None else self.digest
         rows = plan.launches, self.works, np.array([0, 0, 0, IDS_IN_VRAM, SUMS, STATUS], np.int64)
         last = (*rows, parameters, pointers, scratch, outcome)
         nogil.issue(recorder.functions, *fixed, START, DONE, *table, IDS, digest, *last)
