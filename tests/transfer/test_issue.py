@@ -222,6 +222,32 @@ def test_each_launch_knows_where_its_sums_belong(name: str, to_host: bool, apart
 
 @pytest.mark.parametrize("shape", [(1, 0), (3, 0), (3, 2), (20, 7)])
 @pytest.mark.parametrize("to_host", [True, False])
+@pytest.mark.parametrize("name", ["coded", "one coded"])
+def test_a_codecs_launches_find_ids_sums_and_buffers_ready(name: str, to_host: bool, shape: tuple[int, int]) -> None:
+    """What is sent to VRAM is there before each of them, and read back behind all; a chunk's own are one behind another, and
+    those of the chunk that has its buffer next come behind all that this one has to do with it."""
+    lane, plan, recorder = Lane(*shape[:1], to_host, shape[1], digest=digest_of(reads=False, apart=0)), PLANS[name], Recorder()
+    assert lane.issue(recorder, plan) == (0, 0)
+    calls, before = recorder.calls, predecessors(recorder.calls)
+    launches = [at for at, call in enumerate(calls) if call.name == "launch"]
+    sent, back = copies_of_sums(calls)
+    assert len(launches) == 2 * len(plan.chunks) and all(sent in before[at] and at in before[back] for at in launches)
+    copies = [at for at, call in enumerate(calls) if call.name in WORK and at not in (sent, back, *launches)]
+    of_chunk = np.repeat(np.arange(len(plan.chunks)), plan.chunks[:, N_COPIES]).tolist()
+    own: list[list[int]] = [launches[2 * chunk :][:2] for chunk in range(len(plan.chunks))]
+    for at, chunk in zip(copies, of_chunk, strict=True):
+        assert all(at in before[launch] for launch in own[chunk]) != to_host == (set(own[chunk]) <= before[at])
+    for chunk, (first, second) in enumerate(own):
+        assert first in before[second]
+        earlier = chunk - lane.count
+        if earlier >= 0:
+            work = {*own[earlier], *(at for at, of in zip(copies, of_chunk, strict=True) if of == earlier)}
+            mine = first if to_host else min(at for at, of in zip(copies, of_chunk, strict=True) if of == chunk)
+            assert work <= before[mine]
+
+
+@pytest.mark.parametrize("shape", [(1, 0), (3, 0), (3, 2), (20, 7)])
+@pytest.mark.parametrize("to_host", [True, False])
 def test_a_mark_is_behind_its_chunks_and_holds_up_no_others(to_host: bool, shape: tuple[int, int]) -> None:
     lane, plan, recorder = issued("layers", to_host, shape)
     before, calls = predecessors(recorder.calls), recorder.calls
