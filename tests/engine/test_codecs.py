@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from kvortex.codecs.base import HEADER
 from kvortex.devices import Device, HostStream
 from kvortex.digests import digest_records
 from kvortex.errors import ArgumentError, ConfigError, CorruptBlocksError, LayersMissingError
+from kvortex.transfer.executor import Direction, poll
 from tests.engine.coded import BLOCKS, CODED, EACH, LOSSY, PLANE, WHERE, Coded, caches, parts_of, slot_of, slots_of
 from tests.engine.tiered import nothing_is_held
 from tests.naive_digest import digest
 from tests.pages import Bytes, assert_same, keys_of
+from tests.transfer.submitting import submit_blocks
 
 NOISE = np.random.default_rng(11)
 
@@ -394,3 +397,27 @@ def test_lossless_codecs_do_not_ask(coded: Coded) -> None:
                 assert engine.save_blocks(keys_of(1, 2), [1, 2], first=first).wait().all()
                 assert engine.check_blocks(keys_of(1, 2), first=first).all()
                 assert engine.prefetch(keys_of(1, 2), first=first).wait().all()
+
+
+@everywhere
+def test_slots_in_any_order_and_apart(coded: Coded) -> None:
+    """As an index gives them out that has dropped this and that; each chunk of a GPU's plan has several runs of neighbours."""
+    coded.write(4, unfit("plane", coded))
+    with coded.engine("plane", gpu_pool_size_bytes=8 * 20 * 20480) as engine:
+        blocks, slots = np.arange(BLOCKS), np.random.default_rng(9).permutation(30)[:BLOCKS]
+        assert engine.codec is not None and (np.diff(np.sort(slots)) == 1).any() and (np.diff(np.sort(slots)) > 1).any()
+        save = submit_blocks(engine._executor, Direction.SAVE, blocks, slots, None)
+        assert poll(save.query, time.monotonic() + 60) and save.error is None
+        assert save.unfit is not None and (save.unfit == (blocks == 4)).all() and save.digests is not None
+        fit = np.flatnonzero(blocks != 4)
+        for at in fit:
+            record = slot_of(engine, int(slots[at]))[: engine.codec.slot_bytes].tobytes()
+            assert record == engine.codec.encode(coded.records[at]).ljust(engine.codec.slot_bytes, b"\0")
+            assert save.digests[at].tobytes() == digest(record)
+            coded.write(at, np.zeros(coded.shape.raw_bytes, np.uint8))
+        slot_of(engine, int(slots[7]))[0] ^= 1  # the header's first byte
+        load = submit_blocks(engine._executor, Direction.LOAD, blocks[fit], slots[fit], None)
+        assert poll(load.query, time.monotonic() + 60) and load.error is None
+        assert load.unfit is not None and (load.unfit == (fit == 7)).all() and load.digests is not None
+        for at, found in zip(fit, load.digests, strict=True):
+            assert at == 7 or (found == save.digests[at]).all() and (coded.read(at) == coded.records[at]).all()
