@@ -41,15 +41,18 @@ KERNELS = {
     "plane_count": "kvortex.kernels.plane_encode",
     "plane_encode": "kvortex.kernels.plane_encode",
     "plane_decode": "kvortex.kernels.plane_decode",
+    "read_records": "kvortex.kernels.coded",
+    "seal_records": "kvortex.kernels.coded",
     "cachegen_count": "kvortex.kernels.cachegen_encode",
     "cachegen_encode": "kvortex.kernels.cachegen_encode",
     "cachegen_decode": "kvortex.kernels.cachegen_decode",
     "compute": "kvortex.kernels.compute",
 }
-# The most that a CTA of 512 threads can have, that four of them can, and that four of 256 can.
+# The most that a CTA of 512 threads can have, that four of them can, that three of 256 can, and that four of 256 can.
 _REGISTERS = {
     "kvortex.kernels.resident": 128,
     "kvortex.kernels.compute": 32,
+    "kvortex.kernels.coded": 80,
     "kvortex.kernels.plane_encode": 64,
     "kvortex.kernels.plane_decode": 64,
     "kvortex.kernels.cachegen_encode": 64,

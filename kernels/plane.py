@@ -18,15 +18,31 @@ from numba import cuda
 from numba.cuda import types
 
 from kvortex.kernels.lane import load4
-from kvortex.kernels.plane_form import MOST_TAIL, RAW_TAIL, RAW_TILE, VALUES
+from kvortex.kernels.plane_form import (
+    ACROSS,
+    BASES,
+    CODED,
+    DECLINED,
+    GROUPS,
+    HEADER,
+    HEADER_WORDS,
+    MOST_TAIL,
+    N_PLANES,
+    PLANES,
+    RAW_TAIL,
+    RAW_TILE,
+    STORED_AT,
+    TABLE_WORDS,
+    USED_AT,
+    VALUES,
+    VERBATIM,
+    WARPS,
+)
 
-WARPS = 8
-# Cells of ``codec``: addresses of (planes, channels) uint8 bases and of a 64-byte header, then planes, groups of 16 tokens in a
-# plane, tiles side by side, words of the table with its fill; from PLANES on, a plane's address in block 0 and its block
-# stride by turns.
-BASES, HEADER, N_PLANES, GROUPS, ACROSS, TABLE_WORDS, PLANES = 0, 1, 2, 3, 4, 5, 8
-STORED_AT, USED_AT, HEADER_WORDS = 2, 6, 16  # words of a header
-CODED, VERBATIM, DECLINED = 0, 1, 3  # as in kvortex.codecs.base
+__all__ = [
+    "ACROSS", "BASES", "CODED", "DECLINED", "GROUPS", "HEADER", "HEADER_WORDS", "N_PLANES", "PLANES", "STORED_AT",
+    "TABLE_WORDS", "USED_AT", "VERBATIM", "WARPS",
+]  # fmt: skip
 
 uint8, uint16, uint32, uint64, int32 = types.uint8, types.uint16, types.uint32, types.uint64, types.int32
 SIGNATURE: Any = types.void(

@@ -34,3 +34,11 @@ RAW_TAIL = TILE_BYTES - FIXED_BYTES
 MOST_TAIL = RAW_TAIL - 4  # of a tile that is coded
 RAW_ROWS = FIXED_BYTES // (2 * CHANNELS)  # rows of a raw tile in its fixed part
 RAW_TILE = 0xFFFFFFFF
+
+WARPS = 8  # of a CTA at most
+# Cells of the kernels' ``codec``: addresses of (planes, channels) uint8 bases and of a 64-byte header, then planes, groups of
+# 16 tokens in a plane, tiles side by side, words of the table with its fill; from PLANES on, a plane's address in block 0 and
+# its block stride by turns.
+BASES, HEADER, N_PLANES, GROUPS, ACROSS, TABLE_WORDS, PLANES = 0, 1, 2, 3, 4, 5, 8
+STORED_AT, USED_AT, HEADER_WORDS = 2, 6, 16  # words of a header
+CODED, VERBATIM, DECLINED = 0, 1, 3  # as in kvortex.codecs.base

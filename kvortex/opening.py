@@ -43,8 +43,11 @@ def codec_for(config: KVortexConfig, layout: KVLayout | None, device: Device) ->
     what = f"codec = {shown(config.codec)}"
     if layout is None or config.max_block_bytes is not None:
         raise ConfigError(f"{what}: codes pages of a layout, and no opaque buffers: pass a layout, leave out max_block_bytes")
-    if device.name != "host":
-        raise ConfigError(f"{what}: not yet on a GPU; use device = 'host', or codec = 'raw'")
+    on_gpu = device.name != "host"
+    if on_gpu and config.transfer_route not in ("auto", "staged"):
+        seen = shown(config.transfer_route)
+        how = "use 'auto' or 'staged', or codec = 'raw'"
+        raise ConfigError(f"{what}: codes what is staged, and transfer_route = {seen}; {how}")
     if not config.codec_tables:
         how = "`kvortex calibrate --tables` makes that file of a sample of the model's KV"
         raise ConfigError(f"{what}: needs codec_tables; {how}")
@@ -63,6 +66,13 @@ def codec_for(config: KVortexConfig, layout: KVLayout | None, device: Device) ->
         reason = f"a block has {layout.record_bytes} bytes, and the tables are for {shape.raw_bytes}"
     if reason is not None:
         raise ConfigError(f"{what}: codec_tables are not for this layout: {reason}")
+    if on_gpu:
+        from kvortex.transfer.coded import check_codable
+
+        try:
+            check_codable(codec, layout.fragments)
+        except CodecError as error:
+            raise ConfigError(f"{what}: not on a GPU: {error}; use device = 'host', or codec = 'raw'") from error
     return codec
 
 

@@ -11,6 +11,7 @@ from kvortex.errors import KVortexError, told
 from perf import (
     answers,
     codecs,
+    coded,
     compute,
     digest,
     duplex,
@@ -32,6 +33,7 @@ from perf.report import Report, check_writable, environment, progress
 
 QUESTIONS = {
     "answers": answers,
+    "coded": coded,
     "codecs": codecs,
     "compute": compute,
     "digest": digest,

@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 import kvortex
 from examples.lm.model import Shape
@@ -54,7 +55,7 @@ class JaxPages:
         strides = tuple(itemsize * int(np.prod(whole[axis + 1 :])) for axis in range(len(whole)))
         specs = [kvortex.TensorSpec(address, whole, strides, itemsize, device) for address in self._addresses]
         self.layout = kvortex.KVLayout.from_pointers(specs, order="NHD")
-        self._spoil, self._differ = _compiled(jax)
+        self._spoil, self._differ, self._take = _compiled(jax)
 
     def check(self, layer: int | None = None) -> None:
         """Waits for JAX to be done with a layer, or all; LayoutError where its pages are not where they were."""
@@ -67,6 +68,11 @@ class JaxPages:
                     "not write them in place, and kvortex would move what is there no more"
                 )
 
+    def records(self, table: Ids) -> npt.NDArray[np.uint8]:
+        """(n, record_bytes): what pages hold, layer behind layer."""
+        parts = [np.asarray(self._take(layer, table)).reshape(len(table), -1).view(np.uint8) for layer in self.layers]
+        return np.ascontiguousarray(np.concatenate(parts, axis=1))
+
     def spoil(self, table: Ids) -> None:
         """Fills pages with NaN, so that none can pass for what it held before."""
         self.layers[:] = [self._spoil(layer, table) for layer in self.layers]
@@ -78,12 +84,16 @@ class JaxPages:
 
 
 @functools.cache  # and so is what they compile to
-def _compiled(jax: Any) -> tuple[Any, Any]:
-    return jax.jit(partial(_spoil, jax), donate_argnums=0), jax.jit(partial(_differ, jax))
+def _compiled(jax: Any) -> tuple[Any, Any, Any]:
+    return jax.jit(partial(_spoil, jax), donate_argnums=0), jax.jit(partial(_differ, jax)), jax.jit(partial(_take, jax))
 
 
 def _spoil(jax: Any, layer: Any, table: Any) -> Any:
     return layer.at[table].set(jax.numpy.asarray(jax.numpy.nan, layer.dtype))
+
+
+def _take(jax: Any, layer: Any, table: Any) -> Any:
+    return jax.lax.bitcast_convert_type(layer[table], "uint16")  # a new array, whatever JAX keeps of it
 
 
 def _differ(jax: Any, layer: Any, mine: Any, theirs: Any) -> Any:

@@ -46,7 +46,7 @@ def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]]
     on_gpu = isinstance(device, CudaDevice)
     blocks, rounds = (8, 2) if quick else (512, 31) if on_gpu else (32, 7)
     progress(f"{blocks} blocks")
-    records = _records(blocks)
+    records = realistic(blocks)
     codec = make_codec("plane", SHAPE, calibrate(records[: min(blocks, 12)], SHAPE))
     assert isinstance(codec, PlaneCodec)
     rows = _on_gpu(device, codec, records, rounds) if isinstance(device, CudaDevice) else _on_host(codec, records, rounds)
@@ -58,7 +58,7 @@ def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]]
     return device.name, rows, notes
 
 
-def _records(count: int) -> Bytes:
+def realistic(count: int) -> Bytes:
     """(count, raw_bytes): each plane of a block is one of a real page's, side by side until its row is full."""
     planes, channels = SHAPE.planes, SHAPE.channels
     made = np.empty((count, planes, SHAPE.tokens, channels), np.uint16)

@@ -68,7 +68,7 @@ def add_options(parser: Any) -> None:
     parser.add_argument("--disk", type=Path, help="an existing folder for the disk tier's files, which are removed")
     parser.add_argument("--minutes", type=float, help="after which no other length is begun: 5")
     parser.add_argument("--codecs", help="of raw,plane: how hits are kept, a row for each; only what is exact")
-    parser.add_argument("--tables", type=Path, help="a file of kvortex calibrate --tables, for plane")
+    parser.add_argument("--tables", type=Path, help="of kvortex calibrate --tables, for plane; else of the model's own pages")
     parser.add_argument("--engine", action="append", help="NAME=VALUE: an option of the engines, as gpu_pool_size_bytes=1GiB")
     parser.add_argument("--skip", help="parts that are left out, of disk,beside,torch")
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from tests.fake_driver import Result
-from tests.fake_gpu import _DIGESTS, _ENTRIES, _RESIDENT, FakeGpu, ids_of
+from tests.fake_gpu import _CODES, _DIGESTS, _ENTRIES, _RESIDENT, FakeGpu, ids_of
 from tests.transfer.recorder import Call
 
 _WAITING = "waiting"
@@ -148,6 +148,8 @@ class LateGpu(FakeGpu):
             yield "written"
         elif name == "launch" and call.arguments[0] in _RESIDENT:
             yield from self._serve(call)
+        elif name == "launch" and call.arguments[0] in _CODES:
+            yield from self._code(call)
         elif name == "launch" and call.arguments[0] in (_ENTRIES[b"read_pages"], _ENTRIES[b"read_buffers"]):
             self._read(call)
             yield "read"

@@ -8,7 +8,7 @@ import numpy.typing as npt
 from kvortex.codecs.base import HEADER_BYTES
 from kvortex.codecs.plane import PlaneCodec
 from kvortex.errors import CodecError
-from kvortex.kernels.plane import ACROSS, BASES, GROUPS, HEADER, N_PLANES, PLANES, TABLE_WORDS
+from kvortex.kernels.plane_form import ACROSS, BASES, GROUPS, HEADER, N_PLANES, PLANES, TABLE_WORDS
 
 Cells = npt.NDArray[np.uint64]
 MOST_BYTES = 1 << 31  # of a record: kernels count its bytes in 32 bits

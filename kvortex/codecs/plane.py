@@ -16,6 +16,10 @@ from kvortex.errors import CodecError, shown
 from kvortex.kernels.plane_form import CHANNELS, FIXED_BYTES, ROWS
 
 BUDGET = 0.72  # of the original: above the worst record of every text and model that was looked at
+# A slot of what the sample's longest record and so much of the original take, if that is less. Of texts beside the sample, and
+# of first blocks, which are not in it, the longest were 0.015 of the original above the sample's longest (docs/codecs.md).
+MARGIN = 0.02
+_STEP = 4096  # of pools' slots
 
 
 class PlaneCodec(Codec):
@@ -28,7 +32,8 @@ class PlaneCodec(Codec):
     tables
         For as many planes and channels.
     budget
-        What a slot reserves, as a part of the original: above 0, at most 1. It changes no record.
+        What a slot reserves, as a part of the original: above 0, at most 1. It changes no record. None for what the tables'
+        ``longest`` says, with :data:`MARGIN`, and at most :data:`BUDGET`.
 
     Raises
     ------
@@ -38,16 +43,20 @@ class PlaneCodec(Codec):
 
     name, number, exact = "plane", 1, True
 
-    def __init__(self, shape: RecordShape, tables: Tables, *, budget: float = BUDGET) -> None:
+    def __init__(self, shape: RecordShape, tables: Tables, *, budget: float | None = None) -> None:
         check_tables(shape, tables)
         if shape.dtype != "bfloat16" or shape.tokens % ROWS or shape.channels % CHANNELS:
             raise CodecError(f"plane codes bfloat16 in planes of {ROWS} tokens by {CHANNELS} channels and their multiples; "
                              f"seen: {shape.dtype}, {shape.tokens} tokens by {shape.channels} channels. Use codec raw.")
-        if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 < budget <= 1:
+        reserved = BUDGET if budget is None else budget
+        if isinstance(reserved, bool) or not isinstance(reserved, (int, float)) or not 0 < reserved <= 1:
             raise CodecError(f"budget = {shown(budget)}: must be above 0 and at most 1")
         self.shape, self.tables = shape, tables
         self.worst_bytes = HEADER_BYTES + shape.raw_bytes
-        self.slot_bytes = min(self.worst_bytes, max(HEADER_BYTES, int(shape.raw_bytes * budget) & ~15))
+        self.slot_bytes = min(self.worst_bytes, max(HEADER_BYTES, int(shape.raw_bytes * reserved) & ~15))
+        if budget is None and tables.longest:
+            wanted = -(-(tables.longest + int(MARGIN * shape.raw_bytes)) // _STEP) * _STEP
+            self.slot_bytes = min(self.slot_bytes, wanted)
         groups, across = shape.tokens // ROWS, shape.channels // CHANNELS
         tiles = shape.planes * groups * across
         self.form = np.array([groups, across, -(-tiles // 4) * 4], np.int64)

@@ -2,7 +2,8 @@
 
 A file has magic, version, length and SHA-256 (:mod:`kvortex.kernels.cache`); behind them the shape of the records, as
 little-endian 32-bit numbers: layers, heads, head_dim, tokens, and places of order, parts and dtype among what these may be;
-then of each plane and channel a byte of window, a mean as bf16, and a byte of spread; and the counts, 32 bits each.
+then of each plane and channel a byte of window, a mean as bf16, and a byte of spread; the counts, 32 bits each; and the
+longest record, 64 bits, which files of version 2 do not have.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from kvortex.codecs.base import Bytes, as_rows
+from kvortex.codecs._plane import encode_plane
+from kvortex.codecs.base import HEADER_BYTES, Bytes, as_rows
 from kvortex.codecs.shape import DTYPES, ORDERS, PARTS, RecordShape
 from kvortex.errors import CodecError, shown
 from kvortex.kernels import cache
+from kvortex.kernels.plane_form import CHANNELS, ROWS
 
-_MAGIC, _VERSION = b"KVXTABLE", 2
-_SHAPE, _SIZES = struct.Struct("<7I"), struct.Struct("<II")
+_MAGIC, _VERSION, _WITHOUT_LONGEST = b"KVXTABLE", 3, 2
+_SHAPE, _SIZES, _LONGEST = struct.Struct("<7I"), struct.Struct("<II"), struct.Struct("<Q")
 _NAMES = ORDERS, PARTS, tuple(DTYPES)
 # Bits of an exponent that lies so far below a channel's base: see kvortex.codecs.plane.
 _WINDOW, _SECOND, _ESCAPE = 2, 5, 13
@@ -46,12 +49,15 @@ class Tables:
     counts : (2, BINS) uint32
         Of K and of V, how often a value lies so many 64ths of its channel's spread from the mean: what a distribution looks
         like, whatever its channel. The first and the last bin have all beyond. Of a latent the first row.
+    longest : int
+        Bytes of the longest record that codec ``plane`` makes of the sample, which its slots are measured by; 0 for unknown.
     """
 
     base: Bytes
     mean: npt.NDArray[np.uint16]
     spread: Bytes = field(default_factory=lambda: np.zeros((0, 0), np.uint8))
     counts: npt.NDArray[np.uint32] = field(default_factory=lambda: np.zeros((2, BINS), np.uint32))
+    longest: int = 0
 
     def __post_init__(self) -> None:
         if not self.spread.size:
@@ -73,7 +79,8 @@ class Tables:
     @cached_property
     def digest(self) -> bytes:
         """32 bytes that name the content."""
-        return hashlib.sha256(_SIZES.pack(*self.base.shape) + self._values()).digest()
+        longest = _LONGEST.pack(self.longest) if self.longest else b""
+        return hashlib.sha256(_SIZES.pack(*self.base.shape) + self._values() + longest).digest()
 
     def save(self, path: str | pathlib.Path, shape: RecordShape) -> None:
         """Writes a file, whole or not at all: the tables, and the shape of the records that they are for.
@@ -88,7 +95,7 @@ class Tables:
         named = (names.index(name) for names, name in zip(_NAMES, (shape.order, shape.parts, shape.dtype), strict=True))
         said = _SHAPE.pack(shape.layers, shape.heads, shape.head_dim, shape.tokens, *named)
         try:
-            written = cache.write(pathlib.Path(path), _MAGIC, _VERSION, said + self._values())
+            written = cache.write(pathlib.Path(path), _MAGIC, _VERSION, said + self._values() + _LONGEST.pack(self.longest))
         except ValueError:  # a NUL in the path
             written = False
         if not written:
@@ -101,6 +108,8 @@ class Tables:
         try:
             there = pathlib.Path(path)
             body = cache.read(there, _MAGIC, _VERSION) if there.is_file() else None  # pipes and devices may have no end
+            older = cache.read(there, _MAGIC, _WITHOUT_LONGEST) if body is None and there.is_file() else None
+            body = body if older is None else older + _LONGEST.pack(0)
         except (OSError, ValueError):  # a name that is too long, or has a NUL
             body = None
         if body is None or len(body) < _SHAPE.size:
@@ -111,13 +120,14 @@ class Tables:
         except (CodecError, IndexError) as error:
             raise CodecError(f"{name} holds tables of records that cannot be ({error}); calibrate anew") from None
         size, count = (shape.planes, shape.channels), shape.planes * shape.channels
-        if len(body) != _SHAPE.size + 4 * count + 8 * BINS:
+        if len(body) != _SHAPE.size + 4 * count + 8 * BINS + _LONGEST.size:
             raise CodecError(f"{name} holds no tables of {size[0]} planes and {size[1]} channels; calibrate anew")
         base = np.frombuffer(body, np.uint8, count, _SHAPE.size).reshape(size)
         mean = np.frombuffer(body, "<u2", count, _SHAPE.size + count).reshape(size)
         spread = np.frombuffer(body, np.uint8, count, _SHAPE.size + 3 * count).reshape(size)
         counts = np.frombuffer(body, "<u4", 2 * BINS, _SHAPE.size + 4 * count).reshape(2, BINS)
-        return cls(base.copy(), mean.astype(np.uint16), spread.copy(), counts.astype(np.uint32)), shape
+        (longest,) = _LONGEST.unpack(body[-_LONGEST.size :])
+        return cls(base.copy(), mean.astype(np.uint16), spread.copy(), counts.astype(np.uint32), longest), shape
 
     def _values(self) -> bytes:
         return b"".join((
@@ -139,7 +149,8 @@ def calibrate(records: Bytes, shape: RecordShape) -> Tables:
     -------
     Tables
         ``base``: of each channel the argmin over b of the sum of ``cost(b - e)`` over its exponents e. ``mean``: of its
-        finite values, 0 where there are none. ``spread`` and ``counts`` of the same.
+        finite values, 0 where there are none. ``spread`` and ``counts`` of the same. ``longest`` of these records, where
+        ``plane`` can code them.
 
     Raises
     ------
@@ -160,7 +171,20 @@ def calibrate(records: Bytes, shape: RecordShape) -> Tables:
         counts[plane] = np.bincount(cells.ravel(), minlength=channels * 256).reshape(channels, 256)
     base = np.argmin(counts @ _costs().T, axis=2).astype(np.uint8)
     mean = _means(values, planes, channels)
-    return Tables(base, mean, *_spreads(values, mean, shape.parts_of_planes))
+    return Tables(base, mean, *_spreads(values, mean, shape.parts_of_planes), _longest(records, shape, base))
+
+
+def _longest(records: Bytes, shape: RecordShape, base: Bytes) -> int:
+    """Bytes of the longest record that the plane code makes; 0 where it does not fit them."""
+    if shape.tokens % ROWS or shape.channels % CHANNELS:
+        return 0
+    groups, across = shape.tokens // ROWS, shape.channels // CHANNELS
+    form = np.array([groups, across, -(-shape.planes * groups * across // 4) * 4], np.int64)
+    out, size, most = np.empty((1, (HEADER_BYTES + shape.raw_bytes) // 4), np.uint32), np.empty(1, np.int64), 0
+    for record in records:
+        encode_plane(record.view(np.uint16)[None], out, np.zeros(HEADER_BYTES // 4, np.uint32), base, form, size)
+        most = max(most, int(size[0]))
+    return most
 
 
 def _costs() -> npt.NDArray[np.float32]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from kvortex.codecs import Codec
 from kvortex.devices import asking
 from kvortex.devices import driver as cu
 from kvortex.devices.cuda import CudaDevice
@@ -21,6 +22,7 @@ from kvortex.kernels import build
 from kvortex.memory.arena import SLOT_ALIGNMENT
 from kvortex.memory.ids import IdBuffer, IdPool
 from kvortex.memory.staging import StagingRing
+from kvortex.transfer.coded import DeviceCoder, coder_for
 from kvortex.transfer.cuda_completion import CudaCompletion, CudaMark, Events
 from kvortex.transfer.digesting import Digesting, Reading, buffers_reading, pieces_apart, room_for
 from kvortex.transfer.executor import Completion, Direction, Executor, poll
@@ -110,6 +112,8 @@ class CudaExecutor(Executor):
         Whether a model computes while blocks move; None to ask the caller's stream each time.
     digests
         Whether blocks are digested while they move.
+    codec
+        Whose records slots hold, of blocks of the layout, which then are all staged; None for the blocks themselves.
 
     Attributes
     ----------
@@ -130,8 +134,11 @@ class CudaExecutor(Executor):
         route: Route | None = None,
         beside_compute: bool | None = None,
         digests: bool = False,
+        codec: Codec | None = None,
     ) -> None:
         self.device = device
+        self._codec = codec
+        self._coder: DeviceCoder | None = None
         self.beside_compute = beside_compute
         self.resident_ctas = profile.resident_ctas, profile.resident_ctas_beside
         if pool.slot_bytes > device.max_pitch:  # then no 2D DMA reaches from one slot into the next
@@ -157,7 +164,7 @@ class CudaExecutor(Executor):
         self._batches = cu.has_batched_copies()
         # A record that is one long piece needs no kernel, whatever else is asked for.
         one_piece = len(fragments) == 1 and int(fragments[0, 3]) >= profile.copy_bytes
-        self.route = Route.DIRECT if one_piece else route
+        self.route = Route.STAGED if codec is not None else Route.DIRECT if one_piece else route
         if self.route is Route.RESIDENT and not resident_kernels_can_run(device):
             why = "CUDA_LAUNCH_BLOCKING is set" if launches_block() else "this GPU's streams cannot wait for memory"
             raise ConfigError(f"transfer_route = 'resident': its kernel would wait for ever, since {why}; use 'auto'")
@@ -188,6 +195,13 @@ class CudaExecutor(Executor):
             self._flags = self.device.allocate(2 * 2 * 2 * FLAG_BYTES)  # of each direction's two buffers
             self._flags.write(np.zeros(self._flags.nbytes, np.uint8))
             flags = self._flags.address
+        works: list[int] | None = None
+        if staged and self._codec is not None and self._staging is not None:
+            numbers = self._numbers.address if self._digests else 0
+            self._coder = coder_for(self.device, self._codec, self._fragments, self._pool, self._kernel, numbers)
+            self._coder.open(2 * depth, self._staging.buffer_bytes)
+            works = self._coder.works
+        elif staged:
             kernels = {
                 Direction.SAVE: (self._kernel("gather" + suffix), self._kernel("gather_resident" + suffix)),
                 Direction.LOAD: (self._kernel("scatter" + suffix), self._kernel("scatter_resident" + suffix)),
@@ -206,6 +220,7 @@ class CudaExecutor(Executor):
                 my_flags,
                 table,
                 self._pieces[:, OFFSET],
+                None if works is None else works[at * depth : (at + 1) * depth],
             )
 
     def _open_digests(self) -> None:
@@ -213,7 +228,8 @@ class CudaExecutor(Executor):
         numbers = kernel_numbers(self._pool.slot_bytes)
         self._numbers = self.device.allocate(numbers.nbytes)
         self._numbers.write(numbers)
-        self._readers = self._kernel("read_pages"), self._kernel("read_buffers")
+        if self._codec is None:
+            self._readers = self._kernel("read_pages"), self._kernel("read_buffers")
 
     def _halves(self, buffers: list[int]) -> list[int]:
         """The staging buffers of a direction as a resident kernel uses them: two, so that a DMA is as long as can be.
@@ -257,12 +273,14 @@ class CudaExecutor(Executor):
         layerwise: bool = False,
         parts: Int64s | None = None,
     ) -> Completion:
-        assert parts is None, "no codec on a GPU yet"
+        assert parts is None, "no codec on a GPU keeps parts of blocks yet"
         mark = stream if isinstance(stream, CudaMark) else None
         caller = NO_STREAM if mark is not None else cuda_stream_handle(stream)
         nbytes = len(blocks) * int(self._layer_offsets[-1])
         in_groups = layerwise and direction is Direction.SAVE
         busy = in_groups or self._is_busy(caller, mark)  # who saves layer by layer computes meanwhile
+        if self._coder is not None:
+            return self._prepare_coded(self._coder, direction, blocks, slots, caller, mark, busy, in_groups)
         table = self._table_of_routes
         route = self.route or choose(table, direction, nbytes, beside_compute=busy, layerwise=layerwise)
         num_layers = len(self._layer_offsets) - 1
@@ -282,6 +300,31 @@ class CudaExecutor(Executor):
             return self._layer_save([plan], route, np.zeros(num_layers, np.int64), blocks, edges)
         digests = self._digesting(route, blocks, *edges.tolist()), self._sizes(blocks)
         return CudaCompletion(self, direction, plan, caller, route, None, *digests, mark)
+
+    def _prepare_coded(
+        self,
+        coder: DeviceCoder,
+        direction: Direction,
+        blocks: Int64s,
+        slots: Int64s,
+        caller: int,
+        mark: CudaMark | None,
+        busy: bool,
+        in_groups: bool,
+    ) -> Completion:
+        """Through a codec, which takes whole records: all layers are one group."""
+        plan, sizes = coder.plan(direction, blocks, slots, busy), np.full(len(blocks), coder.codec.slot_bytes)
+        numbers = self._numbers.address if self._digests else 0
+        digesting = Digesting(len(blocks), numbers, coded=True, summed=self._digests)
+        if not in_groups:
+            return CudaCompletion(self, direction, plan, caller, Route.STAGED, None, digesting, sizes, mark)
+        part = CudaCompletion(self, direction, plan, NO_STREAM, Route.STAGED, None, digesting)
+        try:
+            group_of = np.zeros(len(self._layer_offsets) - 1, np.int64)
+            return LayerSave([part], group_of, sizes if self._digests else None)
+        except BaseException:
+            part.cancel()
+            raise
 
     def _sizes(self, blocks: Int64s) -> Int64s:
         return np.full(len(blocks), self._layer_offsets[-1])
@@ -468,6 +511,8 @@ class CudaExecutor(Executor):
             self._ids.close()
         if self._staging is not None:
             self._staging.close()
+        if self._coder is not None:
+            self._coder.close()
         for buffer in (self._table, self._flags, self._numbers):
             if buffer is not None:
                 with contextlib.suppress(DeviceError):

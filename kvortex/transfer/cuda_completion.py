@@ -15,7 +15,7 @@ from kvortex.devices.streams import cuda_stream_handle
 from kvortex.digests.host import add_lengths
 from kvortex.errors import DeviceError, TransferError, TransferTimeoutError
 from kvortex.transfer import issue as nogil
-from kvortex.transfer.digesting import Digesting, room_for, sums_of
+from kvortex.transfer.digesting import Digesting, room_for, status_of, sums_of
 from kvortex.transfer.executor import Direction, Mark, Part, poll
 from kvortex.transfer.lane import ROW_WORDS, Job, is_short
 from kvortex.transfer.plan import Int64s, Plan
@@ -178,9 +178,12 @@ class CudaCompletion(Part):
         """Before the memory that they lie in is others'."""
         if self._digesting is not None and self._ids is not None:
             room = room_for(self._plan, self._digesting, ROW_WORDS)
-            self.sums = sums_of(self._ids.ids, room, self._plan, self._digesting)
-            if self._sizes is not None:
-                self.digests = add_lengths(self.sums, self._sizes)
+            if self._digesting.coded:
+                unfit = status_of(self._ids.ids, room, self._plan) != 0
+                self.unfit = unfit if unfit.any() else None
+            if self._digesting.summed:
+                self.sums = sums = sums_of(self._ids.ids, room, self._plan, self._digesting)
+                self.digests = None if self._sizes is None else add_lengths(sums, self._sizes)
 
     def _is_issued(self) -> bool:
         return self._finished or bool(self.outcome[nogil.ISSUED])

@@ -11,6 +11,7 @@ puts the sums of its piece into pinned memory, from where the host adds them up:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -101,12 +102,19 @@ class Digesting:
     apart
         Pieces of a record, all that there are, each of which has sums of its own in pinned memory; 0 where they are added up
         in VRAM.
+    coded
+        Whether a codec's launches bring the records into their slots, or out of them: these read ids in VRAM, and say of each
+        record whether they could. Never where sums are ``apart``.
+    summed
+        Whether there are sums at all; else only that is told.
     """
 
     count: int
     numbers: int
     reading: Reading | None = None
     apart: int = 0
+    coded: bool = False
+    summed: bool = True
 
 
 def pieces_apart(count: int, n_pieces: int) -> int:
@@ -126,26 +134,37 @@ class Room:
 
     listed: int
     sums: int
+    status: int
     words: int
 
 
 def room_for(plan: Plan, digesting: Digesting | None, row_words: int) -> Room:
-    """Rows of chunks, where a kernel reads them; ids, or what is listed in their place; sums at a multiple of 16 bytes."""
+    """Rows of chunks, where a kernel reads them; ids, or what is listed in their place; sums at a multiple of 16 bytes, and
+    behind them what codecs say of each record."""
     listed = row_words * len(plan.chunks) if plan.ctas else 0
     reading = digesting.reading if digesting is not None else None
     end = listed + len(plan.ids if reading is None else reading.listed)
     if digesting is None:
-        return Room(listed, end, end)
+        return Room(listed, end, end, end)
     sums = -(-end // SUM_WORDS) * SUM_WORDS
-    return Room(listed, sums, sums + SUM_WORDS * digesting.count * max(1, digesting.apart))
+    status = sums + SUM_WORDS * digesting.count * max(1, digesting.apart) * digesting.summed
+    return Room(listed, sums, status, status + digesting.count * digesting.coded)
 
 
 def sums_of(words: Int32s, room: Room, plan: Plan, digesting: Digesting) -> Sums:
     """(n, 2) uint64, a copy: the sums that were read back, or left there piece by piece, in the order of the call."""
-    cells = words[room.sums : room.words].view(np.uint64).reshape(digesting.count, -1, 2)
-    found: Sums = cells.sum(axis=1, dtype=np.uint64)
+    cells = words[room.sums : room.status].view(np.uint64).reshape(digesting.count, -1, 2)
+    return _in_order(cells.sum(axis=1, dtype=np.uint64), plan)
+
+
+def status_of(words: Int32s, room: Room, plan: Plan) -> Int32s:
+    """(n,) int32, a copy: what a codec's launches said of each record, in the order of the call; 0 for good ones."""
+    return _in_order(words[room.status : room.words], plan)
+
+
+def _in_order(found: npt.NDArray[Any], plan: Plan) -> npt.NDArray[Any]:
     if not len(plan.order):
-        return found
-    sums = np.empty_like(found)
-    sums[plan.order] = found
-    return sums
+        return found.copy()
+    made = np.empty_like(found)
+    made[plan.order] = found
+    return made

@@ -37,11 +37,15 @@ from kvortex.transfer.digesting import (
     send,
 )
 from kvortex.transfer.plan import (
+    ARGUMENTS,
+    BUFFER,
     BYTES,
     COPY_BYTES,
+    CTAS,
     DEVICE_SIDE,
     FIRST_BLOCK,
     FIRST_COPY,
+    FIRST_LAUNCH,
     FIRST_PIECE,
     HOST_PITCH,
     HOST_SIDE,
@@ -49,9 +53,15 @@ from kvortex.transfer.plan import (
     LINES,
     N_BLOCKS,
     N_COPIES,
+    N_LAUNCHES,
     N_PIECES,
+    PARAMETERS,
     PITCH,
+    RELATIVE,
+    WORK,
 )
+from kvortex.transfer.plan import KERNEL as LAUNCH_KERNEL
+from kvortex.transfer.plan import THREADS as LAUNCH_THREADS
 
 # Cells of ``lane``: numbers that stay the same for a direction.
 CONTEXT, KERNEL, THREADS, MAX_CTAS, TABLE, JOIN_STREAM, CALLER_EVENT, TO_HOST = range(LANE_CELLS := 8)
@@ -59,7 +69,6 @@ CONTEXT, KERNEL, THREADS, MAX_CTAS, TABLE, JOIN_STREAM, CALLER_EVENT, TO_HOST = 
 # whether it is left for another thread to issue.
 ISSUED, ERROR, LAST, QUEUED = range(OUTCOME_CELLS := 4)
 NO_STREAM = -1  # in the place of the caller's, where only events are waited for
-PARAMETERS = 11
 PIECE_ROW_BYTES = 8 * (BYTES + 1)
 _READS = digesting.KERNEL
 
@@ -155,6 +164,20 @@ def _launch(functions, lane, chunk, ids, digest, buffer, pitch, stream, paramete
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _launch_rows(functions, launches, chunk, bases, stream, parameters, pointers):  # type: ignore[no-untyped-def]
+    """The launches of a chunk, one behind another; the first error code."""
+    for at in range(chunk[FIRST_LAUNCH], chunk[FIRST_LAUNCH] + chunk[N_LAUNCHES]):
+        row = launches[at]
+        for k in range(PARAMETERS):
+            parameters[k] = row[ARGUMENTS + k] + bases[(row[RELATIVE] >> (4 * k)) & 15]
+        shape = (row[LAUNCH_KERNEL], row[CTAS], 1, 1, row[LAUNCH_THREADS], 1, 1, 0, stream, pointers.ctypes.data, 0)
+        code = call(functions[LAUNCH], shape)
+        if code:
+            return code
+    return np.int32(0)
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def join(functions, lane, streams, joins, first, used):  # type: ignore[no-untyped-def]
     """Makes the join stream wait for ``used`` streams from ``first`` on, all of them whatever fails; the first error code."""
     error = np.int32(0)
@@ -201,7 +224,7 @@ def follow(functions, stream, events):  # type: ignore[no-untyped-def]
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def issue(  # type: ignore[no-untyped-def]
     functions, lane, streams, buffers, joins, copied, turn, caller, after, start, done, chunks, copies, batch, pitch, marks,
-    events, ids, digest, parameters, pointers, scratch, outcome,
+    events, ids, digest, launches, works, bases, parameters, pointers, scratch, outcome,
 ):
     """Puts a plan on its streams, after the caller's and before ``done``.
 
@@ -225,7 +248,7 @@ def issue(  # type: ignore[no-untyped-def]
         Events that all work waits for: the lane's, or those that were recorded before.
     start, done : int
         Timing events recorded before and after.
-    chunks, copies, batch : (c, 7), (m, 6), (3, m) int64
+    chunks, copies, batch : (c, 9), (m, 6), (3, m) int64
         Of :class:`kvortex.transfer.plan.Plan`.
     pitch, marks : int, (g,) int64
         Of the plan.
@@ -235,6 +258,12 @@ def issue(  # type: ignore[no-untyped-def]
         Address of the plan's block ids, readable by the GPU.
     digest : (DIGEST_CELLS,) int64
         Of :mod:`kvortex.transfer.digesting`.
+    launches : (l, 15) int64
+        Of the plan.
+    works : (s,) int64
+        What else than a staging buffer belongs to each stream; 0 where nothing does.
+    bases : (BASE_CELLS,) int64
+        What the parameters of ``launches`` are relative to; those of a chunk's buffer are filled in here.
     parameters, pointers : (PARAMETERS,) int64
         Values of the kernel's parameters, and their addresses. The driver copies them at each launch.
     scratch : (SCRATCH_CELLS,) int64
@@ -277,7 +306,10 @@ def issue(  # type: ignore[no-untyped-def]
         base = chunk[INSTEAD]
         if with_kernel and not base:
             base = buffers[at]
-        if to_host and with_kernel:
+        bases[BUFFER], bases[WORK] = base, works[at]
+        if to_host and chunk[N_LAUNCHES] > 0:
+            error = _launch_rows(functions, launches, chunk, bases, streams[at], parameters, pointers)
+        elif to_host and with_kernel:
             error = _launch(functions, lane, chunk, ids, digest, base, pitch, streams[at], parameters, pointers)
         in_turn = with_kernel and chunk[N_COPIES] > 0
         if not error and in_turn and n > 1:
@@ -292,7 +324,9 @@ def issue(  # type: ignore[no-untyped-def]
                 error = read(functions, digest, digest[STREAM], parameters, pointers)
         if not error and in_turn:
             error = call(functions[EVENT_RECORD], (copied[at], streams[at]))
-        if not error and not to_host and with_kernel:
+        if not error and not to_host and chunk[N_LAUNCHES] > 0:
+            error = _launch_rows(functions, launches, chunk, bases, streams[at], parameters, pointers)
+        elif not error and not to_host and with_kernel:
             error = _launch(functions, lane, chunk, ids, digest, base, pitch, streams[at], parameters, pointers)
         while not error and mark < len(marks) and marks[mark] == c + 1:
             error = join(functions, lane, streams, joins, first, min(n, c + 1))

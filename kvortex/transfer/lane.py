@@ -17,7 +17,7 @@ from kvortex.transfer import resident
 from kvortex.transfer.digesting import Digesting
 from kvortex.transfer.executor import Direction
 from kvortex.transfer.holding import FLAGS, NOTHING, STREAMS
-from kvortex.transfer.plan import INSTEAD, N_PIECES, Int64s, Plan
+from kvortex.transfer.plan import BASE_CELLS, IDS, INSTEAD, N_PIECES, PARAMETERS, STATUS, SUMS, Int64s, Plan
 from kvortex.transfer.submitting import RESIDENT, STREAMED, Submitter
 
 THREADS = 512
@@ -34,7 +34,7 @@ _READING_LAUNCHES = 8  # times the CTAs of a launch, for one that only reads: as
 def is_short(plan: Plan) -> bool:
     """Whether a plan takes so few calls of the driver that its caller had best make them."""
     copies = len(plan.copies) + plan.batch.shape[1] // 4
-    return bool(3 * len(plan.chunks) + copies <= _AT_ONCE)
+    return bool(3 * len(plan.chunks) + copies + len(plan.launches) <= _AT_ONCE)
 
 
 def _kind(plan: Plan) -> int:
@@ -66,6 +66,8 @@ class Lane:
         Address of ``2 * resident.FLAG_BYTES`` bytes of VRAM for each of ``halves``, zeroed.
     table, offsets
         Address of the pieces in VRAM, and their record offsets.
+    works
+        Addresses of what else belongs to each of ``buffers``; None where nothing does.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class Lane:
         flags: int,
         table: int,
         offsets: Int64s,
+        works: list[int] | None = None,
     ) -> None:
         self._device = device
         self._submitter: Submitter | None = None
@@ -100,6 +103,7 @@ class Lane:
         self._copied = np.array(self._events[len(streams) + 4 :], np.int64)
         self._count = count
         self.buffers, self.offsets = np.array(buffers, np.int64), np.ascontiguousarray(offsets)
+        self.works = np.zeros_like(self.buffers) if works is None else np.array(works, np.int64)
         self._halves = np.array(halves, np.int64)
         self.cells = np.zeros(nogil.LANE_CELLS, np.int64)
         self.cells[nogil.CONTEXT] = int(device.context)
@@ -115,7 +119,7 @@ class Lane:
         self._filled = np.zeros((2, len(halves)), np.int64)
         self._turns = {kind: np.zeros(1, np.int64) for kind in (NOTHING, STREAMS, FLAGS)}
         self._holder = np.array([NOTHING], np.int64)  # of the staging buffers
-        self._parameters = np.zeros(max(nogil.PARAMETERS, resident.PARAMETERS), np.int64)
+        self._parameters = np.zeros(max(PARAMETERS, resident.PARAMETERS), np.int64)
         self._pointers = self._parameters.ctypes.data + 8 * np.arange(len(self._parameters), dtype=np.int64)
         self._scratch = np.zeros(nogil.SCRATCH_CELLS, np.int64)
 
@@ -168,11 +172,22 @@ class Lane:
             events[2:],
             address,
             digest,
+            plan.launches,
+            self.works[:used],
+            self._bases(plan, ids, digesting),
             self._parameters,
             self._pointers,
             self._scratch,
             outcome,
         )
+
+    def _bases(self, plan: Plan, ids: IdBuffer | None, digesting: Digesting | None) -> Int64s:
+        """What the parameters of launches are relative to, but for what a chunk's buffer says."""
+        bases = np.zeros(BASE_CELLS, np.int64)
+        if ids is not None and len(plan.launches):
+            room = dg.room_for(plan, digesting, ROW_WORDS)
+            bases[[IDS, SUMS, STATUS]] = ids.mirror + 4 * np.array([room.listed, room.sums, room.status])
+        return bases
 
     def _digest(self, plan: Plan, ids: IdBuffer | None, digesting: Digesting | None) -> Int64s:
         """Puts ids and zeros where kernels find them; cells of :mod:`kvortex.transfer.digesting`."""
@@ -188,7 +203,7 @@ class Lane:
         if digesting is None:
             return cells
         ids.ids[room.sums : room.words] = 0
-        sent = room.sums if reading is None else room.listed
+        sent = room.sums if reading is None and not digesting.coded else room.listed
         here = ids.address if digesting.apart else ids.mirror  # where kernels find what is listed, and leave sums
         cells[dg.NUMBERS], cells[dg.SUMS_BYTES] = digesting.numbers, 4 * (room.words - room.sums)
         cells[dg.SUMS], cells[dg.SUMS_HOST] = here + 4 * room.sums, ids.address + 4 * room.sums

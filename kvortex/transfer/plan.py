@@ -20,11 +20,20 @@ Int32s = npt.NDArray[np.int32]
 BASE, STRIDE, OFFSET, BYTES = range(4)
 LINES_OF_RUN = 4  # column behind these, of what :func:`strides` gives
 # Columns of a chunk: range of ids, range of pieces, range of copies, and the address that the kernel uses instead of a
-# staging buffer, or 0. n_pieces is 0 where no kernel runs.
-FIRST_BLOCK, N_BLOCKS, FIRST_PIECE, N_PIECES, FIRST_COPY, N_COPIES, INSTEAD = range(CHUNK_COLUMNS := 7)
+# staging buffer, or 0. n_pieces is 0 where no kernel runs. Then a range of launches: none where the lane's own kernel runs.
+(FIRST_BLOCK, N_BLOCKS, FIRST_PIECE, N_PIECES, FIRST_COPY, N_COPIES, INSTEAD, FIRST_LAUNCH,
+ N_LAUNCHES) = range(CHUNK_COLUMNS := 9)  # fmt: skip
 # Columns of a copy: offset in the staging buffer (or address in VRAM where no kernel runs), host address, bytes of a line,
 # lines, and bytes from line to line in VRAM and in the host's memory.
 DEVICE_SIDE, HOST_SIDE, COPY_BYTES, LINES, PITCH, HOST_PITCH = range(COPY_COLUMNS := 6)
+# Columns of a launch: handle of a kernel, CTAs and threads of each, and its parameters, to each of which one of ``bases`` is
+# added; ``RELATIVE`` has four bits for each that say which.
+KERNEL, CTAS, THREADS, RELATIVE, ARGUMENTS = range(5)
+PARAMETERS = 11
+LAUNCH_COLUMNS = ARGUMENTS + PARAMETERS
+# Bases: nothing, the chunk's staging buffer, what else belongs to that buffer, the plan's ids, and sums and status of its
+# records, all in VRAM.
+ABSOLUTE, BUFFER, WORK, IDS, SUMS, STATUS = range(BASE_CELLS := 6)
 
 NONE, FIRST, LAST = range(3)  # chunks that are small
 _DOUBLINGS = 5
@@ -48,7 +57,7 @@ class Plan:
     ----------
     ids : (n,) int32
         Blocks, in the order of chunks.
-    chunks : (c, 7) int64
+    chunks : (c, 9) int64
     copies : (m, 6) int64
     nbytes
         Payload.
@@ -63,6 +72,8 @@ class Plan:
         chunk is one call. Takes the place of ``copies``; (3, 0) where those are used.
     order : (n,) int64
         Of each record that ``ids`` name the position in the call; (0,) where that is the same.
+    launches : (l, 15) int64
+        Of chunks that take more than the lane's own kernel, one behind another on the stream of the chunk's buffer.
     """
 
     ids: Int32s
@@ -74,6 +85,7 @@ class Plan:
     marks: Int64s = field(default_factory=lambda: np.empty(0, np.int64))
     batch: Int64s = field(default_factory=lambda: np.empty((3, 0), np.int64))
     order: Int64s = field(default_factory=lambda: np.empty(0, np.int64))
+    launches: Int64s = field(default_factory=lambda: np.empty((0, LAUNCH_COLUMNS), np.int64))
 
 
 def split_pieces(fragments: Int64s, piece_bytes: int = PIECE_BYTES) -> Int64s:
@@ -151,16 +163,19 @@ def plan_staged(
         chunks, copies = _chunks_of_parts(slots, pieces, pool, buffer_bytes)
     else:
         per_chunk = buffer_bytes // pool.slot_bytes
-        if ctas:
-            starts = _ramp(len(slots), per_chunk, small)
-        else:
-            count = max(buffers, -(-len(slots) // min(per_chunk, max_blocks)))  # none much shorter than the others
-            starts = np.arange(0, len(slots), -(-len(slots) // count))
+        limit = min(per_chunk, max_blocks)
+        starts = ramp(len(slots), per_chunk, small) if ctas else even(len(slots), limit, buffers)
         chunks, copies = _chunks_of_records(slots, len(pieces), record_bytes, pool, starts)
     return Plan(ids, chunks, copies, record_bytes * len(slots), pool.slot_bytes, ctas, order=order)
 
 
-def _ramp(count: int, per_chunk: int, small: int) -> Int64s:
+def even(count: int, per_chunk: int, buffers: int) -> Int64s:
+    """First records of chunks of at most ``per_chunk``, none much shorter than the others: at least one for each buffer."""
+    chunks = max(buffers, -(-count // per_chunk))
+    return np.arange(0, count, -(-count // chunks))
+
+
+def ramp(count: int, per_chunk: int, small: int) -> Int64s:
     """First records of chunks of at most ``per_chunk``, which double from a 32nd of that; or halve down to it; or neither."""
     slope = np.maximum(1, per_chunk >> np.arange(_DOUBLINGS if small else 0, 0, -1))
     while len(slope) and slope.sum() > count:

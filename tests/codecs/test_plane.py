@@ -170,3 +170,18 @@ def test_bytes_do_not_depend_on_the_batch_or_the_room() -> None:
     sizes = codec.encode_into(records, out)
     for record, row, size in zip(records, out, sizes, strict=True):
         assert codec.encode(record) == row[:size].tobytes()
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_slots_measured_by_a_sample_hold_what_is_not_in_it(model: str) -> None:
+    """Blocks of the rest of the text, and its first one, whose attention sinks no sample has; and they need not be longer."""
+    shape = SHAPES[model]
+    records = records_of(values_of(model))
+    count = len(records)
+    for first, last in ((1, count // 2), (count // 2, count), (1, count)):
+        tables = calibrate(records[first:last], shape)
+        whole = make_codec("plane", shape, tables, budget=1)
+        sizes = whole.encode_into(records, np.zeros((count, whole.slot_bytes), np.uint8))
+        assert tables.longest == sizes[first:last].max() <= sizes.max() < tables.longest + 0.015 * shape.raw_bytes
+        slot_bytes = make_codec("plane", shape, tables).slot_bytes
+        assert sizes.max() <= slot_bytes <= tables.longest + 0.02 * shape.raw_bytes + 4096

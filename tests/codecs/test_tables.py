@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvortex.codecs import RecordShape, Tables, calibrate
+from kvortex.codecs import RecordShape, Tables, calibrate, make_codec
 from kvortex.errors import CodecError
+from kvortex.kernels import cache
 from tests.codecs.sample import tables_of
 
 SHAPE = RecordShape(2, 1, 64)
@@ -57,6 +58,37 @@ def test_a_file_comes_back(tmp_path: Path) -> None:
     assert (back.base == tables.base).all() and (back.mean == tables.mean).all()
     with pytest.raises(ValueError, match="read-only"):
         back.base[0, 0] = 1
+
+
+def test_the_longest_record_of_the_sample_measures_slots(tmp_path: Path) -> None:
+    shape = RecordShape(8, 4, 128)
+    numbers = np.random.default_rng(3).normal(size=(5, shape.raw_bytes // 2)).astype(np.float32)
+    records = (numbers.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
+    tables = calibrate(records, shape)
+    whole = make_codec("plane", shape, tables, budget=1)
+    assert tables.longest == whole.encode_into(records, np.zeros((5, whole.slot_bytes), np.uint8)).max() > 0.6 * shape.raw_bytes
+    codec = make_codec("plane", shape, tables)
+    assert codec.slot_bytes % 4096 == 0 and codec.digest == whole.digest
+    assert 0 <= codec.slot_bytes - tables.longest - int(0.02 * shape.raw_bytes) < 4096
+    tables.save(tmp_path / "t", shape)
+    assert Tables.load(tmp_path / "t")[0].longest == tables.longest
+    noise = np.random.default_rng(4).integers(0, 256, records.shape, np.uint8)
+    assert make_codec("plane", shape, calibrate(noise, shape)).slot_bytes == int(0.72 * shape.raw_bytes) & ~15
+    assert calibrate(np.zeros((1, 512), np.uint8), RecordShape(1, 1, 8)).longest == 0  # which plane does not code
+
+
+def test_a_file_of_the_version_before_says_nothing_of_lengths(tmp_path: Path) -> None:
+    """And its tables have the digest that they had, or all that was stored by it would be lost."""
+    made = tables_of(SHAPE, np.random.default_rng(1))
+    assert made.longest == 0
+    made.save(tmp_path / "t", SHAPE)
+    body = cache.read(tmp_path / "t", b"KVXTABLE", 3)
+    assert body is not None and cache.write(tmp_path / "t", b"KVXTABLE", 2, body[:-8])
+    back, of = Tables.load(tmp_path / "t")
+    assert of == SHAPE and back.longest == 0 and back.digest == made.digest
+    assert make_codec("plane", SHAPE, back).slot_bytes == int(0.72 * SHAPE.raw_bytes) & ~15
+    longer = Tables(back.base, back.mean, back.spread, back.counts, 5000)
+    assert longer.digest != made.digest, "slots of other lengths are not told apart"
 
 
 @pytest.mark.parametrize("damage", ["none", "empty", "truncated", "longer", "flipped", "version", "foreign"])

@@ -8,23 +8,28 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 
 from kvortex.codecs import RecordShape, Tables, calibrate, make_codec
 from kvortex.codecs.lossy import LossyCodec
-from kvortex.devices import HostDevice
+from kvortex.devices import Device, HostDevice
 from kvortex.engine import KVortexEngine
 from tests.pages import Bytes, PagedCache, Tensor
 
 LOSSY = ["int8", "k6v4", "k4v4", "k4v3"]
 CODED = ["plane", *LOSSY]
+GPUS = ["fake", pytest.param("cuda", marks=pytest.mark.gpu)]
+WHERE = ["host", *GPUS]
+PLANE = [("plane", "host"), ("plane", "fake"), pytest.param("plane", "cuda", marks=pytest.mark.gpu)]
+EACH = [*((codec, "host") for codec in LOSSY), *PLANE]
 BLOCKS = 12
 T, H, D, L = 16, 2, 64, 3
 NHD, HND = RecordShape(L, H, D), RecordShape(L, H, D, order="HND")
 
 
-def caches() -> dict[str, tuple[PagedCache, RecordShape]]:
+def caches(device: Device | None = None) -> dict[str, tuple[PagedCache, RecordShape]]:
     """Pages of each kind that records may have, and what these mean."""
-    d, b = HostDevice(), BLOCKS
+    d, b = HostDevice() if device is None else device, BLOCKS
     return {
         "K and V in a tensor": (PagedCache(d, [Tensor(d, (2, b, T, H, D)) for _ in range(L)], 1), NHD),
         "blocks first": (PagedCache(d, [Tensor(d, (b, 2, T, H, D)) for _ in range(L)], 0), NHD),
@@ -60,8 +65,8 @@ class Coded:
     records: Bytes
 
     @classmethod
-    def make(cls, folder: Path, kind: str = "K and V in a tensor", seed: int = 5) -> Coded:
-        cache, shape = caches()[kind]
+    def make(cls, folder: Path, kind: str = "K and V in a tensor", seed: int = 5, device: Device | None = None) -> Coded:
+        cache, shape = caches(device)[kind]
         records = kv(np.random.default_rng(seed), shape)
         tables = calibrate(records, shape)
         tables.save(folder / f"{kind} {seed}.tables", shape)
@@ -75,17 +80,28 @@ class Coded:
         """Address and bytes of each fragment of a page."""
         return [(base + block * stride, nbytes) for base, stride, _, nbytes in self.cache.layout.fragments.tolist()]
 
+    def _buffer(self, address: int) -> Any:
+        """The tensor's memory that an address lies in."""
+        buffers = [tensor.buffer for tensor in self.cache.tensors]
+        return next(buffer for buffer in buffers if buffer.address <= address < buffer.address + buffer.nbytes)
+
     def write(self, block: int, record: Bytes) -> None:
         at = 0
         for address, nbytes in self._pages(block):
-            _array(address, nbytes)[:] = record[at : at + nbytes]
+            buffer = self._buffer(address)
+            buffer.write(record[at : at + nbytes], address - buffer.address)
             at += nbytes
 
     def read(self, block: int) -> Bytes:
-        return np.concatenate([_array(*page) for page in self._pages(block)])
+        found = []
+        for address, nbytes in self._pages(block):
+            buffer = self._buffer(address)
+            found.append(buffer.read(address - buffer.address, nbytes))
+        return np.concatenate(found)
 
     def engine(self, codec: str, slots: int = 64, **options: Any) -> KVortexEngine:
-        return self.cache.engine(slots, codec=codec, codec_tables=str(self.path), **options)
+        small = {"gpu_pool_size_bytes": 600_000}  # so that a few blocks take several chunks
+        return self.cache.engine(slots, codec=codec, codec_tables=str(self.path), **small | options)
 
     def expected(self, codec: str, record: Bytes, first: bool = False) -> Bytes:
         """What comes back of a record, by the codec's own calls."""

@@ -12,6 +12,7 @@ from kvortex import ConfigError, KVLayout, KVortexConfig, KVortexEngine
 from kvortex.codecs import CODECS, RecordShape
 from kvortex.config import _CODECS
 from kvortex.devices import HostDevice
+from kvortex.devices.cuda import CudaDevice
 from kvortex.errors import ArgumentError
 from tests.codecs.sample import tables_of
 from tests.engine.coded import CODED, LOSSY, Coded, D, H, L, T
@@ -63,15 +64,34 @@ def test_what_cannot_be_coded(codec: str, tmp_path: Path) -> None:
     assert "a block has" in refused(tables(tmp_path, RecordShape(L + 1, H, D)), layout, codec)
 
 
-def test_not_yet_on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("codec", CODED)
+def test_what_a_gpu_cannot_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, codec: str) -> None:
     coded = Coded.make(tmp_path)
-    with fake_gpu(monkeypatch):
-        from kvortex.devices.cuda import CudaDevice
-
+    with fake_gpu(monkeypatch) as gpu:
         device = CudaDevice()
         cache = PagedCache(device, [Tensor(device, (2, 4, T, H, D)) for _ in range(L)], 1)
-        message = refused(coded.path, cache.layout, "plane", device="auto", calibrate="never")
-    assert "not yet on a GPU" in message and "device = 'host'" in message
+        odd = PagedCache(device, [Tensor(device, (2, 4, T, H, D), shift=2) for _ in range(L)], 1)
+        options: dict[str, Any] = {"device": "auto", "calibrate": "never", "cpu_pool_size_bytes": 1 << 20}
+        for route in ("resident", "strided", "batched", "mapped"):
+            message = refused(coded.path, cache.layout, codec, transfer_route=route, **options)
+            assert f"transfer_route = '{route}'" in message and "'auto' or 'staged'" in message
+        held = dict(gpu.memory)
+        for route in ("auto", "staged"):
+            config = KVortexConfig(codec=codec, codec_tables=str(coded.path), transfer_route=route, **options)
+            if codec == "plane":
+                with KVortexEngine.create(config, cache.layout) as engine:
+                    assert engine.codec is not None and engine.codec.name == codec
+            else:
+                with pytest.raises(ConfigError, match=f"not on a GPU: {codec} has no kernels yet; plane has.*device = 'host'"):
+                    KVortexEngine.create(config, cache.layout)
+        if codec == "plane":
+            message = refused(coded.path, cache.layout, codec, gpu_pool_size_bytes=8 * 4096, **options)
+            assert "a staging buffer of 4096 bytes does not hold a record of 17680" in message
+            assert "gpu_pool_size_bytes to 163840 or more" in message
+            least = KVortexConfig(codec=codec, codec_tables=str(coded.path), gpu_pool_size_bytes=163840, **options)
+            KVortexEngine.create(least, cache.layout).shutdown()
+            assert "multiples of 4 bytes" in refused(coded.path, odd.layout, codec, **options)
+        assert gpu.memory.keys() == held.keys(), "what a refusal had taken is given back"
 
 
 @pytest.mark.parametrize("codec", LOSSY)

@@ -9,17 +9,18 @@ import pytest
 
 from kvortex import ConfigError
 from kvortex.codecs import CODECS
+from kvortex.devices import Device
 from kvortex.tiers.disk.tools import listing, verify
 from kvortex.tiers.memory import MemoryStore
 from kvortex.tiers.record import HEADER, HEADER_BYTES
-from tests.engine.coded import CODED, LOSSY, Coded, parts_of
+from tests.engine.coded import CODED, EACH, LOSSY, Coded, parts_of
 from tests.engine.tiered import Tiers, nothing_is_held, until
 from tests.pages import keys_of
 
 
 @pytest.fixture
-def coded(tmp_path: Path) -> Coded:
-    return Coded.make(tmp_path)
+def coded(where: Device, tmp_path: Path) -> Coded:
+    return Coded.make(tmp_path, device=where)
 
 
 def tiers_of(store: MemoryStore) -> Tiers:
@@ -27,7 +28,7 @@ def tiers_of(store: MemoryStore) -> Tiers:
 
 
 @pytest.mark.parametrize("digests", [True, False])
-@pytest.mark.parametrize("codec", CODED)
+@pytest.mark.parametrize(("codec", "where"), EACH, indirect=["where"])
 def test_down_and_up(codec: str, digests: bool, coded: Coded) -> None:
     store, keys, first = MemoryStore(), keys_of(*range(4)), [True, False, True, False]
     with coded.engine(codec, tiers=tiers_of(store).config, digests=digests) as engine:

@@ -6,6 +6,7 @@ Started by test_plane_kernels.py as ``NUMBA_ENABLE_CUDASIM=1 python -m tests.ker
 from __future__ import annotations
 
 import sys
+import warnings
 
 import numpy as np
 from numba import cuda
@@ -13,9 +14,12 @@ from numba.cuda.core import config
 
 import conftest  # noqa: F401  (makes kvortex.kernels importable)
 from kvortex.codecs.on_device import cells, constants
-from kvortex.kernels import plane, plane_decode, plane_encode
+from kvortex.digests.host import add_lengths
+from kvortex.digests.keys import kernel_numbers
+from kvortex.kernels import coded, plane, plane_decode, plane_encode
 from tests.kernels import warp
 from tests.kernels.plane_cases import CASES, GUARD, PlaneCase
+from tests.naive_digest import digest
 
 
 def aligned(nbytes: int, fill: int) -> np.ndarray:
@@ -46,6 +50,8 @@ def run(case: PlaneCase) -> None:
     _, sizes = case.coded()
     for row, size in zip(rows, sizes, strict=True):
         assert (row[64 if size < 0 else size :] == 0xA5).all(), "bytes behind a record stay as they are"
+    run_sealed(start, rows, sizes)
+    assert (staging[:GUARD] == 0xA5).all() and (staging[-GUARD:] == 0xA5).all()
     memory[:] = 0x5A5A
     status = np.zeros(n, np.uint32)
     launch(plane_decode.plane_decode, start, case.pitch, form, status.ctypes.data, *tail)
@@ -53,6 +59,33 @@ def run(case: PlaneCase) -> None:
     whole = case.blocks[sizes > 0]
     assert (memory[:, whole] == case.memory[:, whole]).all()
     assert (memory[:, case.blocks[sizes < 0]] == 0x5A5A).all(), "what was declined touches no page"
+
+
+def run_sealed(start: int, rows: np.ndarray, sizes: np.ndarray) -> None:
+    """Zeros behind each record, digests of its whole room, and what was declined; then digests alone, of damaged ones too."""
+    n, pitch = rows.shape
+    numbers, before = kernel_numbers(pitch), rows.copy()
+    whole = before.copy()
+    for row, size in zip(whole, sizes, strict=True):
+        row[64 if size < 0 else size :] = 0
+    sums, status = np.zeros((n, 2), np.uint64), np.zeros(n, np.uint32)
+    how = start, pitch, -(-pitch // coded.CODED_PIECE), n, numbers.ctypes.data
+    launch(coded.seal_records, *how, 0, status.ctypes.data)
+    assert (rows == whole).all() and (status == (sizes < 0)).all()
+    rows[:] = before
+    status[:] = 0
+    launch(coded.seal_records, *how, sums.ctypes.data, status.ctypes.data, grid=1, threads=64)
+    assert (rows == whole).all() and (status == (sizes < 0)).all()
+    for row, found in zip(rows, add_lengths(sums, np.full(n, pitch)), strict=True):
+        assert found.tobytes() == digest(row.tobytes())
+    kept = sizes > 0
+    rows[kept, -4:] = 0xEE  # behind the record, where it does not count
+    rows[kept & (sizes > pitch - 4), -4:] = whole[kept & (sizes > pitch - 4), -4:]
+    rows[~kept, 24:32] = 0xFF  # a length that leads nowhere
+    again = np.zeros((n, 2), np.uint64)
+    launch(coded.read_records, *how, again.ctypes.data, 0)
+    assert (again[kept] == sums[kept]).all() and (again[~kept] != sums[~kept]).all()
+    rows[:] = whole
 
 
 def run_damaged(case: PlaneCase) -> None:
@@ -84,6 +117,7 @@ def run_damaged(case: PlaneCase) -> None:
 
 def main() -> int:
     assert config.ENABLE_CUDASIM
+    warnings.filterwarnings("ignore", "overflow encountered", RuntimeWarning)  # sums are modulo 2**64
     warp.install(plane, plane_encode, plane_decode)
     for case in CASES:
         run(case)

@@ -2,20 +2,42 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from kvortex.transfer import issue as nogil
+from kvortex.transfer.coded import plan_coded
 from kvortex.transfer.digesting import NO_DIGESTS
 from kvortex.transfer.layers import cut_layers, cut_sections, plan_layers
-from kvortex.transfer.plan import Int64s, Plan, Pool, plan_batched, plan_direct, plan_staged, split_pieces
+from kvortex.transfer.plan import (
+    ARGUMENTS,
+    BUFFER,
+    FIRST_LAUNCH,
+    LAUNCH_COLUMNS,
+    N_LAUNCHES,
+    PARAMETERS,
+    RELATIVE,
+    WORK,
+    Int64s,
+    Plan,
+    Pool,
+    plan_batched,
+    plan_direct,
+    plan_staged,
+    split_pieces,
+)
+from kvortex.transfer.plan import IDS as IDS_BASE
+from kvortex.transfer.plan import STATUS as STATUS_BASE
+from kvortex.transfer.plan import SUMS as SUMS_BASE
 from tests.naive_plan import VRAM
 from tests.transfer.plans import HOST, fragments_of
 from tests.transfer.recorder import Recorder
 
 CONTEXT, KERNEL, THREADS, TABLE, JOIN_STREAM, CALLER_EVENT = 0xC0, 0xF0, 64, 0x7AB1E000, 0x5000, 0xE000
 CALLER, START, DONE, IDS, MARK = 0x5CA11, 0xE111, 0xE222, 0x1D5000, 0xE30000
+IDS_IN_VRAM, SUMS, STATUS = 0x1D6000, 0x50000, 0x57A700
 SLOT_BYTES, PIECE_BYTES = 128, 16
 
 
@@ -35,6 +57,7 @@ class Lane:
     def __post_init__(self) -> None:
         at = np.arange(self.count, dtype=np.int64)
         self.streams, self.joins, self.buffers, self.copied = 0x5001 + at, 0xE001 + at, 0xB0000 * (at + 1), 0xC001 + at
+        self.works = 0x330000 + 0x1000 * at
         self.cells = np.zeros(nogil.LANE_CELLS, np.int64)
         self.cells[nogil.CONTEXT] = CONTEXT
         self.cells[nogil.KERNEL] = KERNEL
@@ -47,8 +70,8 @@ class Lane:
 
     def issue(self, recorder: Recorder, plan: Plan) -> tuple[int, int]:
         """The two codes."""
-        parameters = np.zeros(nogil.PARAMETERS, np.int64)
-        pointers = parameters.ctypes.data + 8 * np.arange(nogil.PARAMETERS, dtype=np.int64)
+        parameters = np.zeros(PARAMETERS, np.int64)
+        pointers = parameters.ctypes.data + 8 * np.arange(PARAMETERS, dtype=np.int64)
         turn, outcome = np.array([self.turn]), np.zeros(nogil.OUTCOME_CELLS, np.int64)
         scratch = np.zeros(nogil.SCRATCH_CELLS, np.int64)
         caller, after = (CALLER, [CALLER_EVENT]) if self.after is None else (nogil.NO_STREAM, self.after)
@@ -56,7 +79,9 @@ class Lane:
         marks = MARK + np.arange(len(plan.marks), dtype=np.int64)
         table = (plan.chunks, plan.copies, plan.batch, plan.pitch, plan.marks, marks)
         digest = NO_DIGESTS if self.digest is None else self.digest
-        nogil.issue(recorder.functions, *fixed, START, DONE, *table, IDS, digest, parameters, pointers, scratch, outcome)
+        rows = plan.launches, self.works, np.array([0, 0, 0, IDS_IN_VRAM, SUMS, STATUS], np.int64)
+        last = (*rows, parameters, pointers, scratch, outcome)
+        nogil.issue(recorder.functions, *fixed, START, DONE, *table, IDS, digest, *last)
         assert outcome[nogil.ISSUED] == 1
         pushed = len(recorder.calls) > 1
         assert turn[0] == ((self.turn + len(plan.chunks)) % self.count if pushed else self.turn)
@@ -97,7 +122,23 @@ def batched(n: int = 9, streams: int = 3) -> Plan:
     return plan_batched(np.arange(n)[::-1].copy(), slots, fragments, np.zeros(2, np.int64), pool, streams, one_call=True)
 
 
+def coded(n: int = 9, streams: int = 3) -> Plan:
+    """Records of up to 112 bytes that a codec's launches, two a chunk, bring into slots; copies are as long as the longest."""
+    slots, room, used = np.arange(n) + (np.arange(n) >= 4), 112, 64 + np.arange(n) % 5 * 8
+    starts = np.arange(0, n, 2)
+    plan = plan_coded(np.arange(n)[::-1].copy(), slots, used, Pool(HOST, SLOT_BYTES, 7), room, starts)
+    chunks, count = plan.chunks, len(starts)
+    chunks[:, FIRST_LAUNCH], chunks[:, N_LAUNCHES] = 2 * np.arange(count), 2
+    launches = np.zeros((2 * count, LAUNCH_COLUMNS), np.int64)
+    launches[:, :RELATIVE] = np.arange(2 * count)[:, None] + (0xF100, 5, 96)
+    launches[:, RELATIVE] = BUFFER | WORK << 4 | 0 << 8 | IDS_BASE << 12 | SUMS_BASE << 16 | STATUS_BASE << 20
+    launches[:, ARGUMENTS:] = 1000 * np.arange(2 * count)[:, None] + np.arange(PARAMETERS)
+    return dataclasses.replace(plan, launches=launches)
+
+
 PLANS = {
+    "coded": coded(),
+    "one coded": coded(1),
     "batched": batched(),
     "one in a batch": batched(1, 1),
     "layers": layers(),

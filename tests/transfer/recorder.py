@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from kvortex.devices import driver as cu
-from kvortex.transfer.issue import PARAMETERS
-from kvortex.transfer.plan import Int64s
+from kvortex.transfer.plan import PARAMETERS, Int64s
 
 _WORD = ctypes.c_longlong
 _COUNTS = {

@@ -9,19 +9,32 @@ import pytest
 
 from kvortex.devices import driver as cu
 from kvortex.transfer import digesting as dg
-from kvortex.transfer.plan import FIRST_BLOCK, FIRST_COPY, FIRST_PIECE, N_BLOCKS, N_COPIES, N_PIECES, Int64s, Plan
+from kvortex.transfer.plan import (
+    FIRST_BLOCK,
+    FIRST_COPY,
+    FIRST_LAUNCH,
+    FIRST_PIECE,
+    N_BLOCKS,
+    N_COPIES,
+    N_LAUNCHES,
+    N_PIECES,
+    Int64s,
+    Plan,
+)
 from tests.transfer.issuing import (
     CALLER,
     CALLER_EVENT,
     CONTEXT,
     DONE,
     IDS,
+    IDS_IN_VRAM,
     JOIN_STREAM,
     KERNEL,
     MARK,
     PLANS,
     SLOT_BYTES,
     START,
+    STATUS,
     TABLE,
     THREADS,
     Lane,
@@ -53,7 +66,12 @@ def work_of(lane: Lane, plan: Plan) -> list[Call]:
         for device, host, *rest in plan.copies[chunk[FIRST_COPY] : chunk[FIRST_COPY] + chunk[N_COPIES]].tolist():
             copies.append(copy_of(lane.to_host, base + device, host, rest, stream))
         launches = []
-        if chunk[N_PIECES]:
+        if chunk[N_LAUNCHES]:
+            for row in plan.launches[chunk[FIRST_LAUNCH] : chunk[FIRST_LAUNCH] + chunk[N_LAUNCHES]].tolist():
+                bases = (base, int(lane.works[k]), 0, IDS_IN_VRAM, SUMS, STATUS, 0, 0, 0, 0, 0)
+                values = tuple(value + added for value, added in zip(row[4:], bases, strict=True))
+                launches.append(Call("launch", (row[0], row[1], 1, 1, row[2], 1, 1, 0, stream, 0, 0), values))
+        elif chunk[N_PIECES]:
             table, ids = TABLE + 32 * chunk[FIRST_PIECE], IDS + 4 * chunk[FIRST_BLOCK]
             values = (base, table, chunk[N_PIECES], ids, chunk[N_BLOCKS], plan.pitch, -1, 0, 0, 0, 0)
             ctas = min(lane.max_ctas, -(-chunk[N_PIECES] * chunk[N_BLOCKS] // (THREADS // 32)))
@@ -200,6 +218,32 @@ def test_each_launch_knows_where_its_sums_belong(name: str, to_host: bool, apart
     else:
         sent, back = sums
         assert all(sent in before[at] and at in before[back] for at in launches) and back in before[done]
+
+
+@pytest.mark.parametrize("shape", [(1, 0), (3, 0), (3, 2), (20, 7)])
+@pytest.mark.parametrize("to_host", [True, False])
+@pytest.mark.parametrize("name", ["coded", "one coded"])
+def test_a_codecs_launches_find_ids_sums_and_buffers_ready(name: str, to_host: bool, shape: tuple[int, int]) -> None:
+    """What is sent to VRAM is there before each of them, and read back behind all; a chunk's own are one behind another, and
+    those of the chunk that has its buffer next come behind all that this one has to do with it."""
+    lane, plan, recorder = Lane(*shape[:1], to_host, shape[1], digest=digest_of(reads=False, apart=0)), PLANS[name], Recorder()
+    assert lane.issue(recorder, plan) == (0, 0)
+    calls, before = recorder.calls, predecessors(recorder.calls)
+    launches = [at for at, call in enumerate(calls) if call.name == "launch"]
+    sent, back = copies_of_sums(calls)
+    assert len(launches) == 2 * len(plan.chunks) and all(sent in before[at] and at in before[back] for at in launches)
+    copies = [at for at, call in enumerate(calls) if call.name in WORK and at not in (sent, back, *launches)]
+    of_chunk = np.repeat(np.arange(len(plan.chunks)), plan.chunks[:, N_COPIES]).tolist()
+    own: list[list[int]] = [launches[2 * chunk :][:2] for chunk in range(len(plan.chunks))]
+    for at, chunk in zip(copies, of_chunk, strict=True):
+        assert all(at in before[launch] for launch in own[chunk]) != to_host == (set(own[chunk]) <= before[at])
+    for chunk, (first, second) in enumerate(own):
+        assert first in before[second]
+        earlier = chunk - lane.count
+        if earlier >= 0:
+            work = {*own[earlier], *(at for at, of in zip(copies, of_chunk, strict=True) if of == earlier)}
+            mine = first if to_host else min(at for at, of in zip(copies, of_chunk, strict=True) if of == chunk)
+            assert work <= before[mine]
 
 
 @pytest.mark.parametrize("shape", [(1, 0), (3, 0), (3, 2), (20, 7)])

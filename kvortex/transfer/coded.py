@@ -1,0 +1,284 @@
+"""Coded records on a GPU: launches that code pages into staging buffers, or decode them from there, and one DMA a chunk.
+
+A chunk has launches on its buffer's stream, each a row of a kernel, its grid and its parameters (:mod:`kvortex.transfer.plan`),
+and copies between the buffer and slots. What a codec launches is all that a :class:`DeviceCoder` has of its own.
+
+A slot holds ``codec.slot_bytes``, with zeros behind a record that is shorter. A save cannot know how long its records become,
+so it moves whole slots. A load can: their headers lie in host memory. So it moves as much as the longest of neighbours needs,
+and no zeros, which add nothing to a digest either.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import numpy as np
+
+from kvortex.codecs import Codec
+from kvortex.codecs.base import HEADER, HEADER_BYTES
+from kvortex.codecs.on_device import cells, constants
+from kvortex.codecs.plane import PlaneCodec
+from kvortex.devices.cuda import CudaDevice
+from kvortex.errors import CodecError, ConfigError, DeviceError
+from kvortex.kernels.plane_form import WARPS
+from kvortex.transfer.executor import Direction
+from kvortex.transfer.plan import (
+    ABSOLUTE,
+    ARGUMENTS,
+    BUFFER,
+    CHUNK_COLUMNS,
+    COPY_BYTES,
+    CTAS,
+    DEVICE_SIDE,
+    FIRST,
+    FIRST_BLOCK,
+    FIRST_COPY,
+    FIRST_LAUNCH,
+    HOST_PITCH,
+    HOST_SIDE,
+    IDS,
+    KERNEL,
+    LAST,
+    LAUNCH_COLUMNS,
+    LINES,
+    N_BLOCKS,
+    N_COPIES,
+    N_LAUNCHES,
+    N_PIECES,
+    PITCH,
+    RELATIVE,
+    STATUS,
+    SUMS,
+    THREADS,
+    WORK,
+    Int64s,
+    Plan,
+    Pool,
+    empty_copies,
+    even,
+    neighbours,
+    ramp,
+)
+
+Parameter = tuple[int, Any]  # one of the bases of a plan, and what is added to it: a number, or one for each chunk
+READ_PIECE, READ_THREADS = 4096, 256  # of kvortex.kernels.coded, which needs numba.cuda to import
+CTAS_EACH = 4  # CTAs a multiprocessor that a launch may have; beside a model one, as much as of any staged launch
+_MOST_RUN = 16  # tiles that a warp takes at a time, where there are enough for all warps
+_COPY_STEP = 512  # bytes; lines of copies are multiples of that
+_USED_AT = HEADER.fields["used_bytes"][1]  # type: ignore[index]
+
+
+def used_lengths(pool: Pool, slots: Int64s, most: int) -> Int64s:
+    """Bytes that records in slots use, as their headers say, between a header's and ``most``: what is damaged is led nowhere.
+
+    Parameters
+    ----------
+    pool
+    slots : (n,) int64
+        With records that nobody writes.
+    most
+    """
+    first = np.ctypeslib.as_array((ctypes.c_uint64 * 1).from_address(pool.address + _USED_AT))
+    rows = np.lib.stride_tricks.as_strided(first, (int(slots.max()) + 1,), (pool.slot_bytes,), writeable=False)
+    used: Int64s = np.clip(rows[slots], HEADER_BYTES, most).astype(np.int64)
+    return used
+
+
+def plan_coded(blocks: Int64s, slots: Int64s, used: Int64s, pool: Pool, room: int, starts: Int64s) -> Plan:
+    """A transfer of coded records through staging buffers, without its launches.
+
+    Parameters
+    ----------
+    blocks, slots : (n,) int64
+        Pages in VRAM and their records' slots, which ascend.
+    used : (n,) int64
+        Bytes that have to cross the link of each.
+    pool
+    room
+        Bytes of a record at most, and from one to the next in a staging buffer.
+    starts : (c,) int64
+        First records of chunks.
+    """
+    heads, lengths, chunk_of = neighbours(slots, starts, pool)
+    widths = np.minimum(-(-np.maximum.reduceat(used, heads) // _COPY_STEP) * _COPY_STEP, room)
+    joined = (widths == room) & (room == pool.slot_bytes)  # neighbours without a gap on either side
+    copies = empty_copies(len(heads))
+    copies[:, DEVICE_SIDE] = (heads - starts[chunk_of]) * room
+    copies[:, HOST_SIDE] = pool.address + slots[heads] * pool.slot_bytes
+    copies[:, COPY_BYTES] = np.where(joined, lengths * room, widths)
+    copies[:, LINES] = np.where(joined, 1, lengths)
+    copies[:, PITCH], copies[:, HOST_PITCH] = room, pool.slot_bytes
+    chunks = np.zeros((len(starts), CHUNK_COLUMNS), np.int64)
+    chunks[:, FIRST_BLOCK] = starts
+    chunks[:, N_BLOCKS] = np.diff(np.append(starts, len(slots)))
+    chunks[:, N_PIECES] = 1  # it has a staging buffer
+    chunks[:, FIRST_COPY] = np.searchsorted(heads, starts)
+    chunks[:, N_COPIES] = np.diff(np.append(chunks[:, FIRST_COPY], len(heads)))
+    nbytes = int((copies[:, COPY_BYTES] * copies[:, LINES]).sum())
+    return Plan(blocks.astype(np.int32), chunks, copies, nbytes, room)
+
+
+class DeviceCoder(ABC):
+    """What an executor of a GPU needs of a codec. Immutable once it is open.
+
+    Parameters
+    ----------
+    device
+    codec
+        Of whose records slots hold ``codec.slot_bytes`` each.
+    pool
+    kernel
+        Gives the handle of a kernel by its name.
+    numbers
+        Address of the digests' table in VRAM; 0 where nothing is digested.
+
+    Attributes
+    ----------
+    works : list of int
+        Addresses of what belongs to each staging buffer besides, once it is open.
+    """
+
+    kernels: ClassVar[tuple[str, ...]]
+    work_bytes = 0  # of each record of a chunk
+
+    def __init__(
+        self, device: CudaDevice, codec: Codec, pool: Pool, kernel: Callable[[str], int], numbers: int
+    ) -> None:
+        self.codec, self._device, self._pool, self._numbers = codec, device, pool, numbers
+        self.works: list[int] = []
+        self._held: list[Any] = []
+        self._kernels = {name: kernel(name) for name in self.kernels}
+        self._most = CTAS_EACH * device.multiprocessors, device.multiprocessors
+
+    def open(self, buffers: int, buffer_bytes: int) -> None:
+        """Takes what belongs to each of so many staging buffers.
+
+        Raises
+        ------
+        ConfigError
+            A buffer does not hold a record, and these kernels write whole ones.
+        """
+        room = self.codec.slot_bytes
+        self._per_chunk, self._buffers = buffer_bytes // room, buffers // 2
+        if not self._per_chunk:
+            least = buffers * -(-room // READ_PIECE) * READ_PIECE
+            what = f"codec = {self.codec.name!r}: a staging buffer of {buffer_bytes} bytes does not hold a record of {room}"
+            raise ConfigError(f"{what}; set gpu_pool_size_bytes to {least} or more")
+        nbytes = self._per_chunk * self.work_bytes
+        first = self._hold(np.zeros(buffers * nbytes, np.uint8)) if nbytes else 0
+        self.works = [first + at * nbytes for at in range(buffers)]
+
+    def _hold(self, array: Any) -> int:
+        """Address of a copy in VRAM, as long as this is open."""
+        self._held.append(self._device.allocate(array.nbytes))
+        self._held[-1].write(array.reshape(-1).view(np.uint8))
+        return int(self._held[-1].address)
+
+    def plan(self, direction: Direction, blocks: Int64s, slots: Int64s, busy: bool) -> Plan:
+        """A transfer of pages to slots or back, no slot twice. ``busy``: a model computes meanwhile."""
+        order = np.argsort(slots)
+        blocks, slots = blocks[order], slots[order]
+        save, room = direction is Direction.SAVE, self.codec.slot_bytes
+        if busy:  # then chunks begin together, when a kernel of the model ends
+            starts = even(len(slots), self._per_chunk, self._buffers)
+        else:  # the link is not to wait for a long first launch, nor the end for a long last one
+            starts = ramp(len(slots), self._per_chunk, FIRST if save else LAST)
+        used = np.full(len(slots), room) if save else used_lengths(self._pool, slots, room)
+        plan = plan_coded(blocks, slots, used, self._pool, room, starts)
+        chunks = plan.chunks
+        rows = self._rows(save, chunks[:, FIRST_BLOCK], chunks[:, N_BLOCKS], self._most[busy])
+        chunks[:, N_LAUNCHES], chunks[:, FIRST_LAUNCH] = len(rows), np.arange(len(chunks)) * len(rows)
+        launches = np.stack(rows, axis=1).reshape(-1, LAUNCH_COLUMNS)
+        return Plan(plan.ids, chunks, plan.copies, plan.nbytes, room, order=order, launches=launches)
+
+    @abstractmethod
+    def _rows(self, save: bool, first: Int64s, count: Int64s, most: int) -> list[Int64s]:
+        """What each chunk launches, one behind another; each (c, LAUNCH_COLUMNS), of :meth:`_row`.
+
+        ``first`` and ``count`` are (c,): records of each chunk. ``most`` CTAs are as many as one launch may have.
+        """
+
+    def _row(self, kernel: str, ctas: Int64s, threads: int, *parameters: Parameter) -> Int64s:
+        """A launch of each chunk."""
+        made = np.zeros((len(ctas), LAUNCH_COLUMNS), np.int64)
+        made[:, KERNEL], made[:, CTAS], made[:, THREADS] = self._kernels[kernel], ctas, threads
+        for at, (base, value) in enumerate(parameters):
+            made[:, RELATIVE] |= base << 4 * at
+            made[:, ARGUMENTS + at] = value
+        return made
+
+    def _read(self, kernel: str, first: Int64s, count: Int64s, most: int) -> Int64s:
+        """A launch of one of :mod:`kvortex.kernels.coded`."""
+        room = self.codec.slot_bytes
+        pieces = -(-room // READ_PIECE)
+        ctas = np.minimum(most, -(-count * pieces // (READ_THREADS // 32)))
+        sums = (SUMS, 16 * first) if self._numbers else (ABSOLUTE, 0)
+        fixed = (BUFFER, 0), (ABSOLUTE, room), (ABSOLUTE, pieces), (ABSOLUTE, count), (ABSOLUTE, self._numbers)
+        return self._row(kernel, ctas, READ_THREADS, *fixed, sums, (STATUS, 4 * first))
+
+    def close(self) -> None:
+        """Gives the VRAM back. Nothing may be in flight. A second call does nothing."""
+        while self._held:
+            with contextlib.suppress(DeviceError):
+                self._held.pop().free()
+
+
+class PlaneCoder(DeviceCoder):
+    """:class:`kvortex.codecs.plane.PlaneCodec`: three launches to save a chunk, two to load it.
+
+    Parameters
+    ----------
+    fragments : (F, 4) int64
+        Of the layout.
+    """
+
+    kernels = ("plane_count", "plane_encode", "plane_decode", "read_records", "seal_records")
+
+    def __init__(
+        self,
+        device: CudaDevice,
+        codec: PlaneCodec,
+        fragments: Int64s,
+        pool: Pool,
+        kernel: Callable[[str], int],
+        numbers: int,
+    ) -> None:
+        super().__init__(device, codec, pool, kernel, numbers)
+        self._tiles, self.work_bytes = codec.tiles, 4 * codec.tiles
+        try:
+            self._cells = self._hold(cells(codec, fragments, self._hold(constants(codec))))
+        except BaseException:
+            self.close()
+            raise
+
+    def _rows(self, save: bool, first: Int64s, count: Int64s, most: int) -> list[Int64s]:
+        run = np.clip(count * self._tiles // (WARPS * most), 1, _MOST_RUN)
+        ctas = np.minimum(most, -(-count * -(-self._tiles // run) // WARPS))
+        head = (BUFFER, 0), (ABSOLUTE, self.codec.slot_bytes), (ABSOLUTE, self._cells)
+        tail = (IDS, 4 * first), (ABSOLUTE, count), (ABSOLUTE, run)
+        shape = ctas, 32 * WARPS
+        if save:
+            coding = [self._row(name, *shape, *head, (WORK, 0), *tail) for name in ("plane_count", "plane_encode")]
+            return [*coding, self._read("seal_records", first, count, most)]
+        reading = [self._read("read_records", first, count, most)] if self._numbers else []
+        return [*reading, self._row("plane_decode", *shape, *head, (STATUS, 4 * first), *tail)]
+
+
+def coder_for(
+    device: CudaDevice, codec: Codec, fragments: Int64s, pool: Pool, kernel: Callable[[str], int], numbers: int
+) -> DeviceCoder:
+    """What codes on a GPU. CodecError where that codec has no kernels, or cannot code such pages."""
+    check_codable(codec, fragments)
+    assert isinstance(codec, PlaneCodec)
+    return PlaneCoder(device, codec, fragments, pool, kernel, numbers)
+
+
+def check_codable(codec: Codec, fragments: Int64s) -> None:
+    """CodecError where kernels cannot code these pages; says why."""
+    if not isinstance(codec, PlaneCodec):
+        raise CodecError(f"{codec.name} has no kernels yet; plane has")
+    cells(codec, fragments, 0)
