@@ -41,6 +41,8 @@ KERNELS = {
     "plane_count": "kvortex.kernels.plane_encode",
     "plane_encode": "kvortex.kernels.plane_encode",
     "plane_decode": "kvortex.kernels.plane_decode",
+    "lossy_encode": "kvortex.kernels.lossy_encode",
+    "lossy_decode": "kvortex.kernels.lossy_decode",
     "compute": "kvortex.kernels.compute",
 }
 # The most that a CTA of 512 threads can have, that four of them can, and that four of 256 can.
@@ -49,6 +51,8 @@ _REGISTERS = {
     "kvortex.kernels.compute": 32,
     "kvortex.kernels.plane_encode": 64,
     "kvortex.kernels.plane_decode": 64,
+    "kvortex.kernels.lossy_encode": 128,
+    "kvortex.kernels.lossy_decode": 128,
 }
 # Before Hopper a vote in a loop is a call where the compiler does not see that warps are whole: registers for two CTAs of 256.
 _BEFORE_HOPPER = {"kvortex.kernels.plane_encode": 128, "kvortex.kernels.plane_decode": 128}
