@@ -5,16 +5,12 @@ Each function here is its own inverse, so that what codes also decodes.
 
 from __future__ import annotations
 
-from typing import Any
+import ctypes
 
 import numpy as np
 from numba import cuda
-from numba.cuda import types
 
 from kvortex.kernels.ptx import statement
-
-uint32, int32 = types.uint32, types.int32
-ALL: Any = 0xFFFFFFFF
 
 
 def _bytes_turned(a: str, b: str, c: str, d: str) -> list[str]:
@@ -73,19 +69,68 @@ def lowest(a, b, c, d):  # type: ignore[no-untyped-def]
     return sum((int(word) & 255) << 8 * at for at, word in enumerate((a, b, c, d)))
 
 
-@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _traded(first, second, lane, flip):  # type: ignore[no-untyped-def]
-    """A lane keeps one of two words and gives the other to the lane beside it, for the one that it keeps."""
-    upper = uint32(lane & flip) != uint32(0)
-    got = uint32(cuda.shfl_xor_sync(ALL, int32(first if upper else second), flip))
-    return uint32(got if upper else first), uint32(second if upper else got)
+def _traded() -> str:
+    """Lines for two fours of words, with the lane in ``$16``."""
+    lines = ["and.b32 p, $16, 1; setp.ne.u32 odd, p, 0; and.b32 p, $16, 2; setp.ne.u32 high, p, 0;"]
+    for flip, upper in ((1, "odd"), (2, "high")):
+        for k in (k for k in range(8) if not k & flip):
+            first, second = f"t{k}", f"t{k + flip}"
+            lines += [
+                f"selp.b32 p, {first}, {second}, {upper}; shfl.sync.bfly.b32 q, p, {flip}, 0x1F, 0xFFFFFFFF;",
+                f"selp.b32 {first}, q, {first}, {upper}; selp.b32 {second}, {second}, q, {upper};",
+            ]
+    return _text(lines).replace("r, s;", "r, s; .reg .pred odd, high;", 1)
 
 
-@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def traded(a, b, c, d, lane):  # type: ignore[no-untyped-def]
-    """Word j of lane i, of four lanes side by side, becomes word i of lane j."""
-    a, b = _traded(a, b, lane, uint32(1))
-    c, d = _traded(c, d, lane, uint32(1))
-    a, c = _traded(a, c, lane, uint32(2))
-    b, d = _traded(b, d, lane, uint32(2))
-    return a, b, c, d
+@statement(_traded(), "wr", "w", together=True)
+def traded(words, lane):  # type: ignore[no-untyped-def]
+    """Word j of lane i, of four lanes side by side, becomes word i of lane j; of the first four words and of the last four.
+
+    A lane keeps one of two words and gives the other to the lane beside it, for the one that it keeps.
+    """
+    made = list(words)
+    for flip in (1, 2):
+        for k in (k for k in range(8) if not k & flip):
+            kept, given = (k + flip, k) if lane & flip else (k, k + flip)
+            made[given] = cuda.shfl_xor_sync(0xFFFFFFFF, made[given], flip)
+    return tuple(made)
+
+
+_STORED = """{ .reg .pred four, six, eight, three;
+ setp.eq.u32 three, $1, 3; setp.eq.u32 four, $1, 4; setp.eq.u32 six, $1, 6; setp.eq.u32 eight, $1, 8;
+ @four st.global.v4.b32 [$0], {$2,$3,$4,$5};
+ @eight st.global.v4.b32 [$0], {$2,$3,$4,$5};
+ @eight st.global.v4.b32 [$0+16], {$6,$7,$8,$9};
+ @six st.global.v2.b32 [$0], {$2,$3};
+ @six st.global.v2.b32 [$0+8], {$4,$5};
+ @six st.global.v2.b32 [$0+16], {$6,$7};
+ @three st.global.b32 [$0], $2;
+ @three st.global.b32 [$0+4], $3;
+ @three st.global.b32 [$0+8], $4; }"""
+_LOADED = """{ .reg .pred four, six, eight, three; .reg .b32 t<8>; .reg .b64 from;
+ mov.b64 from, $8;
+ setp.eq.u32 three, $9, 3; setp.eq.u32 four, $9, 4; setp.eq.u32 six, $9, 6; setp.eq.u32 eight, $9, 8;
+ mov.b32 t0, 0; mov.b32 t1, 0; mov.b32 t2, 0; mov.b32 t3, 0; mov.b32 t4, 0; mov.b32 t5, 0; mov.b32 t6, 0; mov.b32 t7, 0;
+ @four ld.global.nc.L1::no_allocate.v4.b32 {t0,t1,t2,t3}, [from];
+ @eight ld.global.nc.L1::no_allocate.v4.b32 {t0,t1,t2,t3}, [from];
+ @eight ld.global.nc.L1::no_allocate.v4.b32 {t4,t5,t6,t7}, [from+16];
+ @six ld.global.nc.v2.b32 {t0,t1}, [from];
+ @six ld.global.nc.v2.b32 {t2,t3}, [from+8];
+ @six ld.global.nc.v2.b32 {t4,t5}, [from+16];
+ @three ld.global.nc.b32 t0, [from];
+ @three ld.global.nc.b32 t1, [from+4];
+ @three ld.global.nc.b32 t2, [from+8];
+ mov.b32 $0, t0; mov.b32 $1, t1; mov.b32 $2, t2; mov.b32 $3, t3;
+ mov.b32 $4, t4; mov.b32 $5, t5; mov.b32 $6, t6; mov.b32 $7, t7; }"""
+
+
+@statement(_STORED, "lrw")
+def store_planes(address, bits, words):  # type: ignore[no-untyped-def]
+    """Writes the first 3, 4, 6 or 8 words, at a multiple of 4, 16, 8 or 16."""
+    (ctypes.c_uint32 * int(bits)).from_address(int(address))[:] = words[: int(bits)]
+
+
+@statement(_LOADED, "lr", "w")
+def load_planes(address, bits):  # type: ignore[no-untyped-def]
+    """The reverse; what is not there is 0."""
+    return (*(ctypes.c_uint32 * int(bits)).from_address(int(address)), *[0] * (8 - int(bits)))

@@ -23,15 +23,14 @@ from numba.cuda import types
 from kvortex.kernels import plane
 from kvortex.kernels.eights import differences, from_lane, joined, scaled, sums, turned
 from kvortex.kernels.float32 import number_of, times, word_of
-from kvortex.kernels.lane import load4, load8, load16, store4, store8, store16
 
 SIGNATURE: Any = plane.SIGNATURE
 TILE_BYTES = 2048
 HEADER_BYTES = 64
 # Cells of ``codec``: addresses of (planes, channels) means in bf16 and of two headers, of a coded record and of a part;
-# planes, groups of 16 tokens in a plane, columns of 64 channels, planes of one layer's K, bits of K, bits of V, lanes that a head
-# lies in, the bits of what rotated values of V are multiplied by, or 0, bytes of a coded plane of K, of one of V, and of all;
-# from PLANES on, a plane's address in block 0 and its block stride by turns.
+# planes, groups of 16 tokens in a plane, columns of 64 channels, planes of one layer's K, bits of K, bits of V, lanes that a
+# head lies in, the bits of what rotated values of V are multiplied by, or 0, bytes of a coded plane of K, of one of V, and of
+# all; from PLANES on, a plane's address in block 0 and its block stride by turns.
 MEANS, HEADERS, N_PLANES, GROUPS, ACROSS, EACH, K_BITS, V_BITS, LANES, FACTOR, KEY_BYTES, VALUE_BYTES, BODY_BYTES = range(13)
 PLANES = 16
 STORED_AT, PART_AT, USED_AT, HEADER_WORDS = 2, 3, 6, 16  # words of a header
@@ -103,42 +102,3 @@ def part_bytes(codec, part):  # type: ignore[no-untyped-def]
     if uint64(part) * uint64(body) < uint64(raw):
         left = min(uint32(raw - part * body), body)
     return left
-
-
-@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def store_planes(target, bits, words):  # type: ignore[no-untyped-def]
-    """Writes the first ``bits`` of 8 words; where they are even many, at multiples of their bytes."""
-    a, b, c, d, e, f, g, h = words
-    if bits == uint32(4):
-        store16(target, (a, b, c, d))
-    elif bits == uint32(8):
-        store16(target, (a, b, c, d))
-        store16(target + uint64(16), (e, f, g, h))
-    elif bits == uint32(6):
-        store8(target, uint64(a) | uint64(b) << uint64(32))
-        store8(target + uint64(8), uint64(c) | uint64(d) << uint64(32))
-        store8(target + uint64(16), uint64(e) | uint64(f) << uint64(32))
-    else:
-        store4(target, a)
-        store4(target + uint64(4), b)
-        store4(target + uint64(8), c)
-
-
-@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def load_planes(source, bits):  # type: ignore[no-untyped-def]
-    """The reverse; what is not there is 0."""
-    a, b, c, d = uint32(0), uint32(0), uint32(0), uint32(0)
-    e, f, g, h = uint32(0), uint32(0), uint32(0), uint32(0)
-    if bits == uint32(4):
-        a, b, c, d = load16(source)
-    elif bits == uint32(8):
-        a, b, c, d = load16(source)
-        e, f, g, h = load16(source + uint64(16))
-    elif bits == uint32(6):
-        low, middle, high = load8(source), load8(source + uint64(8)), load8(source + uint64(16))
-        a, b = uint32(low), uint32(low >> uint64(32))
-        c, d = uint32(middle), uint32(middle >> uint64(32))
-        e, f = uint32(high), uint32(high >> uint64(32))
-    else:
-        a, b, c = load4(source), load4(source + uint64(4)), load4(source + uint64(8))
-    return a, b, c, d, e, f, g, h

@@ -9,7 +9,7 @@ from __future__ import annotations
 from numba import cuda
 
 from kvortex.kernels import lossy
-from kvortex.kernels.bit_planes import bit_planes, bytes_turned, traded
+from kvortex.kernels.bit_planes import bit_planes, bytes_turned, load_planes, traded
 from kvortex.kernels.eights import (
     brain,
     eight,
@@ -40,7 +40,6 @@ from kvortex.kernels.lossy import (
     USED_AT,
     V_BITS,
     from_half,
-    load_planes,
     page_of,
     part_at,
     part_bytes,
@@ -86,10 +85,8 @@ def _key_tile(codec, number, within, block, plane_at, lane):  # type: ignore[no-
     scales = load8(plane_at + uint64(group) * uint64(64) * uint64(across) + uint64(channel))
     mean = eight(load16(codec[MEANS] + uint64(2) * (uint64(number) * uint64(64) * uint64(across) + uint64(channel))))
     step = scales_of(uint32(scales), uint32(scales >> uint64(32)), uint32(uint32(0) - uint32((bits + uint32(7)) << uint32(23))))
-    a0, b0, c0, d0, a1, b1, c1, d1 = bytes_turned(bit_planes(words))
     # Each lane has all channels of one token: now it gets 8 channels of four.
-    a0, b0, c0, d0 = traded(a0, b0, c0, d0, lane)
-    a1, b1, c1, d1 = traded(a1, b1, c1, d1, lane)
+    a0, b0, c0, d0, a1, b1, c1, d1 = traded(bytes_turned(bit_planes(words)), lane)
     step_bytes = uint64(across) * uint64(128)
     target = page_of(codec, number, block) + uint64(uint32(16) * group + token) * step_bytes + uint64(2) * uint64(channel)
     half = uint32(uint32(256) * uint32(uint32(1) << uint32(bits - uint32(1))))

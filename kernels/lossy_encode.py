@@ -9,7 +9,7 @@ from __future__ import annotations
 from numba import cuda
 
 from kvortex.kernels import lossy
-from kvortex.kernels.bit_planes import bit_planes, bytes_turned, lowest, traded
+from kvortex.kernels.bit_planes import bit_planes, bytes_turned, lowest, store_planes, traded
 from kvortex.kernels.eights import (
     differences,
     eight,
@@ -55,7 +55,6 @@ from kvortex.kernels.lossy import (
     part_bytes,
     place,
     rotated,
-    store_planes,
 )
 from kvortex.kernels.plane import uniform
 
@@ -95,9 +94,7 @@ def _key_tile(codec, number, within, block, plane_at, lane):  # type: ignore[no-
     c0, c1 = low_codes(g, inverse, half, top), high_codes(g, inverse, half, top)
     d0, d1 = low_codes(h, inverse, half, top), high_codes(h, inverse, half, top)
     # Four lanes have 32 channels of four tokens: now each gets all channels of one.
-    a0, b0, c0, d0 = traded(a0, b0, c0, d0, lane)
-    a1, b1, c1, d1 = traded(a1, b1, c1, d1, lane)
-    words = bit_planes(bytes_turned((a0, b0, c0, d0, a1, b1, c1, d1)))
+    words = bit_planes(bytes_turned(traded((a0, b0, c0, d0, a1, b1, c1, d1), lane)))
     row = uint32(uint32(16) * group + uint32(4) * uint32(lane & uint32(3)) + token)
     codes = plane_at + uint64(64) * uint64(codec[GROUPS]) * uint64(across)
     column = uint32(uint32(row * uint32(uint32(2) * across)) + uint32(channel >> uint32(5)))

@@ -26,9 +26,8 @@ def hostile(rng: np.random.Generator, codec: LossyCodec) -> list[Words]:
     signs = rng.integers(0, 2, size).astype(np.uint16) << np.uint16(15)
     pages.append(signs | rng.integers(0, 0x180, size).astype(np.uint16))  # subnormal, or nearly so
     pages.append(signs | rng.integers(0x2000, 0x4780, size).astype(np.uint16))  # all sizes up to 65,536
-    # Sizes that are scales, or the next number above one, over means.
-    page = np.repeat(codec.tables.mean[:, None], shape.tokens, 1)
-    page[:, 3] = rng.integers(0x2F00, 0x4F40, (size[0], size[2])).astype(np.uint16)
+    page = np.repeat(codec.tables.mean[:, None], shape.tokens, 1)  # one number beside means, of any size that K may have
+    page[key, 3] = rng.integers(0x2F00, 0x4F40, size[2]).astype(np.uint16)
     pages.append(page)
     outlier = usual(rng, *size)
     outlier[key, 5, 7], outlier[value, 5, 7] = 0x4F57, 0x477F  # as large as may be

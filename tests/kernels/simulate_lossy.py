@@ -13,7 +13,7 @@ from numba.cuda.core import config
 
 import conftest  # noqa: F401  (makes kvortex.kernels importable)
 from kvortex.codecs.on_device_lossy import cells, constants
-from kvortex.kernels import bit_planes, lossy, lossy_decode, lossy_encode, plane
+from kvortex.kernels import lossy, lossy_decode, lossy_encode, plane
 from tests.kernels import warp
 from tests.kernels.lossy_cases import FILL, GUARD, SMALL, LossyCase
 from tests.kernels.simulate_plane import aligned, launch
@@ -59,7 +59,7 @@ def decode(case: LossyCase, rows: np.ndarray, memory: np.ndarray, form: np.ndarr
 def main() -> int:
     assert config.ENABLE_CUDASIM
     warnings.simplefilter("ignore", RuntimeWarning)
-    warp.install(plane, bit_planes, lossy, lossy_encode, lossy_decode)
+    warp.install(plane, lossy, lossy_encode, lossy_decode)
     for case in SMALL:
         run(case)
         print(f"simulated lossy: {case.name}", flush=True)
