@@ -1,9 +1,9 @@
 """What the kernels of bounded loss share: who works on what, and numbers by eights.
 
 A launch works on ``n_blocks`` records, that of row ``b`` at ``staging + b * pitch``; both are multiples of 16. ``blocks`` has
-the page of each row, and behind all pages of each row which part of its original it keeps as it is, or -1 where it is coded. A
-warp takes ``run`` neighbouring tiles at a time: of K 16 tokens of 64 channels, of a V plane 1,024 values in a row, of a part
-``TILE_BYTES``. Any grid works. All other numbers come from ``codec``, uint64 in VRAM: see the cells below. Planes lie at
+two numbers a row: its page, and which part of its original it keeps as it is, or -1 where it is coded. A warp takes ``run``
+neighbouring tiles at a time: of K 16 tokens of 64 channels, of a V plane 1,024 values in a row, of a part ``TILE_BYTES``. Any
+grid works. All other numbers come from ``codec``, uint64 in VRAM: see :mod:`kvortex.kernels.lossy_form`. Planes lie at
 multiples of 16.
 
 What a record's bytes are is in :mod:`kvortex.codecs.lossy`; all floats are float32 and each operation rounds once, in the
@@ -23,20 +23,20 @@ from numba.cuda import types
 from kvortex.kernels import plane
 from kvortex.kernels.eights import differences, from_lane, joined, scaled, sums, turned
 from kvortex.kernels.float32 import number_of, times, word_of
+from kvortex.kernels.lossy_form import (
+    ACROSS,
+    BODY_BYTES,
+    EACH,
+    GROUPS,
+    HEADER_BYTES,
+    KEY_BYTES,
+    N_PLANES,
+    PLANES,
+    TILE_BYTES,
+    VALUE_BYTES,
+)
 
 SIGNATURE: Any = plane.SIGNATURE
-TILE_BYTES = 2048
-HEADER_BYTES = 64
-# Cells of ``codec``: addresses of (planes, channels) means in bf16 and of two headers, of a coded record and of a part;
-# planes, groups of 16 tokens in a plane, columns of 64 channels, planes of one layer's K, bits of K, bits of V, lanes that a
-# head lies in, the bits of what rotated values of V are multiplied by, or 0, bytes of a coded plane of K, of one of V, and of
-# all; from PLANES on, a plane's address in block 0 and its block stride by turns.
-MEANS, HEADERS, N_PLANES, GROUPS, ACROSS, EACH, K_BITS, V_BITS, LANES, FACTOR, KEY_BYTES, VALUE_BYTES, BODY_BYTES = range(13)
-PLANES = 16
-STORED_AT, PART_AT, USED_AT, HEADER_WORDS = 2, 3, 6, 16  # words of a header
-DECLINED = 3  # as in kvortex.codecs.base
-LARGEST_SCALE = 0x4F5744FD  # the bits of 2**31.75
-
 uint32, uint64, int32 = types.uint32, types.uint64, types.int32
 ALL: Any = 0xFFFFFFFF
 

@@ -22,9 +22,9 @@ from kvortex.kernels.eights import (
 )
 from kvortex.kernels.float32 import number_of, times, whole
 from kvortex.kernels.lane import load4, load8, load16, store4, store16
-from kvortex.kernels.lossy import (
+from kvortex.kernels.lossy import ALL, from_half, page_of, part_at, part_bytes, place, rotated
+from kvortex.kernels.lossy_form import (
     ACROSS,
-    ALL,
     BODY_BYTES,
     FACTOR,
     GROUPS,
@@ -39,12 +39,6 @@ from kvortex.kernels.lossy import (
     TILE_BYTES,
     USED_AT,
     V_BITS,
-    from_half,
-    page_of,
-    part_at,
-    part_bytes,
-    place,
-    rotated,
 )
 from kvortex.kernels.plane import uniform
 
@@ -153,7 +147,7 @@ def lossy_decode(staging, pitch, codec, status, blocks, n_blocks, run):  # type:
         tile = uint32((at - b * runs) * uint32(run))
         last = min(uint32(tile + uint32(run)), tiles)
         record = staging + uint64(b) * pitch
-        block, part = blocks[b], blocks[uint32(uint32(n_blocks) + b)]
+        block, part = blocks[uint32(uint32(2) * b)], blocks[uint32(uint32(2) * b + uint32(1))]
         if not (uint64(uint32(HEADER_BYTES) + uint32(codec[BODY_BYTES])) <= pitch and _is_ours(codec, record, part, lane)):
             if lane == uint32(0):
                 store4(status + uint64(4) * uint64(b), uint32(1))

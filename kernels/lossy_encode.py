@@ -29,9 +29,9 @@ from kvortex.kernels.eights import (
 from kvortex.kernels.flags import mark, take
 from kvortex.kernels.float32 import half_down, half_up, larger, minus, number_of, over, plus, reach, smaller, whole, word_of
 from kvortex.kernels.lane import load4, load16, store4, store8, store16
-from kvortex.kernels.lossy import (
+from kvortex.kernels.lossy import ALL, from_half, page_of, part_at, part_bytes, place, rotated
+from kvortex.kernels.lossy_form import (
     ACROSS,
-    ALL,
     BODY_BYTES,
     DECLINED,
     FACTOR,
@@ -49,12 +49,6 @@ from kvortex.kernels.lossy import (
     TILE_BYTES,
     USED_AT,
     V_BITS,
-    from_half,
-    page_of,
-    part_at,
-    part_bytes,
-    place,
-    rotated,
 )
 from kvortex.kernels.plane import uniform
 
@@ -196,8 +190,8 @@ def lossy_encode(staging, pitch, codec, counts, blocks, n_blocks, run):  # type:
         See :mod:`kvortex.kernels.lossy`.
     counts : uint64
         Address of (n_blocks,) uint32 in VRAM, zeros; zeros again when the kernel has ended.
-    blocks : pointer to int32, (2, n_blocks)
-        Page of each record, and which part of it, or -1; device memory, or mapped host memory.
+    blocks : pointer to int32, (n_blocks, 2)
+        Page of each record, and which part of it this is, or -1; device memory, or mapped host memory.
     n_blocks : int32
     run : int32
         Tiles that a warp takes at a time, at least 1.
@@ -213,7 +207,7 @@ def lossy_encode(staging, pitch, codec, counts, blocks, n_blocks, run):  # type:
         tile = uint32((at - b * runs) * uint32(run))
         last = min(uint32(tile + uint32(run)), tiles)
         record = staging + uint64(b) * pitch
-        block, part = blocks[b], blocks[uint32(uint32(n_blocks) + b)]
+        block, part = blocks[uint32(uint32(2) * b)], blocks[uint32(uint32(2) * b + uint32(1))]
         good = True
         while tile < last:
             if part >= int32(0):

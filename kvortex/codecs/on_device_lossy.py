@@ -9,7 +9,7 @@ from kvortex.codecs.base import HEADER_BYTES
 from kvortex.codecs.lossy import LossyCodec
 from kvortex.codecs.on_device import MOST_BYTES, Cells
 from kvortex.errors import CodecError
-from kvortex.kernels.lossy import (
+from kvortex.kernels.lossy_form import (
     ACROSS,
     BODY_BYTES,
     EACH,

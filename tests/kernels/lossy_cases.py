@@ -52,7 +52,7 @@ class LossyCase:
     run: int = 3
     codec: LossyCodec = field(init=False)
     memory: Words = field(init=False)
-    rows: npt.NDArray[np.int32] = field(init=False)  # (2, n): page and part
+    rows: npt.NDArray[np.int32] = field(init=False)  # (n, 2): page and part
 
     def __post_init__(self) -> None:
         rng, shape = np.random.default_rng(7), self.shape
@@ -67,7 +67,7 @@ class LossyCase:
         pages.append(rng.integers(0, 1 << 16, size).astype(np.uint16))
         self.memory = np.stack(pages, 1)  # (planes, pages, tokens, channels): a page's planes lie apart
         blocks = np.concatenate((rng.permutation(coded), np.full(len(parts), coded)))
-        self.rows = np.stack((blocks, np.concatenate((np.full(coded, -1), parts)))).astype(np.int32)
+        self.rows = np.stack((blocks, np.concatenate((np.full(coded, -1), parts))), 1).astype(np.int32)
 
     @property
     def name(self) -> str:
@@ -85,7 +85,7 @@ class LossyCase:
 
     def records(self) -> npt.NDArray[np.uint8]:
         """(n, raw_bytes), in the order of rows."""
-        return np.ascontiguousarray(self.memory[:, self.rows[0]].swapaxes(0, 1)).reshape(self.rows.shape[1], -1).view(np.uint8)
+        return np.ascontiguousarray(self.memory[:, self.rows[:, 0]].swapaxes(0, 1)).reshape(len(self.rows), -1).view(np.uint8)
 
     def staging(self) -> npt.NDArray[np.uint8]:
         """(n, pitch): what the host makes of them; of what is declined the header alone means something."""
@@ -93,7 +93,7 @@ class LossyCase:
         made = np.full((len(records), self.pitch), 0xA5, np.uint8)
         coded = np.zeros((len(records), codec.slot_bytes), np.uint8)
         sizes = codec.encode_into(records, coded)
-        for row, part in enumerate(self.rows[1]):
+        for row, part in enumerate(self.rows[:, 1]):
             if part >= 0:
                 own = records[row, part * codec.part_bytes :][: codec.part_bytes]
                 header = codec.headers[1].copy()
@@ -126,7 +126,7 @@ class LossyCase:
         out = np.zeros((len(own), codec.shape.raw_bytes), np.uint8)
         good = codec.decode_into(own, out)
         planes = out.view(np.uint16).reshape(len(own), *self.memory.shape[:1], *self.memory.shape[2:])
-        for row, (block, part) in enumerate(self.rows.T):
+        for row, (block, part) in enumerate(self.rows):
             if part >= 0:
                 header = codec.headers[1].copy()
                 header[3] = part

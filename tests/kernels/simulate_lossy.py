@@ -20,7 +20,7 @@ from tests.kernels.simulate_plane import aligned, launch
 
 
 def run(case: LossyCase) -> None:
-    n, codec = case.rows.shape[1], case.codec
+    n, codec = len(case.rows), case.codec
     memory = aligned(case.memory.nbytes, 0).view(np.uint16).reshape(case.memory.shape)
     memory[:] = case.memory
     fixed = aligned(constants(codec).size, 0)

@@ -17,7 +17,8 @@ from kvortex.codecs import RecordShape, calibrate, make_codec
 from kvortex.codecs._lossy import scales
 from kvortex.codecs.on_device_lossy import cells, constants
 from kvortex.errors import CodecError
-from kvortex.kernels import build, lossy
+from kvortex.kernels import build
+from kvortex.kernels import lossy_form as lossy
 from kvortex.kernels.eights import LEAST_SCALE, ROOTS
 from tests.kernels.lossy_cases import FILL, GUARD, LARGE, NAMES, SMALL, LossyCase
 from tests.kernels.plane_cases import usual
@@ -89,7 +90,7 @@ class OnGpu:
     def __init__(self, case: LossyCase) -> None:
         from kvortex.devices.cuda import CudaDevice
 
-        self.case, self.device, self.n = case, CudaDevice(0), case.rows.shape[1]
+        self.case, self.device, self.n = case, CudaDevice(0), len(case.rows)
         self.held: list[Any] = []
         self.memory = self.upload(case.memory)
         self.staging = self.upload(np.full(self.n * case.pitch + 2 * GUARD, 0xA5, np.uint8))
@@ -162,7 +163,7 @@ def test_ten_million_values_of_any_kind(name: str) -> None:
     alike = rng.random((80, 8, 1, 1)) < 0.5
     values = np.where(alike, near | values & np.uint16(0x80FF), values)
     case.memory = np.ascontiguousarray(values.swapaxes(0, 1))
-    case.rows = np.stack((rng.permutation(80), np.full(80, -1))).astype(np.int32)
+    case.rows = np.stack((rng.permutation(80), np.full(80, -1)), 1).astype(np.int32)
     gpu = OnGpu(case)
     rows = gpu.encoded(132)
     assert not case.declined(rows).any() and not case.wrong(rows)
