@@ -133,7 +133,8 @@ def most_word(x):  # type: ignore[no-untyped-def]
 
 
 def _turned() -> str:
-    names, lines = [f"${8 + k}" for k in range(8)], []
+    names = [f"${8 + k}" for k in range(8)]
+    lines: list[str] = []
     for half in (1, 2, 4):
         made = list(names)
         for k in range(8):
