@@ -184,8 +184,9 @@ def lossy_encode(staging, pitch, codec, counts, blocks, n_blocks, run):  # type:
     staging : uint64
         Address of the staging buffer, a multiple of 16; record ``b`` starts at ``staging + b * pitch``.
     pitch : uint64
-        Bytes from one record to the next: a multiple of 16, and at least a slot's. A record with a value that is not finite, or
-        is too large, has a header that says so, and a body that means nothing.
+        Room of a record, and bytes from one to the next: a multiple of 16, at least a slot's. Of a record with a value that is not
+        finite, or is too large, the header says that it was declined, and the body means nothing; where there is no room,
+        that is so of all, and only headers are written.
     codec : pointer to uint64
         See :mod:`kvortex.kernels.lossy`.
     counts : uint64
@@ -201,6 +202,7 @@ def lossy_encode(staging, pitch, codec, counts, blocks, n_blocks, run):  # type:
     warps = uint32((cuda.gridDim.x * cuda.blockDim.x) >> 5)
     tiles = uint32(uint32(codec[N_PLANES]) * uint32(codec[GROUPS]) * uint32(codec[ACROSS]))
     runs = uint32((tiles + uint32(run) - uint32(1)) // uint32(run))
+    fits = uint64(uint32(HEADER_BYTES) + uint32(codec[BODY_BYTES])) <= pitch
     at = warp
     while at < uint32(uint32(n_blocks) * runs):
         b = uint32(at // runs)
@@ -208,7 +210,9 @@ def lossy_encode(staging, pitch, codec, counts, blocks, n_blocks, run):  # type:
         last = min(uint32(tile + uint32(run)), tiles)
         record = staging + uint64(b) * pitch
         block, part = blocks[uint32(uint32(2) * b)], blocks[uint32(uint32(2) * b + uint32(1))]
-        good = True
+        good = fits
+        if not fits:
+            tile, part = last, int32(-1)
         while tile < last:
             if part >= int32(0):
                 _part(codec, tile, uint32(part), block, record, lane)
