@@ -184,9 +184,9 @@ def lossy_encode(staging, pitch, codec, counts, blocks, n_blocks, run):  # type:
     staging : uint64
         Address of the staging buffer, a multiple of 16; record ``b`` starts at ``staging + b * pitch``.
     pitch : uint64
-        Room of a record, and bytes from one to the next: a multiple of 16, at least a slot's. Of a record with a value that is not
-        finite, or is too large, the header says that it was declined, and the body means nothing; where there is no room,
-        that is so of all, and only headers are written.
+        Room of a record, and bytes from one to the next: a multiple of 16, at least a slot's. Of a record with a value that
+        is not finite, or is too large, the header says that it was declined, and the body means nothing; where there is no
+        room, that is so of all, and only headers are written.
     codec : pointer to uint64
         See :mod:`kvortex.kernels.lossy`.
     counts : uint64

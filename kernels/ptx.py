@@ -59,6 +59,7 @@ def statement(text: str, arguments: str, result: str = "", *, pure: bool = False
     returned = _TUPLES[result][0] if result in _TUPLES else _KINDS[result][0] if result else types.void
 
     def decorate(function: F) -> F:
+        function.ptx = text, arguments, result  # type: ignore[attr-defined]
         if config.ENABLE_CUDASIM:
             return function
 
