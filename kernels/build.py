@@ -52,7 +52,7 @@ _REGISTERS = {
     "kvortex.kernels.plane_encode": 64,
     "kvortex.kernels.plane_decode": 64,
     "kvortex.kernels.lossy_encode": 128,
-    "kvortex.kernels.lossy_decode": 128,
+    "kvortex.kernels.lossy_decode": 80,
 }
 # Before Hopper a vote in a loop is a call where the compiler does not see that warps are whole: registers for two CTAs of 256.
 _BEFORE_HOPPER = {"kvortex.kernels.plane_encode": 128, "kvortex.kernels.plane_decode": 128}
