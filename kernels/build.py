@@ -43,6 +43,9 @@ KERNELS = {
     "plane_decode": "kvortex.kernels.plane_decode",
     "lossy_encode": "kvortex.kernels.lossy_encode",
     "lossy_decode": "kvortex.kernels.lossy_decode",
+    "cachegen_count": "kvortex.kernels.cachegen_encode",
+    "cachegen_encode": "kvortex.kernels.cachegen_encode",
+    "cachegen_decode": "kvortex.kernels.cachegen_decode",
     "compute": "kvortex.kernels.compute",
 }
 # The most that a CTA of 512 threads can have, that four of them can, and that four of 256 can.
@@ -53,9 +56,13 @@ _REGISTERS = {
     "kvortex.kernels.plane_decode": 64,
     "kvortex.kernels.lossy_encode": 128,
     "kvortex.kernels.lossy_decode": 80,
+    "kvortex.kernels.cachegen_encode": 64,
+    "kvortex.kernels.cachegen_decode": 64,
 }
 # Before Hopper a vote in a loop is a call where the compiler does not see that warps are whole: registers for two CTAs of 256.
-_BEFORE_HOPPER = {"kvortex.kernels.plane_encode": 128, "kvortex.kernels.plane_decode": 128}
+_BEFORE_HOPPER = {
+    f"kvortex.kernels.{codec}_{way}": 128 for codec in ("plane", "lossy", "cachegen") for way in ("encode", "decode")
+}
 _MAGIC, _VERSION = b"KVXCUBIN", 2
 _ENTRY_BYTES = struct.Struct("<I")
 _COMPILERS = (

@@ -1,8 +1,9 @@
 """Loads and stores of one lane: 16 bytes, or 8, 4, 2, 1 where an address is not aligned to more.
 
 ``load*`` are for memory that nobody writes while the kernel runs: ``ld.global.nc``, without allocation in L1, since each
-byte is read once. ``fresh*`` are for memory that a DMA writes while the kernel runs: ``ld.global.cg``, which never sees a
-stale line of L1. Stores are plain, so that what a gather wrote is still in L2 when the DMA reads it.
+byte is read once; ``cached*`` are for such memory that is read again and again. ``fresh*`` are for memory that a DMA writes
+while the kernel runs: ``ld.global.cg``, which never sees a stale line of L1. Stores are plain, so that what a gather wrote is
+still in L2 when the DMA reads it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 from kvortex.kernels.ptx import statement
 
-_CONSTANT, _FRESH = "ld.global.nc.L1::no_allocate", "ld.global.cg"
+_CONSTANT, _CACHED, _FRESH = "ld.global.nc.L1::no_allocate", "ld.global.nc", "ld.global.cg"
 # bytes -> PTX type, register, ctypes type
 _SCALARS: dict[int, tuple[str, str, Any]] = {
     8: ("u64", "l", ctypes.c_uint64),
@@ -62,5 +63,6 @@ def _store(nbytes: int) -> Callable[..., Any]:
 
 
 load8, load4, load2, load1 = (_load(nbytes, _CONSTANT) for nbytes in (8, 4, 2, 1))
+cached4, cached2, cached1 = (_load(nbytes, _CACHED) for nbytes in (4, 2, 1))
 fresh8, fresh4, fresh2, fresh1 = (_load(nbytes, _FRESH) for nbytes in (8, 4, 2, 1))
 store8, store4, store2, store1 = (_store(nbytes) for nbytes in (8, 4, 2, 1))

@@ -37,7 +37,7 @@ uint16, uint32, uint64, int32 = plane.uint16, plane.uint32, plane.uint64, plane.
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _is_ours(record, header, lane):  # type: ignore[no-untyped-def]
+def is_ours(record, header, lane):  # type: ignore[no-untyped-def]
     """Whether a header is of this codec, its tables and this shape; the same in every lane."""
     same = True
     if lane < uint32(HEADER_WORDS):
@@ -165,7 +165,7 @@ def plane_decode(staging, pitch, codec, status, blocks, n_blocks, run):  # type:
         tile = uint32((at - b * runs) * uint32(run))
         last = min(uint32(tile + uint32(run)), tiles)
         record = staging + uint64(b) * pitch
-        good = _is_ours(record, codec[HEADER], lane)
+        good = is_ours(record, codec[HEADER], lane)
         stored = uniform(uint32(load4(record + uint64(4 * STORED_AT))))
         used = uniform(uint32(load4(record + uint64(4 * USED_AT))))
         before = uint32(0)

@@ -51,6 +51,27 @@ def _counted(exponent, base):  # type: ignore[no-untyped-def]
     return found
 
 
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def count_tile(codec, tile, block, lane):  # type: ignore[no-untyped-def]
+    """A tile's entry in the table; the same in every lane."""
+    source, step, base = place(codec, tile, block, lane)
+    pair = uint32(load2(base))
+    found = uint32(0)
+    row = uint32(0)
+    while row < uint32(ROWS):
+        word = uint32(load4(source))
+        source += step
+        low = _counted(uint32((word >> uint32(7)) & uint32(255)), uint32(pair & uint32(255)))
+        high = _counted(uint32((word >> uint32(23)) & uint32(255)), uint32(pair >> uint32(8)))
+        found = uint32(found + low + high)
+        row = uint32(row + uint32(1))
+    entry = warp_sum(found)
+    # Both halves are at most 1,024, so no sum carries into the upper one.
+    if tail_bytes(entry) > uint32(MOST_TAIL):
+        entry = uint32(RAW_TILE)
+    return entry
+
+
 def plane_count(staging, pitch, codec, counts, blocks, n_blocks, run):  # type: ignore[no-untyped-def]
     """The table of every record, into ``counts``. Parameters as of :func:`plane_encode`; ``staging`` is not touched."""
     lane = uint32(cuda.threadIdx.x & 31)
@@ -61,21 +82,7 @@ def plane_count(staging, pitch, codec, counts, blocks, n_blocks, run):  # type: 
     while at < uint32(uint32(n_blocks) * tiles):
         b = uint32(at // tiles)
         tile = uint32(at - b * tiles)
-        source, step, base = place(codec, tile, blocks[b], lane)
-        pair = uint32(load2(base))
-        found = uint32(0)
-        row = uint32(0)
-        while row < uint32(ROWS):
-            word = uint32(load4(source))
-            source += step
-            low = _counted(uint32((word >> uint32(7)) & uint32(255)), uint32(pair & uint32(255)))
-            high = _counted(uint32((word >> uint32(23)) & uint32(255)), uint32(pair >> uint32(8)))
-            found = uint32(found + low + high)
-            row = uint32(row + uint32(1))
-        entry = warp_sum(found)
-        # Both halves are at most 1,024, so no sum carries into the upper one.
-        if tail_bytes(entry) > uint32(MOST_TAIL):
-            entry = uint32(RAW_TILE)
+        entry = count_tile(codec, tile, blocks[b], lane)
         if lane == uint32(0):
             store4(counts + uint64(4) * uint64(at), entry)
         at = uint32(at + warps)
@@ -213,7 +220,8 @@ def _tail(tail, n, lane, codes, escaped):  # type: ignore[no-untyped-def]
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _header(record, header, stored, used, lane):  # type: ignore[no-untyped-def]
+def write_header(record, header, stored, used, lane):  # type: ignore[no-untyped-def]
+    """A codec's header with these two fields."""
     if lane < uint32(HEADER_WORDS):
         word = uint32(load4(header + uint64(4) * uint64(lane)))
         if lane == uint32(STORED_AT):
@@ -271,7 +279,7 @@ def plane_encode(staging, pitch, codec, counts, blocks, n_blocks, run):  # type:
             stored = uint32(DECLINED)
         record = staging + uint64(b) * pitch
         if tile == uint32(0):
-            _header(record, codec[HEADER], stored, used, lane)
+            write_header(record, codec[HEADER], stored, used, lane)
             if stored == uint32(CODED) and lane < uint32(table_words - tiles):
                 store4(record + uint64(4 * HEADER_WORDS) + uint64(4) * uint64(tiles + lane), uint32(0))
         if stored == uint32(DECLINED):

@@ -1,7 +1,7 @@
 """A llama-type model in JAX over a paged cache: bf16, one compiled function for all layers, called once a layer.
 
-Once a layer, so that kvortex can come between: JAX shows nobody its streams, and so what is to be ordered with it is ordered by
-the host, which waits for an array (``block_until_ready``) or for a layer of a load, and JAX launches as fast as it is called.
+Once a layer, so that kvortex can come between: before a layer is launched, its pages are waited for (``perf/jax_serving.py``),
+and behind it they are saved, once the host has waited for them (``block_until_ready``).
 
 Pages are written in place: a layer's call is given its pages for good (``donate_argnums``) and gives back an array in the same
 memory, whose address :class:`perf.jax_pages.JaxPages` compares. A page is ``(key/value, token, head, dim)``, and a layer's

@@ -1,13 +1,14 @@
 """A paged cache that belongs to JAX, and that kvortex reads and writes behind JAX's back.
 
-JAX says that arrays do not change, and gives a caller no stream to order anything by. Why it is right all the same:
+JAX says that arrays do not change, and shows a caller no stream to order anything by. Why it is right all the same:
 
 - *Addresses.* A layer's array is only ever given to a compiled function for good, and comes back in the same memory. XLA does
   so where it can, and is not bound to: so the address is compared after each pass, and before a layer is saved, and another
   one is refused. (The other way round, memory of kvortex or CuPy that JAX borrows by DLPack, cannot be given away: each pass
   would copy all pages.)
 - *Order.* What kvortex does waits until JAX is done: ``block_until_ready`` on the array that a save reads, or on all of them.
-  What JAX does waits until kvortex is done: the host waits for a layer, or a ticket, before it launches what reads it.
+  What JAX does waits until kvortex is done: its stream waits for a layer (:mod:`perf.jax_stream`), or the host for a layer or
+  a ticket, before what reads it is launched.
 - *Values.* JAX keeps a copy on the host of what was read with ``numpy.asarray(array)``. No page is read so, but by a compiled
   function that makes a new array of it.
 """

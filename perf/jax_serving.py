@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,7 @@ from kvortex.devices.cuda import CudaDevice
 from perf.clock import CudaClock
 from perf.jax_llama import Ids, JaxLlama
 from perf.jax_pages import JaxPages
+from perf.jax_stream import stream_of
 
 AHEAD = 2  # layers that JAX has been given when the host waits for one: then it is never without
 
@@ -35,26 +36,35 @@ class Answer(NamedTuple):
 
 
 class Waits:
-    """Makes the host wait for a layer of a load.
+    """Makes JAX, or the host, wait for a layer of a load.
 
-    A GPU's streams wait for a layer by ``Ticket.wait_layer(layer, stream)``. JAX shows none of its own, so here is one that has
-    nothing to do, and the host waits for it. On the host device ``wait_layer`` itself waits.
+    Where JAX tells the stream that it computes on (:mod:`perf.jax_stream`), that waits, and the host goes on to launch the
+    next layers. Otherwise the host waits, by a stream that has nothing else to do. On the host device ``wait_layer`` itself
+    waits.
 
     Attributes
     ----------
     stream
         For ``load_blocks`` and ``save_blocks``: nothing is ever on it, since JAX is done before they are called.
+    by
+        Who waits: ``"stream"`` or ``"host"``, and why not the stream.
     """
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, jax: Any = None) -> None:
         self._context = device.context if isinstance(device, CudaDevice) else None
         self._clock = CudaClock(device) if isinstance(device, CudaDevice) else None
         self.stream = None if self._clock is None else self._clock.stream
+        self._reader, self.by = None, "host"
+        if self._clock is not None and jax is not None:
+            try:
+                self._reader, self.by = stream_of(jax), "stream"
+            except kvortex.DeviceError as error:
+                self.by = f"host: {error}"
 
     def layer(self, ticket: kvortex.Ticket, layer: int) -> None:
-        """Returns when the pages hold this layer."""
-        ticket.wait_layer(layer, self.stream)
-        if self._clock is not None:
+        """When it returns, what is given to JAX from now on finds this layer in the pages."""
+        ticket.wait_layer(layer, self._reader or self.stream)
+        if self._clock is not None and self._reader is None:
             with cu.current(self._context) as driver:
                 cu.check(driver.cuStreamSynchronize(self.stream), "cuStreamSynchronize")
 
@@ -125,8 +135,9 @@ def hit(
         whole(load, len(keys), moves=True)
     before: Callable[[int], object] = (lambda layer: waits.layer(load, layer)) if layerwise else (lambda layer: None)
     logits, token = model.forward(tokens[-BLOCK_SIZE:], table, pages.layers, before=before)
+    pages.layers[-1].block_until_ready()
+    whole(load, len(keys), moves=True)  # what the token comes from was right; JAX computes scores meanwhile
     int(token)
-    whole(load, len(keys), moves=True)  # only now is it known that what the token came from was right
     seconds = time.perf_counter() - began
     pages.check()
     return Answer(seconds, np.asarray(logits))

@@ -1,31 +1,39 @@
 """How fast are tiers below RAM beside what they stand on, and what does a dead one cost?
 
-The rows of ``tiers_disk.py`` (the disk tier beside bare reads and writes with O_DIRECT), ``tiers_remote.py`` (Redis and S3
-beside bare clients of the same servers) and ``tiers_replay.py`` (a replay with a dead tier beside one without), which say how
-each is measured. ``ratio`` is of rates, above 1 where the tier is faster. Runs on the host, whatever ``--device`` says.
+The rows of ``tiers_disk.py`` (the disk tier beside bare reads and writes with O_DIRECT), ``tiers_engines.py`` (those by
+threads, Linux AIO and io_uring), ``tiers_remote.py`` (Redis and S3 beside bare clients of the same servers) and
+``tiers_replay.py`` (a replay with a dead tier beside one without), which say how each is measured; a part whose servers are not
+installed is left out. ``ratio`` is of rates, above 1 where the tier is faster. Runs on the host, whatever ``--device`` says.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from perf import tiers_disk, tiers_remote, tiers_replay
+from perf import tiers_disk, tiers_engines, tiers_remote, tiers_replay
 from perf.report import Report, progress
 
-PARTS = {"tiers_disk": tiers_disk, "tiers_remote": tiers_remote, "tiers_replay": tiers_replay}
-KEYS = ("tier", "operation", "depth")
+PARTS = {"tiers_disk": tiers_disk, "tiers_engines": tiers_engines, "tiers_remote": tiers_remote, "tiers_replay": tiers_replay}
+KEYS = ("tier", "operation", "block_bytes", "depth")
 BETTER = {"ratio": "higher"}
 COLUMNS = (*KEYS, "ratio", "wrong_bytes")
 
 
 def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]], dict[str, Any]]:
     """The device's name, all rows, and what each part says of itself."""
-    rows, methods = [], {}
+    from tests.tiers import servers
+
+    rows: list[dict[str, Any]] = []
+    methods, absent = {}, {}
     for part, module in PARTS.items():
         progress(part)
-        rows += module.rows(quick=quick)
+        try:
+            rows += module.rows(quick=quick)
+        except servers.Absent as error:
+            absent[part] = str(error)
+            continue
         methods[part] = " ".join(str(module.__doc__).split())
-    return "host", [dict.fromkeys(COLUMNS, "") | row for row in rows], {"parts": methods}
+    return "host", [dict.fromkeys(COLUMNS, "") | row for row in rows], {"parts": methods, "absent": absent}
 
 
 def draw(axes: Any, report: Report) -> None:

@@ -89,7 +89,7 @@ def measure(
     model = JaxLlama(jax, shape, attention)
     rows: list[dict[str, Any]] = []
     left_out, failed = [], {}
-    with contextlib.closing(Waits(device)) as waits:
+    with contextlib.closing(Waits(device, jax)) as waits:
         for size in plan.sizes:
             if rows and time.monotonic() - began > plan.seconds:
                 left_out.append(size)
@@ -108,7 +108,7 @@ def measure(
     notes |= {"attention_refused": list(attention.refused), "left_out": left_out, "skipped": sorted(plan.skip)}
     notes |= {"failed": failed, "torch": torch, "other_tokens": plan.other, "xla_flags": os.environ.get("XLA_FLAGS", "")}
     notes |= {"pages": pages.count, "pages_lie_evenly": pages.even, "engine": plan.engine}
-    notes |= {"layers_in_flight": jax_serving.AHEAD, "minutes": (time.monotonic() - began) / 60}
+    notes |= {"layers_in_flight": jax_serving.AHEAD, "layers_waited_by": waits.by, "minutes": (time.monotonic() - began) / 60}
     return device.name, sorted(rows, key=lambda row: int(row["tokens"])), notes
 
 

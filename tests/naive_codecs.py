@@ -59,7 +59,7 @@ def plane_record(record: Any, codec: Any) -> bytes:
 
 def cachegen_record(record: Any, codec: Any) -> bytes:
     """What codec ``cachegen`` makes of one record that it codes."""
-    shape, (form, mean, step, kinds, most, starts) = codec.shape, codec._compiled
+    shape, (form, mean, step, kinds, most, starts) = codec.shape, codec.compiled
     numbers = (record.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     planes = numbers.reshape(shape.planes, shape.tokens, shape.channels)
     table, bodies = b"", b""

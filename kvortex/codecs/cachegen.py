@@ -78,15 +78,31 @@ class CacheGenCodec(BoundedCodec):
         self._form = np.array([min(shape.planes, -(-_LEAST_VALUES // each))], np.int64)
 
     def parameters(self) -> bytes:
-        return self.tables.digest + hashlib.sha256(b"".join(part.tobytes() for part in self._compiled)).digest()
+        return self.tables.digest + hashlib.sha256(b"".join(part.tobytes() for part in self.compiled)).digest()
+
+    @property
+    def stream_planes(self) -> int:
+        """Planes of a stream."""
+        return int(self._form[0])
+
+    @property
+    def streams(self) -> int:
+        """Streams of a record."""
+        return -(-self.shape.planes // self.stream_planes)
+
+    @property
+    def kept(self) -> PlaneCodec:
+        """Codes what is kept exactly."""
+        return self._plane
 
     @cached_property
-    def _compiled(self) -> tuple[Any, ...]:
+    def compiled(self) -> tuple[Any, ...]:
+        """What compiled functions take of a codec: see :func:`kvortex.codecs._ranges.encode_ranges`."""
         return self._form, self.tables.means, self._step, self._kinds, self._most, self._starts
 
     def _encode_bodies(self, planes: npt.NDArray[np.uint16], room: npt.NDArray[np.uint32], coded: Flags) -> Int64s:
         sizes = np.zeros(len(planes), np.int64)
-        encode_ranges(planes, room, HEADER_BYTES // 4, *self._compiled, coded, sizes)
+        encode_ranges(planes, room, HEADER_BYTES // 4, *self.compiled, coded, sizes)
         coded &= 4 * sizes <= self.worst_bytes  # else plane is shorter, and keeps every bit
         return 4 * sizes
 
@@ -94,7 +110,7 @@ class CacheGenCodec(BoundedCodec):
         self, words: npt.NDArray[np.uint32], planes: npt.NDArray[np.uint16], used: Int64s, wanted: Flags
     ) -> None:
         wanted &= used % 4 == 0
-        decode_ranges(words, used // 4, planes, HEADER_BYTES // 4, *self._compiled, wanted)
+        decode_ranges(words, used // 4, planes, HEADER_BYTES // 4, *self.compiled, wanted)
 
 
 def _step_code(spread: npt.NDArray[np.uint8], part: float) -> int:

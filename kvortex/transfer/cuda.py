@@ -33,6 +33,7 @@ from kvortex.transfer.layers import (
     group_count,
     plan_direct_layers,
     plan_layers,
+    run_count,
     split_groups,
 )
 from kvortex.transfer.layerwise import LayerSave
@@ -266,8 +267,10 @@ class CudaExecutor(Executor):
         route = self.route or choose(table, direction, nbytes, beside_compute=busy, layerwise=layerwise)
         num_layers = len(self._layer_offsets) - 1
         if layerwise and route in (Route.RESIDENT, Route.STAGED, Route.DIRECT):
-            least = self._profile.copy_bytes, self._profile.group_bytes
-            sections = self._sections(group_count(num_layers, int(self._layer_offsets[-1]), len(blocks), *least))
+            # A group of a save is submitted by itself, which costs the caller time: few are better, though the last ends later.
+            runs = len(blocks) if in_groups or route is Route.DIRECT else run_count(slots)
+            count = group_count(num_layers, int(self._layer_offsets[-1]), len(blocks), runs, self._profile.least)
+            sections = self._sections(count)
             plan = self._layered_plan(route, blocks, slots, busy, sections)
             if in_groups:
                 edges = sections.first_pieces[[0, *sections.ends.tolist()]]

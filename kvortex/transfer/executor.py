@@ -15,6 +15,7 @@ from kvortex.errors import TransferError
 from kvortex.transfer.plan import Int64s
 
 _SPIN_S, _LONGEST_NAP_S = 300e-6, 1e-3  # the shortest nap takes as long as a short transfer
+_PART = 64  # of what was waited so far, a nap: who waits longer may oversleep longer
 
 
 class Direction(enum.Enum):
@@ -176,12 +177,11 @@ class Executor(ABC):
 
 def poll(ready: Callable[[], bool], deadline: float) -> bool:
     """Calls ``ready`` until it is true or ``time.monotonic()`` reaches the deadline; spins briefly, then naps."""
-    nap, started = 20e-6, time.monotonic()
+    started = time.monotonic()
     while not ready():
         now = time.monotonic()
         if now >= deadline:
             return False
         if now - started > _SPIN_S:
-            time.sleep(min(nap, deadline - now))
-            nap = min(nap * 1.5, _LONGEST_NAP_S)
+            time.sleep(min((now - started) / _PART, _LONGEST_NAP_S, deadline - now))
     return True

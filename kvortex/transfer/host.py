@@ -22,7 +22,7 @@ from kvortex.errors import ArgumentError, TransferError, TransferTimeoutError
 from kvortex.transfer.coding import Coder
 from kvortex.transfer.copies import copy_buffers, copy_paged, load_compiled
 from kvortex.transfer.executor import Completion, Direction, Executor, Mark, Part
-from kvortex.transfer.layers import cut_layers, cut_sections, group_count
+from kvortex.transfer.layers import Least, cut_layers, cut_sections, group_count
 from kvortex.transfer.layerwise import LayerSave
 from kvortex.transfer.plan import Int64s, Pool
 
@@ -31,7 +31,7 @@ _LONGEST_END_S = 60.0  # of a thread that has nothing left to do
 _Part: TypeAlias = Callable[[], None]
 
 # Of a group of layers, in one record and in all: below, handing it to a thread outweighs copying it.
-LEAST_COPY_BYTES, LEAST_GROUP_BYTES = 256 << 10, 2 << 20
+LEAST = Least(1, 256 << 10, 2 << 20)
 
 
 class HostMark(Mark):
@@ -223,7 +223,7 @@ class HostExecutor(Executor):
             return HostCompletion(self._work, [mine], (), stream, sums, sizes)
         fragments = cut_layers(self._fragments, self._layer_offsets)
         num_layers, record_bytes = len(self._layer_offsets) - 1, int(self._layer_offsets[-1])
-        count = group_count(num_layers, record_bytes, len(blocks), LEAST_COPY_BYTES, LEAST_GROUP_BYTES)
+        count = group_count(num_layers, record_bytes, len(blocks), len(blocks), LEAST)
         sections = cut_sections(fragments, self._layer_offsets, count, None)
         edges = sections.first_pieces.tolist()
         sums = self._zeros(len(edges) - 1, len(blocks))

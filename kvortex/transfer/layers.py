@@ -7,6 +7,7 @@ or several where it is larger than a staging buffer.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -40,6 +41,22 @@ from kvortex.transfer.plan import (
 _LANE = 16
 
 
+class Least(NamedTuple):
+    """Bytes that outweigh what things cost beside their bytes.
+
+    Attributes
+    ----------
+    line, copy
+        Of a line of a 2D copy, and of all of its lines.
+    group
+        Of a group in all records.
+    """
+
+    line: int
+    copy: int
+    group: int
+
+
 def cut_layers(fragments: Int64s, layer_offsets: Int64s) -> Int64s:
     """(F', 4) int64: fragments, cut where a layer begins inside one."""
     if not len(fragments):
@@ -55,13 +72,20 @@ def cut_layers(fragments: Int64s, layer_offsets: Int64s) -> Int64s:
     return cut
 
 
-def group_count(num_layers: int, record_bytes: int, records: int, copy_bytes: int, group_bytes: int) -> int:
+def group_count(num_layers: int, record_bytes: int, records: int, runs: int, least: Least) -> int:
     """Groups that a transfer of so many records is worth.
 
-    ``copy_bytes`` of a group in one record, and ``group_bytes`` of it in all, are the least that outweigh what a copy and a
-    group cost beside their bytes.
+    ``runs`` is how many copies bring a section of all records: one where records are neighbours, a line of it each, and
+    otherwise up to one for each record.
     """
-    return max(1, min(num_layers, record_bytes // copy_bytes, records * record_bytes // group_bytes))
+    nbytes = records * record_bytes
+    worth = min(record_bytes // least.line, nbytes // (runs * least.copy), nbytes // least.group)
+    return max(1, min(num_layers, worth))
+
+
+def run_count(slots: Int64s) -> int:
+    """Runs of neighbours among slots, in any order."""
+    return 1 + int(np.count_nonzero(np.diff(np.sort(slots)) != 1))
 
 
 def group_layers(layer_offsets: Int64s, count: int) -> Int64s:

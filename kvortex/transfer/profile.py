@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvortex.transfer.executor import Direction
+from kvortex.transfer.layers import Least
 from kvortex.transfer.routes import Ranking, Route
 
-# For guesses only. What things cost beside their bytes was seen on one GPU (docs/transfers.md) and follows from how GPUs of
-# today are built, more than from which one it is; how many bytes that is worth follows from the link.
+# For guesses, and for lines. What things cost beside their bytes was seen on one GPU (docs/transfers.md) and follows from how
+# GPUs of today are built, more than from which one it is; how many bytes that is worth follows from the link.
 _LINK_RATE = 25e9  # bytes per second, where the system does not say: 16 lanes of PCIe 4
 _SHARE = 0.87  # of what a link carries, left for payload by packets of 256 bytes
 _COPY_S = 4.8e-6  # a call of the driver for one copy, several times over: so long a copy is worth it
@@ -35,10 +36,9 @@ class Profile:
         Whether it was measured, or guessed.
     link_rate
         Bytes per second of one long DMA, in the slower direction.
-    copy_bytes
-        A single DMA of so many bytes takes hardly longer than its bytes do.
-    group_bytes
-        The same of a group of layers, in all records.
+    line_bytes, copy_bytes, group_bytes
+        A line of a 2D DMA (never measured), a single DMA, and a group of layers in all records: each takes hardly longer than
+        its bytes do from so many on.
     streams, buffers
         Of each direction; buffers are staging buffers.
     buffer_bytes
@@ -59,6 +59,7 @@ class Profile:
 
     measured: bool
     link_rate: float
+    line_bytes: int
     copy_bytes: int
     group_bytes: int
     streams: int
@@ -89,6 +90,11 @@ class Profile:
     def staging_bytes(self) -> int:
         """Of the staging buffers of both directions."""
         return 2 * max(self.buffers, self.streams) * self.buffer_bytes
+
+    @property
+    def least(self) -> Least:
+        """What layers are worth moving by themselves."""
+        return Least(self.line_bytes, self.copy_bytes, self.group_bytes)
 
     def is_deep(self, staged: int) -> bool:
         """Whether so many bytes of staging buffers keep the link busy until the next kernel of a model ends."""
@@ -125,10 +131,11 @@ def guess(link: float | None, multiprocessors: int) -> Profile:
         Of the GPU.
     """
     rate = _LINK_RATE if link is None else _SHARE * link
-    copy = _round(_COPY_S * rate)
+    line, copy = _round(_WORTH * _LINE_S * rate), _round(_COPY_S * rate)
     return Profile(
         measured=False,
         link_rate=rate,
+        line_bytes=line,
         copy_bytes=copy,
         group_bytes=_GROUP_COPIES * copy,
         streams=2,
@@ -137,7 +144,7 @@ def guess(link: float | None, multiprocessors: int) -> Profile:
         staged_ctas=max(1, multiprocessors // 4),
         resident_ctas=min(4, most_resident_ctas(multiprocessors)),
         resident_ctas_beside=min(2, most_resident_ctas(multiprocessors)),
-        rankings=_guessed_rankings(*(_round(seconds * rate) for seconds in (_WORTH * _LINE_S, _WORTH * _BATCHED_S, _START_S))),
+        rankings=_guessed_rankings(line, *(_round(seconds * rate) for seconds in (_WORTH * _BATCHED_S, _START_S))),
     )
 
 

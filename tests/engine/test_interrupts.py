@@ -19,6 +19,7 @@ import kvortex
 from kvortex.devices import HostDevice, HostStream
 from kvortex.errors import PoolFullError
 from kvortex.transfer import host
+from kvortex.transfer.layers import Least
 from tests.pages import PagedCache, assert_same, keys_of
 
 LIBRARY = os.path.dirname(kvortex.__file__) + os.sep
@@ -96,8 +97,7 @@ class Place(Trap):
 
 @pytest.fixture(autouse=True)
 def a_group_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "LEAST_COPY_BYTES", 1)
-    monkeypatch.setattr(host, "LEAST_GROUP_BYTES", 1)
+    monkeypatch.setattr(host, "LEAST", Least(1, 1, 1))
 
 
 @pytest.mark.parametrize("name", CALLS)

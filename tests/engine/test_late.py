@@ -199,7 +199,7 @@ def issued_by(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("kind", SHAPES)
 def test_no_order_of_work_gives_wrong_bytes(monkeypatch: pytest.MonkeyPatch, kind: str, seed: int) -> None:
-    shape(monkeypatch, copy_bytes=1, group_bytes=1)
+    shape(monkeypatch, line_bytes=1, copy_bytes=1, group_bytes=1)
     at_random(monkeypatch, seed)
     with fake_gpu(monkeypatch, LateGpu(seed)) as gpu:
         issued_by(monkeypatch, seed)
@@ -232,7 +232,7 @@ def test_a_driver_that_refuses_now_and_then_spoils_nothing_else(
     monkeypatch: pytest.MonkeyPatch, kind: str, seed: int
 ) -> None:
     """And everything ends."""
-    shape(monkeypatch, copy_bytes=1, group_bytes=1)
+    shape(monkeypatch, line_bytes=1, copy_bytes=1, group_bytes=1)
     at_random(monkeypatch, seed)
     with fake_gpu(monkeypatch, LateGpu(seed)) as gpu:
         issued_by(monkeypatch, seed)
@@ -247,7 +247,7 @@ def test_a_driver_that_refuses_now_and_then_spoils_nothing_else(
 @pytest.mark.parametrize("seed", range(8))
 def test_flags_never_go_back(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """Where a stream could not be made to wait for a resident kernel, it must not write before one that could."""
-    shape(monkeypatch, copy_bytes=1, group_bytes=1)
+    shape(monkeypatch, line_bytes=1, copy_bytes=1, group_bytes=1)
     at_random(monkeypatch, seed)
     with fake_gpu(monkeypatch, LateGpu(seed)) as gpu:
         issued_by(monkeypatch, seed)
@@ -260,7 +260,7 @@ def test_flags_never_go_back(monkeypatch: pytest.MonkeyPatch, seed: int) -> None
 
 @pytest.mark.parametrize("seed", range(3))
 def test_owners_in_threads_of_their_own(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    shape(monkeypatch, copy_bytes=1, group_bytes=1)
+    shape(monkeypatch, line_bytes=1, copy_bytes=1, group_bytes=1)
     at_random(monkeypatch, seed)
     with fake_gpu(monkeypatch, LateGpu(seed)) as gpu:
         issued_by(monkeypatch, seed)

@@ -27,7 +27,7 @@ BLOCKS = 8
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[LateGpu]:
-    shape(monkeypatch, copy_bytes=1, group_bytes=1)
+    shape(monkeypatch, line_bytes=1, copy_bytes=1, group_bytes=1)
     with fake_gpu(monkeypatch, LateGpu(1, patience=0)) as made:
         yield made
 

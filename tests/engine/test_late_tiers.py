@@ -20,7 +20,7 @@ from tests.transfer.profiles import shape
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("layerwise", [False, True])
 def test_it_waits_for_the_callers_stream(monkeypatch: pytest.MonkeyPatch, seed: int, layerwise: bool) -> None:
-    shape(monkeypatch, copy_bytes=1, group_bytes=1)
+    shape(monkeypatch, line_bytes=1, copy_bytes=1, group_bytes=1)
     with fake_gpu(monkeypatch, LateGpu(seed)) as gpu:
         issued_by(monkeypatch, seed)
         cache, store = cache_of(1500), MemoryStore()

@@ -26,7 +26,7 @@ ROUTES = ["staged", "resident", "strided", "batched", "mapped"]
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
-    shape(monkeypatch, copy_bytes=1, group_bytes=1)
+    shape(monkeypatch, line_bytes=1, copy_bytes=1, group_bytes=1)
     with fake_gpu(monkeypatch) as made:
         # What Python records is put among what compiled code records, so that one account tells what waits for what.
         made.answers["cuEventRecord"] = lambda event, stream: (
@@ -44,7 +44,7 @@ def cache_of(kind: str = "layers") -> PagedCache:
 
 
 def in_pairs(monkeypatch: pytest.MonkeyPatch, cache: PagedCache) -> None:
-    shape(monkeypatch, copy_bytes=cache.layout.record_bytes // 3, group_bytes=1)
+    shape(monkeypatch, line_bytes=1, copy_bytes=cache.layout.record_bytes // 3, group_bytes=1)
 
 
 def write_layer(cache: PagedCache, layer: int, byte: int) -> None:

@@ -18,7 +18,7 @@ LAYERS = 6
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
-    shape(monkeypatch, copy_bytes=1, group_bytes=1)
+    shape(monkeypatch, line_bytes=1, copy_bytes=1, group_bytes=1)
     with fake_gpu(monkeypatch) as made:
         yield made
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvortex.transfer.layers import (
+    Least,
     Sections,
     cut_layers,
     cut_sections,
@@ -17,6 +18,7 @@ from kvortex.transfer.layers import (
     group_layers,
     plan_direct_layers,
     plan_layers,
+    run_count,
     split_groups,
 )
 from kvortex.transfer.plan import BYTES, COPY_BYTES, LINES, N_BLOCKS, OFFSET, Int64s, Plan, Pool, split_pieces
@@ -151,11 +153,17 @@ def test_groups_are_about_equal(layers: list[int], count: int, edges: list[int])
 
 
 def test_how_many_groups_pay() -> None:
-    record = 32 * 64 << 10
-    least = 256 << 10, 2 << 20
-    assert group_count(32, record, 1000, *least) == 8
-    assert group_count(4, record, 1000, *least) == 4 and group_count(32, record, 1, *least) == 1
-    assert group_count(32, record, 2, *least) == 2 and group_count(32, 4096, 1_000_000, *least) == 1
+    record, least = 32 * 64 << 10, Least(line=16 << 10, copy=256 << 10, group=2 << 20)
+    assert group_count(32, record, 1000, 1000, least) == 8  # a copy for each record
+    assert group_count(4, record, 1000, 1000, least) == 4 and group_count(32, record, 1, 1, least) == 1
+    assert group_count(32, record, 2, 2, least) == 2 and group_count(32, 4096, 1_000_000, 1_000_000, least) == 1
+    assert group_count(32, record, 1000, 1, least) == 32 and group_count(32, record, 1000, 300, least) == 26
+    assert group_count(32, record, 20, 1, least) == 20  # 2 MiB a group
+    assert group_count(32, 32 * 8 << 10, 1000, 1, least) == 16  # 16 KiB a line
+
+
+def test_runs_of_neighbours() -> None:
+    assert [run_count(np.array(slots)) for slots in ([7], [2, 1, 3], [3, 1], [9, 8, 4, 5, 1])] == [1, 1, 2, 3]
 
 
 def test_neighbours_of_a_layer_are_one_rectangle() -> None:

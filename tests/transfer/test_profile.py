@@ -33,7 +33,7 @@ MEASURED = replace(H100, measured=True, streams=3, rankings=H100.rankings[::-1])
 
 def test_the_guess_for_an_h100_is_what_was_measured_on_one() -> None:
     assert (H100.streams, H100.buffers, H100.buffer_bytes, H100.staging_bytes) == (2, 4, 32 << 20, 256 << 20)
-    assert (H100.copy_bytes, H100.group_bytes, H100.staged_ctas) == (256 << 10, 2 << 20, 33)
+    assert (H100.line_bytes, H100.copy_bytes, H100.group_bytes, H100.staged_ctas) == (16 << 10, 256 << 10, 2 << 20, 33)
     assert (H100.resident_ctas, H100.resident_ctas_beside, H100.measured) == (4, 2, False)
     assert 54e9 < H100.link_rate < 56e9
     assert H100.is_deep(4 * (64 << 20)) and not H100.is_deep(4 * (32 << 20))
@@ -54,7 +54,8 @@ def test_more_streams_than_buffers_have_a_buffer_each() -> None:
     assert replace(H100, streams=6).staging_bytes == 2 * 6 * (32 << 20)
 
 
-@pytest.mark.parametrize("name", ["link_rate", "copy_bytes", "group_bytes", "streams", "buffers", "buffer_bytes", "staged_ctas",
+@pytest.mark.parametrize("name", ["link_rate", "line_bytes", "copy_bytes", "group_bytes", "streams", "buffers",
+                                  "buffer_bytes", "staged_ctas",
                                   "resident_ctas", "resident_ctas_beside"])  # fmt: skip
 def test_a_number_that_cannot_be(name: str) -> None:
     for value in (0, -1, float("nan"), float("inf")):
