@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,7 +24,7 @@ def hostile(rng: np.random.Generator, codec: LossyCodec) -> list[Words]:
     shape = codec.shape
     size = shape.planes, shape.tokens, shape.channels
     key, value = (shape.parts_of_planes.index(part) for part in "KV")
-    pages = [np.zeros(size, np.uint16), np.full(size, 0x4040, np.uint16)]
+    pages = [np.full(size, pattern, np.uint16) for pattern in (0, 0x8000, 0x4040)]  # zeros of both signs
     signs = rng.integers(0, 2, size).astype(np.uint16) << np.uint16(15)
     pages.append(signs | rng.integers(0, 0x180, size).astype(np.uint16))  # subnormal, or nearly so
     pages.append(signs | rng.integers(0x2000, 0x4780, size).astype(np.uint16))  # all sizes up to 65,536
@@ -143,16 +145,18 @@ class LossyCase:
 
 
 SMALL = [
-    *(LossyCase(name, RecordShape(1, 1, 64)) for name in NAMES),
-    LossyCase("k4v3", RecordShape(1, 2, 64, tokens=32, order="HND"), 1, hostile=False),
+    *(LossyCase(name, RecordShape(1, 1, 64)) for name in ("int8", "k4v3")),
+    LossyCase("k4v4", RecordShape(1, 2, 64, tokens=32, order="HND"), 1, hostile=False),
     LossyCase("k6v4", RecordShape(2, 1, 128), 1, hostile=False, run=1),
     LossyCase("int8", RecordShape(1, 2, 32), 1, hostile=False),
 ]
-LARGE = [  # for a GPU
-    *SMALL,
-    *(LossyCase(name, RecordShape(2, 8, 128)) for name in NAMES),
-    LossyCase("k4v4", RecordShape(1, 1, 1024, tokens=32)),
-    LossyCase("k4v4", RecordShape(2, 4, 256, order="HND"), run=1),
-    *(LossyCase(name, RecordShape(4, 8, 128), 96, hostile=False, run=4) for name in NAMES),
+_8B = RecordShape(2, 8, 128)  # layers of a model of 8 B
+LARGE: list[Callable[[], LossyCase]] = [  # for a GPU
+    *(functools.partial(LossyCase, name, RecordShape(1, 1, 64)) for name in NAMES),
+    *(functools.partial(LossyCase, name, _8B) for name in NAMES),
+    *(functools.partial(LossyCase, name, _8B, 192, hostile=False, run=4) for name in NAMES),
+    functools.partial(LossyCase, "k4v4", RecordShape(1, 1, 1024, tokens=32)),
+    functools.partial(LossyCase, "k4v3", RecordShape(2, 4, 256, order="HND"), run=1),
+    functools.partial(LossyCase, "k6v4", RecordShape(2, 2, 32, tokens=48)),
 ]
 __all__ = ["FILL", "GUARD", "LARGE", "NAMES", "SMALL", "LossyCase"]

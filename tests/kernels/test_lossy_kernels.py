@@ -68,7 +68,7 @@ def test_the_codes_agree_with_the_host() -> None:
 
 
 def test_cells_and_their_refusals() -> None:
-    case = SMALL[5]
+    case = SMALL[3]
     made, codec = cells(case.codec, case.fragments(4096), 1 << 20), case.codec
     assert made[lossy.HEADERS] == 1 << 20 and made[lossy.MEANS] == (1 << 20) + 128 and made[lossy.PLANES] == 4096
     assert made[lossy.N_PLANES : lossy.LANES + 1].tolist() == [4, 1, 2, 1, 6, 4, 4]
@@ -138,8 +138,9 @@ class OnGpu:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", LARGE, ids=lambda case: f"{case.name}, {case.pages} pages".replace(" ", "-"))
-def test_on_a_gpu_they_write_what_the_host_writes(case: LossyCase) -> None:
+@pytest.mark.parametrize("at", range(len(LARGE)))
+def test_on_a_gpu_they_write_what_the_host_writes(at: int) -> None:
+    case = LARGE[at]()
     gpu = OnGpu(case)
     for grid in (1, 97):
         rows = gpu.encoded(grid)
