@@ -58,19 +58,37 @@ def _exchange(distance: int, value: str) -> str:
     return f"mov.b64 {{a, b}}, {value}; {halves} mov.b64 t, {{a, b}}; add.u64 s, s, t;"
 
 
-@statement(
-    "{ .reg .u64 s, t; .reg .u32 a, b; .reg .pred p; setp.ge.u32 p, $3, 16; selp.b64 s, $2, $1, p; selp.b64 t, $1, $2, p; "
+# Leaves the sum over all lanes in ``s``, of the first number in lanes 0 to 15 and of the second in the others; where it belongs
+# in ``t``; and in ``p`` whether this is the one lane of the 16 that puts it there.
+_REDUCED = (
+    ".reg .u64 s, t; .reg .u32 a, b; .reg .pred p; setp.ge.u32 p, $3, 16; selp.b64 s, $2, $1, p; selp.b64 t, $1, $2, p; "
     + " ".join([_exchange(16, "t"), *(_exchange(distance, "s") for distance in (8, 4, 2, 1))])
     + " shr.u32 b, $3, 4; mul.wide.u32 t, b, 8; add.u64 t, t, $0; and.b32 a, $3, 15; setp.eq.u32 p, a, 0;"
-    + " @p red.relaxed.gpu.global.add.u64 [t], s; }",
-    "lllr",
 )
+_ADD = "@p red.relaxed.gpu.global.add.u64 [t], s;"
+
+
+@statement("{ " + _REDUCED + _ADD + " }", "lllr")
 def add_up(address, first, second, lane):  # type: ignore[no-untyped-def]
     """Adds both sums of all lanes of a warp to the two numbers at ``address``. All lanes must call it."""
     cells = (ctypes.c_uint64 * 2).from_address(int(address))
     with _lock:
         cells[0] = cells[0] + int(first) & 0xFFFFFFFFFFFFFFFF
         cells[1] = cells[1] + int(second) & 0xFFFFFFFFFFFFFFFF
+
+
+@statement(
+    "{ .reg .pred q; " + _REDUCED + " setp.ne.and.u64 q, $4, 0, p; setp.eq.and.u64 p, $4, 0, p; @q st.global.u64 [t], s; "
+    + _ADD + " }",
+    "lllrl",
+)  # fmt: skip
+def settle(address, first, second, lane, alone):  # type: ignore[no-untyped-def]
+    """:func:`add_up`; or, where ``alone`` is not 0, puts both sums at ``address``, which may be pinned memory of the host.
+
+    Both lanes that write do so in one store of 16 bytes, and a plain one: the host looks when an event behind the kernel has
+    passed, and what a kernel wrote, to the host's memory too, is there before such an event passes.
+    """
+    add_up(address, first, second, lane)  # no warp here: threads come one by one, to cells that were 0
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]

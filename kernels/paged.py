@@ -17,27 +17,31 @@ from typing import Any
 from numba import cuda
 from numba.cuda import types
 
-from kvortex.kernels.digest import add_up, columns_of, digest_move
+from kvortex.kernels.digest import columns_of, digest_move, settle
 from kvortex.kernels.move import move
 
 MAX_BLOCKS = 2048  # block ids of one launch: 8 KiB of shared memory
 
 _U64 = types.uint64
-SIGNATURE: Any = types.void(_U64, types.CPointer(_U64), types.int32, types.CPointer(types.int32), types.int32, _U64)
-DIGEST_SIGNATURE: Any = types.void(*SIGNATURE.args, _U64, _U64)
+_I32 = types.int32
+SIGNATURE: Any = types.void(_U64, types.CPointer(_U64), _I32, types.CPointer(_I32), _I32, _U64, _I32)
+DIGEST_SIGNATURE: Any = types.void(*SIGNATURE.args, _U64, _U64, _U64, _U64)
 
 
 def _walker(to_staging: bool, digests: bool) -> Callable[..., None]:
     """Every warp takes every ``warps``-th of the ``n_blocks * n_pieces`` pieces."""
 
     @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-    def walk(staging, pieces, n_pieces, blocks, n_blocks, pitch, numbers, sums):  # type: ignore[no-untyped-def]
+    def walk(  # type: ignore[no-untyped-def]
+        staging, pieces, n_pieces, blocks, n_blocks, pitch, only, numbers, sums, record_bytes, piece_bytes
+    ):
         ids = cuda.shared.array(MAX_BLOCKS, types.int32)
-        i = cuda.threadIdx.x
-        while i < n_blocks:
-            ids[i] = blocks[i]
-            i += cuda.blockDim.x
-        cuda.syncthreads()
+        if only < 0:
+            i = cuda.threadIdx.x
+            while i < n_blocks:
+                ids[i] = blocks[i]
+                i += cuda.blockDim.x
+            cuda.syncthreads()
         lane = cuda.threadIdx.x & 31
         warp = (cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) >> 5
         warps = (cuda.gridDim.x * cuda.blockDim.x) >> 5
@@ -49,7 +53,10 @@ def _walker(to_staging: bool, digests: bool) -> Callable[..., None]:
             within = _U64(0)
             columns = columns_of(numbers, within, lane)
         while b < n_blocks:
-            page = pieces[4 * p] + _U64(ids[b]) * pieces[4 * p + 1]
+            block = only
+            if only < 0:
+                block = ids[b]
+            page = pieces[4 * p] + _U64(block) * pieces[4 * p + 1]
             offset, nbytes = pieces[4 * p + 2], pieces[4 * p + 3]
             part = staging + _U64(b) * pitch + (offset - pieces[2])
             dst, src = (part, page) if to_staging else (page, part)
@@ -58,7 +65,7 @@ def _walker(to_staging: bool, digests: bool) -> Callable[..., None]:
                     within = offset & _U64(511)
                     columns = columns_of(numbers, within, lane)
                 first, second = digest_move(dst, src, nbytes, lane, offset, columns, numbers)
-                add_up(sums + _U64(b) * _U64(16), first, second, lane)
+                settle(sums + _U64(b) * record_bytes + _U64(p) * piece_bytes, first, second, lane, piece_bytes)
             else:
                 move(dst, src, nbytes, lane)
             b += skip_b
@@ -74,7 +81,7 @@ _gather, _scatter = _walker(True, False), _walker(False, False)
 _gather_digest, _scatter_digest = _walker(True, True), _walker(False, True)
 
 
-def gather(staging, pieces, n_pieces, blocks, n_blocks, pitch):  # type: ignore[no-untyped-def]
+def gather(staging, pieces, n_pieces, blocks, n_blocks, pitch, only):  # type: ignore[no-untyped-def]
     """Copies pages into staging.
 
     Parameters
@@ -91,16 +98,20 @@ def gather(staging, pieces, n_pieces, blocks, n_blocks, pitch):  # type: ignore[
         At most ``MAX_BLOCKS``.
     pitch : uint64
         Bytes from one record part in staging to the next.
+    only : int32
+        Page of the only record, which then need not be read over the link; -1 where ``blocks`` tell.
     """
-    _gather(staging, pieces, n_pieces, blocks, n_blocks, pitch, _U64(0), _U64(0))
+    _gather(staging, pieces, n_pieces, blocks, n_blocks, pitch, only, _U64(0), _U64(0), _U64(0), _U64(0))
 
 
-def scatter(staging, pieces, n_pieces, blocks, n_blocks, pitch):  # type: ignore[no-untyped-def]
+def scatter(staging, pieces, n_pieces, blocks, n_blocks, pitch, only):  # type: ignore[no-untyped-def]
     """Copies staging into pages: the reverse of :func:`gather`, with the same parameters."""
-    _scatter(staging, pieces, n_pieces, blocks, n_blocks, pitch, _U64(0), _U64(0))
+    _scatter(staging, pieces, n_pieces, blocks, n_blocks, pitch, only, _U64(0), _U64(0), _U64(0), _U64(0))
 
 
-def gather_digest(staging, pieces, n_pieces, blocks, n_blocks, pitch, numbers, sums):  # type: ignore[no-untyped-def]
+def gather_digest(  # type: ignore[no-untyped-def]
+    staging, pieces, n_pieces, blocks, n_blocks, pitch, only, numbers, sums, record_bytes, piece_bytes
+):
     """:func:`gather`, which also digests what it reads.
 
     Parameters
@@ -108,11 +119,17 @@ def gather_digest(staging, pieces, n_pieces, blocks, n_blocks, pitch, numbers, s
     numbers : uint64
         Address of the table of :mod:`kvortex.kernels.digest`.
     sums : uint64
-        Address of (n_blocks, 2) uint64 in VRAM, which the sums of the records' parts are added to.
+        Address of two uint64 for each record, in VRAM, which the sums of its part are added to; or of two for each piece of
+        each record, in VRAM or mapped host memory, which take its sums: then nothing has to be zeroed before, or read back.
+    record_bytes, piece_bytes : uint64
+        From the sums of one record to those of the next, and of one piece to the next; ``piece_bytes`` of 0 says that all
+        pieces of a record are added up.
     """
-    _gather_digest(staging, pieces, n_pieces, blocks, n_blocks, pitch, numbers, sums)
+    _gather_digest(staging, pieces, n_pieces, blocks, n_blocks, pitch, only, numbers, sums, record_bytes, piece_bytes)
 
 
-def scatter_digest(staging, pieces, n_pieces, blocks, n_blocks, pitch, numbers, sums):  # type: ignore[no-untyped-def]
+def scatter_digest(  # type: ignore[no-untyped-def]
+    staging, pieces, n_pieces, blocks, n_blocks, pitch, only, numbers, sums, record_bytes, piece_bytes
+):
     """:func:`scatter`, which also digests what it writes."""
-    _scatter_digest(staging, pieces, n_pieces, blocks, n_blocks, pitch, numbers, sums)
+    _scatter_digest(staging, pieces, n_pieces, blocks, n_blocks, pitch, only, numbers, sums, record_bytes, piece_bytes)

@@ -7,21 +7,24 @@ from typing import Any
 from numba import cuda
 from numba.cuda import types
 
-from kvortex.kernels.digest import add_up, columns_of, digest_read
+from kvortex.kernels.digest import columns_of, digest_read, settle
 
 BUFFER_PIECE = 4096  # bytes that a warp takes at a time
 _U64 = types.uint64
-SIGNATURE: Any = types.void(types.CPointer(_U64), types.int32, types.CPointer(types.int32), types.int32, _U64, _U64)
+_I32 = types.int32
+SIGNATURE: Any = types.void(types.CPointer(_U64), _I32, types.CPointer(_I32), _I32, _I32, _U64, _U64, _U64, _U64)
 
 
-def read_pages(pieces, n_pieces, blocks, n_blocks, numbers, sums):  # type: ignore[no-untyped-def]
+def read_pages(  # type: ignore[no-untyped-def]
+    pieces, n_pieces, blocks, n_blocks, only, numbers, sums, record_bytes, piece_bytes
+):
     """Digests pages.
 
     Parameters
     ----------
-    pieces, n_pieces, blocks, n_blocks
+    pieces, n_pieces, blocks, n_blocks, only
         As of :func:`kvortex.kernels.paged.gather`; any number of blocks.
-    numbers, sums
+    numbers, sums, record_bytes, piece_bytes
         As of :func:`kvortex.kernels.paged.gather_digest`.
     """
     lane = cuda.threadIdx.x & 31
@@ -32,11 +35,14 @@ def read_pages(pieces, n_pieces, blocks, n_blocks, numbers, sums):  # type: igno
     skip_b = warps // n_pieces
     skip_p = warps - skip_b * n_pieces
     while b < n_blocks:
-        page = pieces[4 * p] + _U64(blocks[b]) * pieces[4 * p + 1]
+        block = only
+        if only < 0:
+            block = blocks[b]
+        page = pieces[4 * p] + _U64(block) * pieces[4 * p + 1]
         offset = pieces[4 * p + 2]
         columns = columns_of(numbers, offset, lane)
         first, second = digest_read(_U64(0), page, pieces[4 * p + 3], lane, offset, columns, numbers)
-        add_up(sums + _U64(b) * _U64(16), first, second, lane)
+        settle(sums + _U64(b) * record_bytes + _U64(p) * piece_bytes, first, second, lane, piece_bytes)
         b += skip_b
         p += skip_p
         if p >= n_pieces:
@@ -44,7 +50,9 @@ def read_pages(pieces, n_pieces, blocks, n_blocks, numbers, sums):  # type: igno
             b += 1
 
 
-def read_buffers(buffers, n_pieces, blocks, n_blocks, numbers, sums):  # type: ignore[no-untyped-def]
+def read_buffers(  # type: ignore[no-untyped-def]
+    buffers, n_pieces, blocks, n_blocks, only, numbers, sums, record_bytes, piece_bytes
+):
     """Digests contiguous buffers.
 
     Parameters
@@ -52,11 +60,11 @@ def read_buffers(buffers, n_pieces, blocks, n_blocks, numbers, sums):  # type: i
     buffers : pointer to uint64, (n_blocks, 2)
         Address and bytes of each.
     n_pieces : int32
-        Pieces of ``BUFFER_PIECE`` bytes in the longest.
-    blocks
+        Pieces of ``BUFFER_PIECE`` bytes in the longest. Those that shorter ones have not get no sums.
+    blocks, only
         Not used.
     n_blocks : int32
-    numbers, sums
+    numbers, sums, record_bytes, piece_bytes
         As of :func:`kvortex.kernels.paged.gather_digest`.
     """
     lane = cuda.threadIdx.x & 31
@@ -72,7 +80,7 @@ def read_buffers(buffers, n_pieces, blocks, n_blocks, numbers, sums):  # type: i
         if offset < nbytes:
             piece = min(nbytes - offset, _U64(BUFFER_PIECE))
             first, second = digest_read(_U64(0), buffers[2 * b] + offset, piece, lane, offset, columns, numbers)
-            add_up(sums + _U64(b) * _U64(16), first, second, lane)
+            settle(sums + _U64(b) * record_bytes + _U64(p) * piece_bytes, first, second, lane, piece_bytes)
         b += skip_b
         p += skip_p
         if p >= n_pieces:

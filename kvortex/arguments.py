@@ -120,6 +120,8 @@ def block_ids(values: Any, count: int, num_blocks: int) -> Int64s:
     if count and (ids.min() < 0 or ids.max() >= num_blocks):
         bad = int(np.flatnonzero((ids < 0) | (ids >= num_blocks))[0])
         raise ArgumentError(f"block_ids[{bad}] = {ids[bad]}: the layout has blocks 0 to {num_blocks - 1}")
+    if count < 2:
+        return ids
     order = np.argsort(ids, kind="stable")
     twice = np.flatnonzero(np.diff(ids[order]) == 0)
     if len(twice):

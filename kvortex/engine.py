@@ -264,10 +264,11 @@ class KVortexEngine:
             transfer = self._flight.open(Direction.SAVE, len(keys), call)
             transfer.layers = self.layout.num_layers if layerwise and self.layout is not None else 0
             found = self._reserve(keys, memory.lengths, transfer)
-            transfer.mask[found.status == DECLINED] = False
-            self._counters.decline(int((found.status == DECLINED).sum()))
-            for owner in np.unique(found.owners[found.status == PENDING]).tolist():
-                at = np.flatnonzero((found.status == PENDING) & (found.owners == owner))
+            declined, pending = found.status == DECLINED, found.status == PENDING
+            transfer.mask[declined] = False
+            self._counters.decline(int(np.count_nonzero(declined)))
+            for owner in sorted(set(found.owners[pending].tolist())):
+                at = np.flatnonzero(pending & (found.owners == owner))
                 save = self._flight.find(owner)
                 if save is None:  # it ended since reserve looked
                     transfer.mask[at] = self._index.lookup(keys[at])

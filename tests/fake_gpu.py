@@ -212,8 +212,8 @@ class FakeGpu(FakeDriver):
                 cell = ctypes.c_uint32.from_address(done)
                 cell.value += threads
 
-    def _digest(self, page: int, nbytes: int, offset: int, numbers_at: int, sums: int) -> None:
-        """Adds what a piece of a page adds to the two numbers at ``sums``."""
+    def _digest(self, page: int, nbytes: int, offset: int, numbers_at: int, sums: int, alone: int = 0) -> None:
+        """Adds what a piece of a page adds to the two numbers at ``sums``, or puts it there ``alone``."""
         table = _TABLE[: 256 + 2 * -(-(offset + nbytes) // 512)]
         if not (self._reach("digests", page, nbytes) and self._reach("digests", sums, 16)):
             return
@@ -222,22 +222,26 @@ class FakeGpu(FakeDriver):
         seen = np.ctypeslib.as_array((ctypes.c_uint64 * table.size).from_address(numbers_at))
         assert (seen == table).all(), "another table than the digests'"
         cells = np.ctypeslib.as_array((ctypes.c_uint64 * 2).from_address(sums))
-        cells += np.array(sum_part(page, nbytes, offset, *_NUMBERS), np.uint64)
+        found = np.array(sum_part(page, nbytes, offset, *_NUMBERS), np.uint64)
+        cells[:] = found if alone else cells + found
 
     def _read(self, call: Call) -> None:
         """A kernel that digests pages or buffers."""
-        table, n_pieces, ids, n_blocks, numbers_at, sums = call.parameters[:6]
+        table, n_pieces, ids, n_blocks, only, numbers_at, sums, record, piece = call.parameters[:9]
         if call.arguments[0] == _ENTRIES[b"read_buffers"]:
             if self._reach("a kernel's table", table, 16 * n_blocks):
                 rows = np.ctypeslib.as_array((ctypes.c_int64 * (2 * n_blocks)).from_address(table)).reshape(-1, 2).tolist()
                 assert n_pieces == -(-max(nbytes for _, nbytes in rows) // 4096)
                 for b, (address, nbytes) in enumerate(rows):
-                    self._digest(address, nbytes, 0, numbers_at, sums + 16 * b)
+                    for p, at in enumerate(range(0, nbytes, 4096)):
+                        where = sums + b * record + p * piece
+                        self._digest(address + at, min(4096, nbytes - at), at, numbers_at, where, piece)
         elif self._reach("a kernel's table", table, 32 * n_pieces) and self._reach("a kernel's ids", ids, 4 * n_blocks):
             pieces = np.ctypeslib.as_array((ctypes.c_int64 * (4 * n_pieces)).from_address(table)).reshape(-1, 4).tolist()
-            for b, block in enumerate((ctypes.c_int32 * n_blocks).from_address(ids)):
-                for base, stride, offset, nbytes in pieces:
-                    self._digest(base + block * stride, nbytes, offset, numbers_at, sums + 16 * b)
+            for b, block in enumerate(ids_of(ids, n_blocks, only)):
+                for p, (base, stride, offset, nbytes) in enumerate(pieces):
+                    where = sums + b * record + p * piece
+                    self._digest(base + block * stride, nbytes, offset, numbers_at, where, piece)
 
     def _execute(self, call: Call) -> None:
         if call.name in ("to_host", "to_device"):
@@ -262,18 +266,24 @@ class FakeGpu(FakeDriver):
             self.resident.append(self._serve(call))
             self._pump()
         elif call.name == "launch":
-            staging, table, n_pieces, ids, n_blocks, pitch, numbers_at, sums = call.parameters
+            staging, table, n_pieces, ids, n_blocks, pitch, only, numbers_at, sums, record, piece = call.parameters
             entry = call.arguments[0]
             if not (self._reach("a kernel's table", table, 32 * n_pieces) and self._reach("a kernel's ids", ids, 4 * n_blocks)):
                 return
             pieces = np.ctypeslib.as_array((ctypes.c_int64 * (4 * n_pieces)).from_address(table)).reshape(-1, 4)
-            blocks = (ctypes.c_int32 * n_blocks).from_address(ids)
-            for b, block in enumerate(blocks):
-                for base, stride, offset, nbytes in pieces.tolist():
+            for b, block in enumerate(ids_of(ids, n_blocks, only)):
+                for p, (base, stride, offset, nbytes) in enumerate(pieces.tolist()):
                     pair = staging + b * pitch + offset - int(pieces[0, 2]), base + block * stride
                     self._copy("a kernel", *(pair if entry & 0xFF == _ENTRIES[b"gather"] else pair[::-1]), nbytes)
                     if entry & _DIGESTS:
-                        self._digest(pair[1], nbytes, offset, numbers_at, sums + 16 * b)
+                        self._digest(pair[1], nbytes, offset, numbers_at, sums + b * record + p * piece, piece)
+
+
+def ids_of(address: int, count: int, only: int) -> list[int]:
+    """What a kernel takes for pages."""
+    found = list((ctypes.c_int32 * count).from_address(address))
+    assert only == -1 or found == [only], "another page than the list's"
+    return found
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from tests.fake_driver import Result
-from tests.fake_gpu import _DIGESTS, _ENTRIES, _RESIDENT, FakeGpu
+from tests.fake_gpu import _DIGESTS, _ENTRIES, _RESIDENT, FakeGpu, ids_of
 from tests.transfer.recorder import Call
 
 _WAITING = "waiting"
@@ -172,13 +172,13 @@ class LateGpu(FakeGpu):
         yield "whole"
 
     def _gather(self, call: Call) -> Iterator[str]:
-        staging, table, n_pieces, ids, n_blocks, pitch, numbers_at, sums = call.parameters
+        staging, table, n_pieces, ids, n_blocks, pitch, only, numbers_at, sums, record, piece = call.parameters
         entry = call.arguments[0]
         pieces: Any = np.ctypeslib.as_array((ctypes.c_int64 * (4 * n_pieces)).from_address(table)).reshape(-1, 4).tolist()
-        for b, block in enumerate(list((ctypes.c_int32 * n_blocks).from_address(ids))):
-            for base, stride, offset, nbytes in pieces:
+        for b, block in enumerate(ids_of(ids, n_blocks, only)):
+            for p, (base, stride, offset, nbytes) in enumerate(pieces):
                 pair = staging + b * pitch + offset - pieces[0][2], base + block * stride
                 self._copy("a kernel", *(pair if entry & 0xFF == _ENTRIES[b"gather"] else pair[::-1]), nbytes)
                 if entry & _DIGESTS:
-                    self._digest(pair[1], nbytes, offset, numbers_at, sums + 16 * b)
+                    self._digest(pair[1], nbytes, offset, numbers_at, sums + b * record + p * piece, piece)
             yield "moved"

@@ -13,7 +13,9 @@ import numpy.typing as npt
 from kvortex.devices.base import Device, DeviceBuffer
 from kvortex.errors import DeviceError
 
-_READY = ((1024, 64), (4096, 8), (16384, 4))  # ids and buffers: 640 KiB; a layer-wise save takes one for each of its groups
+# Ids and buffers, 1.5 MiB in all. A layer-wise save takes one for each of its groups; a block of 2 MiB one of 4096 for its
+# sums, and several blocks one of 16384.
+_READY = ((1024, 64), (4096, 32), (16384, 12))
 
 
 class IdBuffer:

@@ -169,7 +169,8 @@ class Bench:
             fragments, layers = self._layout(fragment_bytes)
             blocks = self.nbytes // slot_bytes
             budget = profile.staging_bytes
-            self._executor = CudaExecutor(self._device, fragments, layers, blocks, pool, budget, profile)
+            digests = fragment_bytes > 0  # as engines have them, unless they are told otherwise; the link alone has none
+            self._executor = CudaExecutor(self._device, fragments, layers, blocks, pool, budget, profile, digests=digests)
             self._key = key
         self._executor.resident_ctas = profile.resident_ctas, profile.resident_ctas_beside
         return self._executor

@@ -22,7 +22,7 @@ from kvortex.memory.arena import SLOT_ALIGNMENT
 from kvortex.memory.ids import IdBuffer, IdPool
 from kvortex.memory.staging import StagingRing
 from kvortex.transfer.cuda_completion import CudaCompletion, CudaMark, Events
-from kvortex.transfer.digesting import Digesting, Reading, buffers_reading, room_for
+from kvortex.transfer.digesting import Digesting, Reading, buffers_reading, pieces_apart, room_for
 from kvortex.transfer.executor import Completion, Direction, Executor, poll
 from kvortex.transfer.issue import NO_STREAM, PIECE_ROW_BYTES
 from kvortex.transfer.lane import ROW_WORDS, Job, Lane
@@ -286,22 +286,24 @@ class CudaExecutor(Executor):
     def _sizes(self, blocks: Int64s) -> Int64s:
         return np.full(len(blocks), self._layer_offsets[-1])
 
-    def _digesting(self, route: Route, blocks: Int64s, first: int, last: int) -> Digesting | None:
-        """What is digested of pages: pieces from ``first`` to ``last``, which a kernel reads where none moves them."""
+    def _digesting(self, route: Route, blocks: Int64s, first: int, last: int, whole: bool = True) -> Digesting | None:
+        """What is digested of pages: pieces from ``first`` to ``last``, which a kernel reads where none moves them. They are
+        the ``whole`` of what the caller waits for, or one of many groups of layers, for which there is not that much room."""
         if self._readers is None:
             return None
+        apart = pieces_apart(len(blocks), last - first) if whole and route is not Route.RESIDENT else 0
         if route in (Route.STAGED, Route.RESIDENT, Route.MAPPED):
-            return Digesting(len(blocks), self._numbers.address)
+            return Digesting(len(blocks), self._numbers.address, None, apart)
         table = self._table.address + first * PIECE_ROW_BYTES
         reading = Reading(self._readers[0], table, last - first, blocks.astype(np.int32))
-        return Digesting(len(blocks), self._numbers.address, reading)
+        return Digesting(len(blocks), self._numbers.address, reading, apart)
 
     def _layer_save(self, plans: list[Plan], route: Route, group_of: Int64s, blocks: Int64s, edges: Int64s) -> LayerSave:
         """``edges`` are the first pieces of each group, and their number."""
         parts: list[CudaCompletion] = []
         try:
             for plan, first, last in zip(plans, edges[:-1].tolist(), edges[1:].tolist(), strict=True):
-                digesting = self._digesting(route, blocks, first, last)
+                digesting = self._digesting(route, blocks, first, last, whole=False)
                 parts.append(CudaCompletion(self, Direction.SAVE, plan, NO_STREAM, route, None, digesting))
             return LayerSave(parts, group_of, self._sizes(blocks) if self._digests else None)
         except BaseException:
@@ -359,7 +361,7 @@ class CudaExecutor(Executor):
         digesting = None
         if self._readers is not None:
             reading = buffers_reading(self._readers[1], addresses, sizes)
-            digesting = Digesting(len(sizes), self._numbers.address, reading)
+            digesting = Digesting(len(sizes), self._numbers.address, reading, pieces_apart(len(sizes), reading.n_pieces))
         mark = stream if isinstance(stream, CudaMark) else None
         caller = NO_STREAM if mark is not None else cuda_stream_handle(stream)
         return CudaCompletion(self, direction, plan, caller, Route.DIRECT, None, digesting, sizes, mark)

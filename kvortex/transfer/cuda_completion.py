@@ -177,7 +177,8 @@ class CudaCompletion(Part):
     def _take_digests(self) -> None:
         """Before the memory that they lie in is others'."""
         if self._digesting is not None and self._ids is not None:
-            self.sums = sums_of(self._ids.ids, room_for(self._plan, self._digesting, ROW_WORDS), self._plan)
+            room = room_for(self._plan, self._digesting, ROW_WORDS)
+            self.sums = sums_of(self._ids.ids, room, self._plan, self._digesting)
             if self._sizes is not None:
                 self.digests = add_lengths(self.sums, self._sizes)
 

@@ -3,6 +3,9 @@
 A transfer has two sums for each record, in VRAM beside its block ids (:mod:`kvortex.memory.ids`): a copy of zeros from pinned
 memory comes before the first kernel, and a copy back before the transfer's last event. The kernels that move bytes add to
 them. Where DMAs alone move the bytes, a kernel reads the pages: beside the copies of a save, behind those of a load.
+
+Each of these copies takes a few microseconds, and one block of 2 MiB crosses the link in 44. So in a short transfer every warp
+puts the sums of its piece into pinned memory, from where the host adds them up: nothing is sent, and nothing read back.
 """
 
 from __future__ import annotations
@@ -18,11 +21,15 @@ from kvortex.devices.native import call
 from kvortex.transfer.plan import Int32s, Int64s, Plan
 
 # Cells of ``digest``: table of numbers; sums in VRAM and in pinned memory, and their bytes (0: no digests); what is sent ahead,
-# from where and its bytes; a kernel that reads, or 0, its table, pieces, ids, blocks, CTAs and threads; stream and event.
+# from where and its bytes; a kernel that reads, or 0, its table, pieces, ids, blocks, CTAs and threads; stream and event; bytes
+# from the sums of a record to the next one's, and of a piece to the next one's, or 0 where a record's are added up; and the
+# page of the only record, or -1.
 (NUMBERS, SUMS, SUMS_HOST, SUMS_BYTES, SENT_TO, SENT_FROM, SENT_BYTES, KERNEL, TABLE, N_PIECES, IDS, N_BLOCKS, CTAS, THREADS,
- STREAM, EVENT) = range(DIGEST_CELLS := 16)  # fmt: skip
+ STREAM, EVENT, RECORD_BYTES, PIECE_BYTES, ONLY) = range(DIGEST_CELLS := 19)  # fmt: skip
 NO_DIGESTS = np.zeros(DIGEST_CELLS, np.int64)
+NO_DIGESTS[ONLY] = -1
 SUM_WORDS = 4  # of an IdBuffer's int32, for both sums of a record
+MOST_APART = 2048  # pieces with sums of their own: 32 KiB over the link for 8 MiB of payload, and microseconds to add up
 BUFFER_PIECE = 4096  # of kvortex.kernels.reading, which needs numba.cuda to import
 Sums = npt.NDArray[np.uint64]
 
@@ -43,8 +50,11 @@ def read(functions, digest, stream, parameters, pointers):  # type: ignore[no-un
     parameters[1] = digest[N_PIECES]
     parameters[2] = digest[IDS]
     parameters[3] = digest[N_BLOCKS]
-    parameters[4] = digest[NUMBERS]
-    parameters[5] = digest[SUMS]
+    parameters[4] = digest[ONLY]
+    parameters[5] = digest[NUMBERS]
+    parameters[6] = digest[SUMS]
+    parameters[7] = digest[RECORD_BYTES]
+    parameters[8] = digest[PIECE_BYTES]
     shape = (digest[KERNEL], digest[CTAS], 1, 1, digest[THREADS], 1, 1, 0, stream, pointers.ctypes.data, 0)
     return call(functions[LAUNCH], shape)
 
@@ -88,11 +98,20 @@ class Digesting:
         Address of the table in VRAM.
     reading
         None where the kernels that move bytes digest them.
+    apart
+        Pieces of a record, all that there are, each of which has sums of its own in pinned memory; 0 where they are added up
+        in VRAM.
     """
 
     count: int
     numbers: int
     reading: Reading | None = None
+    apart: int = 0
+
+
+def pieces_apart(count: int, n_pieces: int) -> int:
+    """``apart`` of :class:`Digesting`, for so many records of so many pieces each."""
+    return n_pieces if count * n_pieces <= MOST_APART else 0
 
 
 def buffers_reading(kernel: int, addresses: Int64s, sizes: Int64s) -> Reading:
@@ -118,14 +137,15 @@ def room_for(plan: Plan, digesting: Digesting | None, row_words: int) -> Room:
     if digesting is None:
         return Room(listed, end, end)
     sums = -(-end // SUM_WORDS) * SUM_WORDS
-    return Room(listed, sums, sums + SUM_WORDS * digesting.count)
+    return Room(listed, sums, sums + SUM_WORDS * digesting.count * max(1, digesting.apart))
 
 
-def sums_of(words: Int32s, room: Room, plan: Plan) -> Sums:
-    """(n, 2) uint64, a copy: the sums that were read back, in the order of the call."""
-    found = words[room.sums : room.words].view(np.uint64).reshape(-1, 2)
+def sums_of(words: Int32s, room: Room, plan: Plan, digesting: Digesting) -> Sums:
+    """(n, 2) uint64, a copy: the sums that were read back, or left there piece by piece, in the order of the call."""
+    cells = words[room.sums : room.words].view(np.uint64).reshape(digesting.count, -1, 2)
+    found: Sums = cells.sum(axis=1, dtype=np.uint64)
     if not len(plan.order):
-        return found.copy()
+        return found
     sums = np.empty_like(found)
     sums[plan.order] = found
     return sums

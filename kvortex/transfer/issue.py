@@ -23,7 +23,19 @@ from kvortex.devices.driver import (
 )
 from kvortex.devices.native import call, release
 from kvortex.transfer import digesting
-from kvortex.transfer.digesting import EVENT, NUMBERS, STREAM, SUMS, SUMS_BYTES, read, read_back, send
+from kvortex.transfer.digesting import (
+    EVENT,
+    NUMBERS,
+    ONLY,
+    PIECE_BYTES,
+    RECORD_BYTES,
+    STREAM,
+    SUMS,
+    SUMS_BYTES,
+    read,
+    read_back,
+    send,
+)
 from kvortex.transfer.plan import (
     BYTES,
     COPY_BYTES,
@@ -47,9 +59,8 @@ CONTEXT, KERNEL, THREADS, MAX_CTAS, TABLE, JOIN_STREAM, CALLER_EVENT, TO_HOST = 
 # whether it is left for another thread to issue.
 ISSUED, ERROR, LAST, QUEUED = range(OUTCOME_CELLS := 4)
 NO_STREAM = -1  # in the place of the caller's, where only events are waited for
-PARAMETERS = 8
+PARAMETERS = 11
 PIECE_ROW_BYTES = 8 * (BYTES + 1)
-_SUM_BYTES = 4 * digesting.SUM_WORDS
 _READS = digesting.KERNEL
 
 
@@ -129,9 +140,12 @@ def _launch(functions, lane, chunk, ids, digest, buffer, pitch, stream, paramete
     parameters[3] = ids + chunk[FIRST_BLOCK] * 4
     parameters[4] = n_blocks
     parameters[5] = pitch
+    parameters[6] = digest[ONLY]
     if digest[SUMS_BYTES]:
-        parameters[6] = digest[NUMBERS]
-        parameters[7] = digest[SUMS] + chunk[FIRST_BLOCK] * _SUM_BYTES
+        parameters[7] = digest[NUMBERS]
+        parameters[8] = digest[SUMS] + chunk[FIRST_BLOCK] * digest[RECORD_BYTES] + chunk[FIRST_PIECE] * digest[PIECE_BYTES]
+        parameters[9] = digest[RECORD_BYTES]
+        parameters[10] = digest[PIECE_BYTES]
     warps = lane[THREADS] // 32
     ctas = min(lane[MAX_CTAS], (n_pieces * n_blocks + warps - 1) // warps)
     return call(
@@ -244,19 +258,16 @@ def issue(  # type: ignore[no-untyped-def]
     if caller != NO_STREAM:
         error = call(functions[EVENT_RECORD], (lane[CALLER_EVENT], caller))
     digests, reads = digest[SUMS_BYTES] > 0, digest[_READS] != 0
-    if digests and not error:
+    sends, beside = digests and digest[PIECE_BYTES] == 0, reads and to_host
+    if sends and not error:
         error = send(functions, digest)
     for at in range(used):
         if not error:
             error = follow(functions, streams[(first + at) % n], after)
-        if not error and digests and not reads:
+        if not error and sends and not reads:
             error = call(functions[STREAM_WAIT], (streams[(first + at) % n], digest[EVENT], 0))
     if not error:
         error = call(functions[EVENT_RECORD], (start, streams[first % n]))
-    if not error and reads and to_host:  # beside the copies
-        error = follow(functions, digest[STREAM], after)
-        if not error:
-            error = read(functions, digest, digest[STREAM], parameters, pointers)
     for c in range(len(chunks)):
         if error:
             break
@@ -275,6 +286,10 @@ def issue(  # type: ignore[no-untyped-def]
             error = _copy_batch(to_host, functions, batch, chunk, streams[at], scratch)
         elif not error:
             error = copy_chunk(to_host, functions, copies, chunk, base, streams[at], scratch)
+        if not error and beside and c == 0:  # once the link is busy: these calls of the driver take microseconds
+            error = follow(functions, digest[STREAM], after)
+            if not error:
+                error = read(functions, digest, digest[STREAM], parameters, pointers)
         if not error and in_turn:
             error = call(functions[EVENT_RECORD], (copied[at], streams[at]))
         if not error and not to_host and with_kernel:
@@ -287,16 +302,16 @@ def issue(  # type: ignore[no-untyped-def]
     last, behind = np.int32(0), streams[first % n]
     if used > 1:  # joining streams takes microseconds on the GPU, and of one there is nothing to join
         last, behind = join(functions, lane, streams, joins, first, used), lane[JOIN_STREAM]
-    if digests:  # also after an error: what was sent and launched is in memory that is others' after ``done``
+    if sends or beside:  # also after an error: what was sent and launched is in memory that is others' after ``done``
         code = call(functions[EVENT_RECORD], (digest[EVENT], digest[STREAM]))
         if not code:
             code = call(functions[STREAM_WAIT], (behind, digest[EVENT], 0))
         if not last:
             last = code
-        if not error and reads and not to_host:
-            error = read(functions, digest, behind, parameters, pointers)
-        if not error:
-            error = read_back(functions, digest, behind)
+    if not error and reads and not to_host:
+        error = read(functions, digest, behind, parameters, pointers)
+    if not error and sends:
+        error = read_back(functions, digest, behind)
     code = call(functions[EVENT_RECORD], (done, behind))
     if not last:
         last = code

@@ -27,6 +27,7 @@ RESIDENT_THREADS = 512  # of kvortex.kernels.resident, which needs numba.cuda to
 
 Job: TypeAlias = "tuple[int, tuple[Any, ...]]"  # of kvortex.transfer.submitting
 _AT_ONCE = 32  # calls of the driver, of a hundred microseconds at most in all, that are not worth waking a thread for
+_FEW_THREADS = 128  # of a CTA that only reads, where there is so little that it is to be spread over all multiprocessors
 _READING_LAUNCHES = 8  # times the CTAs of a launch, for one that only reads: as many as keep the bus of the VRAM busy
 
 
@@ -181,22 +182,29 @@ class Lane:
         reading = digesting.reading if digesting is not None else None
         listed = plan.ids if reading is None else reading.listed
         ids.ids[room.listed : room.listed + len(listed)] = listed
+        cells = dg.NO_DIGESTS.copy()
+        if len(listed) == 1:
+            cells[dg.ONLY] = listed[0]
         if digesting is None:
-            return dg.NO_DIGESTS
+            return cells
         ids.ids[room.sums : room.words] = 0
         sent = room.sums if reading is None else room.listed
-        cells = np.zeros(dg.DIGEST_CELLS, np.int64)
+        here = ids.address if digesting.apart else ids.mirror  # where kernels find what is listed, and leave sums
         cells[dg.NUMBERS], cells[dg.SUMS_BYTES] = digesting.numbers, 4 * (room.words - room.sums)
-        cells[dg.SUMS], cells[dg.SUMS_HOST] = ids.mirror + 4 * room.sums, ids.address + 4 * room.sums
+        cells[dg.SUMS], cells[dg.SUMS_HOST] = here + 4 * room.sums, ids.address + 4 * room.sums
+        cells[dg.RECORD_BYTES] = 4 * dg.SUM_WORDS * max(1, digesting.apart)
+        if digesting.apart:
+            cells[dg.PIECE_BYTES] = 4 * dg.SUM_WORDS
         cells[dg.SENT_TO], cells[dg.SENT_FROM] = ids.mirror + 4 * sent, ids.address + 4 * sent
         cells[dg.SENT_BYTES] = 4 * (room.words - sent)
         cells[dg.STREAM], cells[dg.EVENT] = self._digest_stream, self._digest_event
         if reading is not None:
-            cells[dg.KERNEL], cells[dg.IDS] = reading.kernel, ids.mirror + 4 * room.listed
+            cells[dg.KERNEL], cells[dg.IDS] = reading.kernel, here + 4 * room.listed
             cells[dg.TABLE] = reading.table or cells[dg.IDS]
             cells[dg.N_PIECES], cells[dg.N_BLOCKS] = reading.n_pieces, digesting.count
-            ctas = -(-reading.n_pieces * digesting.count // (THREADS // 32))
-            cells[dg.CTAS], cells[dg.THREADS] = min(_READING_LAUNCHES * int(self.cells[nogil.MAX_CTAS]), ctas), THREADS
+            most, warps = _READING_LAUNCHES * int(self.cells[nogil.MAX_CTAS]), reading.n_pieces * digesting.count
+            threads = THREADS if warps > most * (_FEW_THREADS // 32) else _FEW_THREADS
+            cells[dg.CTAS], cells[dg.THREADS] = min(most, -(-warps // (threads // 32))), threads
         return cells
 
     def _resident_job(

@@ -331,13 +331,13 @@ def plan_strided(blocks: Int64s, slots: Int64s, runs: Int64s, pool: Pool, stream
         Streams that the copies are dealt to.
     """
     base, stride, offset, nbytes, lines, pitch = runs.T
-    copies = np.empty((len(blocks) * len(runs), COPY_COLUMNS), np.int64)
-    copies[:, DEVICE_SIDE] = (base + blocks[:, None] * stride).ravel()
-    copies[:, HOST_SIDE] = (pool.address + slots[:, None] * pool.slot_bytes + offset).ravel()
+    copies = np.empty((len(blocks), len(runs), COPY_COLUMNS), np.int64)
+    copies[..., DEVICE_SIDE] = base + blocks[:, None] * stride
+    copies[..., HOST_SIDE] = pool.address + slots[:, None] * pool.slot_bytes + offset
     for column, values in ((COPY_BYTES, nbytes), (LINES, lines), (PITCH, pitch), (HOST_PITCH, nbytes)):
-        copies[:, column] = np.tile(values, len(blocks))
-    total = len(blocks) * int((nbytes * lines).sum())
-    return Plan(np.empty(0, np.int32), dealt(len(copies), streams), copies, total)
+        copies[..., column] = values
+    count, total = len(blocks) * len(runs), len(blocks) * int(nbytes @ lines)
+    return Plan(np.empty(0, np.int32), dealt(count, streams), copies.reshape(count, COPY_COLUMNS), total)
 
 
 def plan_batched(
@@ -427,5 +427,6 @@ def _shares(starts: Int64s, count: int) -> Int64s:
     """Chunks without a kernel, one from each of ``starts`` on, of ``count`` copies in all."""
     chunks = np.zeros((len(starts), CHUNK_COLUMNS), np.int64)
     chunks[:, FIRST_COPY] = starts
-    chunks[:, N_COPIES] = np.diff(np.append(starts, count))
+    chunks[:-1, N_COPIES] = starts[1:] - starts[:-1]
+    chunks[-1:, N_COPIES] = count - starts[-1:]
     return chunks

@@ -40,6 +40,12 @@ def table_of(nbytes: int) -> npt.NDArray[np.uint64]:
     return table
 
 
+def apart(count: int, n_pieces: int) -> tuple[npt.NDArray[np.uint64], tuple[np.uint64, ...]]:
+    """Cells for the sums of each piece, and what a kernel is told of them; two cells more from record to record."""
+    cells = np.zeros((count, n_pieces + 1, 2), np.uint64)
+    return cells, (np.uint64(cells.ctypes.data), np.uint64(cells.strides[0]), np.uint64(16))
+
+
 def run(case: Case, direction: str, grid: int, threads: int, digests: bool = False) -> None:
     rng = np.random.default_rng(1)
     memory = rng.integers(0, 256, case.memory_bytes + 256, np.uint8)
@@ -52,13 +58,22 @@ def run(case: Case, direction: str, grid: int, threads: int, digests: bool = Fal
     expected = case.gathered(memory, staging), case.scattered(memory, staging)
     before = memory.copy(), staging.copy()
     lanes[0] = 0
-    values = (np.uint64(staging.ctypes.data + GUARD), pieces.reshape(-1), len(pieces), ids, len(ids), np.uint64(case.pitch))
+    # A kernel that knows the only page must not look it up.
+    only, listed = (ids[0], ids + np.int32(1000)) if len(ids) == 1 else (np.int32(-1), ids)
+    begin, pitch = np.uint64(staging.ctypes.data + GUARD), np.uint64(case.pitch)
+    values = (begin, pieces.reshape(-1), len(pieces), listed, len(ids), pitch, only)
     if digests:
         table, sums = table_of(sum(case.sizes)), np.full((len(ids), 2), 5, np.uint64)
         kernel = cuda.jit(getattr(paged, direction + "_digest"))
-        kernel[grid, threads](*values, np.uint64(table.ctypes.data), np.uint64(sums.ctypes.data))
+        numbers_at = np.uint64(table.ctypes.data)
+        kernel[grid, threads](*values, numbers_at, np.uint64(sums.ctypes.data), np.uint64(16), np.uint64(0))
         pages = expected[1] if direction == "scatter" else before[0]
         assert (sums - np.uint64(5)).tolist() == [list(pair) for pair in case.sums(pages)]
+        lanes[0] = 0
+        cells, where = apart(len(ids), len(pieces))
+        kernel[grid, threads](*values, numbers_at, *where)
+        assert cells.sum(1, np.uint64).tolist() == [list(pair) for pair in case.sums(pages)]
+        assert cells[:, :-1].any(2).all() and not cells[:, -1].any(), "each piece has sums of its own"
     else:
         cuda.jit(getattr(paged, direction))[grid, threads](*values)
     if all(pieces[0, :2] % 16 == 0) and case.pitch % 16 == 0:
@@ -111,17 +126,25 @@ def run_reading(case: Case, grid: int, threads: int) -> None:
     pieces[:, 0] += np.uint64(memory.ctypes.data)
     ids, table = np.array(case.blocks, np.int32), table_of(max(sum(case.sizes), memory.size))
     sums = np.zeros((len(ids), 2), np.uint64)
-    where = np.uint64(table.ctypes.data), np.uint64(sums.ctypes.data)
-    cuda.jit(reading.read_pages)[grid, threads](pieces.reshape(-1), len(pieces), ids, len(ids), *where)
+    only, listed = (ids[0], ids + np.int32(1000)) if len(ids) == 1 else (np.int32(-1), ids)
+    where = np.uint64(table.ctypes.data), np.uint64(sums.ctypes.data), np.uint64(16), np.uint64(0)
+    values = (pieces.reshape(-1), len(pieces), listed, len(ids), only)
+    cuda.jit(reading.read_pages)[grid, threads](*values, *where)
     assert sums.tolist() == [list(pair) for pair in case.sums(memory)]
+    cells, into = apart(len(ids), len(pieces))
+    cuda.jit(reading.read_pages)[grid, threads](*values, where[0], *into)
+    assert cells.sum(1, np.uint64).tolist() == sums.tolist() and cells[:, :-1].any(2).all()
     spans = [(case.starts[0], 4200), (0, 0), (case.starts[-1] + 1, 61), (0, memory.size)]
     spans = [(first, min(count, memory.size - first)) for first, count in spans]
     buffers = np.array([(memory.ctypes.data + first, count) for first, count in spans], np.uint64)
     sums = np.zeros((len(spans), 2), np.uint64)
-    where = where[0], np.uint64(sums.ctypes.data)
     most = -(-max(count for _, count in spans) // reading.BUFFER_PIECE)
-    cuda.jit(reading.read_buffers)[grid, threads](buffers.reshape(-1), most, ids, len(spans), *where)
+    values = (buffers.reshape(-1), most, ids, len(spans), np.int32(-1))
+    cuda.jit(reading.read_buffers)[grid, threads](*values, where[0], np.uint64(sums.ctypes.data), *where[2:])
     assert sums.tolist() == [list(naive_sums(memory[first:][:count].tobytes())) for first, count in spans]
+    cells, into = apart(len(spans), most)
+    cuda.jit(reading.read_buffers)[grid, threads](*values, where[0], *into)
+    assert cells.sum(1, np.uint64).tolist() == sums.tolist() and cells[-1, :-1].any(1).all()
 
 
 def run_compute(grid: int, threads: int) -> None:

@@ -91,6 +91,16 @@ def test_only_kernels_that_digest_pay_for_it(name: str) -> None:
         assert "SHFL" not in text and "PRMT" not in text
 
 
+@pytest.mark.parametrize("name", ["gather_digest", "scatter_digest", *READERS])
+def test_sums_of_a_piece_leave_in_one_store(name: str) -> None:
+    """Two lanes of a warp put 8 bytes each, which are neighbours, where the same two would else add them: nothing is read back,
+    and no fence holds up what follows."""
+    text = on_hopper(name)
+    (stored,) = re.findall(r"@!?U?P\d+\s+STG\.E\.64 (\S+), (R\d+)", text)
+    assert re.findall(r"\bREDG\.E\.ADD\.64\.STRONG\.GPU (\S+), (R\d+)", text) == [stored]
+    assert "MEMBAR" not in text and "ATOM" not in text
+
+
 @pytest.mark.parametrize("name", [name for name in MOVERS if "resident" in name])
 def test_512_threads_of_a_resident_kernel_find_registers(name: str) -> None:
     assert max(map(int, re.findall(r"\bR(\d+)\b", on_hopper(name)))) < 128

@@ -19,17 +19,34 @@ pytestmark = pytest.mark.gpu
 
 
 class Sums:
-    """Sums of ``count`` records in VRAM, and the table that kernels read for them."""
+    """Sums of ``count`` records in VRAM, and the table that kernels read for them; or, ``apart``, of as many pieces of each of
+    them in pinned memory, where something else lies before."""
 
-    def __init__(self, device: CudaDevice, count: int, nbytes: int) -> None:
+    def __init__(self, device: CudaDevice, count: int, nbytes: int, apart: int = 0) -> None:
         table = numbers(nbytes)
-        self.table, self._cells = device.allocate(table.nbytes), device.allocate(16 * count)
+        self.table, self._device, self._apart = device.allocate(table.nbytes), device, apart
         self.table.write(table)
-        self._cells.write(np.full(2 * count, 5, np.uint64))
-        self.values, self.kinds = (self.table.address, self._cells.address), (ctypes.c_uint64, ctypes.c_uint64)
+        size, self.kinds = 2 * count * max(1, apart), (ctypes.c_uint64,) * 4
+        if apart:
+            self._address = device.allocate_pinned(8 * size)
+            self._seen = np.ctypeslib.as_array((ctypes.c_uint64 * size).from_address(self._address))
+            self._seen[:] = 0xEEEE
+        else:
+            self._cells = device.allocate(8 * size)
+            self._cells.write(np.full(size, 5, np.uint64))
+        address = self._address if apart else self._cells.address
+        self.values = (self.table.address, address, 16 * max(1, apart), 16 if apart else 0)
+
+    def clear(self) -> None:
+        """For pieces that there are not, which no kernel touches."""
+        self._seen[:] = 0
 
     def read(self) -> list[tuple[int, int]]:
-        rows = (self._cells.read().view(np.uint64) - np.uint64(5)).reshape(-1, 2)
+        if self._apart:
+            rows = self._seen.reshape(-1, self._apart, 2).sum(1, np.uint64)
+            self._device.free_pinned(self._address)
+        else:
+            rows = (self._cells.read().view(np.uint64) - np.uint64(5)).reshape(-1, 2)
         return [(int(first), int(second)) for first, second in rows]
 
 
@@ -43,10 +60,10 @@ def launch(device: CudaDevice, name: str, shape: tuple[int, int], values: tuple[
         cu.check(driver.cuModuleUnload(module), "cuModuleUnload")
 
 
-@pytest.mark.parametrize("digests", [False, True])
+@pytest.mark.parametrize("digests", ["none", "added up", "apart"])
 @pytest.mark.parametrize("direction", ["gather", "scatter"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
-def test_against_the_reference(case: Case, direction: str, digests: bool) -> None:
+def test_against_the_reference(case: Case, direction: str, digests: str) -> None:
     device = CudaDevice(0)
     rng = np.random.default_rng(1)
     memory = rng.integers(0, 256, case.memory_bytes, np.uint8)
@@ -59,10 +76,12 @@ def test_against_the_reference(case: Case, direction: str, digests: bool) -> Non
     table, ids = device.allocate(pieces.nbytes), device.allocate(4 * len(case.blocks))
     table.write(pieces)
     ids.write(np.array(case.blocks, np.int32))
-    values = (stage.address + GUARD, table.address, len(pieces), ids.address, len(case.blocks), case.pitch)
-    kinds = (ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int32, ctypes.c_uint64, ctypes.c_int32, ctypes.c_uint64)
-    if digests:
-        found = Sums(device, len(case.blocks), sum(case.sizes))
+    only = case.blocks[0] if len(case.blocks) == 1 else -1
+    values = (stage.address + GUARD, table.address, len(pieces), ids.address, len(case.blocks), case.pitch, only)
+    u64, i32 = ctypes.c_uint64, ctypes.c_int32
+    kinds = (u64, u64, i32, u64, i32, u64, i32)
+    if digests != "none":
+        found = Sums(device, len(case.blocks), sum(case.sizes), len(pieces) if digests == "apart" else 0)
         launch(device, direction + "_digest", (3, 128), (*values, *found.values), (*kinds, *found.kinds))
         assert found.read() == case.sums(memory if direction == "gather" else case.scattered(memory, staging))
     else:
@@ -107,7 +126,7 @@ def test_resident_against_the_reference(case: Case, direction: str, digests: boo
     kinds = (ctypes.c_uint64, ctypes.c_int32, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64)
     if digests:
         found = Sums(device, len(case.blocks), sum(case.sizes))
-        launch(device, direction + "_resident_digest", (2, 512), (*values, *found.values), (*kinds, *found.kinds))
+        launch(device, direction + "_resident_digest", (2, 512), (*values, *found.values[:2]), (*kinds, *found.kinds[:2]))
         assert found.read() == case.sums(memory if direction == "gather" else case.scattered(memory, staging))
     else:
         launch(device, direction + "_resident", (2, 512), values, kinds)
@@ -118,8 +137,9 @@ def test_resident_against_the_reference(case: Case, direction: str, digests: boo
     assert after[[16, 48]].tolist() == [7 + 1024, 1023], "each of 1024 threads raises each chunk's flag once, and it wraps"
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
-def test_digests_of_what_is_only_read(case: Case) -> None:
+def test_digests_of_what_is_only_read(case: Case, apart: bool) -> None:
     """Pages, and then the same memory as buffers, one of them empty."""
     device = CudaDevice(0)
     memory = np.random.default_rng(3).integers(0, 256, case.memory_bytes, np.uint8)
@@ -129,16 +149,19 @@ def test_digests_of_what_is_only_read(case: Case) -> None:
     pieces[:, 0] += pages.address
     table.write(pieces)
     ids.write(np.array(case.blocks, np.int32))
-    found = Sums(device, len(case.blocks), sum(case.sizes))
-    kinds = (ctypes.c_uint64, ctypes.c_int32, ctypes.c_uint64, ctypes.c_int32, *found.kinds)
-    values = (table.address, len(pieces), ids.address, len(case.blocks), *found.values)
+    found = Sums(device, len(case.blocks), sum(case.sizes), len(pieces) if apart else 0)
+    kinds = (ctypes.c_uint64, ctypes.c_int32, ctypes.c_uint64, ctypes.c_int32, ctypes.c_int32, *found.kinds)
+    only = case.blocks[0] if len(case.blocks) == 1 else -1
+    values = (table.address, len(pieces), ids.address, len(case.blocks), only, *found.values)
     launch(device, "read_pages", (3, 128), values, kinds)
     assert found.read() == case.sums(memory)
     spans = [(case.starts[0], 4200), (0, 0), (case.starts[-1] + 1, 61), (0, memory.size)]
     spans = [(first, min(count, memory.size - first)) for first, count in spans]
     buffers = device.allocate(16 * len(spans))
     buffers.write(np.array([(pages.address + first, count) for first, count in spans]))
-    found = Sums(device, len(spans), memory.size)
     most = -(-max(count for _, count in spans) // 4096)
-    launch(device, "read_buffers", (3, 128), (buffers.address, most, 0, len(spans), *found.values), kinds)
+    found = Sums(device, len(spans), memory.size, most if apart else 0)
+    if apart:
+        found.clear()
+    launch(device, "read_buffers", (3, 128), (buffers.address, most, 0, len(spans), -1, *found.values), kinds)
     assert found.read() == [sums(memory[first:][:count].tobytes()) for first, count in spans]

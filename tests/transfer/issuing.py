@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kvortex.transfer import issue as nogil
-from kvortex.transfer.digesting import DIGEST_CELLS
+from kvortex.transfer.digesting import NO_DIGESTS
 from kvortex.transfer.layers import cut_layers, cut_sections, plan_layers
 from kvortex.transfer.plan import Int64s, Plan, Pool, plan_batched, plan_direct, plan_staged, split_pieces
 from tests.naive_plan import VRAM
@@ -55,7 +55,7 @@ class Lane:
         fixed = (self.cells, self.streams, self.buffers, self.joins, self.copied, turn, caller, np.array(after, np.int64))
         marks = MARK + np.arange(len(plan.marks), dtype=np.int64)
         table = (plan.chunks, plan.copies, plan.batch, plan.pitch, plan.marks, marks)
-        digest = np.zeros(DIGEST_CELLS, np.int64) if self.digest is None else self.digest
+        digest = NO_DIGESTS if self.digest is None else self.digest
         nogil.issue(recorder.functions, *fixed, START, DONE, *table, IDS, digest, parameters, pointers, scratch, outcome)
         assert outcome[nogil.ISSUED] == 1
         pushed = len(recorder.calls) > 1

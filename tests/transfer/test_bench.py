@@ -61,7 +61,10 @@ def test_a_transfer_is_timed_by_the_device(bench: Bench, gpu: FakeGpu, direction
     assert bench.idle(profile, direction, FRAGMENT, bench.nbytes, route) == pytest.approx(bench.nbytes / 0.5e-3)
     names = set(gpu.issued.names)
     kinds = {Route.STRIDED: "lines", Route.BATCHED: "batch", Route.RESIDENT: "wait_value"}
-    assert kinds.get(route, "launch") in names and ("launch" in names) == (route not in (Route.STRIDED, Route.BATCHED))
+    assert kinds.get(route, "launch") in names and "launch" in names, "blocks are digested, as engines do"
+    gpu.issued.calls.clear()
+    bench.link(profile, direction)
+    assert "launch" not in gpu.issued.names, "and the link alone is not"
 
 
 @pytest.mark.parametrize("route", EVERY)

@@ -107,13 +107,13 @@ def test_two_threads_do_not_issue_on_one_lane_at_once(gpu: FakeGpu, cache: Paged
         execute(call)
 
     gpu.issued._also = watched
+    kept = []  # who leaves a plan to the lane's thread keeps its arrays
     with cache.engine(transfer_route="staged") as engine:
-        threads = [
-            threading.Thread(
-                target=lambda n=n: submit_blocks(engine._executor, Direction.SAVE, np.array([n]), np.array([n]), None)
-            )
-            for n in range(4)
-        ]
+
+        def save(n: int) -> None:
+            kept.append(submit_blocks(engine._executor, Direction.SAVE, np.array([n]), np.array([n]), None))
+
+        threads = [threading.Thread(target=save, args=(n,)) for n in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:

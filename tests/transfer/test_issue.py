@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from kvortex.devices import driver as cu
+from kvortex.transfer import digesting as dg
 from kvortex.transfer.plan import FIRST_BLOCK, FIRST_COPY, FIRST_PIECE, N_BLOCKS, N_COPIES, N_PIECES, Int64s, Plan
 from tests.transfer.issuing import (
     CALLER,
@@ -54,7 +55,7 @@ def work_of(lane: Lane, plan: Plan) -> list[Call]:
         launches = []
         if chunk[N_PIECES]:
             table, ids = TABLE + 32 * chunk[FIRST_PIECE], IDS + 4 * chunk[FIRST_BLOCK]
-            values = (base, table, chunk[N_PIECES], ids, chunk[N_BLOCKS], plan.pitch, 0, 0)
+            values = (base, table, chunk[N_PIECES], ids, chunk[N_BLOCKS], plan.pitch, -1, 0, 0, 0, 0)
             ctas = min(lane.max_ctas, -(-chunk[N_PIECES] * chunk[N_BLOCKS] // (THREADS // 32)))
             launches = [Call("launch", (KERNEL, ctas, 1, 1, THREADS, 1, 1, 0, stream, 0, 0), values)]
         calls += launches + copies if lane.to_host else copies + launches
@@ -132,6 +133,73 @@ def test_all_work_is_ordered_after_events_that_were_recorded_before(name: str, e
     assert work and all(set(range(len(events))) <= before[at] for at in work)
     touched = {call.stream for call in calls[len(events) :] if call.name not in ("push", "pop")}
     assert touched == {*([JOIN_STREAM] if len(lane.used(plan)) > 1 else []), *lane.used(plan)}
+
+
+READER, DIGEST_STREAM, DIGEST_EVENT, SUMS, PINNED, NUMBERS = 0xDD, 0x5D00, 0xED00, 0x50000, 0x60000, 0x70000
+
+
+def digest_of(*, reads: bool, apart: int) -> Int64s:
+    cells = dg.NO_DIGESTS.copy()
+    cells[dg.NUMBERS], cells[dg.SUMS], cells[dg.SUMS_HOST], cells[dg.SUMS_BYTES] = NUMBERS, SUMS, PINNED, 64
+    cells[dg.SENT_TO], cells[dg.SENT_FROM], cells[dg.SENT_BYTES] = SUMS, PINNED, 64
+    cells[dg.STREAM], cells[dg.EVENT] = DIGEST_STREAM, DIGEST_EVENT
+    cells[dg.RECORD_BYTES], cells[dg.PIECE_BYTES] = 16 * max(1, apart), 16 if apart else 0
+    if reads:
+        cells[dg.KERNEL], cells[dg.CTAS], cells[dg.THREADS] = READER, 5, 128
+    return cells
+
+
+def copies_of_sums(calls: list[Call]) -> list[int]:
+    copies = [at for at, call in enumerate(calls) if call.name in ("to_host", "to_device")]
+    return [at for at in copies if {SUMS, PINNED} <= {*calls[at].arguments}]
+
+
+@pytest.mark.parametrize("shape", [(1, 0), (3, 0), (3, 2), (20, 7)])
+@pytest.mark.parametrize("name", ["direct", "one buffer", "batched"])
+@pytest.mark.parametrize("apart", [0, 7])
+@pytest.mark.parametrize("to_host", [True, False])
+def test_what_only_reads_is_beside_a_save_and_behind_a_load(
+    to_host: bool, apart: int, name: str, shape: tuple[int, int]
+) -> None:
+    lane, plan, recorder = Lane(shape[0], to_host, shape[1], digest=digest_of(reads=True, apart=apart)), PLANS[name], Recorder()
+    assert lane.issue(recorder, plan) == (0, 0)
+    calls, before = recorder.calls, predecessors(recorder.calls)
+    (read,) = (at for at, call in enumerate(calls) if call.name == "launch")
+    sums = copies_of_sums(calls)
+    moves = [at for at, call in enumerate(calls) if call.name in WORK and at not in (read, *sums)]
+    done = next(at for at, call in enumerate(calls) if call.name == "record" and call.arguments[0] == DONE)
+    assert calls.index(Call("record", (CALLER_EVENT, CALLER))) in before[read], "pages are read before they are written"
+    assert {read, *moves, *sums} <= before[done], "and while others may overwrite them"
+    if to_host:
+        assert min(moves) < read and not before[read] & set(moves), "the link waits neither for these calls nor for the kernel"
+    else:
+        assert set(moves) <= before[read], "pages are read before all of them are there"
+    if apart:
+        assert not sums and calls[read].parameters[5:9] == (NUMBERS, SUMS, 16 * apart, 16)
+        assert any(call.stream == DIGEST_STREAM for call in calls if call.name not in ("push", "pop")) == to_host
+    else:
+        sent, back = sums
+        assert sent in before[read] and read in before[back]
+
+
+@pytest.mark.parametrize("apart", [0, 7])
+@pytest.mark.parametrize("to_host", [True, False])
+@pytest.mark.parametrize("name", ["staged", "parts", "layers", "one record"])
+def test_each_launch_knows_where_its_sums_belong(name: str, to_host: bool, apart: int) -> None:
+    lane, plan, recorder = Lane(3, to_host, 1, digest=digest_of(reads=False, apart=apart)), PLANS[name], Recorder()
+    assert lane.issue(recorder, plan) == (0, 0)
+    calls, before = recorder.calls, predecessors(recorder.calls)
+    launches = [at for at, call in enumerate(calls) if call.name == "launch"]
+    for at, chunk in zip(launches, plan.chunks.tolist(), strict=True):
+        first = SUMS + 16 * (apart * chunk[FIRST_BLOCK] + chunk[FIRST_PIECE] if apart else chunk[FIRST_BLOCK])
+        assert calls[at].parameters[6:] == (-1, NUMBERS, first, 16 * max(1, apart), 16 if apart else 0)
+    sums = copies_of_sums(calls)
+    done = next(at for at, call in enumerate(calls) if call.name == "record" and call.arguments[0] == DONE)
+    if apart:
+        assert not sums and not any(call.stream == DIGEST_STREAM for call in calls if call.name not in ("push", "pop"))
+    else:
+        sent, back = sums
+        assert all(sent in before[at] and at in before[back] for at in launches) and back in before[done]
 
 
 @pytest.mark.parametrize("shape", [(1, 0), (3, 0), (3, 2), (20, 7)])

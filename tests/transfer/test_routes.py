@@ -14,21 +14,31 @@ from tests.transfer.profiles import H100
 KIB, MUCH = 1 << 10, 1 << 30
 
 
-def of(fragment: int, nbytes: int, busy: bool, layerwise: bool = False, profile: Any = H100, **ability: bool) -> Route:
+def both(
+    fragment: int, nbytes: int, busy: bool, layerwise: bool = False, profile: Any = H100, **ability: bool
+) -> tuple[Route, Route]:
+    """Of a save and of a load."""
     able = Ability(fragment, **{"strided": False, "batched": False, "resident": True, "deep": False} | ability)
-    saves, loads = (
+    save, load = (
         choose(tabulate(profile.rankings, able), direction, nbytes, beside_compute=busy, layerwise=layerwise)
         for direction in Direction
     )
-    assert saves is loads, "a guess knows no difference"
-    return saves
+    return save, load
+
+
+def of(*kind: Any, **options: Any) -> Route:
+    """The same of both."""
+    save, load = both(*kind, **options)
+    assert save is load, "a guess knows no difference"
+    return save
 
 
 def test_what_is_guessed_of_an_idle_gpu() -> None:
     every = {"strided": True, "batched": True, "deep": True}
     assert of(4 * KIB, MUCH, False, **every) is of(64 * KIB, MUCH, False, **every) is Route.RESIDENT
     assert of(4 * KIB, MUCH, False, resident=False) is Route.STAGED
-    assert of(16 * KIB, 2 << 20, False, strided=True) is Route.STRIDED and of(16 * KIB, 2 << 20, False) is Route.MAPPED
+    assert both(16 * KIB, 2 << 20, False, strided=True) == (Route.STRIDED, Route.MAPPED), "loads are digested afterwards"
+    assert of(16 * KIB, 2 << 20, False) is Route.MAPPED
     assert of(4 * KIB, 4 << 20, False, strided=True) is Route.MAPPED, "lines are short"
     assert of(4 * KIB, 4 << 20, False) is Route.MAPPED and of(4 * KIB, (4 << 20) + 1, False) is Route.RESIDENT
 
