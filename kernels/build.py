@@ -43,6 +43,8 @@ KERNELS = {
     "plane_decode": "kvortex.kernels.plane_decode",
     "read_records": "kvortex.kernels.coded",
     "seal_records": "kvortex.kernels.coded",
+    "lossy_encode": "kvortex.kernels.lossy_encode",
+    "lossy_decode": "kvortex.kernels.lossy_decode",
     "cachegen_count": "kvortex.kernels.cachegen_encode",
     "cachegen_encode": "kvortex.kernels.cachegen_encode",
     "cachegen_decode": "kvortex.kernels.cachegen_decode",
@@ -55,12 +57,14 @@ _REGISTERS = {
     "kvortex.kernels.coded": 80,
     "kvortex.kernels.plane_encode": 64,
     "kvortex.kernels.plane_decode": 64,
+    "kvortex.kernels.lossy_encode": 128,
+    "kvortex.kernels.lossy_decode": 80,
     "kvortex.kernels.cachegen_encode": 64,
     "kvortex.kernels.cachegen_decode": 64,
 }
 # Before Hopper a vote in a loop is a call where the compiler does not see that warps are whole: registers for two CTAs of 256.
 _BEFORE_HOPPER = {
-    f"kvortex.kernels.{codec}_{way}": 128 for codec in ("plane", "cachegen") for way in ("encode", "decode")
+    f"kvortex.kernels.{codec}_{way}": 128 for codec in ("plane", "lossy", "cachegen") for way in ("encode", "decode")
 }
 _MAGIC, _VERSION = b"KVXCUBIN", 2
 _ENTRY_BYTES = struct.Struct("<I")

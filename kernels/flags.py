@@ -7,9 +7,12 @@ flag is never reset, and no operation is spent on it between transfers.
 from __future__ import annotations
 
 import ctypes
+import threading
 import time
 
 from kvortex.kernels.ptx import statement
+
+_lock = threading.Lock()  # of the simulator's threads
 
 
 @statement("{ .reg .u32 t; ld.acquire.sys.global.u32 t, [$1]; sub.u32 t, t, $2; shr.u32 $0, t, 31; }", "lr", "r")
@@ -35,5 +38,14 @@ def nap(nanoseconds):  # type: ignore[no-untyped-def]
 def take(address):  # type: ignore[no-untyped-def]
     """Adds 1 to the 32-bit number at ``address``, and gives what it was: no two threads get the same."""
     cell = ctypes.c_uint32.from_address(int(address))
-    cell.value = cell.value + 1
-    return (cell.value - 1) & 0xFFFFFFFF
+    with _lock:
+        cell.value = cell.value + 1
+        return (cell.value - 1) & 0xFFFFFFFF
+
+
+@statement("red.relaxed.gpu.global.or.b32 [$0], 0x80000000;", "l")
+def mark(address):  # type: ignore[no-untyped-def]
+    """Sets the highest bit of the 32-bit number at ``address``; who takes of it after this thread has, sees that."""
+    cell = ctypes.c_uint32.from_address(int(address))
+    with _lock:
+        cell.value = cell.value | 0x80000000

@@ -17,15 +17,28 @@ from numba.cuda.extending import lower_builtin, type_callable
 F = TypeVar("F", bound=Callable[..., Any])
 WORDS = types.UniTuple(types.uint32, 4)
 PAIR = types.UniTuple(types.uint64, 2)
-_TUPLES: dict[str, tuple[Any, str, int]] = {"v": (WORDS, "r", 4), "d": (PAIR, "l", 2)}
+EIGHT_WORDS, EIGHT = types.UniTuple(types.uint32, 8), types.UniTuple(types.float32, 8)
+_TUPLES: dict[str, tuple[Any, str, int]] = {
+    "v": (WORDS, "r", 4),
+    "d": (PAIR, "l", 2),
+    "w": (EIGHT_WORDS, "r", 8),
+    "e": (EIGHT, "f", 8),
+}
 _KINDS: dict[str, tuple[Any, Any]] = {
     "l": (types.uint64, ir.IntType(64)),
     "r": (types.uint32, ir.IntType(32)),
     "h": (types.uint16, ir.IntType(16)),
+    "f": (types.float32, ir.FloatType()),
 }
 
 
-def statement(text: str, arguments: str, result: str = "", *, pure: bool = False) -> Callable[[F], F]:
+def _fits(kind: Any, letter: str) -> bool:
+    if letter in _TUPLES:
+        return bool(kind == _TUPLES[letter][0])
+    return isinstance(kind, types.Float if letter == "f" else types.Integer)
+
+
+def statement(text: str, arguments: str, result: str = "", *, pure: bool = False, together: bool = False) -> Callable[[F], F]:
     """Gives a function a PTX statement for kernels.
 
     Parameters
@@ -33,24 +46,27 @@ def statement(text: str, arguments: str, result: str = "", *, pure: bool = False
     text
         With ``$0``, ``$1``, ... for the result and then the arguments.
     arguments
-        A letter for each: ``l``, ``r``, ``h`` for an integer in a register of 64, 32, 16 bits; ``v`` for a tuple of four
-        32-bit words, which takes four places.
+        A letter for each: ``l``, ``r``, ``h`` for an integer in a register of 64, 32, 16 bits; ``f`` for a float32; ``v`` for
+        a tuple of four 32-bit words, ``w`` for one of eight, ``e`` for one of eight float32, which take as many places.
     result
         A letter, or empty. ``h`` also receives bytes, for which PTX has no register; ``d`` is a tuple of two 64-bit numbers.
+        A text of several statements writes results when it has read all arguments, since they may share registers.
     pure
         Whether it is arithmetic. Else it counts as one that touches memory and has effects, so its order among others is kept.
+    together
+        Whether all lanes of a warp must come to it at once.
     """
     returned = _TUPLES[result][0] if result in _TUPLES else _KINDS[result][0] if result else types.void
 
     def decorate(function: F) -> F:
+        function.ptx = text, arguments, result  # type: ignore[attr-defined]
         if config.ENABLE_CUDASIM:
             return function
 
         @type_callable(function)
         def typing(context: Any) -> Callable[..., Any]:
             def typer(*given: Any) -> Any:
-                pairs = zip(given, arguments, strict=True)
-                fits = all(kind == WORDS if letter == "v" else isinstance(kind, types.Integer) for kind, letter in pairs)
+                fits = all(_fits(kind, letter) for kind, letter in zip(given, arguments, strict=True))
                 return returned if fits else None
 
             typer.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
@@ -60,9 +76,10 @@ def statement(text: str, arguments: str, result: str = "", *, pure: bool = False
         def lower(context: Any, builder: Any, signature: Any, values: Any) -> Any:
             operands, letters = [], []
             for value, kind, letter in zip(values, signature.args, arguments, strict=True):
-                if letter == "v":
-                    operands += [builder.extract_value(value, at) for at in range(4)]
-                    letters += ["r"] * 4
+                if letter in _TUPLES:
+                    _, part, count = _TUPLES[letter]
+                    operands += [builder.extract_value(value, at) for at in range(count)]
+                    letters += [part] * count
                 else:
                     operands.append(context.cast(builder, value, kind, _KINDS[letter][0]))
                     letters.append(letter)
@@ -74,7 +91,8 @@ def statement(text: str, arguments: str, result: str = "", *, pure: bool = False
                 form = ir.LiteralStructType([one] * count) if result in _TUPLES else one
             constraints = ",".join([*("=" + o for o in outputs), *letters, *([] if pure else ["~{memory}"])])
             types_of = ir.FunctionType(form, [_KINDS[letter][1] for letter in letters])
-            made = builder.call(ir.InlineAsm(types_of, text, constraints, side_effect=not pure), operands)
+            asm = ir.InlineAsm(types_of, text, constraints, side_effect=not pure)
+            made = builder.call(asm, operands, attrs=("convergent",) if together else ())
             if result in _TUPLES:
                 parts = [builder.extract_value(made, at) for at in range(count)]
                 return context.make_tuple(builder, signature.return_type, parts)

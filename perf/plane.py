@@ -5,7 +5,7 @@ keep their structure; or, where the sample is not there, numbers drawn with a sc
 taken in random order. ``save`` is :func:`plane_count` and :func:`plane_encode`, one behind the other; ``load`` is
 :func:`plane_decode`. ``rate``: GB/s of original bytes, medians, between events; ``run``: tiles that a warp takes at a time.
 ``wrong_bytes``: all pages after a load elsewhere, and coded records against the host's twin. On the host: the twin itself.
-:mod:`perf.coder_cachegen` adds rows of codec ``cachegen``.
+:mod:`perf.coder_lossy` adds rows of the codecs of bounded loss, :mod:`perf.coder_cachegen` of codec ``cachegen``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kvortex.codecs.plane import PlaneCodec
 from kvortex.devices import driver as cu
 from kvortex.devices.cuda import CudaDevice
 from kvortex.kernels import build
-from perf import coder_cachegen
+from perf import coder_cachegen, coder_lossy
 from perf.clock import CudaClock, HostClock
 from perf.codecs import SAMPLE, sample
 from perf.report import Report, progress
@@ -50,6 +50,7 @@ def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]]
     codec = make_codec("plane", SHAPE, calibrate(records[: min(blocks, 12)], SHAPE))
     assert isinstance(codec, PlaneCodec)
     rows = _on_gpu(device, codec, records, rounds) if isinstance(device, CudaDevice) else _on_host(codec, records, rounds)
+    rows += coder_lossy.rows(device, records, SHAPE, rounds)
     rows += coder_cachegen.rows(device, records, SHAPE, rounds)
     notes = {"blocks": blocks, "block_bytes": SHAPE.raw_bytes, "rounds": rounds, "unit": "GB/s of original bytes, medians"}
     notes["pages"] = SAMPLE.name if SAMPLE.exists() else "drawn"

@@ -1,5 +1,7 @@
 """Fixed-rate quantizers by the CPU: K by channel, V by token. Compiled; all floats are float32, in an order given here.
 
+:mod:`kvortex.kernels.lossy_encode` and its neighbours make the same bytes on a GPU: what changes here changes there.
+
 A plane's codes are bit planes: of each token, of each 32 neighbouring channels, a 32-bit word a bit, lowest first. Before
 them lie a K plane's scales, u8[tokens / 16][channels], or a V plane's steps and zeros, fp16[tokens][heads][2].
 """
@@ -15,6 +17,7 @@ GROUP = 16  # tokens that share a scale of K
 SCALE_ZERO = 128  # the scale that is 1
 _GATHER = np.uint64(0x0102040810204080)
 _BYTE = np.uint64(56)
+_HUGE = 0x6000  # the bf16 of 2**65
 _LARGEST_HALF = np.float32(65504)
 _SUBNORMAL_STEP = np.float32(2.0**-24)
 _LEAST_NORMAL = np.float32(2.0**-14)
@@ -129,14 +132,14 @@ def _encode_k(plane: Any, mean: Any, bits: int, table: Any, out: Any, at: int, w
                 else:
                     low = middle + 1
             scale_bytes[c] = low
-            step[c] = table[low] / half
+            step[c] = half / table[low]
         packed = scale_bytes[:channels].view(np.uint32)
         begin = at + group * channels // 4
         out[begin : begin + channels // 4] = packed
         for row in range(GROUP * group, GROUP * group + GROUP):
             line = plane[row]
             for c in range(channels):
-                q = np.floor((line[c] - mean[c]) / step[c])
+                q = np.floor((line[c] - mean[c]) * step[c])
                 codes[c] = np.uint8(min(max(q, -half), half - np.float32(1)) + half)
             code_at = _pack(codes[:channels], bits, out, code_at, scratch, scratch64)
     return code_at
@@ -184,9 +187,10 @@ def _encode_v(plane: Any, dim: int, bits: int, factor: Any, out: Any, at: int, w
             step = _from_half(step_half, cell, cell_bits)
             if (zero_half & np.uint32(0x7FFF)) >= np.uint32(0x7C00):
                 return -1
+            inverse = np.float32(1) / step if step > 0 else np.float32(0)
             out[at + row * heads + head] = step_half | zero_half << np.uint32(16)
             for k in range(dim):
-                q = np.rint((part[k] - zero) / step) if step > 0 else np.float32(0)
+                q = np.rint((part[k] - zero) * inverse)
                 codes[head * dim + k] = np.uint8(min(max(q, np.float32(0)), most))
         code_at = _pack(codes[:channels], bits, out, code_at, scratch, scratch64)
     return code_at
@@ -260,7 +264,8 @@ def encode_lossy(values: Any, out: Any, is_key: Any, mean: Any, form: Any, facto
                 for c in range(channels):
                     largest = max(largest, values[record, p, row, c] & np.uint16(0x7FFF))
                     plane_bits[row, c] = np.uint32(values[record, p, row, c]) << np.uint32(16)
-            if largest >= np.uint16(0x7F80):  # a comparison of floats would miss a NaN
+            # A comparison of floats would miss a NaN, and sums of what is too large for any scale of V may be some.
+            if largest >= (np.uint16(0x7F80) if is_key[p] else np.uint16(_HUGE)):
                 at = -1
             elif is_key[p]:
                 at = _encode_k(plane, mean[p], form[1], table, out[record], at, work)

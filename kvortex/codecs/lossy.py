@@ -116,6 +116,10 @@ class LossyCodec(BoundedCodec):
     part_bytes, parts
         Bytes of an original that a slot takes behind a header, and slots that all of it takes: how a pool of such slots keeps
         the first block of a sequence.
+    key_bytes, value_bytes
+        Of a plane of K and of V in a body.
+    factor : float32
+        What rotated values are multiplied by; 0 for no rotation.
     """
 
     k_bits: ClassVar[int]
@@ -131,15 +135,15 @@ class LossyCodec(BoundedCodec):
             raise CodecError(f"head_dim = {shape.head_dim}: {self.name} rotates V, which takes a power of two. Use codec int8.")
         self.shape, self.tables = shape, tables
         tokens, channels = shape.tokens, shape.channels
-        key = tokens // GROUP * channels + tokens * channels * self.k_bits // 8
-        value = tokens * (channels // shape.head_dim) * 4 + tokens * channels * self.v_bits // 8
-        self.slot_bytes = HEADER_BYTES + shape.planes // 2 * (key + value)
+        self.key_bytes = tokens // GROUP * channels + tokens * channels * self.k_bits // 8
+        self.value_bytes = tokens * (channels // shape.head_dim) * 4 + tokens * channels * self.v_bits // 8
+        self.slot_bytes = HEADER_BYTES + shape.planes // 2 * (self.key_bytes + self.value_bytes)
         self.worst_bytes = HEADER_BYTES + self._plane.worst_bytes
         self.part_bytes = self.slot_bytes - HEADER_BYTES
         self.parts = -(-shape.raw_bytes // self.part_bytes)
         self._is_key = np.array([part == "K" for part in shape.parts_of_planes])
         self._form = np.array([shape.head_dim, self.k_bits, self.v_bits], np.int64)
-        self._factor = np.float32(shape.head_dim**-0.5 if self.rotated else 0)
+        self.factor = np.float32(shape.head_dim**-0.5 if self.rotated else 0)
 
     def parameters(self) -> bytes:
         return self.tables.digest
@@ -154,7 +158,7 @@ class LossyCodec(BoundedCodec):
     @cached_property
     def compiled(self) -> tuple[Any, ...]:
         """What compiled functions take of a codec: see :func:`kvortex.codecs._lossy.encode_lossy`."""
-        return self._is_key, self.tables.means, self._form, self._factor, _SCALES
+        return self._is_key, self.tables.means, self._form, self.factor, _SCALES
 
     def _encode_bodies(self, planes: npt.NDArray[np.uint16], room: npt.NDArray[np.uint32], coded: Flags) -> Int64s:
         if 4 * room.shape[1] < self.slot_bytes:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+from numba import cuda
 from numba.cuda.simulator.kernelapi import FakeCUDAModule
 
 _warps: dict[int, tuple[threading.Barrier, list[Any]]] = {}
@@ -46,6 +47,7 @@ def install(*modules: ModuleType) -> None:
     """Gives the simulator what it lacks, and kernels' modules casts to unsigned and signed integers of a width."""
     sys.setswitchinterval(5e-4)  # the simulator's block manager spins with the GIL held
     FakeCUDAModule.ballot_sync, FakeCUDAModule.shfl_xor_sync, FakeCUDAModule.shfl_sync = _ballot, _shuffle, _from_lane
+    cuda.shfl_xor_sync = lambda mask, value, flip: _exchange(value, lambda slots, lane: slots[lane ^ flip])
     FakeCUDAModule.syncwarp = lambda self, mask=0: _exchange(0, lambda slots, lane: None)
     FakeCUDAModule.popc = lambda self, value: (int(value) & 0xFFFFFFFF).bit_count()
     for module in modules:

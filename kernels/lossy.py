@@ -1,0 +1,104 @@
+"""What the kernels of bounded loss share: who works on what, and numbers by eights.
+
+A launch works on ``n_blocks`` records, that of row ``b`` at ``staging + b * pitch``; both are multiples of 16. ``blocks`` has
+two numbers a row: its page, and which part of its original it keeps as it is, or -1 where it is coded. A warp takes ``run``
+neighbouring tiles at a time: of K 16 tokens of 64 channels, of a V plane 1,024 values in a row, of a part ``TILE_BYTES``. Any
+grid works. All other numbers come from ``codec``, uint64 in VRAM: see :mod:`kvortex.kernels.lossy_form`. Planes lie at
+multiples of 16.
+
+What a record's bytes are is in :mod:`kvortex.codecs.lossy`; all floats are float32 and each operation rounds once, in the
+order that :mod:`kvortex.codecs._lossy` has on the host (:mod:`kvortex.kernels.float32`).
+
+Of K each lane has 8 neighbouring channels of 4 tokens, so that the largest of a channel takes two shuffles; of V it has 32
+neighbouring channels of one token: most of a rotation, and the words of its codes, without any.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numba import cuda
+from numba.cuda import types
+
+from kvortex.kernels import plane
+from kvortex.kernels.eights import differences, from_lane, joined, scaled, sums, turned
+from kvortex.kernels.float32 import number_of, times, word_of
+from kvortex.kernels.lossy_form import (
+    ACROSS,
+    BODY_BYTES,
+    EACH,
+    GROUPS,
+    HEADER_BYTES,
+    KEY_BYTES,
+    N_PLANES,
+    PLANES,
+    TILE_BYTES,
+    VALUE_BYTES,
+)
+
+SIGNATURE: Any = plane.SIGNATURE
+uint32, uint64, int32 = types.uint32, types.uint64, types.int32
+ALL: Any = 0xFFFFFFFF
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def rotated(a, b, c, d, lane, lanes, factor):  # type: ignore[no-untyped-def]
+    """The Hadamard transform of heads that lie in ``lanes`` lanes side by side, 32 numbers in each."""
+    a, b, c, d = turned(a), turned(b), turned(c), turned(d)
+    a, b, c, d = sums(a, b), differences(a, b), sums(c, d), differences(c, d)
+    a, b, c, d = sums(a, c), sums(b, d), differences(a, c), differences(b, d)
+    flip = uint32(1)
+    while flip < lanes:
+        sign = uint32(0x80000000) if uint32(lane & flip) != uint32(0) else uint32(0)
+        a, b = joined(from_lane(a, flip), a, sign), joined(from_lane(b, flip), b, sign)
+        c, d = joined(from_lane(c, flip), c, sign), joined(from_lane(d, flip), d, sign)
+        flip = uint32(flip << uint32(1))
+    return scaled(a, factor), scaled(b, factor), scaled(c, factor), scaled(d, factor)
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def from_half(half):  # type: ignore[no-untyped-def]
+    """The number of an fp16; of bits that are no finite one what comes of them on the host."""
+    size = times(number_of(uint32((half & uint32(0x7FFF)) << uint32(13))), number_of(uint32(0x77800000)))
+    return number_of(uint32(word_of(size) | (half & uint32(0x8000)) << uint32(16)))
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def place(codec, tile):  # type: ignore[no-untyped-def]
+    """A tile's plane, its number in the plane, whether that is K, and where the plane begins in a record."""
+    each_tiles = uint32(uint32(codec[GROUPS]) * uint32(codec[ACROSS]))
+    number = uint32(tile // each_tiles)
+    each = uint32(codec[EACH])
+    layer = uint32(number // uint32(uint32(2) * each))
+    within = uint32(number - layer * uint32(uint32(2) * each))
+    key = within < each
+    keys = uint32(layer * each + (within if key else each))
+    begin = uint32(uint32(HEADER_BYTES) + keys * uint32(codec[KEY_BYTES]))
+    return number, uint32(tile - number * each_tiles), key, uint32(begin + uint32(number - keys) * uint32(codec[VALUE_BYTES]))
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def page_of(codec, number, block):  # type: ignore[no-untyped-def]
+    """Where a plane lies in the pages."""
+    at = uint32(uint32(PLANES) + uint32(2) * number)
+    return codec[at] + uint64(block) * codec[uint32(at + uint32(1))]
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def part_at(codec, part, block, offset):  # type: ignore[no-untyped-def]
+    """Where a byte of a part, a multiple of 16, lies in the pages."""
+    plane_bytes = uint32(uint32(TILE_BYTES) * uint32(codec[GROUPS]) * uint32(codec[ACROSS]))
+    begin = uint32(part * uint32(codec[BODY_BYTES]) + offset)
+    number = uint32(begin // plane_bytes)
+    return page_of(codec, number, block) + uint64(uint32(begin - number * plane_bytes))
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def part_bytes(codec, part):  # type: ignore[no-untyped-def]
+    """Bytes of the original that a part keeps; 0 where there is no such part."""
+    body = uint32(codec[BODY_BYTES])
+    raw = uint32(uint32(TILE_BYTES) * uint32(codec[N_PLANES]) * uint32(codec[GROUPS]) * uint32(codec[ACROSS]))
+    left = uint32(0)
+    if uint64(part) * uint64(body) < uint64(raw):
+        left = min(uint32(raw - part * body), body)
+    return left

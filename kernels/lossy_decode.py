@@ -1,0 +1,166 @@
+"""Coded records of bounded loss into pages, fused with the scatter: see :mod:`kvortex.kernels.lossy`.
+
+A record's form is known before it is read, so nothing in it but its header leads a kernel: damaged bytes make wrong numbers of
+their own page, which the digest of the record's keeper tells.
+"""
+
+from __future__ import annotations
+
+from numba import cuda
+
+from kvortex.kernels import lossy
+from kvortex.kernels.bit_planes import bit_planes, bytes_turned, load_planes, traded
+from kvortex.kernels.eights import (
+    brain,
+    eight,
+    key_numbers,
+    scales_of,
+    value_numbers_0,
+    value_numbers_1,
+    value_numbers_2,
+    value_numbers_3,
+)
+from kvortex.kernels.float32 import number_of, times, whole
+from kvortex.kernels.lane import load4, load8, load16, store4, store16
+from kvortex.kernels.lossy import ALL, from_half, page_of, part_at, part_bytes, place, rotated
+from kvortex.kernels.lossy_form import (
+    ACROSS,
+    BODY_BYTES,
+    FACTOR,
+    GROUPS,
+    HEADER_BYTES,
+    HEADER_WORDS,
+    HEADERS,
+    K_BITS,
+    LANES,
+    MEANS,
+    N_PLANES,
+    PART_AT,
+    TILE_BYTES,
+    USED_AT,
+    V_BITS,
+)
+from kvortex.kernels.plane import uniform
+
+SIGNATURE = lossy.SIGNATURE
+uint32, uint64, int32 = lossy.uint32, lossy.uint64, lossy.int32
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def _is_ours(codec, record, part, lane):  # type: ignore[no-untyped-def]
+    """Whether a header is that of a coded record, or of this part; the same in every lane."""
+    same = True
+    if lane < uint32(HEADER_WORDS):
+        offset = uint64(4) * uint64(lane)
+        if part < int32(0):
+            own = uint32(load4(codec[HEADERS] + offset))
+        else:
+            own = uint32(load4(codec[HEADERS] + uint64(HEADER_BYTES) + offset))
+            if lane == uint32(PART_AT):
+                own = uint32(part)
+            if lane == uint32(USED_AT):
+                own = uint32(uint32(HEADER_BYTES) + part_bytes(codec, uint32(part)))
+        same = uint32(load4(record + offset)) == own
+    return uint32(cuda.ballot_sync(ALL, same)) == uint32(0xFFFFFFFF)
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def _key_tile(codec, number, within, block, plane_at, lane):  # type: ignore[no-untyped-def]
+    """16 tokens of 64 channels of K."""
+    across = uint32(codec[ACROSS])
+    bits = uniform(uint32(codec[K_BITS]))
+    group = uint32(within // across)
+    channel = uint32(uint32(64) * uint32(within - group * across) + uint32(8) * uint32(lane & uint32(7)))
+    token = uint32(lane >> uint32(3))
+    row = uint32(uint32(16) * group + uint32(4) * uint32(lane & uint32(3)) + token)
+    codes = plane_at + uint64(64) * uint64(codec[GROUPS]) * uint64(across)
+    column = uint32(uint32(row * uint32(uint32(2) * across)) + uint32(channel >> uint32(5)))
+    words = load_planes(codes + uint64(uint32(4) * bits) * uint64(column), bits)
+    scales = load8(plane_at + uint64(group) * uint64(64) * uint64(across) + uint64(channel))
+    mean = eight(load16(codec[MEANS] + uint64(2) * (uint64(number) * uint64(64) * uint64(across) + uint64(channel))))
+    step = scales_of(uint32(scales), uint32(scales >> uint64(32)), uint32(uint32(0) - uint32((bits + uint32(7)) << uint32(23))))
+    # Each lane has all channels of one token: now it gets 8 channels of four.
+    a0, b0, c0, d0, a1, b1, c1, d1 = traded(bytes_turned(bit_planes(words)), lane)
+    step_bytes = uint64(across) * uint64(128)
+    target = page_of(codec, number, block) + uint64(uint32(16) * group + token) * step_bytes + uint64(2) * uint64(channel)
+    half = uint32(uint32(256) * uint32(uint32(1) << uint32(bits - uint32(1))))
+    middle = whole(uint32(uint32(0x800000) + half - uint32(128)))
+    store16(target, key_numbers(a0, a1, middle, step, mean))
+    store16(target + uint64(4) * step_bytes, key_numbers(b0, b1, middle, step, mean))
+    store16(target + uint64(8) * step_bytes, key_numbers(c0, c1, middle, step, mean))
+    store16(target + uint64(12) * step_bytes, key_numbers(d0, d1, middle, step, mean))
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def _value_tile(codec, number, within, block, plane_at, lane):  # type: ignore[no-untyped-def]
+    """1,024 values of V in a row."""
+    bits = uniform(uint32(codec[V_BITS]))
+    lanes = uniform(uint32(codec[LANES]))
+    factor = uniform(uint32(codec[FACTOR]))
+    at = uint32(uint32(32) * within + lane)
+    heads = uint32(uint32(codec[GROUPS]) * uint32(codec[ACROSS]) * uint32(uint32(32) // lanes))
+    words = load_planes(plane_at + uint64(4) * uint64(heads) + uint64(uint32(4) * bits) * uint64(at), bits)
+    both = uint32(load4(plane_at + uint64(4) * uint64(uint32(at // lanes))))
+    step = times(from_half(uint32(both & uint32(0xFFFF))), number_of(uint32(0x3B800000)))  # a 256th
+    zero = from_half(uint32(both >> uint32(16)))
+    words = bit_planes(words)
+    a, b = value_numbers_0(words, step, zero), value_numbers_1(words, step, zero)
+    c, d = value_numbers_2(words, step, zero), value_numbers_3(words, step, zero)
+    if factor != uint32(0):
+        a, b, c, d = rotated(a, b, c, d, lane, lanes, number_of(factor))
+    target = page_of(codec, number, block) + uint64(64) * uint64(at)
+    store16(target, brain(a))
+    store16(target + uint64(16), brain(b))
+    store16(target + uint64(32), brain(c))
+    store16(target + uint64(48), brain(d))
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def _part(codec, tile, part, block, record, lane):  # type: ignore[no-untyped-def]
+    """A tile's share of a part."""
+    offset = uint32(uint32(TILE_BYTES) * tile + uint32(16) * lane)
+    end = min(part_bytes(codec, part), uint32(uint32(TILE_BYTES) * uint32(tile + uint32(1))))
+    while offset < end:
+        store16(part_at(codec, part, block, offset), load16(record + uint64(HEADER_BYTES) + uint64(offset)))
+        offset = uint32(offset + uint32(512))
+
+
+def lossy_decode(staging, pitch, codec, status, blocks, n_blocks, run):  # type: ignore[no-untyped-def]
+    """Decodes staging into pages.
+
+    Parameters
+    ----------
+    staging, pitch, codec, blocks, n_blocks, run
+        As of :func:`kvortex.kernels.lossy_encode.lossy_encode`. Nobody writes to staging meanwhile.
+    status : uint64
+        Address of (n_blocks,) uint32, zeros; 1 is written for what is no record of this codec, or another part. Its page is
+        left as it is.
+    """
+    lane = uint32(cuda.threadIdx.x & 31)
+    warp = uniform(uint32((cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) >> 5))
+    warps = uint32((cuda.gridDim.x * cuda.blockDim.x) >> 5)
+    tiles = uint32(uint32(codec[N_PLANES]) * uint32(codec[GROUPS]) * uint32(codec[ACROSS]))
+    runs = uint32((tiles + uint32(run) - uint32(1)) // uint32(run))
+    at = warp
+    while at < uint32(uint32(n_blocks) * runs):
+        b = uint32(at // runs)
+        tile = uint32((at - b * runs) * uint32(run))
+        last = min(uint32(tile + uint32(run)), tiles)
+        record = staging + uint64(b) * pitch
+        block, part = blocks[uint32(uint32(2) * b)], blocks[uint32(uint32(2) * b + uint32(1))]
+        if not (uint64(uint32(HEADER_BYTES) + uint32(codec[BODY_BYTES])) <= pitch and _is_ours(codec, record, part, lane)):
+            if lane == uint32(0):
+                store4(status + uint64(4) * uint64(b), uint32(1))
+            tile = last
+        while tile < last:
+            if part >= int32(0):
+                _part(codec, tile, uint32(part), block, record, lane)
+            else:
+                number, within, key, begin = place(codec, tile)
+                plane_at = record + uint64(begin)
+                if key:
+                    _key_tile(codec, number, within, block, plane_at, lane)
+                else:
+                    _value_tile(codec, number, within, block, plane_at, lane)
+            tile = uint32(tile + uint32(1))
+        at = uint32(at + warps)

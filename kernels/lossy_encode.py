@@ -1,0 +1,240 @@
+"""Pages into coded records of bounded loss, fused with the gather, in one launch: see :mod:`kvortex.kernels.lossy`.
+
+Whether a record can be coded is known when all its values have been seen. So who ends last with it writes its header, and
+that is found by a counter for each record in VRAM. The counters are zeros before a launch and after it.
+"""
+
+from __future__ import annotations
+
+from numba import cuda
+
+from kvortex.kernels import lossy
+from kvortex.kernels.bit_planes import bit_planes, bytes_turned, lowest, store_planes, traded
+from kvortex.kernels.eights import (
+    differences,
+    eight,
+    from_lane,
+    high_codes,
+    inverses,
+    larger_each,
+    largest,
+    low_codes,
+    most_word,
+    reaches,
+    scale_codes,
+    smaller_each,
+    smallest,
+    value_codes,
+)
+from kvortex.kernels.flags import mark, take
+from kvortex.kernels.float32 import half_down, half_up, larger, minus, number_of, over, plus, reach, smaller, whole, word_of
+from kvortex.kernels.lane import load4, load16, store4, store8, store16
+from kvortex.kernels.lossy import ALL, from_half, page_of, part_at, part_bytes, place, rotated
+from kvortex.kernels.lossy_form import (
+    ACROSS,
+    BODY_BYTES,
+    DECLINED,
+    FACTOR,
+    GROUPS,
+    HEADER_BYTES,
+    HEADER_WORDS,
+    HEADERS,
+    K_BITS,
+    LANES,
+    LARGEST_SCALE,
+    MEANS,
+    N_PLANES,
+    PART_AT,
+    STORED_AT,
+    TILE_BYTES,
+    USED_AT,
+    V_BITS,
+)
+from kvortex.kernels.plane import uniform
+
+SIGNATURE = lossy.SIGNATURE
+uint32, uint64, int32 = lossy.uint32, lossy.uint64, lossy.int32
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def _key_tile(codec, number, within, block, plane_at, lane):  # type: ignore[no-untyped-def]
+    """16 tokens of 64 channels of K; False where a value is too large, or none."""
+    across = uint32(codec[ACROSS])
+    bits = uniform(uint32(codec[K_BITS]))
+    group = uint32(within // across)
+    channel = uint32(uint32(64) * uint32(within - group * across) + uint32(8) * uint32(lane & uint32(7)))
+    step = uint64(across) * uint64(128)
+    token = uint32(lane >> uint32(3))
+    source = page_of(codec, number, block) + uint64(uint32(16) * group + token) * step + uint64(2) * uint64(channel)
+    a, b = load16(source), load16(source + uint64(4) * step)
+    c, d = load16(source + uint64(8) * step), load16(source + uint64(12) * step)
+    mean = eight(load16(codec[MEANS] + uint64(2) * (uint64(number) * uint64(64) * uint64(across) + uint64(channel))))
+    e, f = differences(eight(a), mean), differences(eight(b), mean)
+    g, h = differences(eight(c), mean), differences(eight(d), mean)
+    most = reaches(reaches(e, f), reaches(g, h))
+    most = reaches(most, from_lane(most, uint32(8)))
+    most = reaches(most, from_lane(most, uint32(16)))
+    scales = scale_codes(most)
+    if token == uint32(0):
+        low = lowest(scales[0], scales[1], scales[2], scales[3])
+        high = lowest(scales[4], scales[5], scales[6], scales[7])
+        at = plane_at + uint64(group) * uint64(64) * uint64(across) + uint64(channel)
+        store8(at, uint64(low) | uint64(high) << uint64(32))
+    inverse = inverses(scales, uint32((bits - uint32(1)) << uint32(23)))
+    half = whole(uint32(uint32(1) << uint32(bits - uint32(1))))
+    top = minus(half, number_of(uint32(0x3F000000)))  # lies within the last step
+    a0, a1 = low_codes(e, inverse, half, top), high_codes(e, inverse, half, top)
+    b0, b1 = low_codes(f, inverse, half, top), high_codes(f, inverse, half, top)
+    c0, c1 = low_codes(g, inverse, half, top), high_codes(g, inverse, half, top)
+    d0, d1 = low_codes(h, inverse, half, top), high_codes(h, inverse, half, top)
+    # Four lanes have 32 channels of four tokens: now each gets all channels of one.
+    words = bit_planes(bytes_turned(traded((a0, b0, c0, d0, a1, b1, c1, d1), lane)))
+    row = uint32(uint32(16) * group + uint32(4) * uint32(lane & uint32(3)) + token)
+    codes = plane_at + uint64(64) * uint64(codec[GROUPS]) * uint64(across)
+    column = uint32(uint32(row * uint32(uint32(2) * across)) + uint32(channel >> uint32(5)))
+    store_planes(codes + uint64(uint32(4) * bits) * uint64(column), bits, words)
+    return most_word(most) <= uint32(LARGEST_SCALE)
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def _huge(words):  # type: ignore[no-untyped-def]
+    """Not 0 where one of 8 values is no number, or so large that sums could be none: the two highest bits of its exponent."""
+    a, b, c, d = words
+    return uint32((a & a << uint32(1) | b & b << uint32(1) | c & c << uint32(1) | d & d << uint32(1)) & uint32(0x40004000))
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def _value_tile(codec, number, within, block, plane_at, lane):  # type: ignore[no-untyped-def]
+    """1,024 values of V in a row; False where one is too large, or none."""
+    bits = uniform(uint32(codec[V_BITS]))
+    lanes = uniform(uint32(codec[LANES]))
+    factor = uniform(uint32(codec[FACTOR]))
+    at = uint32(uint32(32) * within + lane)
+    source = page_of(codec, number, block) + uint64(64) * uint64(at)
+    p, q, r, s = load16(source), load16(source + uint64(16)), load16(source + uint64(32)), load16(source + uint64(48))
+    good = uint32(_huge(p) | _huge(q) | _huge(r) | _huge(s)) == uint32(0)
+    a, b, c, d = eight(p), eight(q), eight(r), eight(s)
+    if factor != uint32(0):
+        a, b, c, d = rotated(a, b, c, d, lane, lanes, number_of(factor))
+    low = smallest(smaller_each(smaller_each(a, b), smaller_each(c, d)))
+    high = largest(larger_each(larger_each(a, b), larger_each(c, d)))
+    flip = uint32(1)
+    while flip < lanes:
+        low = smaller(low, number_of(uint32(cuda.shfl_xor_sync(ALL, int32(word_of(low)), flip))))
+        high = larger(high, number_of(uint32(cuda.shfl_xor_sync(ALL, int32(word_of(high)), flip))))
+        flip = uint32(flip << uint32(1))
+    none = number_of(uint32(0))
+    low, high = plus(low, none), plus(high, none)  # which makes 0 of -0
+    good = good and word_of(reach(reach(none, low), high)) <= uint32(0x477FE000)  # 65,504
+    zero_half = uint32(half_down(low))
+    zero = from_half(zero_half)
+    step_half = uint32(half_up(over(minus(high, zero), whole(uint32(uint32(uint32(1) << bits) - uint32(1))))))
+    step = from_half(step_half)
+    inverse = none
+    if step_half != uint32(0):
+        inverse = over(number_of(uint32(0x3F800000)), step)
+    if uint32(lane & uint32(lanes - uint32(1))) == uint32(0):
+        store4(plane_at + uint64(4) * uint64(uint32(at // lanes)), uint32(step_half | zero_half << uint32(16)))
+    words = bit_planes(value_codes(a, b, c, d, zero, inverse))
+    heads = uint32(uint32(codec[GROUPS]) * uint32(codec[ACROSS]) * uint32(uint32(32) // lanes))
+    store_planes(plane_at + uint64(4) * uint64(heads) + uint64(uint32(4) * bits) * uint64(at), bits, words)
+    return good
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def _part(codec, tile, part, block, record, lane):  # type: ignore[no-untyped-def]
+    """A tile's share of a part: some of the original's bytes, and zeros behind them."""
+    nbytes = part_bytes(codec, part)
+    body = uint32(codec[BODY_BYTES])
+    if tile == uint32(0) and lane < uint32(HEADER_WORDS):
+        word = uint32(load4(codec[HEADERS] + uint64(HEADER_BYTES) + uint64(4) * uint64(lane)))
+        if lane == uint32(PART_AT):
+            word = part
+        if lane == uint32(USED_AT):
+            word = uint32(uint32(HEADER_BYTES) + nbytes)
+        store4(record + uint64(4) * uint64(lane), word)
+    offset = uint32(uint32(TILE_BYTES) * tile + uint32(16) * lane)
+    end = min(body, uint32(uint32(TILE_BYTES) * uint32(tile + uint32(1))))
+    while offset < end:
+        none = uint32(0)
+        words = (none, none, none, none)
+        if offset < nbytes:
+            words = load16(part_at(codec, part, block, offset))
+        store16(record + uint64(HEADER_BYTES) + uint64(offset), words)
+        offset = uint32(offset + uint32(512))
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def _header(codec, record, declined, tiles, lane):  # type: ignore[no-untyped-def]
+    """Of a coded record, by who ends last with it."""
+    if lane < uint32(HEADER_WORDS):
+        word = uint32(load4(codec[HEADERS] + uint64(4) * uint64(lane)))
+        if declined and lane == uint32(STORED_AT):
+            word = uint32(DECLINED)
+        if declined and lane == uint32(USED_AT):  # as much as it may take: nobody has counted
+            word = uint32(uint32(2 * HEADER_BYTES) + uint32(TILE_BYTES) * tiles)
+        store4(record + uint64(4) * uint64(lane), word)
+
+
+def lossy_encode(staging, pitch, codec, counts, blocks, n_blocks, run):  # type: ignore[no-untyped-def]
+    """Codes pages into staging.
+
+    Parameters
+    ----------
+    staging : uint64
+        Address of the staging buffer, a multiple of 16; record ``b`` starts at ``staging + b * pitch``.
+    pitch : uint64
+        Room of a record, and bytes from one to the next: a multiple of 16, at least a slot's. Of a record with a value that
+        is not finite, or is too large, the header says that it was declined, and the body means nothing; where there is no
+        room, that is so of all, and only headers are written.
+    codec : pointer to uint64
+        See :mod:`kvortex.kernels.lossy`.
+    counts : uint64
+        Address of (n_blocks,) uint32 in VRAM, zeros; zeros again when the kernel has ended.
+    blocks : pointer to int32, (n_blocks, 2)
+        Page of each record, and which part of it this is, or -1; device memory, or mapped host memory.
+    n_blocks : int32
+    run : int32
+        Tiles that a warp takes at a time, at least 1.
+    """
+    lane = uint32(cuda.threadIdx.x & 31)
+    warp = uniform(uint32((cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) >> 5))
+    warps = uint32((cuda.gridDim.x * cuda.blockDim.x) >> 5)
+    tiles = uint32(uint32(codec[N_PLANES]) * uint32(codec[GROUPS]) * uint32(codec[ACROSS]))
+    runs = uint32((tiles + uint32(run) - uint32(1)) // uint32(run))
+    fits = uint64(uint32(HEADER_BYTES) + uint32(codec[BODY_BYTES])) <= pitch
+    at = warp
+    while at < uint32(uint32(n_blocks) * runs):
+        b = uint32(at // runs)
+        tile = uint32((at - b * runs) * uint32(run))
+        last = min(uint32(tile + uint32(run)), tiles)
+        record = staging + uint64(b) * pitch
+        block, part = blocks[uint32(uint32(2) * b)], blocks[uint32(uint32(2) * b + uint32(1))]
+        good = fits
+        if not fits:
+            tile, part = last, int32(-1)
+        while tile < last:
+            if part >= int32(0):
+                _part(codec, tile, uint32(part), block, record, lane)
+            else:
+                number, within, key, begin = place(codec, tile)
+                plane_at = record + uint64(begin)
+                if key:
+                    good = _key_tile(codec, number, within, block, plane_at, lane) and good
+                else:
+                    good = _value_tile(codec, number, within, block, plane_at, lane) and good
+            tile = uint32(tile + uint32(1))
+        if part < int32(0):
+            counter = counts + uint64(4) * uint64(b)
+            all_good = uint32(cuda.ballot_sync(ALL, good)) == uint32(0xFFFFFFFF)
+            before = uint32(0)
+            if lane == uint32(0):
+                if not all_good:
+                    mark(counter)
+                before = uint32(take(counter))
+            before = uniform(before)
+            if uint32(before & uint32(0x7FFFFFFF)) == uint32(runs - uint32(1)):
+                _header(codec, record, before >> uint32(31) != uint32(0), tiles, lane)
+                if lane == uint32(0):
+                    store4(counter, uint32(0))
+        at = uint32(at + warps)

@@ -1,0 +1,139 @@
+"""Rows of ``perf plane`` for the codecs of bounded loss: pages in VRAM to coded records there and back, by codec and run.
+
+``save`` is :func:`lossy_encode`, ``load`` :func:`lossy_decode`. ``wrong_bytes``: records against the host's twin, and what a
+load put elsewhere against what the twin decodes, of the first ``CHECKED`` blocks. On the host: the twin itself, and records
+that it cannot read.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import statistics
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+import kvortex
+from kvortex.codecs import RecordShape, calibrate, make_codec
+from kvortex.codecs.lossy import LossyCodec
+from kvortex.codecs.on_device_lossy import cells, constants
+from kvortex.devices import driver as cu
+from kvortex.devices.cuda import CudaDevice
+from kvortex.kernels import build
+from perf.clock import CudaClock, HostClock
+from perf.report import progress
+
+CODECS = ("int8", "k6v4", "k4v4", "k4v3")
+RUNS = (1, 4, 16)  # of 1,024 tiles in a block
+THREADS, CTAS_EACH = 256, 2  # of a CTA; CTAs a multiprocessor, as many as its registers hold
+CHECKED = 16
+NAMES = "lossy_encode", "lossy_decode"
+Bytes = npt.NDArray[np.uint8]
+
+
+def rows(device: Any, records: Bytes, shape: RecordShape, rounds: int) -> list[dict[str, Any]]:
+    """Of (n, raw_bytes) records of a shape."""
+    made, tables = [], calibrate(records[:12], shape)
+    bench = _Bench(device, shape, records) if isinstance(device, CudaDevice) else None
+    for name in CODECS:
+        progress(name)
+        codec = make_codec(name, shape, tables)
+        assert isinstance(codec, LossyCodec)
+        made += _on_host(codec, records[:4]) if bench is None else bench.rows(codec, rounds)
+    if bench is not None:
+        bench.clock.close()
+    return made
+
+
+def _row(name: str, codec: LossyCodec, run: int, seconds: list[float], nbytes: int) -> dict[str, Any]:
+    middle, ratio = statistics.median(seconds), codec.shape.raw_bytes / codec.slot_bytes
+    return {"kernel": f"{codec.name}, {name}", "run": run, "rate": nbytes / middle / 1e9, "us": middle * 1e6, "ratio": ratio}
+
+
+def _on_host(codec: LossyCodec, records: Bytes) -> list[dict[str, Any]]:
+    coded, back, clock = np.zeros((len(records), codec.slot_bytes), np.uint8), np.zeros_like(records), HostClock()
+    save = [clock.seconds(lambda: codec.encode_into(records, coded)) for _ in range(2)]
+    load = [clock.seconds(lambda: codec.decode_into(coded, back)) for _ in range(2)]
+    wrong = int((~codec.decode_into(coded, back)).sum())
+    made = (_row(name, codec, 0, times, records.size) for name, times in (("save", save), ("load", load)))
+    return [row | {"wrong_bytes": wrong} for row in made]
+
+
+class _Bench:
+    """Pages and kernels on a GPU: pages ``source`` hold the records, pages ``target`` nothing yet."""
+
+    def __init__(self, device: CudaDevice, shape: RecordShape, records: Bytes) -> None:
+        self.device, self.shape, self.records, self.clock = device, shape, records, CudaClock(device)
+        n, pages = len(records), 2 * len(records)
+        order = np.random.default_rng(1).permutation(pages).astype(np.int32)
+        self.source, self.target = order[:n], order[n:]
+        self.memory, self.staging = device.allocate(pages * shape.raw_bytes), device.allocate(n * shape.raw_bytes)
+        for plane in range(shape.planes):  # a plane of all pages at a time
+            data = np.zeros((pages, shape.plane_bytes), np.uint8)
+            data[self.source] = records[:, plane * shape.plane_bytes : (plane + 1) * shape.plane_bytes]
+            self.memory.write(data.reshape(-1), plane * data.size)
+        sizes = shape.planes, pages, shape.tokens, shape.channels
+        strides = tuple(2 * int(np.prod(sizes[at + 1 :])) for at in range(4))
+        layout = kvortex.KVLayout.from_pointers((self.memory.address, sizes, strides, 2), 1, 0, device=device.name)
+        self.fragments = layout.fragments
+        rows = {"save": self.source, "load": self.target}
+        self.blocks = {name: self.upload(np.stack((ids, np.full(n, -1, np.int32)), 1)) for name, ids in rows.items()}
+        self.counts, self.status = self.upload(np.zeros(n, np.uint32)), self.upload(np.zeros(n, np.uint32))
+        self._functions = {}
+        for name in NAMES:
+            cubin = build.load(name, device.compute_capability)
+            with cu.current(device.context) as driver:
+                module = cu.check(driver.cuModuleLoadData(cubin.code), "cuModuleLoadData")
+                found = driver.cuModuleGetFunction(module, cubin.entry.encode())
+                self._functions[name] = cu.check(found, "cuModuleGetFunction")
+
+    def upload(self, array: npt.NDArray[Any]) -> Any:
+        held = self.device.allocate(array.nbytes)
+        held.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        return held
+
+    def launch(self, name: str, pitch: int, form: Any, extra: Any, blocks: Any, run: int) -> None:
+        u64, i32 = ctypes.c_uint64, ctypes.c_int32
+        values = (self.staging.address, pitch, form.address, extra.address, blocks.address, len(self.records), run)
+        grid = CTAS_EACH * self.device.multiprocessors
+        with cu.current(self.device.context) as driver:
+            packed = values, (u64, u64, u64, u64, u64, i32, i32)
+            launched = driver.cuLaunchKernel(self._functions[name], grid, 1, 1, THREADS, 1, 1, 0, self.clock.stream, packed, 0)
+            cu.check(launched, f"cuLaunchKernel of {name}")
+
+    def rows(self, codec: LossyCodec, rounds: int) -> list[dict[str, Any]]:
+        """Of a codec, by run."""
+        pitch, made = -(-codec.slot_bytes // 16) * 16, []
+        fixed = self.upload(constants(codec))
+        form = self.upload(cells(codec, self.fragments, fixed.address))
+        for run in RUNS:
+            self.status.write(np.zeros(4 * len(self.records), np.uint8))
+            save = [
+                self.clock.seconds(lambda: self.launch("lossy_encode", pitch, form, self.counts, self.blocks["save"], run))  # noqa: B023
+                for _ in range(rounds)
+            ]
+            load = [
+                self.clock.seconds(lambda: self.launch("lossy_decode", pitch, form, self.status, self.blocks["load"], run))  # noqa: B023
+                for _ in range(rounds)
+            ]
+            wrong = self._wrong(codec, pitch)
+            pair = (_row(name, codec, run, seconds, self.records.size) for name, seconds in (("save", save), ("load", load)))
+            made += [row | {"wrong_bytes": wrong} for row in pair]
+        return made
+
+    def _wrong(self, codec: LossyCodec, pitch: int) -> int:
+        """Bytes that differ from the twin's, of records and of pages, and records that were not read; clears the pages."""
+        few = self.records[:CHECKED]
+        mine, back = np.zeros((len(few), codec.slot_bytes), np.uint8), np.zeros_like(few)
+        codec.encode_into(few, mine)
+        seen = self.staging.read(0, len(few) * pitch).reshape(len(few), pitch)[:, : codec.slot_bytes]
+        wrong = int((seen != mine).sum()) + int((~codec.decode_into(mine, back)).sum())
+        wrong += int(self.status.read().view(np.uint32).sum()) + int(self.counts.read().view(np.uint32).sum())
+        width, pages = self.shape.plane_bytes, 2 * len(self.records)
+        for at, page in enumerate(self.target[: len(few)]):
+            for plane in range(self.shape.planes):
+                place = (plane * pages + int(page)) * width
+                wrong += int((self.memory.read(place, width) != back[at, plane * width : (plane + 1) * width]).sum())
+                self.memory.write(np.zeros(width, np.uint8), place)
+        return wrong

@@ -1,0 +1,162 @@
+"""Executes the PTX of a statement on a CPU, for a warp in lock step: what it does beside what its Python body says.
+
+Straight-line texts with predicates, and no more instructions than :mod:`kvortex.kernels.eights` and its neighbours have. A
+register is 32 words or, of addresses, 64-bit numbers, a lane each.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+LANES = np.arange(32)
+Words = npt.NDArray[np.uint32]
+
+
+def floats(words: Words) -> npt.NDArray[np.float32]:
+    return np.ascontiguousarray(words, np.uint32).view(np.float32)
+
+
+def words(numbers: Any) -> Words:
+    return np.ascontiguousarray(numbers, np.float32).view(np.uint32)
+
+
+def _down(a: Words, b: Words) -> Words:
+    """Sums, rounded down."""
+    made = np.empty(32, np.float32)
+    for lane, (x, y) in enumerate(zip(floats(a).tolist(), floats(b).tolist(), strict=True)):
+        exact = Fraction(x) + Fraction(y)
+        near = np.float32(float(exact))
+        made[lane] = np.nextafter(near, np.float32(-np.inf)) if Fraction(float(near)) > exact else near
+    return words(made)
+
+
+def _half(up: bool) -> Callable[[Words], Words]:
+    def convert(a: Words) -> Words:
+        x = floats(a)
+        half = x.astype(np.float16)
+        wrong = half < x if up else half > x
+        return (
+            np.where(wrong, np.nextafter(half, np.float16(np.inf if up else -np.inf)), half).view(np.uint16).astype(np.uint32)
+        )
+
+    return convert
+
+
+def _permute(a: Words, b: Words, which: Words) -> Words:
+    both = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
+    picked = [both >> (np.uint64(8) * (which >> np.uint32(4 * at) & np.uint32(7))) & np.uint64(255) for at in range(4)]
+    return sum(byte << np.uint64(8 * at) for at, byte in enumerate(picked)).astype(np.uint32)  # type: ignore[union-attr]
+
+
+def _table(a: Words, b: Words, c: Words, table: Words) -> Words:
+    made = np.zeros(32, np.uint32)
+    for at in range(8):
+        if int(table[0]) >> at & 1:
+            made |= (a if at & 4 else ~a) & (b if at & 2 else ~b) & (c if at & 1 else ~c)
+    return made
+
+
+def _brain(high: Words, low: Words) -> Words:
+    def near(x: Words) -> npt.NDArray[np.uint64]:
+        wide = x.astype(np.uint64)
+        return (wide + np.uint64(0x7FFF) + (wide >> np.uint64(16) & np.uint64(1))) >> np.uint64(16)
+
+    return (near(low) | near(high) << np.uint64(16)).astype(np.uint32)
+
+
+def _shifted(left: bool) -> Callable[[Words, Words], Words]:
+    return lambda a, b: a << b if left else a >> b
+
+
+_FLOAT: dict[str, Callable[..., Any]] = {
+    "add.rn.f32": np.add,
+    "sub.rn.f32": np.subtract,
+    "mul.rn.f32": np.multiply,
+    "div.rn.f32": np.divide,
+    "min.f32": np.fmin,
+    "max.f32": np.fmax,
+    "max.NaN.f32": np.maximum,
+    "abs.f32": np.abs,
+    "neg.f32": np.negative,
+}
+_WORD: dict[str, Callable[..., Any]] = {
+    "mov.b32": lambda a: a,
+    "mov.b64": lambda a: a,
+    "shl.b32": _shifted(True),
+    "shr.u32": _shifted(False),
+    "shr.b32": _shifted(False),
+    "and.b32": np.bitwise_and,
+    "xor.b32": np.bitwise_xor,
+    "add.u32": np.add,
+    "sub.u32": np.subtract,
+    "max.u32": np.maximum,
+    "setp.gt.u32": np.greater,
+    "setp.eq.u32": np.equal,
+    "setp.ne.u32": np.not_equal,
+    "selp.u32": lambda a, b, p: np.where(p, a, b),
+    "selp.b32": lambda a, b, p: np.where(p, a, b),
+    "prmt.b32": _permute,
+    "lop3.b32": _table,
+    "add.rm.f32": _down,
+    "cvt.rn.f32.u32": lambda a: words(a.astype(np.float32)),
+    "cvt.rm.f16.f32": _half(False),
+    "cvt.rp.f16.f32": _half(True),
+    "cvt.u32.u16": lambda a: a & np.uint32(0xFFFF),
+    "cvt.rn.bf16x2.f32": _brain,
+    "shfl.sync.bfly.b32": lambda a, flip, clamp, mask: a[LANES ^ int(flip[0])],
+}
+
+
+class Machine:
+    """Registers of a warp, by name; ``$0``, ``$1``, ... too."""
+
+    def __init__(self, registers: dict[str, Any]) -> None:
+        self.registers = registers
+
+    def run(self, text: str) -> None:
+        """Of a statement."""
+        for line in text.strip().removeprefix("{").removesuffix("}").split(";"):
+            line = " ".join(line.split())
+            if line and not line.startswith(".reg"):
+                self._execute(line)
+
+    def value(self, name: str) -> Any:
+        if re.fullmatch(r"0f[0-9A-F]{8}", name):
+            return np.full(32, int(name[2:], 16), np.uint32)
+        return np.full(32, int(name, 0), np.uint32) if name[0].isdigit() else self.registers[name]
+
+    def _execute(self, line: str) -> None:
+        live = np.ones(32, np.bool_)
+        if line[0] == "@":
+            guard, line = line[1:].split(" ", 1)
+            live = self.registers[guard]
+        name, rest = line.split(" ", 1)
+        if name.startswith(("ld.", "st.")):
+            self._memory(name, rest, live)
+            return
+        target, *operands = rest.split(", ")
+        with np.errstate(all="ignore"):
+            if name in _FLOAT:
+                made = words(_FLOAT[name](*(floats(self.value(each)) for each in operands)))
+            else:
+                made = _WORD[name](*(self.value(each) for each in operands))
+        self.registers[target] = made if live.all() else np.where(live, made, self.registers[target])
+
+    def _memory(self, name: str, rest: str, live: npt.NDArray[np.bool_]) -> None:
+        found = re.search(r"\[(\S+?)(?:\+(\d+))?\]", rest)
+        assert found is not None
+        names = re.findall(r"[$\w]+", rest.replace(found[0], ""))
+        for lane in LANES[live]:
+            cells = (ctypes.c_uint32 * len(names)).from_address(int(self.registers[found[1]][lane]) + int(found[2] or 0))
+            for at, each in enumerate(names):
+                if name.startswith("st."):
+                    cells[at] = int(self.registers[each][lane])
+                else:
+                    self.registers[each] = np.where(LANES == lane, np.uint32(cells[at]), self.registers[each])

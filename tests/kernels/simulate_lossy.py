@@ -1,0 +1,89 @@
+"""Runs the kernels of bounded loss in Numba's simulator, beside the host's twin. A process of its own, as simulate.py is.
+
+Started by test_lossy_kernels.py as ``NUMBA_ENABLE_CUDASIM=1 python -m tests.kernels.simulate_lossy``; prints one line a case.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+import numpy as np
+from numba.cuda.core import config
+
+import conftest  # noqa: F401  (makes kvortex.kernels importable)
+from kvortex.codecs.on_device_lossy import cells, constants
+from kvortex.kernels import lossy, lossy_decode, lossy_encode, plane
+from tests.kernels import warp
+from tests.kernels.lossy_cases import FILL, GUARD, SMALL, LossyCase
+from tests.kernels.simulate_plane import aligned, launch
+
+
+def run(case: LossyCase) -> None:
+    n, codec = len(case.rows), case.codec
+    memory = aligned(case.memory.nbytes, 0).view(np.uint16).reshape(case.memory.shape)
+    memory[:] = case.memory
+    fixed = aligned(constants(codec).size, 0)
+    fixed[:] = constants(codec)
+    form = cells(codec, case.fragments(memory.ctypes.data), fixed.ctypes.data)
+    staging = aligned(n * case.pitch + 2 * GUARD, 0xA5)
+    counts = np.zeros(n, np.uint32)
+    start, tail = staging.ctypes.data + GUARD, (case.rows.ravel(), n, case.run)
+    launch(lossy_encode.lossy_encode, start, case.pitch, form, counts.ctypes.data, *tail, grid=2, threads=64)
+    assert (memory == case.memory).all() and not counts.any()
+    assert (staging[:GUARD] == 0xA5).all() and (staging[-GUARD:] == 0xA5).all()
+    rows = staging[GUARD:-GUARD].reshape(n, case.pitch)
+    assert not case.wrong(rows), f"{case.wrong(rows)} bytes differ from the host's"
+    decode(case, rows, memory, form)
+    if case.hostile:  # damaged bodies too: what the host makes of them, and no more
+        rows[:] = case.staging()
+        rng = np.random.default_rng(9)
+        rows[:, 64 : codec.slot_bytes] ^= rng.integers(0, 256, (n, codec.slot_bytes - 64)).astype(np.uint8)
+        rows[0, 40] ^= 1
+        rows[-1, 12] ^= 1
+        decode(case, rows, memory, form)
+
+
+def run_cramped(case: LossyCase) -> None:
+    """No room for a record: only headers are written, which say so, and nothing is read from there."""
+    n, pitch = len(case.rows), case.codec.slot_bytes - 16
+    memory = aligned(case.memory.nbytes, 0).view(np.uint16).reshape(case.memory.shape)
+    fixed = aligned(constants(case.codec).size, 0)
+    fixed[:] = constants(case.codec)
+    form = cells(case.codec, case.fragments(memory.ctypes.data), fixed.ctypes.data)
+    staging, words = aligned(n * pitch, 0xA5), np.zeros(n, np.uint32)
+    tail = (case.rows.ravel(), n, case.run)
+    launch(lossy_encode.lossy_encode, staging.ctypes.data, pitch, form, words.ctypes.data, *tail)
+    rows = staging.reshape(n, pitch)
+    assert case.declined(rows).all() and (rows[:, 64:] == 0xA5).all() and not words.any()
+    rows[:, :64] = case.staging()[:, :64]
+    launch(lossy_decode.lossy_decode, staging.ctypes.data, pitch, form, words.ctypes.data, *tail)
+    assert words.all() and not memory.any()
+
+
+def decode(case: LossyCase, rows: np.ndarray, memory: np.ndarray, form: np.ndarray) -> None:
+    n = len(rows)
+    memory[:] = FILL
+    status, before = np.zeros(n, np.uint32), rows.copy()
+    tail = (case.rows.ravel(), n, case.run)
+    launch(lossy_decode.lossy_decode, rows.ctypes.data, case.pitch, form, status.ctypes.data, *tail)
+    expected, good = case.decoded(rows)
+    assert (rows == before).all()
+    assert (status == ~good).all()
+    assert (memory == expected).all(), f"{(memory != expected).sum()} values differ from the host's"
+
+
+def main() -> int:
+    assert config.ENABLE_CUDASIM
+    warnings.simplefilter("ignore", RuntimeWarning)
+    warp.install(plane, lossy, lossy_encode, lossy_decode)
+    for case in SMALL:
+        run(case)
+        print(f"simulated lossy: {case.name}", flush=True)
+    run_cramped(SMALL[-1])
+    print("simulated lossy: no room", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

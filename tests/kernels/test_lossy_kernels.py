@@ -1,0 +1,171 @@
+"""The kernels of bounded loss: byte by byte the host's twin in the simulator, lean machine code, and the same on a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvortex.codecs import RecordShape, calibrate, make_codec
+from kvortex.codecs._lossy import scales
+from kvortex.codecs.on_device_lossy import cells, constants
+from kvortex.errors import CodecError
+from kvortex.kernels import build
+from kvortex.kernels import lossy_form as lossy
+from kvortex.kernels.eights import LEAST_SCALE, ROOTS
+from tests.kernels.lossy_cases import FILL, GUARD, LARGE, NAMES, SMALL, LossyCase
+from tests.kernels.plane_cases import usual
+from tests.kernels.test_build import compiled, sass
+
+KERNELS = ("lossy_encode", "lossy_decode")
+
+
+def test_in_the_simulator_they_write_what_the_host_writes() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.simulate_lossy"],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "NUMBA_ENABLE_CUDASIM": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("simulated lossy: ") == len(SMALL) + 1
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_machine_code_is_lean(name: str, tmp_path: Path) -> None:
+    """Nothing in local memory, all of a page by lanes of 128 bits, and no product and sum joined but in a division."""
+    text = sass(compiled(name, (9, 0)).code, tmp_path)
+    assert not re.findall(r"\b(LDL|STL)\b", text), "registers were spilled to local memory"
+    assert max(map(int, re.findall(r"\bR(\d+)\b", text))) < 128
+    assert not re.findall(r"\b(DADD|DMUL|DFMA|I2F\.F64\S*)\b", text), "an index went through floating point of 64 bits"
+    wide = re.findall(r"\b(LDG|STG)\.E\.\S*128", text)
+    assert wide.count("LDG" if name == "lossy_encode" else "STG") >= 8
+    steps = len(re.findall(r"\bFMUL\b", text)), len(re.findall(r"\bFADD\b", text))
+    assert steps[0] >= 64 and steps[1] >= 200 and len(re.findall(r"\bFFMA\b", text)) < 32
+
+
+def test_scales_are_those_of_the_host() -> None:
+    assert [root | 127 << 23 for root in ROOTS] == scales()[128:132].view(np.uint32).tolist()
+    assert scales()[0] == 2.0 ** (LEAST_SCALE - 127) and scales()[255:].view(np.uint32)[0] == lossy.LARGEST_SCALE
+    assert (1 / scales()[1:] == scales()[:0:-1]).all(), "the inverse of a scale is that of 256 - code"
+
+
+def test_the_codes_agree_with_the_host() -> None:
+    from kvortex.codecs import base
+
+    where = {name: base.HEADER.fields[name][1] // 4 for name in base.HEADER.names or ()}  # type: ignore[index]
+    assert lossy.DECLINED == base.DECLINED and lossy.HEADER_BYTES == base.HEADER_BYTES == 4 * lossy.HEADER_WORDS
+    assert (where["stored"], where["part"], where["used_bytes"]) == (lossy.STORED_AT, lossy.PART_AT, lossy.USED_AT)
+
+
+def test_cells_and_their_refusals() -> None:
+    case = SMALL[3]
+    made, codec = cells(case.codec, case.fragments(4096), 1 << 20), case.codec
+    assert made[lossy.HEADERS] == 1 << 20 and made[lossy.MEANS] == (1 << 20) + 128 and made[lossy.PLANES] == 4096
+    assert made[lossy.N_PLANES : lossy.LANES + 1].tolist() == [4, 1, 2, 1, 6, 4, 4]
+    assert made[lossy.BODY_BYTES] == codec.slot_bytes - 64 == 2 * int(made[lossy.KEY_BYTES] + made[lossy.VALUE_BYTES])
+    assert constants(codec)[128:].tolist() == codec.tables.mean.ravel().view(np.uint8).tolist()
+    with pytest.raises(CodecError, match="multiples of 16"):
+        cells(codec, case.fragments(4104), 0)
+    shape = RecordShape(1, 4, 16)
+    narrow = make_codec(
+        "int8", shape, calibrate(usual(np.random.default_rng(0), 1, 2, 16, 64).reshape(1, -1).view(np.uint8), shape)
+    )
+    with pytest.raises(CodecError, match="head_dim = 16"):
+        cells(narrow, np.array([[4096, 4096, 0, shape.raw_bytes]]), 0)  # type: ignore[arg-type]
+
+
+class OnGpu:
+    """Pages, staging and what kernels read of a case, in VRAM."""
+
+    def __init__(self, case: LossyCase) -> None:
+        from kvortex.devices.cuda import CudaDevice
+
+        self.case, self.device, self.n = case, CudaDevice(0), len(case.rows)
+        self.held: list[Any] = []
+        self.memory = self.upload(case.memory)
+        self.staging = self.upload(np.full(self.n * case.pitch + 2 * GUARD, 0xA5, np.uint8))
+        self.form = self.upload(
+            cells(case.codec, case.fragments(self.memory.address), self.upload(constants(case.codec)).address)
+        )
+        self.words, self.rows = self.upload(np.zeros(self.n, np.uint32)), self.upload(case.rows)
+
+    def upload(self, array: np.ndarray) -> Any:
+        self.held.append(self.device.allocate(array.nbytes))
+        self.held[-1].write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        return self.held[-1]
+
+    def launch(self, name: str, grid: int) -> None:
+        from kvortex.devices import driver as cu
+
+        cubin = build.load(name, self.device.compute_capability)
+        u64, i32 = ctypes.c_uint64, ctypes.c_int32
+        staging, case = self.staging.address + GUARD, self.case
+        values = (staging, case.pitch, self.form.address, self.words.address, self.rows.address, self.n, case.run)
+        with cu.current(self.device.context) as driver:
+            module = cu.check(driver.cuModuleLoadData(cubin.code), "cuModuleLoadData")
+            kernel = cu.check(driver.cuModuleGetFunction(module, cubin.entry.encode()), "cuModuleGetFunction")
+            kinds = (u64, u64, u64, u64, u64, i32, i32)
+            cu.check(driver.cuLaunchKernel(kernel, grid, 1, 1, 256, 1, 1, 0, 0, (values, kinds), 0), "cuLaunchKernel")
+            cu.check(driver.cuCtxSynchronize(), "cuCtxSynchronize")
+
+    def encoded(self, grid: int) -> np.ndarray:
+        """Staging after an encoding, without its guards."""
+        self.launch("lossy_encode", grid)
+        seen = self.staging.read()
+        assert (seen[:GUARD] == 0xA5).all() and (seen[-GUARD:] == 0xA5).all() and not self.words.read().any()
+        return seen[GUARD:-GUARD].reshape(self.n, self.case.pitch)
+
+    def check_decoded(self, rows: np.ndarray, grid: int) -> None:
+        """Decodes these rows into pages of ``FILL``, and compares all with what the host makes of them."""
+        self.staging.write(np.concatenate((np.full(GUARD, 0xA5, np.uint8), rows.reshape(-1), np.full(GUARD, 0xA5, np.uint8))))
+        self.memory.write(np.full(self.case.memory.size, FILL, np.uint16).view(np.uint8))
+        self.words.write(np.zeros(4 * self.n, np.uint8))
+        self.launch("lossy_decode", grid)
+        expected, good = self.case.decoded(rows)
+        assert (self.words.read().view(np.uint32) == ~good).all()
+        back = self.memory.read().view(np.uint16).reshape(expected.shape)
+        assert (back == expected).all(), f"{(back != expected).sum()} values differ from the host's"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("at", range(len(LARGE)))
+def test_on_a_gpu_they_write_what_the_host_writes(at: int) -> None:
+    case = LARGE[at]()
+    gpu = OnGpu(case)
+    for grid in (1, 97):
+        rows = gpu.encoded(grid)
+        assert not case.wrong(rows), f"{case.wrong(rows)} bytes differ from the host's"
+    gpu.check_decoded(rows.copy(), 97)
+    rng, damaged = np.random.default_rng(9), case.staging()
+    damaged[:, 64 : case.codec.slot_bytes] ^= rng.integers(0, 256, (len(damaged), case.codec.slot_bytes - 64)).astype(np.uint8)
+    damaged[0, 40] ^= 1
+    damaged[-1, 12] ^= 1
+    gpu.check_decoded(damaged, 97)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NAMES)
+def test_ten_million_values_of_any_kind(name: str) -> None:
+    """Bit patterns drawn evenly, so that all exponents come, below what a rotation may make too large; some planes of one."""
+    case = LossyCase(name, RecordShape(4, 8, 128), 1, hostile=False)
+    rng, size = np.random.default_rng(11), (80, 8, 16, 1024)
+    values = rng.integers(0, 0x4580, size).astype(np.uint16) | rng.integers(0, 2, size).astype(np.uint16) << np.uint16(15)
+    near = rng.integers(0x2F00, 0x4580, (80, 8, 1, 1)).astype(np.uint16) & np.uint16(0xFF80)
+    alike = rng.random((80, 8, 1, 1)) < 0.5
+    values = np.where(alike, near | values & np.uint16(0x80FF), values)
+    case.memory = np.ascontiguousarray(values.swapaxes(0, 1))
+    case.rows = np.stack((rng.permutation(80), np.full(80, -1)), 1).astype(np.int32)
+    gpu = OnGpu(case)
+    rows = gpu.encoded(132)
+    assert not case.declined(rows).any() and not case.wrong(rows)
+    gpu.check_decoded(rows.copy(), 132)

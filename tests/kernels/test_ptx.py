@@ -1,0 +1,133 @@
+"""Statements of PTX do what their Python bodies say: each is executed for a warp on a CPU, on numbers that its users have."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvortex.kernels import bit_planes, eights, float32
+from tests.kernels.ptx_machine import LANES, Machine, floats, words
+
+Rng = np.random.Generator
+PLACES = {"e": 8, "w": 8, "v": 4}
+TOGETHER, MEMORY = ("from_lane", "traded"), ("load_planes", "store_planes")
+STATEMENTS = {
+    f"{module.__name__.rsplit('.', 1)[1]}.{name}": function
+    for module in (bit_planes, eights, float32)
+    for name, function in vars(module).items()
+    if hasattr(function, "ptx") and function.__module__ == module.__name__ and name not in TOGETHER + MEMORY
+}
+
+
+def _any_float(rng: Rng, places: int) -> np.ndarray:
+    """(places, 32) words: of all sizes, zeros of both signs and subnormal numbers too."""
+    made = words(rng.normal(size=(places, 32)) * np.exp2(rng.integers(-40, 17, (places, 32))))
+    return np.where(rng.random((places, 32)) < 0.1, rng.choice([0, 0x80000000, 3, 0x80000100], (places, 32)), made).astype(
+        np.uint32
+    )
+
+
+def _fixed(*values: float) -> Callable[[Rng, int], np.ndarray]:
+    return lambda rng, places: words(np.broadcast_to(rng.choice(values, 32).astype(np.float32), (places, 32)))
+
+
+def _between(low: float, high: float) -> Callable[[Rng, int], np.ndarray]:
+    return lambda rng, places: words(rng.uniform(low, high, (places, 32)).astype(np.float32))
+
+
+def _whole(low: int, high: int) -> Callable[[Rng, int], np.ndarray]:
+    return lambda rng, places: rng.integers(low, high, (places, 32)).astype(np.uint32)
+
+
+# Arguments that are not of any kind, by statement and place.
+GIVEN: dict[str, dict[int, Callable[[Rng, int], np.ndarray]]] = {
+    "eights.joined": {2: lambda rng, places: rng.choice([0, 0x80000000], (places, 32)).astype(np.uint32)},
+    "eights.scale_codes": {0: lambda rng, places: _any_float(rng, places) & np.uint32(0x7FFFFFFF)},
+    "eights.most_word": {0: lambda rng, places: _any_float(rng, places) & np.uint32(0x7FFFFFFF)},
+    "eights.inverses": {0: _whole(0, 256), 1: lambda rng, places: _whole(2, 8)(rng, places) << np.uint32(23)},
+    "eights.scales_of": {2: lambda rng, places: np.uint32(0) - (_whole(10, 16)(rng, places) << np.uint32(23))},
+    **{f"eights.{name}": {0: _between(-9, 9)} for name in ("smallest", "largest")},
+    **{f"eights.{name}_each": {0: _between(-9, 9), 1: _between(-9, 9)} for name in ("smaller", "larger")},
+    **{f"float32.{name}": {0: _between(-9, 9), 1: _between(-9, 9)} for name in ("smaller", "larger")},
+    "eights.low_codes": {0: _between(-9, 9), 1: _between(0.9, 15), 2: _fixed(128), 3: _fixed(127.5)},
+    "eights.high_codes": {0: _between(-9, 9), 1: _fixed(1), 2: _fixed(8), 3: _fixed(7.5)},
+    "eights.value_codes": dict(enumerate([_between(-3, 20)] * 4 + [_fixed(-3), _fixed(11, 3.7)])),
+    "eights.key_numbers": {2: _fixed(2**23 + 2048 - 128), 3: _between(0.001, 1)},
+    "float32.half_down": {0: _between(-65504, 65504)},
+    "float32.half_up": {0: _between(0, 70)},
+    "float32.whole": {0: _whole(0, 1 << 24)},
+    "float32.over": {1: _between(0.1, 300)},
+}  # fmt: skip
+
+
+def _drawn(name: str, letters: str, rng: Rng) -> list[np.ndarray]:
+    made = []
+    for at, letter in enumerate(letters):
+        usual = _any_float if letter in "ef" else _whole(0, 1 << 32)
+        made.append(GIVEN.get(name, {}).get(at, usual)(rng, PLACES.get(letter, 1)))
+    return made
+
+
+def _executed(function: Any, drawn: list[np.ndarray], *, shared: bool = False) -> np.ndarray:
+    """(places, 32) words that a text leaves; ``shared``: results are in registers of arguments, as a compiler may put them."""
+    text, _, result = function.ptx
+    count = PLACES.get(result, 1)
+    registers = {f"${count + at}": row for at, row in enumerate(row for each in drawn for row in each)}
+    first = count if shared else 0
+    own = re.sub(r"\$(\d+)", lambda found: f"${first + int(found[1])}" if int(found[1]) < count else found[0], text)
+    machine = Machine(registers)
+    machine.run(own)
+    return np.stack([machine.registers[f"${first + at}"] for at in range(count)])
+
+
+def _arguments(letters: str, drawn: list[np.ndarray], lane: int) -> list[Any]:
+    made: list[Any] = []
+    for letter, rows in zip(letters, drawn, strict=True):
+        column = floats(rows[:, lane]) if letter in "ef" else rows[:, lane].tolist()
+        made.append(tuple(column) if letter in PLACES else column[0])
+    return made
+
+
+@pytest.mark.parametrize("name", STATEMENTS)
+def test_a_statement_does_what_its_body_says(name: str) -> None:
+    function = STATEMENTS[name]
+    _, letters, result = function.ptx
+    rng = np.random.default_rng(len(name))
+    for _ in range(6):
+        drawn = _drawn(name, letters, rng)
+        made = _executed(function, drawn)
+        if sum(map(len, drawn)) >= len(made):
+            assert (made == _executed(function, drawn, shared=True)).all(), "a result came before all arguments were read"
+        for lane in LANES:
+            body = function(*_arguments(letters, drawn, lane))
+            wanted = words(body) if result in ("e", "f") else np.array(body, np.uint64).astype(np.uint32)
+            assert (made[:, lane] == wanted.ravel()).all(), (lane, made[:, lane], wanted)
+
+
+def test_lanes_trade() -> None:
+    rng = np.random.default_rng(1)
+    given = rng.integers(0, 1 << 32, (8, 32)).astype(np.uint32)
+    made = _executed(bit_planes.traded, [given, LANES[None].astype(np.uint32)])
+    squares = given.reshape(2, 4, 8, 4)  # four words, four lanes
+    assert (made.reshape(2, 4, 8, 4) == squares.swapaxes(1, 3)).all()
+    flip = np.full((1, 32), 8, np.uint32)
+    assert (_executed(eights.from_lane, [given, flip]) == given[:, LANES ^ 8]).all()
+
+
+@pytest.mark.parametrize("bits", [3, 4, 6, 8])
+def test_planes_of_bits_in_memory(bits: int) -> None:
+    rng = np.random.default_rng(bits)
+    memory, before = np.zeros((32, bits + 2), np.uint32), rng.integers(1, 1 << 32, (8, 32)).astype(np.uint32)
+    places = memory.ctypes.data + np.arange(32, dtype=np.uint64) * np.uint64(4 * (bits + 2))
+    number = np.full(32, bits, np.uint32)
+    stored = {"$0": places, "$1": number} | {f"${2 + at}": row for at, row in enumerate(before)}
+    Machine(stored).run(bit_planes.store_planes.ptx[0])  # type: ignore[attr-defined]
+    assert (memory[:, :bits] == before.T[:, :bits]).all() and not memory[:, bits:].any()
+    machine = Machine({"$8": places, "$9": number})
+    machine.run(bit_planes.load_planes.ptx[0])  # type: ignore[attr-defined]
+    made = np.stack([machine.registers[f"${at}"] for at in range(8)])
+    assert (made[:bits] == before[:bits]).all() and not made[bits:].any()
