@@ -18,7 +18,7 @@ from kvortex.devices import Device, HostStream
 from kvortex.digests import digest_records
 from kvortex.errors import ArgumentError, ConfigError, CorruptBlocksError, LayersMissingError
 from kvortex.transfer.executor import Direction, poll
-from tests.engine.coded import BLOCKS, CODED, EACH, LOSSY, PLANE, WHERE, Coded, caches, parts_of, slot_of, slots_of
+from tests.engine.coded import BLOCKS, CODED, EACH, EACH_GPU, EACH_LOSSY, LOSSY, WHERE, Coded, caches, parts_of, slot_of, slots_of
 from tests.engine.tiered import nothing_is_held
 from tests.naive_digest import digest
 from tests.pages import Bytes, assert_same, keys_of
@@ -33,6 +33,8 @@ def coded(where: Device, tmp_path: Path) -> Coded:
 
 
 each = pytest.mark.parametrize(("codec", "where"), EACH, indirect=["where"])
+each_lossy = pytest.mark.parametrize(("codec", "where"), EACH_LOSSY, indirect=["where"])
+each_gpu = pytest.mark.parametrize(("codec", "where"), EACH_GPU, indirect=["where"])
 everywhere = pytest.mark.parametrize("where", WHERE, indirect=True)
 
 
@@ -46,11 +48,11 @@ def unfit(codec: str, coded: Coded) -> Bytes:
 
 
 @pytest.mark.parametrize("kind", caches())
-@pytest.mark.parametrize(("codec", "where"), [*PLANE, ("k4v4", "host")], indirect=["where"])
+@pytest.mark.parametrize(("codec", "where"), [("plane", "host"), ("k4v4", "host"), *EACH_GPU], indirect=["where"])
 def test_pages_of_every_kind(codec: str, where: Device, kind: str, tmp_path: Path) -> None:
     coded = Coded.make(tmp_path, kind, device=where)
     if where.name != "host" and kind == "padded":
-        with pytest.raises(ConfigError, match="codec = 'plane': not on a GPU: .*multiples of 4 bytes"):
+        with pytest.raises(ConfigError, match=f"codec = '{codec}': not on a GPU: .*multiples of {4 if codec == 'plane' else 16} bytes"):
             coded.engine(codec)
         return
     with coded.engine(codec) as engine:
@@ -102,7 +104,7 @@ def test_what_lies_in_slots(codec: str, coded: Coded) -> None:
             assert kept[slot].tobytes() == digest(record)
 
 
-@pytest.mark.parametrize("codec", LOSSY)
+@each_lossy
 def test_a_first_block_lies_as_it_is_in_several_slots(codec: str, coded: Coded) -> None:
     with coded.engine(codec) as engine:
         made = make_codec(codec, coded.shape, coded.tables)
@@ -150,7 +152,7 @@ def test_what_does_not_fit_is_declined(codec: str, digests: bool, coded: Coded) 
         assert only.wait().tolist() == [False] and only.error is None and engine.get_stats().overlong_blocks == 2
 
 
-@pytest.mark.parametrize("codec", LOSSY)
+@each_lossy
 def test_a_first_block_may_hold_anything(codec: str, coded: Coded) -> None:
     wild = NOISE.integers(0, 256, coded.shape.raw_bytes, np.uint8)
     coded.write(2, wild)
@@ -228,7 +230,7 @@ def test_damage_in_a_slot_is_seen(codec: str, where: Device, coded: Coded) -> No
         nothing_is_held(engine)
 
 
-@pytest.mark.parametrize("codec", LOSSY)
+@each_lossy
 def test_damage_in_a_part_of_a_first_block_is_seen(codec: str, coded: Coded) -> None:
     with coded.engine(codec) as engine:
         for part in range(parts_of(engine)):
@@ -267,7 +269,7 @@ def test_a_record_of_another_codec_is_a_miss(codec: str, digests: bool, coded: C
             assert not engine.check_blocks(keys_of(1), first=False).any()
 
 
-@pytest.mark.parametrize("codec", LOSSY)
+@each_lossy
 def test_one_part_is_not_taken_for_another(codec: str, coded: Coded) -> None:
     with coded.engine(codec) as engine:
         assert engine.save_blocks(keys_of(1), [1], first=True).wait().all()

@@ -80,12 +80,12 @@ def test_transfers_in_any_order(kind: str, seed: int, monkeypatch: pytest.Monkey
 
 def _write(gpu: LateGpu, coded: Coded, page: int, record: Any) -> None:
     for (address, nbytes), part in _parts(coded, page, record):
-        gpu._array(address, nbytes, ctypes.c_uint8)[:] = part
+        gpu.array(address, nbytes, ctypes.c_uint8)[:] = part
 
 
 def _check(gpu: LateGpu, coded: Coded, page: int, record: Any, right: dict[Any, bool], what: Any) -> None:
     kind = ctypes.c_uint8
-    right[what] = all((gpu._array(*at, kind) == part).all() for at, part in _parts(coded, page, record))
+    right[what] = all((gpu.array(*at, kind) == part).all() for at, part in _parts(coded, page, record))
 
 
 def _parts(coded: Coded, page: int, record: Any) -> Any:

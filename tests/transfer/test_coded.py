@@ -13,7 +13,8 @@ from kvortex import KVortexConfig, KVortexEngine
 from kvortex.codecs import RecordShape, calibrate, make_codec
 from kvortex.codecs.base import HEADER
 from kvortex.devices import Device, open_device
-from kvortex.transfer.coded import plan_coded, used_lengths
+from kvortex.transfer.coded import plan_coded
+from kvortex.transfer.coders import used_lengths
 from kvortex.transfer.plan import COPY_BYTES, DEVICE_SIDE, HOST_PITCH, HOST_SIDE, LINES, PITCH, Pool
 from tests.engine.coded import kv, slot_of, slots_of
 from tests.pages import PagedCache, Tensor, keys_of
