@@ -21,7 +21,6 @@ import numpy as np
 from kvortex.codecs import Codec
 from kvortex.devices.cuda import CudaDevice
 from kvortex.errors import ConfigError, DeviceError
-from kvortex.kernels.plane_form import WARPS
 from kvortex.transfer.executor import Direction
 from kvortex.transfer.plan import (
     ABSOLUTE,

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from kvortex.codecs import RecordShape, Tables, calibrate, make_codec
+from kvortex.codecs import Codec, RecordShape, Tables, calibrate, make_codec
+from kvortex.codecs.base import HEADER, PART
 from kvortex.codecs.lossy import LossyCodec
 from kvortex.devices import Device, HostDevice
 from kvortex.engine import KVortexEngine
@@ -119,6 +120,17 @@ class Coded:
             return record
         made = make_codec(codec, self.shape, self.tables)
         return np.frombuffer(made.decode(made.encode(record)), np.uint8)
+
+
+def slot_of_page(codec: Codec, record: Bytes, part: int = -1) -> bytes:
+    """All that a slot holds of a page, or of a part of it as it is, by the codec's own calls or by its description."""
+    made = codec.encode(record) if part < 0 else b""
+    if part >= 0:
+        assert isinstance(codec, LossyCodec)
+        header, own = codec.header.copy(), record[part * codec.part_bytes :][: codec.part_bytes]
+        header["stored"], header["part"], header["used_bytes"] = PART, part, HEADER.itemsize + len(own)
+        made = header.tobytes() + own.tobytes()
+    return made.ljust(codec.slot_bytes, b"\0")
 
 
 def parts_of(engine: KVortexEngine) -> int:
