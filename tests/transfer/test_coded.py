@@ -12,11 +12,15 @@ import pytest
 from kvortex import KVortexConfig, KVortexEngine
 from kvortex.codecs import RecordShape, calibrate, make_codec
 from kvortex.codecs.base import HEADER
+from kvortex.codecs.lossy import LossyCodec
 from kvortex.devices import Device, open_device
-from kvortex.transfer.coded import plan_coded
+from kvortex.devices.cuda import CudaDevice
+from kvortex.transfer.coded import DeviceCoder, plan_coded
 from kvortex.transfer.coders import used_lengths
-from kvortex.transfer.plan import COPY_BYTES, DEVICE_SIDE, HOST_PITCH, HOST_SIDE, LINES, PITCH, Pool
-from tests.engine.coded import CODED, kv, slot_of, slots_of
+from kvortex.transfer.executor import Direction
+from kvortex.transfer.plan import COPY_BYTES, CTAS, DEVICE_SIDE, HOST_PITCH, HOST_SIDE, KERNEL, LINES, PITCH, Pool
+from tests.engine.coded import CODED, Coded, kv, slot_of, slots_of
+from tests.fake_gpu import fake_gpu
 from tests.pages import PagedCache, Tensor, keys_of
 
 HOST = 1 << 40
@@ -43,6 +47,53 @@ def test_copies_are_as_long_as_the_longest_of_neighbours() -> None:
     assert (plan.copies == wanted[:3]).all() and plan.nbytes == 3 * 5120 + 2 * 1024 + 6000
     whole = plan_coded(np.arange(6), slots, np.full(6, 8192), pool, 8192, np.array([0]))
     assert whole.copies[:, COPY_BYTES].tolist() == [3 * 8192, 2 * 8192, 8192] and (whole.copies[:, LINES] == 1).all()
+
+
+def plans(engine: KVortexEngine) -> tuple[DeviceCoder, dict[int, str]]:
+    """What plans an engine's transfers, and the names of its kernels by handle."""
+    coder = engine._executor._coder  # type: ignore[attr-defined]
+    return coder, {handle: name for name, handle in coder._kernels.items()}
+
+
+@pytest.mark.parametrize("digests", [True, False])
+@pytest.mark.parametrize("codec", CODED)
+def test_no_launch_that_is_not_needed(
+    codec: str, digests: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    coding = ["plane_count", "plane_encode"] if codec == "plane" else ["lossy_encode"]
+    wanted = {
+        Direction.SAVE: [*coding, "seal_records"],
+        Direction.LOAD: [*["read_records"] * digests, "plane_decode" if codec == "plane" else "lossy_decode"],
+    }
+    with fake_gpu(monkeypatch):
+        coded = Coded.make(tmp_path, device=CudaDevice())
+        with coded.engine(codec, digests=digests) as engine:
+            assert engine.save_blocks(keys_of(*range(9)), range(9), first=False).wait().all()
+            coder, names = plans(engine)
+            for direction, launches in wanted.items():
+                for busy in (False, True):
+                    plan = coder.plan(direction, np.arange(9), np.arange(9)[::-1].copy(), busy)
+                    assert [names[handle] for handle in plan.launches[:, KERNEL]] == launches * len(plan.chunks)
+                    assert (plan.launches[:, CTAS] <= coder.most_ctas[busy]).all() and len(plan.chunks) > 1
+
+
+@pytest.mark.parametrize("codec", ["int8", "k6v4"])
+def test_parts_move_what_they_keep(codec: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """To a slot all of it, zeros too; from there no zeros, whatever a header says."""
+    with fake_gpu(monkeypatch):
+        coded = Coded.make(tmp_path, device=CudaDevice())
+        with coded.engine(codec, gpu_pool_size_bytes=8 << 20) as engine:
+            made, (coder, _) = engine.codec, plans(engine)
+            assert isinstance(made, LossyCodec)
+            parts = np.array([-1, *range(made.parts)])
+            slots, blocks = 3 * np.arange(len(parts))[::-1], np.array([5, *[2] * made.parts])
+            last = 64 + made.shape.raw_bytes - (made.parts - 1) * made.part_bytes
+            assert 64 < last < made.slot_bytes - 512
+            for direction, ends in ((Direction.SAVE, made.slot_bytes), (Direction.LOAD, -(-last // 512) * 512)):
+                plan = coder.plan(direction, blocks, slots, True, parts)
+                assert plan.copies[:, COPY_BYTES].tolist() == [ends, *[made.slot_bytes] * made.parts]
+                assert plan.ids.reshape(-1, 2).tolist() == np.stack((blocks, parts), 1)[::-1].tolist()
+                assert plan.order.tolist() == list(range(len(parts)))[::-1]
 
 
 SHAPE = RecordShape(4, 4, 128)  # 128 KiB
