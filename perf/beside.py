@@ -39,7 +39,7 @@ def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]]
     device = kvortex.open_device(device_name)
     if not isinstance(device, CudaDevice):
         raise DeviceUnavailableError("this measurement needs a GPU")
-    blocks, seconds, rounds = (16, 0.05, 1) if quick else (256, 0.08, 6)
+    blocks, seconds, rounds = (16, 0.05, 1) if quick else (256, 0.08, 5)
     notes: dict[str, Any] = {"blocks": blocks, "block_bytes": SHAPE.raw_bytes, "rounds": rounds, "loop_seconds": seconds}
     notes |= {"gpu_pool_size_bytes": STAGING_BYTES, "load": LOAD, "unit": "GB/s of original bytes"}
     loop, rows = Loop(LOAD, seconds), []
@@ -54,7 +54,10 @@ def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]]
         for one in engines(pages, STAGING_BYTES >> 20, notes, sets=3):
             with contextlib.closing(_Closing(one)):
                 progress(f"{one.name}, beside {LOAD}")
-                rows += rows_of(one, loop, rounds, floor)
+                try:
+                    rows += rows_of(one, loop, rounds, floor)
+                except kvortex.TransferError as error:  # it may be too slow beside the loop: the others still count
+                    notes.setdefault("failed", {})[one.name] = str(error)
     return device.name, rows, notes
 
 
