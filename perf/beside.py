@@ -52,7 +52,8 @@ def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]]
             raw.seconds(to_host=way == "save")
         floor = {way: beside(loop, rounds, partial(_copy, raw, way == "save")) for way in WAYS}
         for one in engines(pages, STAGING_BYTES >> 20, notes, sets=3):
-            with contextlib.closing(_Closing(one)):
+            with contextlib.ExitStack() as own:
+                own.callback(one.engine.shutdown)
                 progress(f"{one.name}, beside {LOAD}")
                 try:
                     rows += rows_of(one, loop, rounds, floor)
@@ -85,11 +86,6 @@ def rows_of(one: Coded, loop: Loop, rounds: int, floor: dict[str, tuple[float, f
 def _copy(raw: RawCopy, to_host: bool) -> int:
     raw.seconds(to_host=to_host)
     return raw.nbytes
-
-
-class _Closing:
-    def __init__(self, one: Coded) -> None:
-        self.close = one.engine.shutdown
 
 
 def draw(axes: Any, report: Report) -> None:
