@@ -122,7 +122,7 @@ class Cascade:
                 self._wake()
 
     def _delete(self, line: Line, keys: KeyArray) -> None:
-        line.guard.delete(keys, line.call(line.options.write_timeout_s))
+        line.way.delete(keys, line.call(line.options.write_timeout_s))
         line.lost(keys)
 
     def flush(self, deadline: float) -> bool:
