@@ -155,7 +155,7 @@ def test_first_blocks_must_be_told_of(coded: Coded) -> None:
             engine.save_blocks(keys_of(3, 3), [3, 4], first=True)
         assert engine.check_blocks(keys, first=True).all()
         assert engine.check_blocks(keys, first=False).tolist() == [False, True], "a wrong first is a miss"
-        assert engine.drop_blocks(keys) == 2 and not engine.get_stats().resident_blocks
+        assert engine.flush() and engine.drop_blocks(keys) == 2 and not engine.get_stats().resident_blocks
         buffer = np.zeros(coded.shape.raw_bytes, np.uint8)
         with pytest.raises(ArgumentError, match="codec cachegen codes pages"):
             engine.save_blocks(keys_of(9), data_ptrs=[buffer.ctypes.data], sizes=[buffer.nbytes], first=False)
