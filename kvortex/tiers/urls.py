@@ -66,7 +66,8 @@ def open_tier(entry: Any, form: RecordFormat, coding: TierCoding | None = None) 
     """One of them; ConfigError too where its options name a codec and nobody has made it."""
     options = options_of(entry)
     if options.codec not in (None, "raw") and coding is None:
-        what = "this tier's blocks are not coded" if callable(entry) else f"tier {shown_tiers(entry)}: its blocks are not coded"
+        named = isinstance(entry, (str, Mapping))
+        what = f"the blocks of {f'tier {shown_tiers(entry)}' if named else 'this tier'} are not coded"
         raise ConfigError(f"codec = {shown(options.codec)}: {what}; leave it out")
     form = form if coding is None else coding.format_from(form)
     if callable(entry):

@@ -20,8 +20,9 @@ from kvortex.tiers.disk.tools import listing, verify
 from kvortex.tiers.envelope import ENVELOPE, ENVELOPE_BYTES
 from kvortex.tiers.memory import MemoryStore
 from kvortex.tiers.record import HEADER, HEADER_BYTES, RecordFormat
+from perf.faulty import RECORD_FAULTS
 from tests.codecs.sample import tables_of
-from tests.engine.coded import Coded, D, H, L, RecordShape, T, slot_of, slots_of
+from tests.engine.coded import GPUS, Coded, D, H, L, RecordShape, T, slot_of, slots_of
 from tests.engine.tiered import Tiers, nothing_is_held, until
 from tests.pages import Bytes, PagedCache, Tensor, keys_of
 from tests.tiers.resigned import signed
@@ -90,7 +91,7 @@ def test_down_and_up(pool: str, codec: str, coded: Coded) -> None:
 
 
 @pytest.mark.parametrize("pool", ["raw", "plane"])
-@pytest.mark.parametrize("where", ["fake"], indirect=True)
+@pytest.mark.parametrize("where", GPUS, indirect=True)
 def test_above_a_gpu(pool: str, where: Device, tmp_path: Path) -> None:
     """Slots that a GPU has filled are coded by the host all the same."""
     coded, store, keys = Coded.make(tmp_path, device=where), MemoryStore(), keys_of(1, 2)
@@ -235,6 +236,35 @@ def test_what_a_slot_lost_in_ram_is_not_stored(coded: Coded) -> None:
         assert engine.flush() and len(store.objects) == 1
         stats = engine.get_stats().tiers[0]
         assert stats.codec.refused == {"slot": 1} and stats.dropped == {"corrupt": 1} and stats.codec.encoded_blocks == 1
+        nothing_is_held(engine)
+
+
+@pytest.mark.parametrize(("pool", "codec"), [("raw", "plane"), ("plane", "cachegen"), ("plane", None)])
+def test_a_tier_that_does_everything_wrong(pool: str, codec: str | None, coded: Coded) -> None:
+    """Records are damaged, cut, exchanged and lost, and calls fail, while blocks come and go: right bytes, or a miss."""
+    store, rng, keys = MemoryStore(), np.random.default_rng(11), keys_of(*range(6))
+    first = np.arange(6) % 2 == 0
+    expected = np.stack([back(coded, codec or pool, coded.records[at], bool(first[at])) for at in range(6)])
+    breaker = {"failures": 10_000, "lost_s": 1e6}
+    tiers = Tiers(store, breaker=breaker, codec=codec, **PATIENT | {"absent_s": 1e-3, "fresh_s": 1e-3})
+    faults, came = (*RECORD_FAULTS, "raise", "failed", "timeout", "nonsense"), 0
+    with coded.engine(pool, slots=16, tiers=tiers.config) as engine:
+        tiers[0].plan = lambda operation: str(rng.choice(faults)) if rng.random() < 0.4 else None
+        for _ in range(50):
+            for at in range(6):
+                coded.write(at, coded.records[at])
+            saved = engine.save_blocks(keys, np.arange(6), first=first).wait()
+            assert saved.all() and engine.flush()
+            engine._index.drop(engine._coding.rows(keys, first).keys)
+            for block in range(6, 12):
+                coded.write(block, np.zeros(coded.shape.raw_bytes, np.uint8))
+            found = engine.load_blocks(keys, np.arange(6, 12), first=first).wait()
+            for at in np.flatnonzero(found):
+                assert (coded.read(6 + at) == expected[at]).all()
+            came += int(found.sum())
+            engine._index.drop(engine._coding.rows(keys, first).keys)
+        tiers[0].plan = lambda _: None
+        assert 0 < came < 300 and sum(tiers[0].injected.values()) > 50
         nothing_is_held(engine)
 
 
