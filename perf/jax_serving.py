@@ -78,6 +78,7 @@ def cold(model: JaxLlama, pages: JaxPages, tokens: Ids, table: Ids) -> Answer:
     """Computes a prompt whole, or its last tokens behind pages that hold the others."""
     began = time.perf_counter()
     logits, token = model.forward(tokens, table, pages.layers)
+    token.copy_to_host_async()
     int(token)
     seconds = time.perf_counter() - began
     pages.check()
@@ -103,6 +104,7 @@ def saving(
 
     try:
         logits, token = model.forward(tokens, table, pages.layers, after=launched)
+        token.copy_to_host_async()
         for layer in range(max(0, layers - AHEAD), layers):
             announce(layer)
         int(token)
@@ -135,8 +137,8 @@ def hit(
         whole(load, len(keys), moves=True)
     before: Callable[[int], object] = (lambda layer: waits.layer(load, layer)) if layerwise else (lambda layer: None)
     logits, token = model.forward(tokens[-BLOCK_SIZE:], table, pages.layers, before=before)
-    pages.layers[-1].block_until_ready()
-    whole(load, len(keys), moves=True)  # what the token comes from was right; JAX computes scores meanwhile
+    token.copy_to_host_async()
+    whole(load, len(keys), moves=True)  # what the token comes from was right; JAX computes the last layer and scores meanwhile
     int(token)
     seconds = time.perf_counter() - began
     pages.check()

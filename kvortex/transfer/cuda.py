@@ -22,12 +22,14 @@ from kvortex.kernels import build
 from kvortex.memory.arena import SLOT_ALIGNMENT
 from kvortex.memory.ids import IdBuffer, IdPool
 from kvortex.memory.staging import StagingRing
+from kvortex.transfer._layers import load_compiled as load_layers
 from kvortex.transfer.coded import DeviceCoder, coder_for
 from kvortex.transfer.cuda_completion import CudaCompletion, CudaMark, Events
 from kvortex.transfer.digesting import Digesting, Reading, buffers_reading, pieces_apart, room_for
 from kvortex.transfer.executor import Completion, Direction, Executor, poll
 from kvortex.transfer.issue import NO_STREAM, PIECE_ROW_BYTES
 from kvortex.transfer.lane import ROW_WORDS, Job, Lane
+from kvortex.transfer.layer_load import LayerLoad
 from kvortex.transfer.layers import (
     Sections,
     cut_layers,
@@ -37,6 +39,7 @@ from kvortex.transfer.layers import (
     plan_layers,
     run_count,
     split_groups,
+    split_sections,
 )
 from kvortex.transfer.layerwise import LayerSave
 from kvortex.transfer.plan import (
@@ -62,6 +65,8 @@ from kvortex.transfer.resident import FLAG_BYTES
 from kvortex.transfer.routes import Ability, Route, choose, tabulate
 
 _CLOSE_S = 10.0
+LAST_PARTS = 4  # of the last group of layers: a resident kernel has few CTAs, so a whole layer of all blocks takes it 0.1 ms
+AT_ONCE = 2  # groups of a layer-wise load that move while the others are planned
 MAX_BLOCKS = 2048  # of kvortex.kernels.paged, which needs numba.cuda to import
 
 
@@ -146,6 +151,7 @@ class CudaExecutor(Executor):
         self._profile, self._pool, self._count = profile, pool, profile.streams
         self._fragments, self._layer_offsets = fragments, layer_offsets
         asking.load_compiled()
+        load_layers()
         self._functions = cu.functions().copy()  # which compiled code knows as an array like all others
         self._events = Events(device)
         self._guard = threading.RLock()
@@ -158,7 +164,7 @@ class CudaExecutor(Executor):
         self._readers: tuple[int, int] | None = None  # kernels that digest pages, and buffers; None for no digests
         self._digests = digests
         self._lanes: dict[Direction, Lane] = {}
-        self._cuts: dict[int, Sections] = {}  # by number of groups
+        self._cuts: dict[tuple[int, int], Sections] = {}  # by groups, and parts of the last one
         self._allocations = _allocations(device, fragments, num_blocks)
         self._runs = strides(fragments, device.max_pitch, self._allocations)
         self._batches = cu.has_batched_copies()
@@ -287,8 +293,13 @@ class CudaExecutor(Executor):
         if layerwise and route in (Route.RESIDENT, Route.STAGED, Route.DIRECT):
             # A group of a save is submitted by itself, which costs the caller time: few are better, though the last ends later.
             runs = len(blocks) if in_groups or route is Route.DIRECT else run_count(slots)
-            count = group_count(num_layers, int(self._layer_offsets[-1]), len(blocks), runs, self._profile.least)
-            sections = self._sections(count)
+            record_bytes, least = int(self._layer_offsets[-1]), self._profile.least
+            count = group_count(num_layers, record_bytes, len(blocks), runs, least)
+            last_parts = group_count(LAST_PARTS, record_bytes // count, len(blocks), runs, least)
+            sections = self._sections(count, last_parts if route is Route.RESIDENT else 1)
+            # A mark is used once, and the parts of a load may be on different streams.
+            if not in_groups and route is not Route.DIRECT and mark is None and len(sections.ends) > 2 * AT_ONCE:
+                return self._layer_load(route, blocks, slots, busy, sections, caller)
             plan = self._layered_plan(route, blocks, slots, busy, sections)
             if in_groups:
                 edges = sections.first_pieces[[0, *sections.ends.tolist()]]
@@ -354,11 +365,27 @@ class CudaExecutor(Executor):
                 part.cancel()
             raise
 
-    def _sections(self, count: int) -> Sections:
-        if count not in self._cuts:  # two threads may both do it, to the same end
+    def _layer_load(
+        self, route: Route, blocks: Int64s, slots: Int64s, busy: bool, sections: Sections, caller: int
+    ) -> LayerLoad:
+        """Its first groups, and how the others are prepared."""
+        cuts = split_sections(sections, AT_ONCE)
+
+        def part(cut: Sections) -> CudaCompletion:
+            plan, edges = self._layered_plan(route, blocks, slots, busy, cut), cut.first_pieces[[0, -1]].tolist()
+            digesting = self._digesting(route, blocks, edges[0], edges[1], whole=False)
+            return CudaCompletion(self, Direction.LOAD, plan, caller, route, cut.group_of, digesting)
+
+        layers = int(np.count_nonzero(sections.group_of < AT_ONCE))
+        sizes = self._sizes(blocks) if self._digests else None
+        return LayerLoad(part(cuts[0]), lambda: part(cuts[1]), layers, sizes)
+
+    def _sections(self, count: int, last_parts: int) -> Sections:
+        key = count, last_parts
+        if key not in self._cuts:  # two threads may both do it, to the same end
             limit = min(self._staging.buffer_bytes, self._half_bytes) if self._staging is not None else None
-            self._cuts[count] = cut_sections(self._pieces, self._layer_offsets, count, limit)
-        return self._cuts[count]
+            self._cuts[key] = cut_sections(self._pieces, self._layer_offsets, count, limit, last_parts)
+        return self._cuts[key]
 
     def _layered_plan(self, route: Route, blocks: Int64s, slots: Int64s, busy: bool, sections: Sections) -> Plan:
         if route is Route.DIRECT:
