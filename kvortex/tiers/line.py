@@ -58,7 +58,7 @@ class Line:
         self._handed: dict[int, None] = {}
         self.breaker = Breaker(self.options.breaker)
         self.guard = Guarded(self.tier, self.breaker)
-        self.way = way_of(coding, self.guard)
+        self.way = way_of(coding, self.guard, name, self.options.codec_threads)
         self.lossy = coding is not None and coding.lossy
         self.local = self.tier.local if self.options.local is None else self.options.local
         few = min(self.options.known_keys, _SMALL_SET)
@@ -167,6 +167,11 @@ class Line:
             except RuntimeError as error:  # no thread is to be had; nobody else would ever end this probe
                 self.breaker.probed(told(error))
 
+    def close(self) -> None:
+        """Closes the tier, and ends what codes for it."""
+        self.way.close()
+        self.tier.close()
+
     def stats(self, queue_blocks: int, queue_bytes: int) -> TierStats:
         """A snapshot."""
         tally, breaker = self.guard.tally, self.breaker
@@ -210,8 +215,8 @@ def line_names(tiers: list[OpenTier]) -> list[str]:
     return names
 
 
-def way_of(coding: TierCoding | None, guard: Guarded) -> Way:
+def way_of(coding: TierCoding | None, guard: Guarded, name: str, threads: int) -> Way:
     """Between slots and records of a tier."""
     if coding is None:
         return Direct(guard)
-    return Trimmed(guard, coding.tally) if coding.own is None else Transcoded(guard, coding)
+    return Trimmed(guard, coding.tally) if coding.own is None else Transcoded(guard, coding, name, threads)

@@ -11,7 +11,7 @@ from kvortex.errors import ConfigError, shown
 from kvortex.tiers.breaker import BreakerOptions, check_seconds
 
 MODES = ("through", "back", "read")
-_MOST = {"admit_after": 255, "write_threads": 64, "read_threads": 64, "known_keys": 1 << 28}
+_MOST = {"admit_after": 255, "write_threads": 64, "read_threads": 64, "codec_threads": 64, "known_keys": 1 << 28}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +53,8 @@ class TierOptions:
         hold. See ``docs/codecs.md``.
     codec_level
         Of ``cachegen``: 0 to 2, from fine to coarse; None for 1.
+    codec_threads
+        That may code blocks of this tier at a time, for each batch: the thread that reads or writes it, and others beside it.
     breaker
     """
 
@@ -75,6 +77,7 @@ class TierOptions:
     local: bool | None = None
     codec: str | None = None
     codec_level: int | None = None
+    codec_threads: int = 4
     breaker: BreakerOptions = field(default_factory=BreakerOptions)
 
     def __post_init__(self) -> None:

@@ -10,7 +10,11 @@ what comes back with loss the digest is made anew. Whatever does not agree is a 
 
 from __future__ import annotations
 
+import functools
+import math
+import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,10 +28,11 @@ from kvortex.tiers.codec_metrics import DECODE, ENCODE, CodecTally
 from kvortex.tiers.codings import TierCoding, begin
 from kvortex.tiers.envelope import ENVELOPE, ENVELOPE_BYTES, Envelopes, causes, is_exact, is_of, make, part_keys
 from kvortex.tiers.guarded import Guarded
+from kvortex.tiers.remote.crew import Crew
 from kvortex.tiers.scratch import Bytes, Scratch, Scratches, aligned, clear, copy, copy_digested, load_compiled, rows_at
 from kvortex.tiers.ways import Terms, Way
 
-_AT_ONCE_BYTES = 4 << 20  # of original bytes, in one call of a codec, but for a larger block
+_AT_ONCE_BYTES = 1 << 20  # of original bytes, in one call of a codec, but for a larger block
 Flags = npt.NDArray[np.bool_]
 
 
@@ -39,6 +44,10 @@ class Transcoded(Way):
     guard
     coding
         With a codec of the tier's own.
+    name
+        Of the tier, for its threads.
+    threads
+        That code blocks of one batch at a time.
 
     Raises
     ------
@@ -46,7 +55,7 @@ class Transcoded(Way):
         The tier takes no payload that holds more than an envelope.
     """
 
-    def __init__(self, guard: Guarded, coding: TierCoding) -> None:
+    def __init__(self, guard: Guarded, coding: TierCoding, name: str = "tier", threads: int = 1) -> None:
         super().__init__(guard)
         assert coding.own is not None
         self._pool, self._own = coding.pool, coding.own
@@ -59,8 +68,21 @@ class Transcoded(Way):
         self._parts = -(-self._worst // self._each)  # of a record at most
         self._stride = aligned(ENVELOPE_BYTES + self._each)
         self._at_once = max(1, _AT_ONCE_BYTES // self._raw_bytes)
-        self._scratches = Scratches()
+        self._scratches, self._crew = Scratches(), Crew(f"{name}-codec", threads)
         load_compiled()
+
+    def close(self) -> None:
+        self._crew.close()
+
+    def _share(self, count: int, work: Callable[[Scratch, slice], None], cancelled: Callable[[], bool]) -> None:
+        """Does work for ``count`` blocks, some at a time, by several threads, each with memory of its own."""
+
+        def job(some: slice, _: Call) -> None:
+            with self._scratches.lent() as scratch:
+                work(scratch, some)
+
+        pieces = [slice(start, start + self._at_once) for start in range(0, count, self._at_once)]
+        self._crew.run([functools.partial(job, some) for some in pieces], Call(math.inf, cancelled))
 
     # -- down
 
@@ -69,11 +91,14 @@ class Transcoded(Way):
         with self._scratches.lent() as scratch:
             rows = np.flatnonzero(outcomes == Outcome.OK)
             made = _Made(scratch, len(keys), aligned(ENVELOPE_BYTES + self._worst))
-            for start in range(0, len(rows), self._at_once):
+
+            def encode(mine: Scratch, some: slice) -> None:
                 if terms.cancelled():
-                    outcomes[rows[start:]] = Outcome.CANCELLED
-                    break
-                self._encode(scratch, made, rows[start : start + self._at_once], keys, addresses, digests, outcomes)
+                    outcomes[rows[some]] = Outcome.CANCELLED
+                else:
+                    self._encode(mine, made, rows[some], keys, addresses, digests, outcomes)
+
+            self._share(len(rows), encode, terms.cancelled)
             ready = made.coded > 0
             short = np.flatnonzero(ready & (made.coded <= self._each))
             if len(short):
@@ -112,8 +137,7 @@ class Transcoded(Way):
         parts = -(-sizes // self._each)
         exact = is_exact(self._own, coded)[right]
         envelopes = make(self._own, self._slot_bytes, sizes, exact, digests[rows], parts)
-        made.add(rows, sizes)
-        starts = made.at[rows]
+        starts = made.add(rows, sizes)
         copy(rows_at(coded)[right], starts + ENVELOPE_BYTES, sizes)
         long = parts > 1
         envelopes["whole"][long] = _digests_of(starts[long] + ENVELOPE_BYTES, sizes[long])
@@ -164,9 +188,12 @@ class Transcoded(Way):
             there, seen = there[fine], seen[fine]
             short = seen["parts"] == 1
             rows, bodies = there[short], starts[there[short]] + ENVELOPE_BYTES
-            for start in range(0, len(rows), self._at_once):
-                some = slice(start, start + self._at_once)
-                self._decode(scratch, rows[some], bodies[some], seen[short][some], addresses, result, why)
+            mine = seen[short]
+
+            def decode(own: Scratch, some: slice) -> None:
+                self._decode(own, rows[some], bodies[some], mine[some], addresses, result, why)
+
+            self._share(len(rows), decode, terms.cancelled)
             for at, envelope in zip(there[~short].tolist(), seen[~short], strict=True):
                 self._get_parts(scratch, keys[at], at, int(starts[at]), envelope, addresses, result, why, terms)
         self._forget(keys, result, why, terms)
@@ -281,13 +308,17 @@ class _Made:
     def __init__(self, scratch: Scratch, count: int, most: int) -> None:
         self.at, self.coded = np.zeros(count, np.int64), np.zeros(count, np.int64)
         self._next = int(rows_at(scratch.rows("made", count, most), 1)[0]) if count else 0
+        self._lock = threading.Lock()
 
-    def add(self, rows: Int64s, sizes: Int64s) -> None:
-        """Places for some more, at multiples of a page."""
+    def add(self, rows: Int64s, sizes: Int64s) -> Int64s:
+        """Places for some more, at multiples of a page, which are the caller's to fill. Thread-safe."""
         taken = -(-(sizes + ENVELOPE_BYTES) // 4096) * 4096
-        self.at[rows] = self._next + np.cumsum(taken) - taken
-        self.coded[rows] = sizes
-        self._next += int(taken.sum())
+        with self._lock:
+            first = self._next
+            self._next += int(taken.sum())
+        starts: Int64s = first + np.cumsum(taken) - taken
+        self.at[rows], self.coded[rows] = starts, sizes
+        return starts
 
 
 def _digests_of(addresses: Int64s, sizes: Int64s) -> Digests:

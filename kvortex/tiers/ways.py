@@ -64,6 +64,9 @@ class Way(ABC):
         """As :meth:`Tier.delete`."""
         return self.guard.delete(keys, call)
 
+    def close(self) -> None:  # noqa: B027 - most have none
+        """Ends threads of its own, if it has any. Twice does no harm."""
+
 
 class Direct(Way):
     """Records are what slots hold."""

@@ -71,7 +71,7 @@ class Rig:
         self.tier = FaultyTier(self.store, self.form)
         self.tier.most_bytes = most
         self.guard = Guarded(self.tier, Breaker())
-        self.way = Transcoded(self.guard, self.coding)
+        self.way = Transcoded(self.guard, self.coding, "rig", 3)
         self.width = self.coding.slot_bytes
 
     def terms(self) -> Terms:
@@ -496,6 +496,29 @@ def test_threads_have_memory_of_their_own() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong and 1 <= len(rig.way._scratches._idle) <= 4
+    assert not wrong and 2 <= len(rig.way._scratches._idle) <= 4 + 4 + 3  # of calls, and of who codes for them
     most = 10 * (rig.own.worst_bytes + 2 * 4096) + 3 * (rig.own.worst_bytes + 4096) * 10
     assert all(scratch.nbytes() <= most for scratch in rig.way._scratches._idle)
+
+
+def test_several_threads_code_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvortex.tiers.transcoding._AT_ONCE_BYTES", SHAPE.raw_bytes)
+    seen: set[str] = set()
+    met = threading.Barrier(3, timeout=20)  # none goes on before three are there
+
+    class Watched(Transcoded):
+        def _encode(self, *given: Any) -> None:
+            if len(seen) < 3:
+                seen.add(threading.current_thread().name)
+                met.wait()
+            super()._encode(*given)
+
+    rig, keys = Rig("cachegen"), keys_for(*range(3))
+    rig.way = Watched(rig.guard, rig.coding, "rig", 3)
+    assert rig.put(keys, RECORDS[:3].copy()) == [OK] * 3
+    assert len(seen) == 3 and sum("rig-codec" in name for name in seen) == 2
+    outcomes, came, _ = rig.get(keys)
+    assert outcomes == [OK] * 3 and (came == np.stack([lost(rig.own, row) for row in RECORDS[:3]])).all()
+    rig.way.close()
+    assert not [thread for thread in threading.enumerate() if "rig-codec" in thread.name and thread.name in seen]
+    assert rig.put(keys_for(9), RECORDS[9:10].copy()) == [OK], "by the caller alone"
