@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kvortex.codecs import Codec
 from kvortex.digests import digest_records
 from kvortex.errors import ConfigError
 from kvortex.keys import KeyArray
@@ -33,7 +34,7 @@ from kvortex.tiers.scratch import Bytes, Scratch, Scratches, aligned, clear, cop
 from kvortex.tiers.ways import Terms, Way
 
 _AT_ONCE_BYTES = 1 << 20  # of original bytes, in one call of a codec, but for a larger block
-Flags = npt.NDArray[np.bool_]
+_LOADED: set[type[Codec]] = set()
 
 
 class Transcoded(Way):
@@ -70,6 +71,9 @@ class Transcoded(Way):
         self._at_once = max(1, _AT_ONCE_BYTES // self._raw_bytes)
         self._scratches, self._crew = Scratches(), Crew(f"{name}-codec", threads)
         load_compiled()
+        for codec in (self._own, self._pool):
+            if codec is not None and type(codec) not in _LOADED:
+                _load(codec)
 
     def close(self) -> None:
         self._crew.close()
@@ -157,11 +161,15 @@ class Transcoded(Way):
         _put_envelopes(envelopes, starts)
         payloads = sizes + ENVELOPE_BYTES
         others = part_keys(self._space, key, parts)
+        if terms.over():
+            return Outcome.TIMEOUT
         with terms.call() as call:
             outcomes = self.guard.put_from(others, starts, payloads, _digests_of(starts, payloads), call)
         wrong = outcomes[outcomes != Outcome.OK]
         if len(wrong):
             return int(wrong[0])
+        if terms.over():
+            return Outcome.TIMEOUT
         first, whole = np.array([address]), np.array([self._each + ENVELOPE_BYTES])
         with terms.call() as call:
             return int(self.guard.put_from(key[None], first, whole, _digests_of(first, whole), call)[0])
@@ -253,6 +261,9 @@ class Transcoded(Way):
         wanted = np.minimum(self._each, coded - behind * self._each)
         starts = rows_at(scratch.rows("parts", parts - 1, self._stride))
         room = np.full(parts - 1, self._each + ENVELOPE_BYTES)
+        if terms.over():
+            result.outcomes[row] = Outcome.TIMEOUT
+            return
         with terms.call() as call:
             found = self.guard.get_into(part_keys(self._space, key, parts), starts, room, call)
         absent = found.outcomes[found.outcomes != Outcome.OK]
@@ -286,6 +297,8 @@ class Transcoded(Way):
             count = int((why == cause).sum())
             self.tally.refuse(cause, count)
         result.outcomes[wrong], result.sizes[wrong], result.digests[wrong] = Outcome.MISS, 0, 0
+        if terms.over():
+            return
         with terms.call() as call:
             self.delete(keys[wrong], call)
 
@@ -338,3 +351,12 @@ def _envelopes_at(addresses: Int64s) -> Envelopes:
     targets = found.ctypes.data + np.arange(len(found), dtype=np.int64) * ENVELOPE_BYTES
     copy(addresses, targets, np.full(len(found), ENVELOPE_BYTES, np.int64))
     return found
+
+
+def _load(codec: Codec) -> None:
+    """Loads what is compiled of a codec, or compiles it: once in a process, and not while the first block waits."""
+    records = np.zeros((2, codec.shape.raw_bytes), np.uint8)
+    coded = np.zeros((2, codec.worst_bytes), np.uint8)
+    codec.encode_into(records, coded, np.array([False, True]))
+    codec.decode_into(coded, records)
+    _LOADED.add(type(codec))

@@ -478,6 +478,23 @@ def test_time_is_of_calls_and_not_of_what_is_between() -> None:
         assert call.left() == 0.0
 
 
+def test_no_call_is_made_for_which_there_is_no_time() -> None:
+    """The breaker would count each, and the tier has done nothing wrong by them."""
+    rig, keys, slots = Rig("plane", most=PARTS), keys_for(1, 2, 3), RECORDS[:3].copy()
+    at, sizes = slots.ctypes.data + np.arange(3) * slots.strides[0], np.full(3, slots.shape[1])
+    assert rig.put(keys, slots) == [OK] * 3
+    terms = rig.terms()
+    rig.tier.plan = lambda _: setattr(terms, "_left", -1.0)  # the first call takes all of it
+    calls = dict(rig.tier.calls)
+    assert rig.way.put_from(keys, at, sizes, digests_of(slots), terms).tolist() == [Outcome.TIMEOUT] * 3
+    assert rig.tier.calls["put"] == calls["put"] + 1
+    terms = rig.terms()
+    assert rig.way.get_into(keys, at, sizes, terms).outcomes.tolist() == [Outcome.TIMEOUT] * 3
+    assert rig.tier.calls["get"] == calls.get("get", 0) + 1 and not rig.refused
+    rig.tier.plan = lambda _: None
+    assert rig.get(keys)[0] == [OK] * 3
+
+
 def test_threads_have_memory_of_their_own() -> None:
     rig, keys = Rig("cachegen"), keys_for(*range(40))
     wrong: list[Any] = []
