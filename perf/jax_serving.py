@@ -94,7 +94,8 @@ def saving(
 
     def launched(layer: int) -> None:
         if not saves:  # names and slots are found while JAX computes the first layer
-            saves.append(engine.save_blocks(engine.block_keys(tokens), table, stream=waits.stream, layerwise=True))
+            keys = engine.block_keys(tokens)
+            saves.append(engine.save_blocks(keys, table, stream=waits.stream, layerwise=True, first=True))
         if layer >= AHEAD:
             announce(layer - AHEAD)
 
@@ -130,9 +131,9 @@ def hit(
     """Loads all of a prompt but its last block, and computes that one: layer by layer behind the load, or when it has ended."""
     began = time.perf_counter()
     keys = engine.block_keys(tokens)[:-1]  # the last token is computed in any case: what follows it is asked for
-    if not engine.check_blocks(keys).all():
+    if not engine.check_blocks(keys, first=True).all():
         raise kvortex.TransferError("blocks that were saved are not there")
-    load = engine.load_blocks(keys, table[:-1], stream=waits.stream, layerwise=layerwise)
+    load = engine.load_blocks(keys, table[:-1], stream=waits.stream, layerwise=layerwise, first=True)
     if not layerwise:
         whole(load, len(keys), moves=True)
     before: Callable[[int], object] = (lambda layer: waits.layer(load, layer)) if layerwise else (lambda layer: None)

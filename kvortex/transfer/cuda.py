@@ -23,7 +23,8 @@ from kvortex.memory.arena import SLOT_ALIGNMENT
 from kvortex.memory.ids import IdBuffer, IdPool
 from kvortex.memory.staging import StagingRing
 from kvortex.transfer._layers import load_compiled as load_layers
-from kvortex.transfer.coded import DeviceCoder, coder_for
+from kvortex.transfer.coded import DeviceCoder
+from kvortex.transfer.coders import coder_for
 from kvortex.transfer.cuda_completion import CudaCompletion, CudaMark, Events
 from kvortex.transfer.digesting import Digesting, Reading, buffers_reading, pieces_apart, room_for
 from kvortex.transfer.executor import Completion, Direction, Executor, poll
@@ -279,14 +280,15 @@ class CudaExecutor(Executor):
         layerwise: bool = False,
         parts: Int64s | None = None,
     ) -> Completion:
-        assert parts is None, "no codec on a GPU keeps parts of blocks yet"
         mark = stream if isinstance(stream, CudaMark) else None
         caller = NO_STREAM if mark is not None else cuda_stream_handle(stream)
         nbytes = len(blocks) * int(self._layer_offsets[-1])
         in_groups = layerwise and direction is Direction.SAVE
         busy = in_groups or self._is_busy(caller, mark)  # who saves layer by layer computes meanwhile
         if self._coder is not None:
-            return self._prepare_coded(self._coder, direction, blocks, slots, caller, mark, busy, in_groups)
+            plan = self._coder.plan(direction, blocks, slots, busy, parts)
+            return self._prepare_coded(self._coder, direction, plan, caller, mark, in_groups)
+        assert parts is None, "parts of blocks are a codec's"
         table = self._table_of_routes
         route = self.route or choose(table, direction, nbytes, beside_compute=busy, layerwise=layerwise)
         num_layers = len(self._layer_offsets) - 1
@@ -316,17 +318,15 @@ class CudaExecutor(Executor):
         self,
         coder: DeviceCoder,
         direction: Direction,
-        blocks: Int64s,
-        slots: Int64s,
+        plan: Plan,
         caller: int,
         mark: CudaMark | None,
-        busy: bool,
         in_groups: bool,
     ) -> Completion:
         """Through a codec, which takes whole records: all layers are one group."""
-        plan, sizes = coder.plan(direction, blocks, slots, busy), np.full(len(blocks), coder.codec.slot_bytes)
+        sizes = np.full(len(plan.order), coder.codec.slot_bytes)
         numbers = self._numbers.address if self._digests else 0
-        digesting = Digesting(len(blocks), numbers, coded=True, summed=self._digests)
+        digesting = Digesting(len(plan.order), numbers, coded=True, summed=self._digests)
         if not in_groups:
             return CudaCompletion(self, direction, plan, caller, Route.STAGED, None, digesting, sizes, mark)
         part = CudaCompletion(self, direction, plan, NO_STREAM, Route.STAGED, None, digesting)
