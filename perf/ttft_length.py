@@ -121,10 +121,10 @@ class OneLength:
         progress(f"{self._size} tokens: {what}")
 
     def _cold(self, table: Ids | None = None) -> Answer:
-        return jax_serving.cold(self._model, self._pages, self._tokens, self.home if table is None else table)
+        return jax_serving.cold(self._model, self._pages, self._waits, self._tokens, self.home if table is None else table)
 
     def _resident(self) -> Answer:
-        return jax_serving.cold(self._model, self._pages, self._tokens[-BLOCK_SIZE:], self.home)
+        return jax_serving.cold(self._model, self._pages, self._waits, self._tokens[-BLOCK_SIZE:], self.home)
 
     def _compile(self) -> float:
         began = time.perf_counter()
@@ -192,7 +192,7 @@ class OneLength:
         pages = JaxPages(self._jax, self._model.shape, 2 * blocks, self._device.name)
         tokens = rng.integers(0, self._model.shape.vocabulary, self._plan.other, np.int32)
         table = np.arange(blocks, dtype=np.int32)
-        jax_serving.cold(self._model, pages, tokens, table)  # compiled now, and not beside the hit
+        jax_serving.cold(self._model, pages, self._waits, tokens, table)  # compiled now, and not beside the hit
         with self._engine(beside_compute=True) as engine:
             self._save(engine)
             with Other(self._model, pages, tokens, table) as other:

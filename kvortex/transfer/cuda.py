@@ -36,6 +36,8 @@ from kvortex.transfer.layers import (
     cut_layers,
     cut_sections,
     group_count,
+    group_layers,
+    join_groups,
     plan_direct_layers,
     plan_layers,
     run_count,
@@ -61,12 +63,12 @@ from kvortex.transfer.plan import (
     split_pieces,
     strides,
 )
-from kvortex.transfer.profile import Profile
+from kvortex.transfer.profile import Profile, most_resident_ctas
 from kvortex.transfer.resident import FLAG_BYTES
 from kvortex.transfer.routes import Ability, Route, choose, tabulate
 
 _CLOSE_S = 10.0
-LAST_PARTS = 4  # of the last group of layers: a resident kernel has few CTAs, so a whole layer of all blocks takes it 0.1 ms
+LAYER_CTAS = 4  # times the CTAs of a resident kernel, for layers that a model waits for: nothing else hides their scatter
 AT_ONCE = 2  # groups of a layer-wise load that move while the others are planned
 MAX_BLOCKS = 2048  # of kvortex.kernels.paged, which needs numba.cuda to import
 
@@ -165,7 +167,7 @@ class CudaExecutor(Executor):
         self._readers: tuple[int, int] | None = None  # kernels that digest pages, and buffers; None for no digests
         self._digests = digests
         self._lanes: dict[Direction, Lane] = {}
-        self._cuts: dict[tuple[int, int], Sections] = {}  # by groups, and parts of the last one
+        self._cuts: dict[tuple[int, bool], Sections] = {}  # by groups, and whether some are joined
         self._allocations = _allocations(device, fragments, num_blocks)
         self._runs = strides(fragments, device.max_pitch, self._allocations)
         self._batches = cu.has_batched_copies()
@@ -297,8 +299,7 @@ class CudaExecutor(Executor):
             runs = len(blocks) if in_groups or route is Route.DIRECT else run_count(slots)
             record_bytes, least = int(self._layer_offsets[-1]), self._profile.least
             count = group_count(num_layers, record_bytes, len(blocks), runs, least)
-            last_parts = group_count(LAST_PARTS, record_bytes // count, len(blocks), runs, least)
-            sections = self._sections(count, last_parts if route is Route.RESIDENT else 1)
+            sections = self._sections(count, joined=not in_groups and route is not Route.DIRECT)
             # A mark is used once, and the parts of a load may be on different streams.
             if not in_groups and route is not Route.DIRECT and mark is None and len(sections.ends) > 2 * AT_ONCE:
                 return self._layer_load(route, blocks, slots, busy, sections, caller)
@@ -380,11 +381,12 @@ class CudaExecutor(Executor):
         sizes = self._sizes(blocks) if self._digests else None
         return LayerLoad(part(cuts[0]), lambda: part(cuts[1]), layers, sizes)
 
-    def _sections(self, count: int, last_parts: int) -> Sections:
-        key = count, last_parts
+    def _sections(self, count: int, *, joined: bool) -> Sections:
+        key = count, joined
         if key not in self._cuts:  # two threads may both do it, to the same end
             limit = min(self._staging.buffer_bytes, self._half_bytes) if self._staging is not None else None
-            self._cuts[key] = cut_sections(self._pieces, self._layer_offsets, count, limit, last_parts)
+            edges = group_layers(self._layer_offsets, count)
+            self._cuts[key] = cut_sections(self._pieces, self._layer_offsets, join_groups(edges) if joined else edges, limit)
         return self._cuts[key]
 
     def _layered_plan(self, route: Route, blocks: Int64s, slots: Int64s, busy: bool, sections: Sections) -> Plan:
@@ -392,6 +394,8 @@ class CudaExecutor(Executor):
             return plan_direct_layers(blocks, slots, self._fragments[0], sections, self._pool, self._count)
         assert self._staging is not None
         ctas = self.resident_ctas[busy] if route is Route.RESIDENT else 0
+        if ctas and not busy:
+            ctas = max(ctas, min(LAYER_CTAS * ctas, most_resident_ctas(self.device.multiprocessors)))
         size = self._half_bytes if ctas else self._staging.buffer_bytes
         return plan_layers(blocks, slots, sections, self._pool, size, MAX_BLOCKS, ctas=ctas)
 

@@ -17,6 +17,7 @@ import pytest
 
 import kvortex
 from examples.lm.pages import BLOCK_SIZE
+from kvortex.devices import HostDevice
 from kvortex.errors import LayoutError
 from perf import __main__ as program
 from perf import foreign, jax_serving, ttft
@@ -52,12 +53,12 @@ def numbers(jax: Any) -> dict[str, Any]:
     weights = jax.device_put(fused(SMALL, tensors))
     model = JaxLlama(jax, SMALL, Attention("xla"), weights, "float32")
     pages = JaxPages(jax, SMALL, 2 * TOKENS // BLOCK_SIZE, "host", "float32")
-    table = rng.permutation(pages.count).astype(np.int32)[: TOKENS // BLOCK_SIZE]
-    whole = jax_serving.cold(model, pages, tokens, table).logits
+    table, waits = rng.permutation(pages.count).astype(np.int32)[: TOKENS // BLOCK_SIZE], jax_serving.Waits(HostDevice())
+    whole = jax_serving.cold(model, pages, waits, tokens, table).logits
     held = [np.asarray(layer + 0) for layer in pages.layers]
-    behind = jax_serving.cold(model, pages, tokens[-BLOCK_SIZE:], table).logits
+    behind = jax_serving.cold(model, pages, waits, tokens[-BLOCK_SIZE:], table).logits
     pages.spoil(table[:1])
-    spoilt = jax_serving.cold(model, pages, tokens[-BLOCK_SIZE:], table).logits
+    spoilt = jax_serving.cold(model, pages, waits, tokens[-BLOCK_SIZE:], table).logits
     found: dict[str, Any] = {"from_naive": distance(whole, right), "behind_pages": distance(behind, whole)}
     found["spoilt"] = not np.isfinite(spoilt).any()
     others = np.setdiff1d(np.arange(pages.count), table)

@@ -18,7 +18,6 @@ from kvortex.transfer.layers import Sections, split_sections
 from tests.fake_gpu import FakeGpu, fake_gpu
 from tests.pages import PagedCache, Tensor, assert_same, keys_of
 from tests.transfer.profiles import shape
-from tests.transfer.recorder import Call
 
 LAYERS, BLOCKS = 8, 12
 SIZES = np.array([100, 200])
@@ -174,28 +173,6 @@ def test_the_first_copy_of_an_idle_load_comes_before_all_else(gpu: FakeGpu, busy
         gpu.event_code = 0
         assert ticket.wait().all()
         assert_same(cache.memory(), cache.expected(poisoned, before, [(block, block) for block in range(9)]))
-
-
-def test_the_last_group_ends_in_small_chunks(gpu: FakeGpu) -> None:
-    cache = cache_of()
-    with cache.engine(slots=BLOCKS, transfer_route="resident") as engine:
-        cache.randomize()
-        assert engine.save_blocks(keys_of(*range(9)), np.arange(9)).wait().all()
-        copies: list[int] = []
-        execute = gpu.issued._also
-        assert execute is not None
-
-        def watch(call: Call) -> None:
-            execute(call)
-            if call.name == "lines":
-                copies.append(call.parameters[14])
-
-        gpu.issued._also = watch
-        assert engine.load_blocks(keys_of(*range(9)), np.arange(9), layerwise=True).wait().all()
-        gpu.issued._also = execute
-    layer = 2 * (301 + LAYERS - 1)
-    assert sum(copies[-2:]) == layer and max(copies[-2:]) < layer / 2 + 16, "K and V apart: nothing scatters pieces by halves"
-    assert copies[:-2] == [2 * (301 + at) for at in range(LAYERS - 1)]
 
 
 @pytest.mark.parametrize("at", range(8))
