@@ -70,8 +70,8 @@ class KVortexConfig:
         not what was saved is never handed out as if it were. See ``docs/digests.md``.
     codec
         What blocks become in the pool and in tiers: ``"raw"``, as they lie in the pages; ``"plane"``, lossless, in 0.72 of the
-        bytes or less; or, on the host device, with loss ``"int8"``, ``"k6v4"``, ``"k4v4"``, ``"k4v3"``. For bfloat16 pages. See
-        ``docs/codecs.md``.
+        bytes or less; or, with loss, ``"int8"``, ``"k6v4"``, ``"k4v4"``, ``"k4v3"``, where each call is told which blocks begin
+        a sequence. For bfloat16 pages. See ``docs/codecs.md``.
     codec_tables
         What a codec has learnt of the model's KV: a file that ``kvortex calibrate --tables`` writes.
     enable_numa

@@ -67,7 +67,7 @@ def codec_for(config: KVortexConfig, layout: KVLayout | None, device: Device) ->
     if reason is not None:
         raise ConfigError(f"{what}: codec_tables are not for this layout: {reason}")
     if on_gpu:
-        from kvortex.transfer.coded import check_codable
+        from kvortex.transfer.coders import check_codable
 
         try:
             check_codable(codec, layout.fragments)

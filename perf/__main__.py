@@ -10,6 +10,7 @@ from types import ModuleType
 from kvortex.errors import KVortexError, told
 from perf import (
     answers,
+    beside,
     codecs,
     coded,
     compute,
@@ -33,6 +34,7 @@ from perf.report import Report, check_writable, environment, progress
 
 QUESTIONS = {
     "answers": answers,
+    "beside": beside,
     "coded": coded,
     "codecs": codecs,
     "compute": compute,

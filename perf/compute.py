@@ -45,7 +45,7 @@ def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]]
         loop = Loop(name, seconds)
         for to_host in (True, False):  # compiled now, and not beside the loop
             raw.seconds(to_host=to_host)
-        floor = {to_host: _beside(loop, rounds, partial(_copy, raw, to_host)) for to_host in (True, False)}
+        floor = {to_host: beside(loop, rounds, partial(_copy, raw, to_host)) for to_host in (True, False)}
         for fragment_bytes in FRAGMENT_BYTES:
             for route in ROUTES:
                 progress(f"{name}, fragments of {fragment_bytes >> 10} KiB, {route}")
@@ -77,7 +77,7 @@ def _rows(
             "load": lambda: pages.engine.load_blocks(known, target),
         }[direction]
         flow = tickets(start)
-        rate, slowdown = _beside(loop, rounds, flow, flow.drain)
+        rate, slowdown = beside(loop, rounds, flow, flow.drain)
         raw_rate, raw_slowdown = floor[direction == "save"]
         row = {"load": load, "fragment_kib": fragment_bytes >> 10, "route": route, "direction": direction}
         row |= {"rate": rate, "ratio": rate / raw_rate, "slowdown": slowdown, "raw_rate": raw_rate}
@@ -88,7 +88,7 @@ def _rows(
     return rows
 
 
-def _beside(
+def beside(
     loop: Loop, rounds: int, move: Callable[[], int], finish: Callable[[], object] = lambda: None
 ) -> tuple[float, float]:
     """GB/s of ``move``, which gives the bytes that it has seen arrive, beside the loop; and what that costs the loop."""

@@ -6,6 +6,7 @@ blocks, look-ups, transfers that have to end before, launches and waits are all 
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from perf.jax_llama import Ids, JaxLlama
 from perf.jax_pages import JaxPages
 from perf.jax_stream import stream_of
 
+_ROOM_BYTES = 4096  # pinned, for one number
 AHEAD = 2  # layers that JAX has been given when the host waits for one: then it is never without
 
 
@@ -51,7 +53,7 @@ class Waits:
     """
 
     def __init__(self, device: Device, jax: Any = None) -> None:
-        self._context = device.context if isinstance(device, CudaDevice) else None
+        self._device, self._context = device, device.context if isinstance(device, CudaDevice) else None
         self._clock = CudaClock(device) if isinstance(device, CudaDevice) else None
         self.stream = None if self._clock is None else self._clock.stream
         self._reader, self.by = None, "host"
@@ -60,6 +62,12 @@ class Waits:
                 self._reader, self.by = stream_of(jax), "stream"
             except kvortex.DeviceError as error:
                 self.by = f"host: {error}"
+        self._room: int | None = None
+        if self._reader is not None:
+            self._room = device.allocate_pinned(_ROOM_BYTES)
+            with cu.current(self._context) as driver:
+                no_timing = driver.CUevent_flags.CU_EVENT_DISABLE_TIMING
+                self._event = cu.check(driver.cuEventCreate(no_timing), "cuEventCreate")
 
     def layer(self, ticket: kvortex.Ticket, layer: int) -> None:
         """When it returns, what is given to JAX from now on finds this layer in the pages."""
@@ -68,18 +76,51 @@ class Waits:
             with cu.current(self._context) as driver:
                 cu.check(driver.cuStreamSynchronize(self.stream), "cuStreamSynchronize")
 
+    def number(self, array: Any) -> Callable[[], int]:
+        """What waits for an int32 that JAX computes, and gives it. :func:`same` is to be asked afterwards.
+
+        On a stream that is known by a copy behind the computation: JAX's own way to a Python integer takes half a millisecond
+        from the computation's end on.
+        """
+        if self._reader is None or self._room is None:
+            array.copy_to_host_async()
+            return lambda: int(array)
+        room, event = self._room, self._event
+        with cu.current(self._context) as driver:
+            cu.check(driver.cuMemcpyDtoHAsync(room, array.unsafe_buffer_pointer(), 4, self._reader), "cuMemcpyDtoHAsync")
+            cu.check(driver.cuEventRecord(event, self._reader), "cuEventRecord")
+
+        def wait() -> int:
+            with cu.current(self._context) as driver:
+                cu.check(driver.cuEventSynchronize(event), "cuEventSynchronize")
+            return ctypes.c_int32.from_address(room).value
+
+        return wait
+
     def close(self) -> None:
-        """Frees the stream."""
+        """Frees the stream, and what numbers are read into. JAX must be done."""
         if self._clock is not None:
             self._clock.close()
+        if self._room is not None:
+            self._device.free_pinned(self._room)
+            with cu.current(self._context) as driver:
+                driver.cuEventDestroy(self._event)
+            self._room = None
 
 
-def cold(model: JaxLlama, pages: JaxPages, tokens: Ids, table: Ids) -> Answer:
+def same(number: int, array: Any) -> None:
+    """TransferError where a number was read before JAX had computed it, or from elsewhere."""
+    if number != int(array):
+        raise kvortex.TransferError(f"JAX computed {int(array)}, and its stream had {number}: it launches late, or elsewhere")
+
+
+def cold(model: JaxLlama, pages: JaxPages, waits: Waits, tokens: Ids, table: Ids) -> Answer:
     """Computes a prompt whole, or its last tokens behind pages that hold the others."""
     began = time.perf_counter()
     logits, token = model.forward(tokens, table, pages.layers)
-    int(token)
+    number = waits.number(token)()
     seconds = time.perf_counter() - began
+    same(number, token)
     pages.check()
     return Answer(seconds, np.asarray(logits))
 
@@ -93,7 +134,8 @@ def saving(
 
     def launched(layer: int) -> None:
         if not saves:  # names and slots are found while JAX computes the first layer
-            saves.append(engine.save_blocks(engine.block_keys(tokens), table, stream=waits.stream, layerwise=True))
+            keys = engine.block_keys(tokens)
+            saves.append(engine.save_blocks(keys, table, stream=waits.stream, layerwise=True, first=True))
         if layer >= AHEAD:
             announce(layer - AHEAD)
 
@@ -103,14 +145,16 @@ def saving(
 
     try:
         logits, token = model.forward(tokens, table, pages.layers, after=launched)
+        wait = waits.number(token)
         for layer in range(max(0, layers - AHEAD), layers):
             announce(layer)
-        int(token)
+        number = wait()
         seconds = time.perf_counter() - began
     except BaseException:
         for save in saves:
             save.abort()
         raise
+    same(number, token)
     whole(saves[0], len(table), moves=True)
     return Answer(seconds, np.asarray(logits), time.perf_counter() - began)
 
@@ -128,17 +172,18 @@ def hit(
     """Loads all of a prompt but its last block, and computes that one: layer by layer behind the load, or when it has ended."""
     began = time.perf_counter()
     keys = engine.block_keys(tokens)[:-1]  # the last token is computed in any case: what follows it is asked for
-    if not engine.check_blocks(keys).all():
+    if not engine.check_blocks(keys, first=True).all():
         raise kvortex.TransferError("blocks that were saved are not there")
-    load = engine.load_blocks(keys, table[:-1], stream=waits.stream, layerwise=layerwise)
+    load = engine.load_blocks(keys, table[:-1], stream=waits.stream, layerwise=layerwise, first=True)
     if not layerwise:
         whole(load, len(keys), moves=True)
     before: Callable[[int], object] = (lambda layer: waits.layer(load, layer)) if layerwise else (lambda layer: None)
     logits, token = model.forward(tokens[-BLOCK_SIZE:], table, pages.layers, before=before)
-    pages.layers[-1].block_until_ready()
-    whole(load, len(keys), moves=True)  # what the token comes from was right; JAX computes scores meanwhile
-    int(token)
+    wait = waits.number(token)
+    whole(load, len(keys), moves=True)  # what the token comes from was right; JAX computes the last layer and scores meanwhile
+    number = wait()
     seconds = time.perf_counter() - began
+    same(number, token)
     pages.check()
     return Answer(seconds, np.asarray(logits))
 

@@ -16,6 +16,9 @@ Seconds are the host's, from the prompt's tokens to the first new one (``perf/ja
 
 ``same_bits``: whether the scores of the first token behind every kind of hit are bit by bit those of ``resident_ms``.
 ``wrong_bytes``: bytes of pages that came back as others, and of scores that differ. Pages are filled with NaN before each hit.
+With a codec that loses something (``--codecs``) ``same_bits`` says just that, ``wrong_bytes`` are of a few blocks against what
+the codec's own calls make of them, and ``off_exact`` is how far scores are from the exact ones, relative: on random weights, so
+it says nothing about quality (``perf prefix`` does).
 ``off_cold``: distance of these scores from those of the whole prompt, relative, which rounding in other sums makes.
 
 ``--quick``, and ``--device host``: a tiny model, which shows that it works. ``--help`` has the options.
@@ -57,6 +60,7 @@ BETTER = {"cold_ms": "lower", "hit_ms": "lower", "speedup": "higher"} | {
 }
 COLUMNS = (*KEYS, *BETTER, "torch_ms", "to_torch", "off_cold", "same_bits", "wrong_bytes")
 SIZES = {"8b": (4096, 32768, 1024, 16384, 8192), "tiny": (256, 96)}  # those that matter most come first
+_CODECS = (RAW, "plane", "int8", "k6v4", "k4v4", "k4v3")
 OTHER = {"8b": 8192, "tiny": 96}  # tokens of the other prompt
 
 
@@ -67,8 +71,8 @@ def add_options(parser: Any) -> None:
     parser.add_argument("--attention", choices=ATTENTIONS, help="of whole prompts: cudnn on a GPU; the next if it fails")
     parser.add_argument("--disk", type=Path, help="an existing folder for the disk tier's files, which are removed")
     parser.add_argument("--minutes", type=float, help="after which no other length is begun: 5")
-    parser.add_argument("--codecs", help="of raw,plane: how hits are kept, a row for each; only what is exact")
-    parser.add_argument("--tables", type=Path, help="of kvortex calibrate --tables, for plane; else of the model's own pages")
+    parser.add_argument("--codecs", help=f"of {','.join(_CODECS)}: how hits are kept, a row for each")
+    parser.add_argument("--tables", type=Path, help="of kvortex calibrate --tables, for codecs; else of the model's own pages")
     parser.add_argument("--engine", action="append", help="NAME=VALUE: an option of the engines, as gpu_pool_size_bytes=1GiB")
     parser.add_argument("--skip", help="parts that are left out, of disk,beside,torch")
 
@@ -131,8 +135,8 @@ def _plan(device: str, quick: bool, options: argparse.Namespace | None) -> Plan:
     if unknown := skip - {"disk", "beside", "torch"}:
         raise ArgumentError(f"--skip {','.join(sorted(unknown))}: only disk, beside and torch can be left out")
     codecs = tuple(given.get("codecs", RAW).split(","))
-    if set(codecs) - {RAW, "plane"} or len(set(codecs)) != len(codecs):
-        raise ArgumentError(f"--codecs {given['codecs']}: give raw, plane or both, each once; others do not keep all bits")
+    if set(codecs) - set(_CODECS) or len(set(codecs)) != len(codecs):
+        raise ArgumentError(f"--codecs {given['codecs']}: give some of {', '.join(_CODECS)}, each once")
     if codecs != (RAW,) and "codec" not in {field.name for field in dataclasses.fields(kvortex.KVortexConfig)}:
         raise ArgumentError(f"--codecs {given['codecs']}: the engines of this kvortex have no codecs; leave it out")
     disk = given.get("disk")

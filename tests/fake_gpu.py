@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import zlib
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -17,15 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvortex.codecs._plane import _SPREAD, decode_plane, encode_plane
-from kvortex.codecs.base import DECLINED, HEADER
 from kvortex.devices import driver as cu
 from kvortex.devices.host import HostBuffer
 from kvortex.digests.host import numbers, sum_part
 from kvortex.digests.keys import kernel_numbers
-from kvortex.kernels.plane_form import ACROSS, BASES, CHANNELS, GROUPS, N_PLANES, PLANES, TABLE_WORDS
-from kvortex.kernels.plane_form import HEADER as HEADER_CELL
 from kvortex.transfer import cuda as executor
+from tests import fake_codecs
 from tests.fake_driver import FakeDriver, Result, installed
 from tests.transfer.recorder import Call, Recorder
 
@@ -36,11 +32,10 @@ _SYMBOLS = ("cuCtxPushCurrent", "cuCtxPopCurrent", "cuEventRecord", "cuStreamWai
 _NOT_CAPTURING = "CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE"
 _ENTRIES = {b"gather": 0x6A, b"scatter": 0x5C, b"gather_resident": 0x6B, b"scatter_resident": 0x5D, b"compute": 0xC0,
             b"gather_digest": 0x16A, b"scatter_digest": 0x15C, b"gather_resident_digest": 0x16B,
-            b"scatter_resident_digest": 0x15D, b"read_pages": 0xD1, b"read_buffers": 0xD2, b"plane_count": 0xE1,
-            b"plane_encode": 0xE2, b"plane_decode": 0xE3, b"read_records": 0xE4, b"seal_records": 0xE5}  # fmt: skip
+            b"scatter_resident_digest": 0x15D, b"read_pages": 0xD1, b"read_buffers": 0xD2, **fake_codecs.ENTRIES}  # fmt: skip
 _TABLE, _NUMBERS = kernel_numbers(8 << 20), numbers(8 << 20)  # made here: tests interrupt every line of kvortex
 _DIGESTS = 0x100  # in the entry of a kernel that moves bytes: it digests them
-_CODES = {_ENTRIES[name] for name in (b"plane_count", b"plane_encode", b"plane_decode", b"read_records", b"seal_records")}
+_CODES = set(fake_codecs.ENTRIES.values())
 _RESIDENT = {_ENTRIES[name] for name in _ENTRIES if b"resident" in name}
 
 
@@ -213,13 +208,13 @@ class FakeGpu(FakeDriver):
                     pair = staging + b * pitch + offset, base + block * stride
                     self._copy("a resident kernel", *(pair if gather else pair[::-1]), nbytes)
                     if entry & _DIGESTS:
-                        self._digest(pair[1], nbytes, offset, numbers_at, sums + 16 * (first + b))
+                        self.digest(pair[1], nbytes, offset, numbers_at, sums + 16 * (first + b))
                 yield "moved"
             if self._reach("a kernel's flag", done, 4):
                 cell = ctypes.c_uint32.from_address(done)
                 cell.value += threads
 
-    def _digest(self, page: int, nbytes: int, offset: int, numbers_at: int, sums: int, alone: int = 0) -> None:
+    def digest(self, page: int, nbytes: int, offset: int, numbers_at: int, sums: int, alone: int = 0) -> None:
         """Adds what a piece of a page adds to the two numbers at ``sums``, or puts it there ``alone``."""
         table = _TABLE[: 256 + 2 * -(-(offset + nbytes) // 512)]
         if not (self._reach("digests", page, nbytes) and self._reach("digests", sums, 16)):
@@ -242,67 +237,18 @@ class FakeGpu(FakeDriver):
                 for b, (address, nbytes) in enumerate(rows):
                     for p, at in enumerate(range(0, nbytes, 4096)):
                         where = sums + b * record + p * piece
-                        self._digest(address + at, min(4096, nbytes - at), at, numbers_at, where, piece)
+                        self.digest(address + at, min(4096, nbytes - at), at, numbers_at, where, piece)
         elif self._reach("a kernel's table", table, 32 * n_pieces) and self._reach("a kernel's ids", ids, 4 * n_blocks):
             pieces = np.ctypeslib.as_array((ctypes.c_int64 * (4 * n_pieces)).from_address(table)).reshape(-1, 4).tolist()
             for b, block in enumerate(ids_of(ids, n_blocks, only)):
                 for p, (base, stride, offset, nbytes) in enumerate(pieces):
                     where = sums + b * record + p * piece
-                    self._digest(base + block * stride, nbytes, offset, numbers_at, where, piece)
+                    self.digest(base + block * stride, nbytes, offset, numbers_at, where, piece)
 
-    def _array(self, address: int, count: int, kind: Any) -> Any:
+    def array(self, address: int, count: int, kind: Any) -> Any:
         if not self._reach("a kernel's numbers", address, count * ctypes.sizeof(kind)):
             return np.zeros(count, kind)
         return np.ctypeslib.as_array((kind * count).from_address(address))
-
-    def _code(self, call: Call) -> Iterator[str]:
-        """A kernel of a codec, by the CPU's twin; it stops behind each record."""
-        entry, (staging, pitch, *rest) = call.arguments[0], call.parameters
-        if entry in (_ENTRIES[b"read_records"], _ENTRIES[b"seal_records"]):
-            n_pieces, n, numbers_at, sums, status = rest[:5]
-            assert n_pieces == -(-pitch // 4096)
-            for b in range(n):
-                record = staging + b * pitch
-                header = self._array(record, HEADER.itemsize, ctypes.c_uint8).view(HEADER)[0]
-                used = min(int(header["used_bytes"]), pitch)
-                if entry == _ENTRIES[b"seal_records"]:
-                    if header["stored"] == DECLINED:
-                        used = HEADER.itemsize
-                        self._array(status + 4 * b, 1, ctypes.c_uint32)[:] = 1
-                    self._array(record + used, pitch - used, ctypes.c_uint8)[:] = 0
-                if sums:
-                    self._digest(record, used, 0, numbers_at, sums + 16 * b)
-                yield "read"
-            return
-        cells_at, extra, ids, n, run = rest[:5]
-        cells = self._array(cells_at, PLANES, ctypes.c_uint64).astype(np.int64)
-        planes, groups, across = cells[[N_PLANES, GROUPS, ACROSS]].tolist()
-        where = self._array(cells_at + 8 * PLANES, 2 * planes, ctypes.c_uint64).astype(np.int64).reshape(-1, 2).tolist()
-        base = self._array(int(cells[BASES]), planes * across * CHANNELS, ctypes.c_uint8).reshape(planes, -1)
-        header = self._array(int(cells[HEADER_CELL]), 16, ctypes.c_uint32)
-        form, tiles = np.array([groups, across, cells[TABLE_WORDS]]), planes * groups * across
-        assert run > 0 and staging % 16 == pitch % 16 == 0
-        for b, block in enumerate(self._array(ids, n, ctypes.c_int32).tolist()):
-            pages = [self._array(at + block * step, groups * across * 1024, ctypes.c_uint16) for at, step in where]
-            values = np.concatenate(pages)[None]
-            if entry != _ENTRIES[b"plane_decode"]:
-                counts, said = self._array(extra + 4 * tiles * b, tiles, ctypes.c_uint32), zlib.crc32(values.tobytes())
-            record = self._array(staging + b * pitch, pitch // 4, ctypes.c_uint32)
-            if entry == _ENTRIES[b"plane_count"]:
-                counts[:] = said
-            elif entry == _ENTRIES[b"plane_encode"]:
-                if (counts != said).any():
-                    self.wild.append("pages were not counted as they are, or others counted theirs there meanwhile")
-                encode_plane(values, record[None], header, base, form, np.empty(1, np.int64))
-            else:
-                good = np.empty(1, np.bool_)
-                decode_plane(record[None], values, header, base, form, _SPREAD, good)
-                if good[0]:
-                    for page, decoded in zip(pages, values.reshape(planes, -1), strict=True):
-                        page[:] = decoded
-                else:
-                    self._array(extra + 4 * b, 1, ctypes.c_uint32)[:] = 1
-            yield "coded"
 
     def _execute(self, call: Call) -> None:
         if call.name in ("to_host", "to_device"):
@@ -324,7 +270,7 @@ class FakeGpu(FakeDriver):
         elif call.name == "launch" and call.arguments[0] in (_ENTRIES[b"read_pages"], _ENTRIES[b"read_buffers"]):
             self._read(call)
         elif call.name == "launch" and call.arguments[0] in _CODES:
-            for _ in self._code(call):
+            for _ in fake_codecs.code(self, call):
                 pass
         elif call.name == "launch" and call.arguments[0] in _RESIDENT:
             self.resident.append(self._serve(call))
@@ -340,7 +286,7 @@ class FakeGpu(FakeDriver):
                     pair = staging + b * pitch + offset - int(pieces[0, 2]), base + block * stride
                     self._copy("a kernel", *(pair if entry & 0xFF == _ENTRIES[b"gather"] else pair[::-1]), nbytes)
                     if entry & _DIGESTS:
-                        self._digest(pair[1], nbytes, offset, numbers_at, sums + b * record + p * piece, piece)
+                        self.digest(pair[1], nbytes, offset, numbers_at, sums + b * record + p * piece, piece)
 
 
 def ids_of(address: int, count: int, only: int) -> list[int]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from tests import fake_codecs
 from tests.fake_driver import Result
 from tests.fake_gpu import _CODES, _DIGESTS, _ENTRIES, _RESIDENT, FakeGpu, ids_of
 from tests.transfer.recorder import Call
@@ -149,7 +150,7 @@ class LateGpu(FakeGpu):
         elif name == "launch" and call.arguments[0] in _RESIDENT:
             yield from self._serve(call)
         elif name == "launch" and call.arguments[0] in _CODES:
-            yield from self._code(call)
+            yield from fake_codecs.code(self, call)
         elif name == "launch" and call.arguments[0] in (_ENTRIES[b"read_pages"], _ENTRIES[b"read_buffers"]):
             self._read(call)
             yield "read"
@@ -182,5 +183,5 @@ class LateGpu(FakeGpu):
                 pair = staging + b * pitch + offset - pieces[0][2], base + block * stride
                 self._copy("a kernel", *(pair if entry & 0xFF == _ENTRIES[b"gather"] else pair[::-1]), nbytes)
                 if entry & _DIGESTS:
-                    self._digest(pair[1], nbytes, offset, numbers_at, sums + b * record + p * piece, piece)
+                    self.digest(pair[1], nbytes, offset, numbers_at, sums + b * record + p * piece, piece)
             yield "moved"

@@ -118,6 +118,8 @@ class LossyCodec(BoundedCodec):
         the first block of a sequence.
     key_bytes, value_bytes
         Of a plane of K and of V in a body.
+    tiles
+        Of 16 tokens of 64 channels, in a record.
     factor : float32
         What rotated values are multiplied by; 0 for no rotation.
     """
@@ -139,7 +141,7 @@ class LossyCodec(BoundedCodec):
         self.value_bytes = tokens * (channels // shape.head_dim) * 4 + tokens * channels * self.v_bits // 8
         self.slot_bytes = HEADER_BYTES + shape.planes // 2 * (self.key_bytes + self.value_bytes)
         self.worst_bytes = HEADER_BYTES + self._plane.worst_bytes
-        self.part_bytes = self.slot_bytes - HEADER_BYTES
+        self.tiles, self.part_bytes = self._plane.tiles, self.slot_bytes - HEADER_BYTES
         self.parts = -(-shape.raw_bytes // self.part_bytes)
         self._is_key = np.array([part == "K" for part in shape.parts_of_planes])
         self._form = np.array([shape.head_dim, self.k_bits, self.v_bits], np.int64)

@@ -19,7 +19,7 @@ from kvortex.devices.threads import busy_address
 
 NOT_READY = 600  # CUDA_ERROR_NOT_READY
 CAPTURE_IMPLICIT = 906  # CUDA_ERROR_STREAM_CAPTURE_IMPLICIT
-_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED: see kvortex.devices.driver.current
+RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED: see kvortex.devices.driver.current
 _SAVED, _MODE = range(_CELLS := 2)
 Functions: TypeAlias = npt.NDArray[np.int64]
 
@@ -34,7 +34,7 @@ def _ask(functions, context, which, a, b, c, cells):  # type: ignore[no-untyped-
         code = call(functions[CTX_SET], (context,))
         if code:
             return code
-    cells[_MODE] = _RELAXED
+    cells[_MODE] = RELAXED
     unset = call(functions[CAPTURE_MODE], (cells[_MODE:].ctypes.data,))
     code = call(functions[which], (a, b, c))  # of which a function takes as many as it has parameters
     if not unset:

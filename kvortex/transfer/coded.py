@@ -1,17 +1,17 @@
 """Coded records on a GPU: launches that code pages into staging buffers, or decode them from there, and one DMA a chunk.
 
 A chunk has launches on its buffer's stream, each a row of a kernel, its grid and its parameters (:mod:`kvortex.transfer.plan`),
-and copies between the buffer and slots. What a codec launches is all that a :class:`DeviceCoder` has of its own.
+and copies between the buffer and slots. What a codec launches is all that a :class:`DeviceCoder` has of its own
+(:mod:`kvortex.transfer.coders`).
 
 A slot holds ``codec.slot_bytes``, with zeros behind a record that is shorter. A save cannot know how long its records become,
-so it moves whole slots. A load can: their headers lie in host memory. So it moves as much as the longest of neighbours needs,
-and no zeros, which add nothing to a digest either.
+and zeros belong to them, so it moves whole slots. A load knows it, so it moves as much as the longest of neighbours needs, and
+no zeros, which add nothing to a digest either.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -19,12 +19,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from kvortex.codecs import Codec
-from kvortex.codecs.base import HEADER, HEADER_BYTES
-from kvortex.codecs.on_device import cells, constants
-from kvortex.codecs.plane import PlaneCodec
 from kvortex.devices.cuda import CudaDevice
-from kvortex.errors import CodecError, ConfigError, DeviceError
-from kvortex.kernels.plane_form import WARPS
+from kvortex.errors import ConfigError, DeviceError
 from kvortex.transfer.executor import Direction
 from kvortex.transfer.plan import (
     ABSOLUTE,
@@ -40,7 +36,6 @@ from kvortex.transfer.plan import (
     FIRST_LAUNCH,
     HOST_PITCH,
     HOST_SIDE,
-    IDS,
     KERNEL,
     LAST,
     LAUNCH_COLUMNS,
@@ -54,7 +49,6 @@ from kvortex.transfer.plan import (
     STATUS,
     SUMS,
     THREADS,
-    WORK,
     Int64s,
     Plan,
     Pool,
@@ -69,32 +63,17 @@ READ_PIECE, READ_THREADS = 4096, 256  # of kvortex.kernels.coded, which needs nu
 CTAS_EACH = 4  # CTAs a multiprocessor that a launch may have; beside a model one, as much as of any staged launch
 _MOST_RUN = 16  # tiles that a warp takes at a time, where there are enough for all warps
 _COPY_STEP = 512  # bytes; lines of copies are multiples of that
-_USED_AT = HEADER.fields["used_bytes"][1]  # type: ignore[index]
 
 
-def used_lengths(pool: Pool, slots: Int64s, most: int) -> Int64s:
-    """Bytes that records in slots use, as their headers say, between a header's and ``most``: what is damaged is led nowhere.
-
-    Parameters
-    ----------
-    pool
-    slots : (n,) int64
-        With records that nobody writes.
-    most
-    """
-    first = np.ctypeslib.as_array((ctypes.c_uint64 * 1).from_address(pool.address + _USED_AT))
-    rows = np.lib.stride_tricks.as_strided(first, (int(slots.max()) + 1,), (pool.slot_bytes,), writeable=False)
-    used: Int64s = np.clip(rows[slots], HEADER_BYTES, most).astype(np.int64)
-    return used
-
-
-def plan_coded(blocks: Int64s, slots: Int64s, used: Int64s, pool: Pool, room: int, starts: Int64s) -> Plan:
+def plan_coded(ids: Int64s, slots: Int64s, used: Int64s, pool: Pool, room: int, starts: Int64s) -> Plan:
     """A transfer of coded records through staging buffers, without its launches.
 
     Parameters
     ----------
-    blocks, slots : (n,) int64
-        Pages in VRAM and their records' slots, which ascend.
+    ids : (m,) int64
+        What kernels read of the records, in their order: pages, say.
+    slots : (n,) int64
+        Of the records; they ascend.
     used : (n,) int64
         Bytes that have to cross the link of each.
     pool
@@ -119,7 +98,7 @@ def plan_coded(blocks: Int64s, slots: Int64s, used: Int64s, pool: Pool, room: in
     chunks[:, FIRST_COPY] = np.searchsorted(heads, starts)
     chunks[:, N_COPIES] = np.diff(np.append(chunks[:, FIRST_COPY], len(heads)))
     nbytes = int((copies[:, COPY_BYTES] * copies[:, LINES]).sum())
-    return Plan(blocks.astype(np.int32), chunks, copies, nbytes, room)
+    return Plan(ids.astype(np.int32), chunks, copies, nbytes, room)
 
 
 class DeviceCoder(ABC):
@@ -140,6 +119,8 @@ class DeviceCoder(ABC):
     ----------
     works : list of int
         Addresses of what belongs to each staging buffer besides, once it is open.
+    most_ctas : (int, int)
+        Of one launch, with the GPU idle and beside a computing model. May be changed between transfers, as measurements do.
     """
 
     kernels: ClassVar[tuple[str, ...]]
@@ -152,7 +133,7 @@ class DeviceCoder(ABC):
         self.works: list[int] = []
         self._held: list[Any] = []
         self._kernels = {name: kernel(name) for name in self.kernels}
-        self._most = CTAS_EACH * device.multiprocessors, device.multiprocessors
+        self.most_ctas = CTAS_EACH * device.multiprocessors, device.multiprocessors
 
     def open(self, buffers: int, buffer_bytes: int) -> None:
         """Takes what belongs to each of so many staging buffers.
@@ -178,22 +159,36 @@ class DeviceCoder(ABC):
         self._held[-1].write(array.reshape(-1).view(np.uint8))
         return int(self._held[-1].address)
 
-    def plan(self, direction: Direction, blocks: Int64s, slots: Int64s, busy: bool) -> Plan:
-        """A transfer of pages to slots or back, no slot twice. ``busy``: a model computes meanwhile."""
+    def plan(
+        self, direction: Direction, blocks: Int64s, slots: Int64s, busy: bool, parts: Int64s | None = None
+    ) -> Plan:
+        """A transfer of pages to slots or back, no slot twice. ``busy``: a model computes meanwhile.
+
+        ``parts`` : (n,) int64, where some slots hold a part of a page as it is: its number, or -1; None where none does.
+        """
         order = np.argsort(slots)
         blocks, slots = blocks[order], slots[order]
+        parts = None if parts is None else parts[order]
         save, room = direction is Direction.SAVE, self.codec.slot_bytes
         if busy:  # then chunks begin together, when a kernel of the model ends
             starts = even(len(slots), self._per_chunk, self._buffers)
         else:  # the link is not to wait for a long first launch, nor the end for a long last one
             starts = ramp(len(slots), self._per_chunk, FIRST if save else LAST)
-        used = np.full(len(slots), room) if save else used_lengths(self._pool, slots, room)
-        plan = plan_coded(blocks, slots, used, self._pool, room, starts)
+        used = np.full(len(slots), room) if save else self._used(slots, parts)
+        plan = plan_coded(self._ids(blocks, parts), slots, used, self._pool, room, starts)
         chunks = plan.chunks
-        rows = self._rows(save, chunks[:, FIRST_BLOCK], chunks[:, N_BLOCKS], self._most[busy])
+        rows = self._rows(save, chunks[:, FIRST_BLOCK], chunks[:, N_BLOCKS], self.most_ctas[busy])
         chunks[:, N_LAUNCHES], chunks[:, FIRST_LAUNCH] = len(rows), np.arange(len(chunks)) * len(rows)
         launches = np.stack(rows, axis=1).reshape(-1, LAUNCH_COLUMNS)
         return Plan(plan.ids, chunks, plan.copies, plan.nbytes, room, order=order, launches=launches)
+
+    @abstractmethod
+    def _ids(self, blocks: Int64s, parts: Int64s | None) -> Int64s:
+        """What kernels read of records, one behind another."""
+
+    @abstractmethod
+    def _used(self, slots: Int64s, parts: Int64s | None) -> Int64s:
+        """(n,): bytes of the records in slots, which nobody writes, without zeros behind them."""
 
     @abstractmethod
     def _rows(self, save: bool, first: Int64s, count: Int64s, most: int) -> list[Int64s]:
@@ -201,6 +196,12 @@ class DeviceCoder(ABC):
 
         ``first`` and ``count`` are (c,): records of each chunk. ``most`` CTAs are as many as one launch may have.
         """
+
+    @staticmethod
+    def _share(count: Int64s, tiles: int, warps: int, most: int) -> tuple[Int64s, Int64s]:
+        """Tiles that a warp takes at a time, and CTAs, of launches over ``count`` records of so many tiles."""
+        run = np.clip(count * tiles // (warps * most), 1, _MOST_RUN)
+        return run, np.minimum(most, -(-count * -(-tiles // run) // warps))
 
     def _row(self, kernel: str, ctas: Int64s, threads: int, *parameters: Parameter) -> Int64s:
         """A launch of each chunk."""
@@ -225,60 +226,3 @@ class DeviceCoder(ABC):
         while self._held:
             with contextlib.suppress(DeviceError):
                 self._held.pop().free()
-
-
-class PlaneCoder(DeviceCoder):
-    """:class:`kvortex.codecs.plane.PlaneCodec`: three launches to save a chunk, two to load it.
-
-    Parameters
-    ----------
-    fragments : (F, 4) int64
-        Of the layout.
-    """
-
-    kernels = ("plane_count", "plane_encode", "plane_decode", "read_records", "seal_records")
-
-    def __init__(
-        self,
-        device: CudaDevice,
-        codec: PlaneCodec,
-        fragments: Int64s,
-        pool: Pool,
-        kernel: Callable[[str], int],
-        numbers: int,
-    ) -> None:
-        super().__init__(device, codec, pool, kernel, numbers)
-        self._tiles, self.work_bytes = codec.tiles, 4 * codec.tiles
-        try:
-            self._cells = self._hold(cells(codec, fragments, self._hold(constants(codec))))
-        except BaseException:
-            self.close()
-            raise
-
-    def _rows(self, save: bool, first: Int64s, count: Int64s, most: int) -> list[Int64s]:
-        run = np.clip(count * self._tiles // (WARPS * most), 1, _MOST_RUN)
-        ctas = np.minimum(most, -(-count * -(-self._tiles // run) // WARPS))
-        head = (BUFFER, 0), (ABSOLUTE, self.codec.slot_bytes), (ABSOLUTE, self._cells)
-        tail = (IDS, 4 * first), (ABSOLUTE, count), (ABSOLUTE, run)
-        shape = ctas, 32 * WARPS
-        if save:
-            coding = [self._row(name, *shape, *head, (WORK, 0), *tail) for name in ("plane_count", "plane_encode")]
-            return [*coding, self._read("seal_records", first, count, most)]
-        reading = [self._read("read_records", first, count, most)] if self._numbers else []
-        return [*reading, self._row("plane_decode", *shape, *head, (STATUS, 4 * first), *tail)]
-
-
-def coder_for(
-    device: CudaDevice, codec: Codec, fragments: Int64s, pool: Pool, kernel: Callable[[str], int], numbers: int
-) -> DeviceCoder:
-    """What codes on a GPU. CodecError where that codec has no kernels, or cannot code such pages."""
-    check_codable(codec, fragments)
-    assert isinstance(codec, PlaneCodec)
-    return PlaneCoder(device, codec, fragments, pool, kernel, numbers)
-
-
-def check_codable(codec: Codec, fragments: Int64s) -> None:
-    """CodecError where kernels cannot code these pages; says why."""
-    if not isinstance(codec, PlaneCodec):
-        raise CodecError(f"{codec.name} has no kernels yet; plane has")
-    cells(codec, fragments, 0)

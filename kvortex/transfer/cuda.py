@@ -22,21 +22,27 @@ from kvortex.kernels import build
 from kvortex.memory.arena import SLOT_ALIGNMENT
 from kvortex.memory.ids import IdBuffer, IdPool
 from kvortex.memory.staging import StagingRing
-from kvortex.transfer.coded import DeviceCoder, coder_for
+from kvortex.transfer._layers import load_compiled as load_layers
+from kvortex.transfer.coded import DeviceCoder
+from kvortex.transfer.coders import coder_for
 from kvortex.transfer.cuda_completion import CudaCompletion, CudaMark, Events
 from kvortex.transfer.digesting import Digesting, Reading, buffers_reading, pieces_apart, room_for
 from kvortex.transfer.executor import Completion, Direction, Executor, poll
 from kvortex.transfer.issue import NO_STREAM, PIECE_ROW_BYTES
 from kvortex.transfer.lane import ROW_WORDS, Job, Lane
+from kvortex.transfer.layer_load import LayerLoad
 from kvortex.transfer.layers import (
     Sections,
     cut_layers,
     cut_sections,
     group_count,
+    group_layers,
+    join_groups,
     plan_direct_layers,
     plan_layers,
     run_count,
     split_groups,
+    split_sections,
 )
 from kvortex.transfer.layerwise import LayerSave
 from kvortex.transfer.plan import (
@@ -57,11 +63,13 @@ from kvortex.transfer.plan import (
     split_pieces,
     strides,
 )
-from kvortex.transfer.profile import Profile
+from kvortex.transfer.profile import Profile, most_resident_ctas
 from kvortex.transfer.resident import FLAG_BYTES
 from kvortex.transfer.routes import Ability, Route, choose, tabulate
 
 _CLOSE_S = 10.0
+LAYER_CTAS = 4  # times the CTAs of a resident kernel, for layers that a model waits for: nothing else hides their scatter
+AT_ONCE = 2  # groups of a layer-wise load that move while the others are planned
 MAX_BLOCKS = 2048  # of kvortex.kernels.paged, which needs numba.cuda to import
 
 
@@ -146,6 +154,7 @@ class CudaExecutor(Executor):
         self._profile, self._pool, self._count = profile, pool, profile.streams
         self._fragments, self._layer_offsets = fragments, layer_offsets
         asking.load_compiled()
+        load_layers()
         self._functions = cu.functions().copy()  # which compiled code knows as an array like all others
         self._events = Events(device)
         self._guard = threading.RLock()
@@ -158,7 +167,7 @@ class CudaExecutor(Executor):
         self._readers: tuple[int, int] | None = None  # kernels that digest pages, and buffers; None for no digests
         self._digests = digests
         self._lanes: dict[Direction, Lane] = {}
-        self._cuts: dict[int, Sections] = {}  # by number of groups
+        self._cuts: dict[tuple[int, bool], Sections] = {}  # by groups, and whether some are joined
         self._allocations = _allocations(device, fragments, num_blocks)
         self._runs = strides(fragments, device.max_pitch, self._allocations)
         self._batches = cu.has_batched_copies()
@@ -273,22 +282,27 @@ class CudaExecutor(Executor):
         layerwise: bool = False,
         parts: Int64s | None = None,
     ) -> Completion:
-        assert parts is None, "no codec on a GPU keeps parts of blocks yet"
         mark = stream if isinstance(stream, CudaMark) else None
         caller = NO_STREAM if mark is not None else cuda_stream_handle(stream)
         nbytes = len(blocks) * int(self._layer_offsets[-1])
         in_groups = layerwise and direction is Direction.SAVE
         busy = in_groups or self._is_busy(caller, mark)  # who saves layer by layer computes meanwhile
         if self._coder is not None:
-            return self._prepare_coded(self._coder, direction, blocks, slots, caller, mark, busy, in_groups)
+            plan = self._coder.plan(direction, blocks, slots, busy, parts)
+            return self._prepare_coded(self._coder, direction, plan, caller, mark, in_groups)
+        assert parts is None, "parts of blocks are a codec's"
         table = self._table_of_routes
         route = self.route or choose(table, direction, nbytes, beside_compute=busy, layerwise=layerwise)
         num_layers = len(self._layer_offsets) - 1
         if layerwise and route in (Route.RESIDENT, Route.STAGED, Route.DIRECT):
             # A group of a save is submitted by itself, which costs the caller time: few are better, though the last ends later.
             runs = len(blocks) if in_groups or route is Route.DIRECT else run_count(slots)
-            count = group_count(num_layers, int(self._layer_offsets[-1]), len(blocks), runs, self._profile.least)
-            sections = self._sections(count)
+            record_bytes, least = int(self._layer_offsets[-1]), self._profile.least
+            count = group_count(num_layers, record_bytes, len(blocks), runs, least)
+            sections = self._sections(count, joined=not in_groups and route is not Route.DIRECT)
+            # A mark is used once, and the parts of a load may be on different streams.
+            if not in_groups and route is not Route.DIRECT and mark is None and len(sections.ends) > 2 * AT_ONCE:
+                return self._layer_load(route, blocks, slots, busy, sections, caller)
             plan = self._layered_plan(route, blocks, slots, busy, sections)
             if in_groups:
                 edges = sections.first_pieces[[0, *sections.ends.tolist()]]
@@ -305,17 +319,15 @@ class CudaExecutor(Executor):
         self,
         coder: DeviceCoder,
         direction: Direction,
-        blocks: Int64s,
-        slots: Int64s,
+        plan: Plan,
         caller: int,
         mark: CudaMark | None,
-        busy: bool,
         in_groups: bool,
     ) -> Completion:
         """Through a codec, which takes whole records: all layers are one group."""
-        plan, sizes = coder.plan(direction, blocks, slots, busy), np.full(len(blocks), coder.codec.slot_bytes)
+        sizes = np.full(len(plan.order), coder.codec.slot_bytes)
         numbers = self._numbers.address if self._digests else 0
-        digesting = Digesting(len(blocks), numbers, coded=True, summed=self._digests)
+        digesting = Digesting(len(plan.order), numbers, coded=True, summed=self._digests)
         if not in_groups:
             return CudaCompletion(self, direction, plan, caller, Route.STAGED, None, digesting, sizes, mark)
         part = CudaCompletion(self, direction, plan, NO_STREAM, Route.STAGED, None, digesting)
@@ -354,17 +366,36 @@ class CudaExecutor(Executor):
                 part.cancel()
             raise
 
-    def _sections(self, count: int) -> Sections:
-        if count not in self._cuts:  # two threads may both do it, to the same end
+    def _layer_load(
+        self, route: Route, blocks: Int64s, slots: Int64s, busy: bool, sections: Sections, caller: int
+    ) -> LayerLoad:
+        """Its first groups, and how the others are prepared."""
+        cuts = split_sections(sections, AT_ONCE)
+
+        def part(cut: Sections) -> CudaCompletion:
+            plan, edges = self._layered_plan(route, blocks, slots, busy, cut), cut.first_pieces[[0, -1]].tolist()
+            digesting = self._digesting(route, blocks, edges[0], edges[1], whole=False)
+            return CudaCompletion(self, Direction.LOAD, plan, caller, route, cut.group_of, digesting)
+
+        layers = int(np.count_nonzero(sections.group_of < AT_ONCE))
+        sizes = self._sizes(blocks) if self._digests else None
+        return LayerLoad(part(cuts[0]), lambda: part(cuts[1]), layers, sizes)
+
+    def _sections(self, count: int, *, joined: bool) -> Sections:
+        key = count, joined
+        if key not in self._cuts:  # two threads may both do it, to the same end
             limit = min(self._staging.buffer_bytes, self._half_bytes) if self._staging is not None else None
-            self._cuts[count] = cut_sections(self._pieces, self._layer_offsets, count, limit)
-        return self._cuts[count]
+            edges = group_layers(self._layer_offsets, count)
+            self._cuts[key] = cut_sections(self._pieces, self._layer_offsets, join_groups(edges) if joined else edges, limit)
+        return self._cuts[key]
 
     def _layered_plan(self, route: Route, blocks: Int64s, slots: Int64s, busy: bool, sections: Sections) -> Plan:
         if route is Route.DIRECT:
             return plan_direct_layers(blocks, slots, self._fragments[0], sections, self._pool, self._count)
         assert self._staging is not None
         ctas = self.resident_ctas[busy] if route is Route.RESIDENT else 0
+        if ctas and not busy:
+            ctas = max(ctas, min(LAYER_CTAS * ctas, most_resident_ctas(self.device.multiprocessors)))
         size = self._half_bytes if ctas else self._staging.buffer_bytes
         return plan_layers(blocks, slots, sections, self._pool, size, MAX_BLOCKS, ctas=ctas)
 

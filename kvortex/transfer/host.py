@@ -22,7 +22,7 @@ from kvortex.errors import ArgumentError, TransferError, TransferTimeoutError
 from kvortex.transfer.coding import Coder
 from kvortex.transfer.copies import copy_buffers, copy_paged, load_compiled
 from kvortex.transfer.executor import Completion, Direction, Executor, Mark, Part
-from kvortex.transfer.layers import Least, cut_layers, cut_sections, group_count
+from kvortex.transfer.layers import Least, cut_layers, cut_sections, group_count, group_layers
 from kvortex.transfer.layerwise import LayerSave
 from kvortex.transfer.plan import Int64s, Pool
 
@@ -224,7 +224,7 @@ class HostExecutor(Executor):
         fragments = cut_layers(self._fragments, self._layer_offsets)
         num_layers, record_bytes = len(self._layer_offsets) - 1, int(self._layer_offsets[-1])
         count = group_count(num_layers, record_bytes, len(blocks), len(blocks), LEAST)
-        sections = cut_sections(fragments, self._layer_offsets, count, None)
+        sections = cut_sections(fragments, self._layer_offsets, group_layers(self._layer_offsets, count), None)
         edges = sections.first_pieces.tolist()
         sums = self._zeros(len(edges) - 1, len(blocks))
         groups = [

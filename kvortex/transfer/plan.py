@@ -56,7 +56,7 @@ class Plan:
     Attributes
     ----------
     ids : (n,) int32
-        Blocks, in the order of chunks.
+        Blocks, in the order of chunks; of a codec's plan what its kernels read of each record, so many numbers of each.
     chunks : (c, 9) int64
     copies : (m, 6) int64
     nbytes
@@ -71,7 +71,7 @@ class Plan:
         Rows ``DEVICE_SIDE, HOST_SIDE, COPY_BYTES`` of copies of one line, each row contiguous, as the driver takes them: each
         chunk is one call. Takes the place of ``copies``; (3, 0) where those are used.
     order : (n,) int64
-        Of each record that ``ids`` name the position in the call; (0,) where that is the same.
+        Of each record of the plan the position in the call; (0,) where that is the same.
     launches : (l, 15) int64
         Of chunks that take more than the lane's own kernel, one behind another on the stream of the chunk's buffer.
     """

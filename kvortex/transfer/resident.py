@@ -17,10 +17,13 @@ from __future__ import annotations
 
 from numba import njit
 
+from kvortex.devices.asking import RELAXED
 from kvortex.devices.driver import (
+    CAPTURE_MODE,
     COPY_TO_DEVICE,
     CTX_POP,
     CTX_PUSH,
+    EVENT_QUERY,
     EVENT_RECORD,
     LAUNCH,
     STREAM_WAIT,
@@ -36,6 +39,7 @@ from kvortex.transfer.issue import (
     ISSUED,
     JOIN_STREAM,
     LAST,
+    MODE,
     NO_STREAM,
     TABLE,
     TO_HOST,
@@ -80,6 +84,29 @@ def _write_rows(to_host, ring, buffers, first, filled, offsets, chunks, rows, va
         done[c] = threads[at] & _WORD
         if not to_host:
             threads[at] += ring[THREADS]
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _have_passed(functions, events, scratch):  # type: ignore[no-untyped-def]
+    """Whether nothing is to be waited for. Another thread may be capturing a graph, which this must not end."""
+    scratch[MODE] = RELAXED
+    unset = call(functions[CAPTURE_MODE], (scratch[MODE:].ctypes.data,))
+    passed = True
+    for event in events:
+        if passed and call(functions[EVENT_QUERY], (event,)):
+            passed = False
+    if not unset:
+        call(functions[CAPTURE_MODE], (scratch[MODE:].ctypes.data,))
+    return passed
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _move(to_host, functions, flag, done, copies, chunk, buffer, stream, scratch):  # type: ignore[no-untyped-def]
+    """The copies of a chunk, when the kernels are through with its buffer; the first error code."""
+    error = call(functions[STREAM_WAIT_VALUE], (stream, flag + FLAG_BYTES, done, _GREATER_OR_EQUAL))
+    if not error:
+        error = copy_chunk(to_host, functions, copies, chunk, buffer, stream, scratch)
+    return error
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
@@ -129,13 +156,21 @@ def issue_resident(  # type: ignore[no-untyped-def]
         outcome[ISSUED] = 1
         return
     kernel_stream = ring[STREAM]
-    # The rows do not depend on the caller's work, so they are there when that is done.
-    error = call(functions[COPY_TO_DEVICE], (upload[1], upload[0], upload[2], kernel_stream))
-    if not error and caller != NO_STREAM:
+    if caller != NO_STREAM:
         error = call(functions[EVENT_RECORD], (lane[CALLER_EVENT], caller))
+    # What fills the first staging buffer needs no kernel yet. Then the link is busy while all else is issued.
+    early = not to_host and not error and _have_passed(functions, after, scratch)
+    if early:
+        flag = ring[FLAGS] + 2 * FLAG_BYTES * (first % depth)
+        error = call(functions[EVENT_RECORD], (start, stream))
+        if not error:
+            error = _move(to_host, functions, flag, done[0], copies, chunks[0], buffers[first % depth], stream, scratch)
+    # The rows do not depend on the caller's work, so they are there when that is done.
+    if not error:
+        error = call(functions[COPY_TO_DEVICE], (upload[1], upload[0], upload[2], kernel_stream))
     if not error:
         error = follow(functions, kernel_stream, after)
-    if not error:
+    if not error and not early:
         error = call(functions[EVENT_RECORD], (start, kernel_stream))
     if not error:
         parameters[0] = upload[1]
@@ -154,10 +189,8 @@ def issue_resident(  # type: ignore[no-untyped-def]
             break
         at = (first + c) % depth
         flag = ring[FLAGS] + 2 * FLAG_BYTES * at
-        if not error:
-            error = call(functions[STREAM_WAIT_VALUE], (stream, flag + FLAG_BYTES, done[c], _GREATER_OR_EQUAL))
-        if not error:
-            error = copy_chunk(to_host, functions, copies, chunks[c], buffers[at], stream, scratch)
+        if not error and (c or not early):
+            error = _move(to_host, functions, flag, done[c], copies, chunks[c], buffers[at], stream, scratch)
         if not error:
             error = call(functions[EVENT_RECORD], (ring[COPIED], stream))
         if not error:

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from kvortex.codecs import RecordShape, Tables, calibrate, make_codec
+from kvortex.codecs import Codec, RecordShape, Tables, calibrate, make_codec
+from kvortex.codecs.base import HEADER, PART
 from kvortex.codecs.lossy import LossyCodec
 from kvortex.devices import Device, HostDevice
 from kvortex.engine import KVortexEngine
@@ -20,8 +21,18 @@ LOSSY = ["int8", "k6v4", "k4v4", "k4v3"]
 CODED = ["plane", *LOSSY]
 GPUS = ["fake", pytest.param("cuda", marks=pytest.mark.gpu)]
 WHERE = ["host", *GPUS]
-PLANE = [("plane", "host"), ("plane", "fake"), pytest.param("plane", "cuda", marks=pytest.mark.gpu)]
-EACH = [*((codec, "host") for codec in LOSSY), *PLANE]
+# Codecs, and where their engines are. Of those with loss two are enough on a GPU made of RAM: with a rotation and without one.
+_FAKE = ["plane", "int8", "k4v3"]
+
+
+def _each(codecs: list[str], where: tuple[str, ...] = ("host", "fake", "cuda")) -> list[Any]:
+    on_gpu = [pytest.param(codec, "cuda", marks=pytest.mark.gpu) for codec in codecs]
+    found = {"host": [(codec, "host") for codec in codecs], "cuda": on_gpu}
+    found["fake"] = [(codec, "fake") for codec in codecs if codec in _FAKE]
+    return [param for name in where for param in found[name]]
+
+
+EACH, EACH_LOSSY, EACH_GPU = _each(CODED), _each(LOSSY), _each(CODED, ("fake", "cuda"))
 BLOCKS = 12
 T, H, D, L = 16, 2, 64, 3
 NHD, HND = RecordShape(L, H, D), RecordShape(L, H, D, order="HND")
@@ -109,6 +120,17 @@ class Coded:
             return record
         made = make_codec(codec, self.shape, self.tables)
         return np.frombuffer(made.decode(made.encode(record)), np.uint8)
+
+
+def slot_of_page(codec: Codec, record: Bytes, part: int = -1) -> bytes:
+    """All that a slot holds of a page, or of a part of it as it is, by the codec's own calls or by its description."""
+    made = codec.encode(record) if part < 0 else b""
+    if part >= 0:
+        assert isinstance(codec, LossyCodec)
+        header, own = codec.header.copy(), record[part * codec.part_bytes :][: codec.part_bytes]
+        header["stored"], header["part"], header["used_bytes"] = PART, part, HEADER.itemsize + len(own)
+        made = header.tobytes() + own.tobytes()
+    return made.ljust(codec.slot_bytes, b"\0")
 
 
 def parts_of(engine: KVortexEngine) -> int:

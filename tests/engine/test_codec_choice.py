@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kvortex import ConfigError, KVLayout, KVortexConfig, KVortexEngine
-from kvortex.codecs import CODECS, RecordShape
+from kvortex.codecs import CODECS, RecordShape, make_codec
 from kvortex.config import _CODECS
 from kvortex.devices import HostDevice
 from kvortex.devices.cuda import CudaDevice
@@ -78,19 +78,16 @@ def test_what_a_gpu_cannot_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, c
         held = dict(gpu.memory)
         for route in ("auto", "staged"):
             config = KVortexConfig(codec=codec, codec_tables=str(coded.path), transfer_route=route, **options)
-            if codec == "plane":
-                with KVortexEngine.create(config, cache.layout) as engine:
-                    assert engine.codec is not None and engine.codec.name == codec
-            else:
-                with pytest.raises(ConfigError, match=f"not on a GPU: {codec} has no kernels yet; plane has.*device = 'host'"):
-                    KVortexEngine.create(config, cache.layout)
-        if codec == "plane":
-            message = refused(coded.path, cache.layout, codec, gpu_pool_size_bytes=8 * 4096, **options)
-            assert "a staging buffer of 4096 bytes does not hold a record of 17680" in message
-            assert "gpu_pool_size_bytes to 163840 or more" in message
-            least = KVortexConfig(codec=codec, codec_tables=str(coded.path), gpu_pool_size_bytes=163840, **options)
-            KVortexEngine.create(least, cache.layout).shutdown()
-            assert "multiples of 4 bytes" in refused(coded.path, odd.layout, codec, **options)
+            with KVortexEngine.create(config, cache.layout) as engine:
+                assert engine.codec is not None and engine.codec.name == codec
+        room = make_codec(codec, coded.shape, coded.tables).slot_bytes
+        least = 8 * (-(-room // 4096) * 4096)
+        message = refused(coded.path, cache.layout, codec, gpu_pool_size_bytes=8 * 4096, **options)
+        assert f"a staging buffer of 4096 bytes does not hold a record of {room}" in message
+        assert f"gpu_pool_size_bytes to {least} or more" in message
+        config = KVortexConfig(codec=codec, codec_tables=str(coded.path), gpu_pool_size_bytes=least, **options)
+        KVortexEngine.create(config, cache.layout).shutdown()
+        assert f"multiples of {4 if codec == 'plane' else 16} bytes" in refused(coded.path, odd.layout, codec, **options)
         assert gpu.memory.keys() == held.keys(), "what a refusal had taken is given back"
 
 
@@ -111,6 +108,16 @@ def test_loss_needs_to_know_what_a_block_is(codec: str, tmp_path: Path) -> None:
     assert "what it does to a latent was never measured" in refused(latent, mla.layout, codec)
     with mla.engine(codec="plane", codec_tables=str(latent)):
         pass
+
+
+def test_heads_that_kernels_do_not_have(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What the host codes and a GPU does not: its refusal says so, and what to do."""
+    with fake_gpu(monkeypatch):
+        device, shape = CudaDevice(), RecordShape(1, 2, 96)
+        cache = PagedCache(device, [Tensor(device, (2, 4, T, 2, 96))], 1)
+        options: dict[str, Any] = {"device": "auto", "calibrate": "never", "cpu_pool_size_bytes": 1 << 20}
+        message = refused(tables(tmp_path, shape), cache.layout, "int8", **options)
+        assert "not on a GPU: head_dim = 96" in message and "use device = 'host'" in message
 
 
 def test_heads_that_cannot_be_rotated(tmp_path: Path) -> None:

@@ -9,18 +9,12 @@ import pytest
 
 from kvortex import ConfigError
 from kvortex.codecs import CODECS
-from kvortex.devices import Device
 from kvortex.tiers.disk.tools import listing, verify
 from kvortex.tiers.memory import MemoryStore
 from kvortex.tiers.record import HEADER, HEADER_BYTES
 from tests.engine.coded import CODED, EACH, LOSSY, Coded, parts_of
 from tests.engine.tiered import Tiers, nothing_is_held, until
 from tests.pages import keys_of
-
-
-@pytest.fixture
-def coded(where: Device, tmp_path: Path) -> Coded:
-    return Coded.make(tmp_path, device=where)
 
 
 def tiers_of(store: MemoryStore) -> Tiers:

@@ -22,14 +22,14 @@ from kvortex.memory.arena import PinnedArena
 from kvortex.transfer import host
 from kvortex.transfer.executor import Direction
 from perf import __main__ as program
-from perf import codecs, compute, duplex, fragments, gil, keys, link, pinned, report, submit
+from perf import beside, codecs, coded, compute, duplex, fragments, gil, keys, link, pinned, report, submit
 from perf.baselines import fragmentwise
 from perf.methods import Kvortex, Raw
 from perf.pages import Pages
 from perf.raw import RawCopy
 from perf.report import Report
 
-NEED_A_GPU = {"compute"}
+NEED_A_GPU = {"beside", "compute"}
 NEED_JAX = {"ttft"}  # which has threads, and tests fork: test_ttft.py runs it in another process
 NEED_WEIGHTS = {"prefix"}  # of a model, and minutes
 FACTS = ("date", "device", "python", "kvortex", "packages")
@@ -486,6 +486,16 @@ def test_moving_beside_computation(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(compute, "FRAGMENT_BYTES", (32 << 10,))
     _, rows, _ = compute.measure("cuda", quick=True)
     assert len(rows) == 2 * len(compute.ROUTES) and all(row["wrong_bytes"] == 0 and row["raw_rate"] > 0 for row in rows)
+
+
+@pytest.mark.gpu
+def test_coded_blocks_beside_computation() -> None:
+    pytest.importorskip("torch")
+    _, rows, notes = beside.measure("cuda", quick=True)
+    seen = {(row["codec"], row["direction"]) for row in rows}
+    assert seen == {(codec, way) for codec in ("raw", *coded.BARS) for way in ("save", "load")}
+    assert set(notes["left_out"]) == {"cachegen"}
+    assert all(row["wrong_bytes"] == 0 and row["alone"] > 0 and set(beside.COLUMNS) <= set(row) for row in rows)
 
 
 def test_pinned_memory_that_changes_bytes_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,10 @@ from typing import Any
 from kvortex.transfer.executor import Completion, Direction, Executor
 
 
-def submit_blocks(executor: Executor, direction: Direction, blocks: Any, slots: Any, stream: Any) -> Completion:
-    completion = executor.prepare_blocks(direction, blocks, slots, stream)
+def submit_blocks(
+    executor: Executor, direction: Direction, blocks: Any, slots: Any, stream: Any, parts: Any = None
+) -> Completion:
+    completion = executor.prepare_blocks(direction, blocks, slots, stream, parts=parts)
     completion.start()
     return completion
 

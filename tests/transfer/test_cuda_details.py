@@ -16,6 +16,7 @@ from kvortex.errors import EngineClosedError, LayoutError, TransferError
 from kvortex.memory.ids import _READY, IdPool
 from kvortex.transfer.cuda_completion import Events
 from kvortex.transfer.executor import Direction
+from kvortex.transfer.profile import most_resident_ctas
 from tests.fake_driver import Result
 from tests.fake_gpu import FakeGpu, fake_gpu
 from tests.pages import PagedCache, Tensor, keys_of
@@ -73,9 +74,11 @@ def test_what_was_lent_comes_back_once(gpu: FakeGpu, cache: PagedCache) -> None:
 
 
 def test_a_layer_wise_load_beside_a_model_has_the_ctas_for_that(gpu: FakeGpu, cache: PagedCache) -> None:
-    for beside, wanted in ((False, 4), (True, 2)):
+    """And with the GPU idle as many as resident kernels may have, up to four times those of other transfers."""
+    most = most_resident_ctas(CudaDevice().multiprocessors)
+    for ctas, beside, wanted in (((4, 2), False, 4), ((4, 2), True, 2), ((1, 1), False, min(4, most)), ((1, 1), True, 1)):
         with cache.engine(transfer_route="resident", beside_compute=beside) as engine:
-            engine._executor.resident_ctas = 4, 2
+            engine._executor.resident_ctas = ctas
             assert engine.save_blocks(keys_of(0), [0]).wait().all()
             gpu.issued.calls.clear()
             assert engine.load_blocks(keys_of(0), [1], layerwise=True).wait().all()

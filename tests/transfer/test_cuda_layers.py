@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 
 from kvortex.devices.cuda import CudaDevice
+from kvortex.transfer.cuda_completion import CudaCompletion
+from kvortex.transfer.issue import ERROR, LAST
+from kvortex.transfer.layer_load import LayerLoad
 from tests.fake_gpu import FakeGpu, fake_gpu
 from tests.pages import PagedCache, Tensor, assert_same, keys_of
 from tests.transfer.profiles import H100, shape
@@ -75,7 +78,7 @@ def layers_there(cache: PagedCache, wanted: list[np.ndarray]) -> list[bool]:
     return [bool((seen == to_be).all()) for seen, to_be in zip(cache.memory(), wanted, strict=True)]
 
 
-@pytest.mark.parametrize("at", range(60))
+@pytest.mark.parametrize("at", range(100))
 @pytest.mark.parametrize("route", ["staged", "resident"])
 def test_a_refusal_while_issuing(gpu: FakeGpu, at: int, route: str) -> None:
     """Whoever waits for a layer is let go at the latest when the transfer has ended, and the next transfer is whole."""
@@ -91,12 +94,14 @@ def test_a_refusal_while_issuing(gpu: FakeGpu, at: int, route: str) -> None:
             gpu.resident.clear()  # the context is gone when even that fails, and the kernel with it
         gpu.event_code = 600
         ended = ticket._transfer.completion
-        assert ended is not None
-        if not ended.outcome[2]:  # type: ignore[attr-defined]
-            gpu.calls.clear()
-            ticket.wait_layer(0, 0x77)
-            if ended.outcome[1]:  # type: ignore[attr-defined]
-                assert gpu.named("cuStreamWaitEvent") == [(0x77, int(ended._events[1]), 0)]  # type: ignore[attr-defined]
+        assert isinstance(ended, LayerLoad)
+        for part, layer in ((ended._first, 0), (ended._rest, LAYERS - 1)):
+            assert isinstance(part, CudaCompletion)
+            if not part.outcome[LAST]:
+                gpu.calls.clear()
+                ticket.wait_layer(layer, 0x77)
+                if part.outcome[ERROR]:
+                    assert gpu.named("cuStreamWaitEvent") == [(0x77, int(part._events[1]), 0)]
         gpu.event_code = 0
         failed = not ticket.wait().all()
         assert failed == (ticket.error is not None)

@@ -16,6 +16,7 @@ from kvortex.transfer.layers import (
     cut_sections,
     group_count,
     group_layers,
+    join_groups,
     plan_direct_layers,
     plan_layers,
     run_count,
@@ -36,7 +37,8 @@ def layers_of(draw: st.DrawFn, record: int) -> Int64s:
 def put(case: Case, layers: Int64s, groups: int, *, ctas: int = 0) -> tuple[Plan, Sections, Machine, Any]:
     pieces = split_pieces(cut_layers(case.fragments, layers), case.piece_bytes)
     buffer_bytes = max(64, case.buffer_bytes) // 16 * 16
-    sections = cut_sections(pieces, layers, groups, max(buffer_bytes, -(-int(pieces[:, BYTES].max()) // 16) * 16))
+    most = max(buffer_bytes, -(-int(pieces[:, BYTES].max()) // 16) * 16)
+    sections = cut_sections(pieces, layers, group_layers(layers, groups), most)
     buffer_bytes = max(buffer_bytes, sections.pitch)
     plan = plan_layers(case.blocks, case.slots, sections, case.pool, buffer_bytes, case.max_blocks, ctas=ctas)
     rng = np.random.default_rng(3)
@@ -48,7 +50,7 @@ def put(case: Case, layers: Int64s, groups: int, *, ctas: int = 0) -> tuple[Plan
 
 def test_sections_are_as_far_apart_in_a_buffer_as_16_byte_lanes_want_them() -> None:
     pieces = split_pieces(fragments_of([33, 20], 4, 0, interleaved=False)[0])
-    assert cut_sections(pieces, np.array([0, 33, 53]), 2, 64).pitch == 48
+    assert cut_sections(pieces, np.array([0, 33, 53]), np.arange(3), 64).pitch == 48
 
 
 @settings(max_examples=150)
@@ -116,7 +118,7 @@ def test_records_that_are_one_fragment(data: st.DataObject, nbytes: int, count: 
     rng = np.random.default_rng(0)
     blocks, slots = rng.permutation(count), rng.permutation(2 * count)[:count]
     pieces = split_pieces(cut_layers(fragments, layers))
-    sections = cut_sections(pieces, layers, groups, None)
+    sections = cut_sections(pieces, layers, group_layers(layers, groups), None)
     plan = plan_direct_layers(blocks, slots, fragments[0], sections, pool, streams)
     vram, host = rng.integers(0, 256, vram_bytes, np.uint8), rng.integers(0, 256, 2 * count * (nbytes + 3), np.uint8)
     machine = Machine(vram.copy(), host, pool, pieces, 16, streams)
@@ -152,6 +154,27 @@ def test_groups_are_about_equal(layers: list[int], count: int, edges: list[int])
     assert group_layers(np.cumsum([0, *layers]), count).tolist() == edges
 
 
+@pytest.mark.parametrize(
+    ("count", "edges"),
+    [
+        (32, [0, 1, 2, 4, 7, 10, 13, 16, 19, 22, 25, 27, 29, 30, 31, 32]),
+        (80, [0, 1, 2, *range(4, 74, 3), 75, 77, 78, 79, 80]),
+        (11, [0, 1, 2, 4, 6, 8, 9, 10, 11]),
+        (10, list(range(11))),
+        (1, [0, 1]),
+    ],
+)
+def test_groups_in_the_middle_are_joined(count: int, edges: list[int]) -> None:
+    whole = np.arange(count + 1) * 2
+    joined = join_groups(whole)
+    assert (joined // 2).tolist() == edges
+    there = done = 0.0
+    for layers in np.diff(joined) / 2:
+        there += layers
+        done = max(done, there) + 2 / 3 * layers
+    assert done - there == pytest.approx(2 / 3), "a model that needs two thirds of that for a layer is done one layer later"
+
+
 def test_how_many_groups_pay() -> None:
     record, least = 32 * 64 << 10, Least(line=16 << 10, copy=256 << 10, group=2 << 20)
     assert group_count(32, record, 1000, 1000, least) == 8  # a copy for each record
@@ -169,7 +192,7 @@ def test_runs_of_neighbours() -> None:
 def test_neighbours_of_a_layer_are_one_rectangle() -> None:
     fragments, _ = fragments_of([64] * 8, 10, 0, interleaved=False)
     layers = np.arange(0, 513, 64)
-    sections = cut_sections(split_pieces(fragments), layers, 8, 1 << 20)
+    sections = cut_sections(split_pieces(fragments), layers, np.arange(9), 1 << 20)
     plan = plan_layers(np.arange(6), np.array([1, 2, 3, 7, 8, 9]), sections, Pool(HOST, 4096, 100), 1 << 20, 2048)
     assert plan.pitch == 64 and plan.chunks[:, N_BLOCKS].tolist() == [6] * 8
     assert plan.copies[:, LINES].tolist() == [3, 3] * 8 and set(plan.copies[:, COPY_BYTES].tolist()) == {64}

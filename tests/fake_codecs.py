@@ -1,0 +1,171 @@
+"""Kernels of codecs on a GPU made of RAM (:mod:`tests.fake_gpu`): loops over records around the CPU's twins."""
+
+from __future__ import annotations
+
+import ctypes
+import zlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from kvortex.codecs._lossy import decode_lossy, encode_lossy, scales
+from kvortex.codecs._plane import _SPREAD, decode_plane, encode_plane
+from kvortex.codecs.base import DECLINED, HEADER
+from kvortex.kernels import lossy_form as lf
+from kvortex.kernels import plane_form as pf
+from tests.transfer.recorder import Call
+
+if TYPE_CHECKING:
+    from tests.fake_gpu import FakeGpu
+
+ENTRIES = {b"plane_count": 0xE1, b"plane_encode": 0xE2, b"plane_decode": 0xE3, b"read_records": 0xE4, b"seal_records": 0xE5,
+           b"lossy_encode": 0xE6, b"lossy_decode": 0xE7}  # fmt: skip
+_NAMES = {entry: name.decode() for name, entry in ENTRIES.items()}
+Words = npt.NDArray[np.uint32]
+_BUSY = 0x1234567  # in a counter of a record that is being coded
+
+
+def code(gpu: FakeGpu, call: Call) -> Iterator[str]:
+    """A kernel of a codec; it stops behind each record."""
+    name, (staging, pitch, *rest) = _NAMES[call.arguments[0]], call.parameters
+    assert staging % 16 == pitch % 16 == 0
+    if name in ("read_records", "seal_records"):
+        return _records(gpu, name, staging, pitch, *rest[:5])
+    cells_at, extra, ids, n, run = rest[:5]
+    assert run > 0
+    kernel = _plane if name.startswith("plane") else _lossy
+    return kernel(gpu, name, staging, pitch, cells_at, extra, ids, n)
+
+
+def _records(gpu: FakeGpu, name: str, staging: int, pitch: int, n_pieces: int, n: int, *where: int) -> Iterator[str]:
+    numbers_at, sums, status = where
+    assert n_pieces == -(-pitch // 4096)
+    for b in range(n):
+        record = staging + b * pitch
+        header = gpu.array(record, HEADER.itemsize, ctypes.c_uint8).view(HEADER)[0]
+        used = min(int(header["used_bytes"]), pitch)
+        if name == "seal_records":
+            if header["stored"] == DECLINED:
+                used = HEADER.itemsize
+                gpu.array(status + 4 * b, 1, ctypes.c_uint32)[:] = 1
+            gpu.array(record + used, pitch - used, ctypes.c_uint8)[:] = 0
+        if sums:
+            gpu.digest(record, used, 0, numbers_at, sums + 16 * b)
+        yield "read"
+
+
+def _plane(
+    gpu: FakeGpu, name: str, staging: int, pitch: int, cells_at: int, extra: int, ids: int, n: int
+) -> Iterator[str]:
+    cells = gpu.array(cells_at, pf.PLANES, ctypes.c_uint64).astype(np.int64)
+    planes, groups, across = cells[[pf.N_PLANES, pf.GROUPS, pf.ACROSS]].tolist()
+    base = gpu.array(int(cells[pf.BASES]), planes * across * pf.CHANNELS, ctypes.c_uint8).reshape(planes, -1)
+    header = gpu.array(int(cells[pf.HEADER]), 16, ctypes.c_uint32)
+    form, tiles = np.array([groups, across, cells[pf.TABLE_WORDS]]), planes * groups * across
+    for b, block in enumerate(gpu.array(ids, n, ctypes.c_int32).tolist()):
+        pages = _pages(gpu, cells_at + 8 * pf.PLANES, planes, block, groups * across * 1024)
+        values = np.concatenate(pages)[None]
+        if name != "plane_decode":
+            counts, said = gpu.array(extra + 4 * tiles * b, tiles, ctypes.c_uint32), zlib.crc32(values.tobytes())
+        record = gpu.array(staging + b * pitch, pitch // 4, ctypes.c_uint32)
+        if name == "plane_count":
+            counts[:] = said
+        elif name == "plane_encode":
+            if (counts != said).any():
+                gpu.wild.append("pages were not counted as they are, or others counted theirs there meanwhile")
+            encode_plane(values, record[None], header, base, form, np.empty(1, np.int64))
+        else:
+            good = np.empty(1, np.bool_)
+            decode_plane(record[None], values, header, base, form, _SPREAD, good)
+            if good[0]:
+                for page, decoded in zip(pages, values.reshape(planes, -1), strict=True):
+                    page[:] = decoded
+            else:
+                gpu.array(extra + 4 * b, 1, ctypes.c_uint32)[:] = 1
+        yield "coded"
+
+
+def _lossy(
+    gpu: FakeGpu, name: str, staging: int, pitch: int, cells_at: int, extra: int, ids: int, n: int
+) -> Iterator[str]:
+    form = _Form(gpu, cells_at)
+    assert lf.HEADER_BYTES + form.body_bytes <= pitch
+    kernel = form.encode if name == "lossy_encode" else form.decode
+    for b, row in enumerate(gpu.array(ids, 2 * n, ctypes.c_int32).reshape(-1, 2).tolist()):
+        record = gpu.array(staging + b * pitch, (lf.HEADER_BYTES + form.body_bytes) // 4, ctypes.c_uint32)
+        yield from kernel(*row, record, extra + 4 * b)
+        yield "coded"
+
+
+class _Form:
+    """What cells say of a codec with loss, for its twin."""
+
+    def __init__(self, gpu: FakeGpu, cells_at: int) -> None:
+        cells = gpu.array(cells_at, lf.PLANES, ctypes.c_uint64).astype(np.int64)
+        planes, groups, across, each = cells[[lf.N_PLANES, lf.GROUPS, lf.ACROSS, lf.EACH]].tolist()
+        mean = gpu.array(int(cells[lf.MEANS]), planes * 64 * across, ctypes.c_uint16).astype(np.uint32) << np.uint32(16)
+        self._gpu, self._planes_at, self._shape = gpu, cells_at + 8 * lf.PLANES, (1, planes, 16 * groups, 64 * across)
+        self._headers = gpu.array(int(cells[lf.HEADERS]), 2 * lf.HEADER_WORDS, ctypes.c_uint32).reshape(2, -1)
+        self._raw_bytes, self.body_bytes = 2 * int(np.prod(self._shape)), int(cells[lf.BODY_BYTES])
+        is_key, factor = np.arange(planes) // each % 2 == 0, cells[[lf.FACTOR]].astype(np.uint32).view(np.float32)[0]
+        bits = np.array([32 * cells[lf.LANES], cells[lf.K_BITS], cells[lf.V_BITS]])
+        self._coding = is_key, mean.view(np.float32).reshape(planes, -1), bits, factor, scales()
+
+    def _header(self, part: int) -> tuple[Words, int, int]:
+        """What a record has to begin with; and which bytes of the original a part keeps."""
+        header, begin = self._headers[int(part >= 0)].copy(), max(part, 0) * self.body_bytes
+        end = min(begin + self.body_bytes, self._raw_bytes)
+        if part >= 0:
+            header[lf.PART_AT], header[lf.USED_AT] = part, lf.HEADER_BYTES + end - begin
+        return header, begin, end
+
+    def _pages(self, block: int) -> list[npt.NDArray[np.uint16]]:
+        _, planes, tokens, channels = self._shape
+        return _pages(self._gpu, self._planes_at, planes, block, tokens * channels)
+
+    def encode(self, block: int, part: int, record: Words, counter_at: int) -> Iterator[str]:
+        header, begin, end = self._header(part)
+        values, own = np.concatenate(self._pages(block)), record[lf.HEADER_WORDS :]
+        if part >= 0:
+            own[:] = 0
+            own[: (end - begin) // 4] = values.view(np.uint32)[begin // 4 : end // 4]
+        else:
+            counter, good = self._gpu.array(counter_at, 1, ctypes.c_uint32), np.ones(1, np.bool_)
+            before, counter[0] = counter[0], _BUSY
+            encode_lossy(values.reshape(self._shape), own[None], *self._coding, good)
+            yield "half"
+            if before or counter[0] != _BUSY:
+                self._gpu.wild.append("two launches count in one place")
+            counter[0] = 0
+            if not good[0]:
+                header[lf.STORED_AT], header[lf.USED_AT] = lf.DECLINED, 2 * lf.HEADER_BYTES + self._raw_bytes
+        record[: lf.HEADER_WORDS] = header
+
+    def decode(self, block: int, part: int, record: Words, status_at: int) -> Iterator[str]:
+        header, begin, end = self._header(part)
+        own, values = record[lf.HEADER_WORDS :], np.empty(self._shape, np.uint16)
+        if (record[: lf.HEADER_WORDS] != header).any():
+            self._gpu.array(status_at, 1, ctypes.c_uint32)[:] = 1
+        elif part >= 0:
+            _put(self._pages(block), begin, own.view(np.uint8)[: end - begin])
+        else:
+            decode_lossy(own[None], values, *self._coding, np.ones(1, np.bool_))
+            _put(self._pages(block), 0, values.reshape(-1).view(np.uint8))
+        yield "decoded"
+
+
+def _pages(gpu: FakeGpu, table: int, planes: int, block: int, size: int) -> list[npt.NDArray[np.uint16]]:
+    """The planes of a page, themselves."""
+    where = gpu.array(table, 2 * planes, ctypes.c_uint64).astype(np.int64).reshape(-1, 2).tolist()
+    return [gpu.array(at + block * step, size, ctypes.c_uint16) for at, step in where]
+
+
+def _put(pages: list[npt.NDArray[np.uint16]], begin: int, data: npt.NDArray[np.uint8]) -> None:
+    """Bytes of a record from ``begin`` on into its page, and no others."""
+    for number, page in enumerate(pages):
+        first = number * page.nbytes
+        low, high = max(first, begin), min(first + page.nbytes, begin + len(data))
+        if low < high:
+            page.view(np.uint8)[low - first : high - first] = data[low - begin : high - begin]
