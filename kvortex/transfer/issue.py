@@ -182,11 +182,21 @@ def _launch_rows(functions, launches, chunk, bases, stream, parameters, pointers
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _pass(functions, event, stream, waits):  # type: ignore[no-untyped-def]
-    """Makes ``waits`` wait for what is on ``stream``; the first error code."""
-    code = call(functions[EVENT_RECORD], (event, stream))
+def _run(  # type: ignore[no-untyped-def]
+    functions, lane, launches, chunk, ids, digest, bases, pitch, stream, parameters, pointers
+):
+    """The kernels of a chunk: its launches, or the lane's own kernel; the first error code."""
+    if chunk[N_LAUNCHES] > 0:
+        return _launch_rows(functions, launches, chunk, bases, stream, parameters, pointers)
+    return _launch(functions, lane, chunk, ids, digest, bases[BUFFER], pitch, stream, parameters, pointers)
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def follow_stream(functions, stream, other, event):  # type: ignore[no-untyped-def]
+    """Makes a stream wait for what is on another one now, by an event; the first error code."""
+    code = call(functions[EVENT_RECORD], (event, other))
     if not code:
-        code = call(functions[STREAM_WAIT], (waits, event, 0))
+        code = call(functions[STREAM_WAIT], (stream, event, 0))
     return code
 
 
@@ -196,9 +206,7 @@ def join(functions, lane, streams, joins, first, used):  # type: ignore[no-untyp
     error = np.int32(0)
     for at in range(used):
         k = (first + at) % len(streams)
-        code = call(functions[EVENT_RECORD], (joins[k], streams[k]))
-        if not code:
-            code = call(functions[STREAM_WAIT], (lane[JOIN_STREAM], joins[k], 0))
+        code = follow_stream(functions, lane[JOIN_STREAM], streams[k], joins[k])
         if not error:
             error = code
     return error
@@ -331,12 +339,9 @@ def issue(  # type: ignore[no-untyped-def]
             waits, event = (stream, turns[COPIED, at]) if to_host else (copying, turns[HANDED, at])
             error = call(functions[STREAM_WAIT], (waits, event, 0))
         if not error and to_host and with_kernel:
-            if chunk[N_LAUNCHES] > 0:
-                error = _launch_rows(functions, launches, chunk, bases, stream, parameters, pointers)
-            else:
-                error = _launch(functions, lane, chunk, ids, digest, base, pitch, stream, parameters, pointers)
+            error = _run(functions, lane, launches, chunk, ids, digest, bases, pitch, stream, parameters, pointers)
         if not error and apart and to_host:
-            error = _pass(functions, turns[HANDED, at], stream, copying)
+            error = follow_stream(functions, copying, stream, turns[HANDED, at])
         if not error and batch.shape[1] > 0:
             error = _copy_batch(to_host, functions, batch, chunk, copying, scratch)
         elif not error:
@@ -348,18 +353,15 @@ def issue(  # type: ignore[no-untyped-def]
         if not error and apart and to_host:
             error = call(functions[EVENT_RECORD], (turns[COPIED, at], copying))
         elif not error and apart:
-            error = _pass(functions, turns[COPIED, at], copying, stream)
+            error = follow_stream(functions, stream, copying, turns[COPIED, at])
         if not error and not to_host and with_kernel:
-            if chunk[N_LAUNCHES] > 0:
-                error = _launch_rows(functions, launches, chunk, bases, stream, parameters, pointers)
-            else:
-                error = _launch(functions, lane, chunk, ids, digest, base, pitch, stream, parameters, pointers)
+            error = _run(functions, lane, launches, chunk, ids, digest, bases, pitch, stream, parameters, pointers)
             if not error and apart:
                 error = call(functions[EVENT_RECORD], (turns[HANDED, at], stream))
         while not error and mark < len(marks) and marks[mark] == c + 1:
             error = join(functions, lane, streams, joins, first, min(n, c + 1))
             if not error and apart and to_host:
-                error = _pass(functions, lane[COPY_EVENT], copies_on, lane[JOIN_STREAM])
+                error = follow_stream(functions, lane[JOIN_STREAM], copies_on, lane[COPY_EVENT])
             if not error:
                 error = call(functions[EVENT_RECORD], (events[mark], lane[JOIN_STREAM]))
             mark += 1
@@ -367,13 +369,11 @@ def issue(  # type: ignore[no-untyped-def]
     if used > 1 or apart:  # joining streams takes microseconds on the GPU, and of one there is nothing to join
         last, behind = join(functions, lane, streams, joins, first, used), lane[JOIN_STREAM]
     if apart:
-        code = _pass(functions, lane[COPY_EVENT], copies_on, behind)
+        code = follow_stream(functions, behind, copies_on, lane[COPY_EVENT])
         if not last:
             last = code
     if sends or beside:  # also after an error: what was sent and launched is in memory that is others' after ``done``
-        code = call(functions[EVENT_RECORD], (digest[EVENT], digest[STREAM]))
-        if not code:
-            code = call(functions[STREAM_WAIT], (behind, digest[EVENT], 0))
+        code = follow_stream(functions, behind, digest[STREAM], digest[EVENT])
         if not last:
             last = code
     if not error and reads and not to_host:
