@@ -1,4 +1,4 @@
-"""Coded records in a staging buffer: their digests, and zeros behind those that are shorter than their room.
+"""Records in a staging buffer that were just coded: their digests, and zeros behind those that are shorter than their room.
 
 A record begins with a header of :mod:`kvortex.codecs.base`, which says how many bytes it uses. Its digest is that of all its
 room with zeros behind it, to which zeros add nothing: so only what is used is read. What a header says is never followed out
@@ -22,47 +22,13 @@ SIGNATURE: Any = types.void(_U64, _U64, types.int32, types.int32, _U64, _U64, _U
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _used(record, room):  # type: ignore[no-untyped-def]
+def used_of(record, room):  # type: ignore[no-untyped-def]
     """Bytes that a record uses, as its header says, but no more than there are."""
     low, high = _U64(load4(record + _U64(4 * USED_AT))), _U64(load4(record + _U64(4 * USED_AT + 4)))
     used = room
     if high == _U64(0) and low < room:
         used = low
     return used
-
-
-def read_records(staging, pitch, n_pieces, n_blocks, numbers, sums, status):  # type: ignore[no-untyped-def]
-    """Digests coded records.
-
-    Parameters
-    ----------
-    staging : uint64
-        Address of the first record, a multiple of 16.
-    pitch : uint64
-        Room of a record, and bytes from one to the next: a multiple of 16.
-    n_pieces : int32
-        Pieces of ``CODED_PIECE`` bytes in that room.
-    n_blocks : int32
-    numbers, sums : uint64
-        As of :func:`kvortex.kernels.paged.gather_digest`; ``sums`` of record ``b`` are the 16 bytes at ``sums + 16 * b``.
-    status : uint64
-        Not used.
-    """
-    lane = cuda.threadIdx.x & 31
-    at = _U32((cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) >> 5)
-    warps = _U32((cuda.gridDim.x * cuda.blockDim.x) >> 5)
-    pieces = _U32(n_pieces)
-    columns = columns_of(numbers, _U64(0), lane)
-    while at < _U32(_U32(n_blocks) * pieces):
-        b = _U32(at // pieces)
-        p = _U32(at - b * pieces)
-        record = staging + _U64(b) * pitch
-        offset, used = _U64(p) * _U64(CODED_PIECE), _used(record, pitch)
-        if offset < used:
-            piece = min(used - offset, _U64(CODED_PIECE))
-            first, second = digest_read(_U64(0), record + offset, piece, lane, offset, columns, numbers)
-            add_up(sums + _U64(b) * _U64(16), first, second, lane)
-        at = _U32(at + warps)
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
@@ -83,10 +49,16 @@ def seal_records(staging, pitch, n_pieces, n_blocks, numbers, sums, status):  # 
 
     Parameters
     ----------
-    staging, pitch, n_pieces, n_blocks, numbers
-        As of :func:`read_records`.
-    sums : uint64
-        Likewise; 0 where nothing is digested.
+    staging : uint64
+        Address of the first record, a multiple of 16.
+    pitch : uint64
+        Room of a record, and bytes from one to the next: a multiple of 16.
+    n_pieces : int32
+        Pieces of ``CODED_PIECE`` bytes in that room.
+    n_blocks : int32
+    numbers, sums : uint64
+        As of :func:`kvortex.kernels.paged.gather_digest`; ``sums`` of record ``b`` are the 16 bytes at ``sums + 16 * b``, or 0
+        where nothing is digested.
     status : uint64
         Address of (n_blocks,) uint32, zeros; 1 is written for a record that was declined, of which nothing but the header is
         kept.
@@ -99,7 +71,7 @@ def seal_records(staging, pitch, n_pieces, n_blocks, numbers, sums, status):  # 
         b = _U32(at // pieces)
         p = _U32(at - b * pieces)
         record = staging + _U64(b) * pitch
-        offset, used = _U64(p) * _U64(CODED_PIECE), _used(record, pitch)
+        offset, used = _U64(p) * _U64(CODED_PIECE), used_of(record, pitch)
         if _U32(load4(record + _U64(4 * STORED_AT))) == _U32(DECLINED):
             used = _U64(4 * HEADER_WORDS)
             if p == _U32(0) and lane == 0:

@@ -2,11 +2,17 @@
 
 A record's form is known before it is read, so nothing in it but its header leads a kernel: damaged bytes make wrong numbers of
 their own page, which the digest of the record's keeper tells.
+
+A launch decodes a range of tiles, whole planes of them. What lies in staging of each record is then the header, where the
+range begins with the first plane, and the bytes of just these planes.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 from numba import cuda
+from numba.cuda import types
 
 from kvortex.kernels import lossy
 from kvortex.kernels.bit_planes import bit_planes, bytes_turned, load_planes, traded
@@ -42,8 +48,10 @@ from kvortex.kernels.lossy_form import (
 )
 from kvortex.kernels.plane import uniform
 
-SIGNATURE = lossy.SIGNATURE
 uint32, uint64, int32 = lossy.uint32, lossy.uint64, lossy.int32
+SIGNATURE: Any = types.void(
+    uint64, uint64, types.CPointer(uint64), uint64, types.CPointer(types.int32), int32, int32, int32, int32
+)
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
@@ -125,7 +133,16 @@ def _part(codec, tile, part, block, record, lane):  # type: ignore[no-untyped-de
         offset = uint32(offset + uint32(512))
 
 
-def lossy_decode(staging, pitch, codec, status, blocks, n_blocks, run):  # type: ignore[no-untyped-def]
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def _in_front(codec, tile, tiles):  # type: ignore[no-untyped-def]
+    """Bytes of a record before the plane that begins with a tile, header included; of all of it behind the last one."""
+    begin = uint32(uint32(HEADER_BYTES) + uint32(codec[BODY_BYTES]))
+    if tile < tiles:
+        _, _, _, begin = place(codec, tile)
+    return begin
+
+
+def lossy_decode(staging, pitch, codec, status, blocks, n_blocks, run, first, end):  # type: ignore[no-untyped-def]
     """Decodes staging into pages.
 
     Parameters
@@ -133,22 +150,33 @@ def lossy_decode(staging, pitch, codec, status, blocks, n_blocks, run):  # type:
     staging, pitch, codec, blocks, n_blocks, run
         As of :func:`kvortex.kernels.lossy_encode.lossy_encode`. Nobody writes to staging meanwhile.
     status : uint64
-        Address of (n_blocks,) uint32, zeros; 1 is written for what is no record of this codec, or another part. Its page is
-        left as it is.
+        Address of (n_blocks,) uint32, zeros before the first launch that the records are in; 1 is written for what is no record
+        of this codec, or another part, and nothing for others. Of all tiles its page is left as it is.
+    first, end : int32
+        Range of tiles, of whole planes. Where ``first`` is not 0 no header lies there, and none is looked at: the launch that
+        begins with 0 tells. Parts are decoded by launches over all tiles alone.
     """
     lane = uint32(cuda.threadIdx.x & 31)
     warp = uniform(uint32((cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) >> 5))
     warps = uint32((cuda.gridDim.x * cuda.blockDim.x) >> 5)
     tiles = uint32(uint32(codec[N_PLANES]) * uint32(codec[GROUPS]) * uint32(codec[ACROSS]))
-    runs = uint32((tiles + uint32(run) - uint32(1)) // uint32(run))
+    count = uint32(uint32(end) - uint32(first))
+    runs = uint32((count + uint32(run) - uint32(1)) // uint32(run))
+    missing = uint32(0)
+    if uint32(first) > uint32(0):
+        missing = _in_front(codec, uint32(first), tiles)
+    fits = uint64(uint32(_in_front(codec, uint32(end), tiles) - missing)) <= pitch
     at = warp
     while at < uint32(uint32(n_blocks) * runs):
         b = uint32(at // runs)
-        tile = uint32((at - b * runs) * uint32(run))
-        last = min(uint32(tile + uint32(run)), tiles)
+        tile = uint32(uint32(first) + (at - b * runs) * uint32(run))
+        last = min(uint32(tile + uint32(run)), uint32(end))
         record = staging + uint64(b) * pitch
         block, part = blocks[uint32(uint32(2) * b)], blocks[uint32(uint32(2) * b + uint32(1))]
-        if not (uint64(uint32(HEADER_BYTES) + uint32(codec[BODY_BYTES])) <= pitch and _is_ours(codec, record, part, lane)):
+        good = fits and (part < int32(0) or count == tiles)
+        if good and missing == uint32(0):
+            good = _is_ours(codec, record, part, lane)
+        if not good:
             if lane == uint32(0):
                 store4(status + uint64(4) * uint64(b), uint32(1))
             tile = last
@@ -157,7 +185,7 @@ def lossy_decode(staging, pitch, codec, status, blocks, n_blocks, run):  # type:
                 _part(codec, tile, uint32(part), block, record, lane)
             else:
                 number, within, key, begin = place(codec, tile)
-                plane_at = record + uint64(begin)
+                plane_at = record + uint64(uint32(begin - missing))
                 if key:
                     _key_tile(codec, number, within, block, plane_at, lane)
                 else:

@@ -1,10 +1,16 @@
 """Coded records of the plane code into pages, fused with the scatter: the form is in :mod:`kvortex.kernels.plane_form`.
 
-What a record says is checked before anything is led by it: header, lengths, and every tile's entry against its planes. So
-damaged bytes become a failure of their record and are never followed out of it.
+A launch decodes a range of tiles, all or some layers of them, and what lies in staging of each record is just what these
+need, side by side: header and table, the fixed parts of the range, and tails from one common offset on. Of all tiles that
+is the record as it is.
+
+What a record says is checked before anything is led by it: header, lengths, and every tile's entry against its planes and
+against what lies there. So damaged bytes become a failure of their record and are never followed out of it.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from numba import cuda
 from numba.cuda import types
@@ -30,10 +36,12 @@ from kvortex.kernels.plane import (
     uniform,
     verbatim_at,
 )
-from kvortex.kernels.plane_form import FIXED_BYTES, RAW_ROWS, RAW_TILE, ROWS, SIGN_AT, VALUES
+from kvortex.kernels.plane_form import FIXED_BYTES, RAW_ROWS, RAW_TAIL, RAW_TILE, ROWS, SIGN_AT, VALUES
 
-SIGNATURE = plane.SIGNATURE
 uint16, uint32, uint64, int32 = plane.uint16, plane.uint32, plane.uint64, plane.int32
+SIGNATURE: Any = types.void(
+    uint64, uint64, types.CPointer(uint64), uint64, types.CPointer(types.int32), int32, int32, int32, int32, int32
+)
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
@@ -138,7 +146,9 @@ def _tile(fixed, target, step, pair, lane, second):  # type: ignore[no-untyped-d
     return n
 
 
-def plane_decode(staging, pitch, codec, status, blocks, n_blocks, run):  # type: ignore[no-untyped-def]
+def plane_decode(  # type: ignore[no-untyped-def]
+    staging, pitch, codec, status, blocks, n_blocks, run, first, end, tails_from
+):
     """Decodes staging into pages.
 
     Parameters
@@ -146,8 +156,14 @@ def plane_decode(staging, pitch, codec, status, blocks, n_blocks, run):  # type:
     staging, pitch, codec, blocks, n_blocks, run
         As of :func:`kvortex.kernels.plane_encode.plane_encode`. Nobody writes to staging meanwhile.
     status : uint64
-        Address of (n_blocks,) uint32, zeros; 1 is written for what is no record of this codec. Its page may have been
+        Address of (n_blocks,) uint32, zeros before the first launch that the records are in; 1 is written for what is no record
+        of this codec, and nothing for others, so that launches over several ranges of tiles share it. Its page may have been
         overwritten in part.
+    first, end : int32
+        Range of tiles.
+    tails_from : int32
+        Offset in all records of the first tail byte in staging. With all tiles and ``fixed_bytes`` of the codec what lies there
+        is a record as it is, which may also be one that is kept verbatim.
     """
     all_second = cuda.shared.array((WARPS, VALUES), types.uint16)
     second = all_second[cuda.threadIdx.x >> 5]
@@ -155,31 +171,34 @@ def plane_decode(staging, pitch, codec, status, blocks, n_blocks, run):  # type:
     warp = uniform(uint32((cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) >> 5))
     warps = uint32((cuda.gridDim.x * cuda.blockDim.x) >> 5)
     tiles = uint32(uint32(codec[N_PLANES]) * uint32(codec[GROUPS]) * uint32(codec[ACROSS]))
-    runs = uint32((tiles + uint32(run) - uint32(1)) // uint32(run))
-    table_words = uint32(codec[TABLE_WORDS])
-    fixed_bytes = uint32(uint32(4 * HEADER_WORDS) + uint32(4) * table_words + uint32(FIXED_BYTES) * tiles)
-    verbatim_bytes = uint32(uint32(4 * HEADER_WORDS) + uint32(2 * VALUES) * tiles)
+    count = uint32(uint32(end) - uint32(first))
+    runs = uint32((count + uint32(run) - uint32(1)) // uint32(run))
+    head_bytes = uint32(uint32(4 * HEADER_WORDS) + uint32(4) * uint32(codec[TABLE_WORDS]))
+    own_bytes = uint32(head_bytes + uint32(FIXED_BYTES) * count)  # in front of the tails in staging
+    room = uint32(uint32(pitch) - own_bytes)
     at = warp
     while at < uint32(uint32(n_blocks) * runs):
         b = uint32(at // runs)
-        tile = uint32((at - b * runs) * uint32(run))
-        last = min(uint32(tile + uint32(run)), tiles)
+        tile = uint32(uint32(first) + (at - b * runs) * uint32(run))
+        last = min(uint32(tile + uint32(run)), uint32(end))
         record = staging + uint64(b) * pitch
         good = is_ours(record, codec[HEADER], lane)
         stored = uniform(uint32(load4(record + uint64(4 * STORED_AT))))
         used = uniform(uint32(load4(record + uint64(4 * USED_AT))))
-        before = uint32(0)
+        tail_at = uint32(0)
         if stored == uint32(CODED):
-            good = good and uint64(fixed_bytes) <= pitch
+            good = good and uint64(own_bytes) <= pitch
             if good:
                 before, total = tails(record + uint64(4 * HEADER_WORDS), tile, tiles, lane)
-                good = uint32(fixed_bytes + total) == used and uint64(used) <= pitch
+                fixed_bytes = uint32(head_bytes + uint32(FIXED_BYTES) * tiles)
+                good = uint32(fixed_bytes + total) == used
+                tail_at = uint32(uint32(fixed_bytes + before) - uint32(tails_from))  # before the first one it is beyond all
         else:
-            good = good and stored == uint32(VERBATIM) and used == verbatim_bytes and uint64(used) <= pitch
+            verbatim_bytes = uint32(uint32(4 * HEADER_WORDS) + uint32(2 * VALUES) * tiles)
+            good = good and stored == uint32(VERBATIM) and used == verbatim_bytes and uint64(used) <= pitch and count == tiles
         if not good:
             tile = last
-        tail = record + uint64(fixed_bytes) + uint64(before)
-        fixed = record + uint64(4 * HEADER_WORDS) + uint64(4) * uint64(table_words) + uint64(FIXED_BYTES) * uint64(tile)
+        fixed = record + uint64(head_bytes) + uint64(FIXED_BYTES) * uint64(uint32(tile - uint32(first)))
         while tile < last:
             target, step, base = place(codec, tile, blocks[b], lane)
             if stored == uint32(VERBATIM):
@@ -190,7 +209,11 @@ def plane_decode(staging, pitch, codec, status, blocks, n_blocks, run):  # type:
                     row = uint32(row + uint32(1))
             else:
                 entry = uniform(uint32(load4(record + uint64(4 * HEADER_WORDS) + uint64(4) * uint64(tile))))
-                if entry == uint32(RAW_TILE):
+                size = tail_bytes(entry)
+                tail = record + uint64(own_bytes) + uint64(tail_at)
+                if size > uint32(RAW_TAIL) or tail_at > room or size > uint32(room - tail_at):
+                    good = False  # this tile's tail is none, or lies elsewhere
+                elif entry == uint32(RAW_TILE):
                     row = uint32(0)
                     while row < uint32(ROWS):
                         begin = fixed + uint64(128) * uint64(row)
@@ -204,7 +227,7 @@ def plane_decode(staging, pitch, codec, status, blocks, n_blocks, run):  # type:
                     n = _tile(fixed, target, step, uint32(load2(base)), lane, second)
                     good = good and n == uint32(entry & uint32(0xFFFF))
                     cuda.syncwarp()
-                tail += uint64(tail_bytes(entry))
+                tail_at = uint32(tail_at + size)
             fixed += uint64(FIXED_BYTES)
             tile = uint32(tile + uint32(1))
         if not good and lane == uint32(0):

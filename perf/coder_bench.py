@@ -75,12 +75,12 @@ class Bench:
         """The reverse."""
         self.memory.write(data.reshape(-1), plane * data.size)
 
-    def launch(self, name: str, pitch: int, form: Any, extra: Any, ids: Any, blocks: int, run: int) -> None:
-        """Over all multiprocessors, on the clock's stream."""
+    def launch(self, name: str, pitch: int, form: Any, extra: Any, ids: Any, blocks: int, run: int, *span: int) -> None:
+        """Over all multiprocessors, on the clock's stream. ``span`` is what a decoder is told of tiles and tails."""
         u64, i32 = ctypes.c_uint64, ctypes.c_int32
-        values = (self.staging.address, pitch, form.address, extra.address, ids.address, blocks, run)
+        values = (self.staging.address, pitch, form.address, extra.address, ids.address, blocks, run, *span)
         with cu.current(self.device.context) as driver:
-            packed = values, (u64, u64, u64, u64, u64, i32, i32)
+            packed = values, (u64, u64, u64, u64, u64, i32, i32, *[i32] * len(span))
             launched = driver.cuLaunchKernel(
                 self._functions[name], self._grid, 1, 1, THREADS, 1, 1, 0, self.clock.stream, packed, 0
             )

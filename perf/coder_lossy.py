@@ -73,10 +73,13 @@ class _Bench(Bench):
         form = self.upload(cells(codec, self.fragments, fixed.address))
         for run in RUNS:
             self.status.write(np.zeros(4 * len(self.records), np.uint8))
-            calls = (("lossy_encode", self.counts, self.blocks["save"]), ("lossy_decode", self.status, self.blocks["load"]))
+            calls: tuple[tuple[str, Any, Any, tuple[int, ...]], ...] = (
+                ("lossy_encode", self.counts, self.blocks["save"], ()),
+                ("lossy_decode", self.status, self.blocks["load"], (0, codec.tiles)),
+            )
             save, load = (
-                [self.clock.seconds(lambda: self.launch(name, pitch, form, extra, ids, n, run)) for _ in range(rounds)]  # noqa: B023
-                for name, extra, ids in calls
+                [self.clock.seconds(lambda: self.launch(name, pitch, form, extra, ids, n, run, *span)) for _ in range(rounds)]  # noqa: B023
+                for name, extra, ids, span in calls
             )
             wrong = self._wrong(codec, pitch)
             pair = (_row(name, codec, run, seconds, self.records.size) for name, seconds in (("save", save), ("load", load)))

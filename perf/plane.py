@@ -107,7 +107,7 @@ def _on_gpu(device: CudaDevice, codec: PlaneCodec, records: Bytes, rounds: int) 
         bench.launch("plane_encode", pitch, form, counts, source, n, run)
 
     def load(run: int) -> None:
-        bench.launch("plane_decode", pitch, form, status, target, n, run)
+        bench.launch("plane_decode", pitch, form, status, target, n, run, 0, codec.tiles, codec.fixed_bytes)
 
     rows, empty = [], np.isin(np.arange(bench.pages), bench.target)[:, None]
     for run in RUNS:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import ctypes
 import zlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from kvortex.codecs._lossy import decode_lossy, encode_lossy, scales
-from kvortex.codecs._plane import _SPREAD, decode_plane, encode_plane
-from kvortex.codecs.base import DECLINED, HEADER
+from kvortex.codecs._plane import _SPREAD, _decode_tile, encode_plane
+from kvortex.codecs.base import CODED, DECLINED, HEADER
 from kvortex.kernels import lossy_form as lf
 from kvortex.kernels import plane_form as pf
 from tests.transfer.recorder import Call
@@ -31,33 +31,50 @@ def code(gpu: FakeGpu, call: Call) -> Iterator[str]:
     """A kernel of a codec; it stops behind each record."""
     name, (staging, pitch, *rest) = _NAMES[call.arguments[0]], call.parameters
     assert staging % 16 == pitch % 16 == 0
-    if name in ("read_records", "seal_records"):
-        return _records(gpu, name, staging, pitch, *rest[:5])
+    if name == "seal_records":
+        return _seal(gpu, staging, pitch, *rest[:5])
+    if name == "read_records":
+        return _read(gpu, staging, pitch, *rest[:7])
     cells_at, extra, ids, n, run = rest[:5]
     assert run > 0
     kernel = _plane if name.startswith("plane") else _lossy
-    return kernel(gpu, name, staging, pitch, cells_at, extra, ids, n)
+    return kernel(gpu, name, staging, pitch, cells_at, extra, ids, n, tuple(rest[5:8]))
 
 
-def _records(gpu: FakeGpu, name: str, staging: int, pitch: int, n_pieces: int, n: int, *where: int) -> Iterator[str]:
+def _seal(gpu: FakeGpu, staging: int, pitch: int, n_pieces: int, n: int, *where: int) -> Iterator[str]:
     numbers_at, sums, status = where
     assert n_pieces == -(-pitch // 4096)
     for b in range(n):
         record = staging + b * pitch
-        header = gpu.array(record, HEADER.itemsize, ctypes.c_uint8).view(HEADER)[0]
-        used = min(int(header["used_bytes"]), pitch)
-        if name == "seal_records":
-            if header["stored"] == DECLINED:
-                used = HEADER.itemsize
-                gpu.array(status + 4 * b, 1, ctypes.c_uint32)[:] = 1
-            gpu.array(record + used, pitch - used, ctypes.c_uint8)[:] = 0
+        header, used = _header(gpu, record, pitch)
+        if header["stored"] == DECLINED:
+            used = HEADER.itemsize
+            gpu.array(status + 4 * b, 1, ctypes.c_uint32)[:] = 1
+        gpu.array(record + used, pitch - used, ctypes.c_uint8)[:] = 0
         if sums:
             gpu.digest(record, used, 0, numbers_at, sums + 16 * b)
+        yield "sealed"
+
+
+def _read(gpu: FakeGpu, staging: int, pitch: int, n: int, numbers_at: int, sums: int, *span: int) -> Iterator[str]:
+    first, end, shift, headed = span
+    assert first % 16 == end % 16 == shift % 16 == 0 <= first - shift <= end - shift <= pitch
+    for b in range(n):
+        record = staging + b * pitch
+        last = min(end, _header(gpu, record, end)[1] if headed else end)
+        if first < last:
+            gpu.digest(record + first - shift, last - first, first, numbers_at, sums + 16 * b)
         yield "read"
 
 
+def _header(gpu: FakeGpu, record: int, room: int) -> tuple[Any, int]:
+    """A header, and the bytes that it says, but no more than there are."""
+    header = gpu.array(record, HEADER.itemsize, ctypes.c_uint8).view(HEADER)[0]
+    return header, min(int(header["used_bytes"]), room)
+
+
 def _plane(
-    gpu: FakeGpu, name: str, staging: int, pitch: int, cells_at: int, extra: int, ids: int, n: int
+    gpu: FakeGpu, name: str, staging: int, pitch: int, cells_at: int, extra: int, ids: int, n: int, span: tuple[int, ...]
 ) -> Iterator[str]:
     cells = gpu.array(cells_at, pf.PLANES, ctypes.c_uint64).astype(np.int64)
     planes, groups, across = cells[[pf.N_PLANES, pf.GROUPS, pf.ACROSS]].tolist()
@@ -76,26 +93,61 @@ def _plane(
             if (counts != said).any():
                 gpu.wild.append("pages were not counted as they are, or others counted theirs there meanwhile")
             encode_plane(values, record[None], header, base, form, np.empty(1, np.int64))
-        else:
-            good = np.empty(1, np.bool_)
-            decode_plane(record[None], values, header, base, form, _SPREAD, good)
-            if good[0]:
-                for page, decoded in zip(pages, values.reshape(planes, -1), strict=True):
-                    page[:] = decoded
-            else:
-                gpu.array(extra + 4 * b, 1, ctypes.c_uint32)[:] = 1
+        elif not _decode_tiles(record, pages, header, base, form, span):
+            gpu.array(extra + 4 * b, 1, ctypes.c_uint32)[:] = 1
         yield "coded"
 
 
+def _decode_tiles(
+    record: Words,
+    pages: list[npt.NDArray[np.uint16]],
+    header: Words,
+    base: npt.NDArray[np.uint8],
+    form: npt.NDArray[np.int64],
+    span: tuple[int, ...],
+) -> bool:
+    """What the kernel does with one record, of which the parts that some tiles need lie side by side."""
+    (groups, across, table), (first, end, tails_from) = form.tolist(), span
+    tiles, head, own = groups * across * len(pages), 16 + table, 16 + table + pf.FIXED_WORDS * (end - first)
+    varies = np.isin(np.arange(16), (pf.STORED_AT, pf.USED_AT))
+    if not 0 <= first < end <= tiles or own > len(record) or (record[:16] != header)[~varies].any():
+        return False
+    entries = record[16 : 16 + tiles].astype(np.int64)
+    count, escapes = entries & 0xFFFF, entries >> 16
+    size = 12 * (count + 31 >> 5) + (escapes + 3 & ~3)
+    size[(count > pf.VALUES) | (escapes > count) | (size > pf.MOST_TAIL)] = 1 << 20
+    size[entries == pf.RAW_TILE] = pf.RAW_TAIL
+    fixed_bytes = 4 * head + pf.FIXED_BYTES * tiles
+    if record[pf.STORED_AT] != CODED or fixed_bytes + size.sum() != record[pf.USED_AT]:
+        return False
+    good, second, tile = True, np.zeros(pf.VALUES + 1, np.int16), np.zeros(pf.TILE_BYTES, np.uint16)
+    for number in range(first, end):
+        at, words = fixed_bytes + size[:number].sum() - tails_from, int(size[number]) // 4
+        if at < 0 or size[number] > pf.RAW_TAIL or own + at // 4 + words > len(record):
+            good = False
+            continue
+        fixed = record[head + pf.FIXED_WORDS * (number - first) :][: pf.FIXED_WORDS]
+        tile.view(np.uint32)[: pf.FIXED_WORDS] = fixed
+        tile.view(np.uint32)[pf.FIXED_WORDS :][:words] = record[own + at // 4 :][:words]
+        plane, within = divmod(number, groups * across)
+        begin, step = within // across * pf.ROWS * 64 * across + within % across * 64, 64 * across
+        bases = base[plane, within % across * 64 :][:64]
+        good &= bool(_decode_tile(tile, int(entries[number]), pages[plane], begin, step, bases, second, _SPREAD))
+    return good
+
+
 def _lossy(
-    gpu: FakeGpu, name: str, staging: int, pitch: int, cells_at: int, extra: int, ids: int, n: int
+    gpu: FakeGpu, name: str, staging: int, pitch: int, cells_at: int, extra: int, ids: int, n: int, span: tuple[int, ...]
 ) -> Iterator[str]:
     form = _Form(gpu, cells_at)
-    assert lf.HEADER_BYTES + form.body_bytes <= pitch
-    kernel = form.encode if name == "lossy_encode" else form.decode
+    begin, end = (0, lf.HEADER_BYTES + form.body_bytes) if name == "lossy_encode" else form.range_of(*span[:2])
+    assert end - begin <= pitch
     for b, row in enumerate(gpu.array(ids, 2 * n, ctypes.c_int32).reshape(-1, 2).tolist()):
-        record = gpu.array(staging + b * pitch, (lf.HEADER_BYTES + form.body_bytes) // 4, ctypes.c_uint32)
-        yield from kernel(*row, record, extra + 4 * b)
+        record = gpu.array(staging + b * pitch, (end - begin) // 4, ctypes.c_uint32)
+        if name == "lossy_encode":
+            yield from form.encode(*row, record, extra + 4 * b)
+        else:
+            yield from form.decode(*row, record, extra + 4 * b, begin, span)
         yield "coded"
 
 
@@ -111,7 +163,15 @@ class _Form:
         self._raw_bytes, self.body_bytes = 2 * int(np.prod(self._shape)), int(cells[lf.BODY_BYTES])
         is_key, factor = np.arange(planes) // each % 2 == 0, cells[[lf.FACTOR]].astype(np.uint32).view(np.float32)[0]
         bits = np.array([32 * cells[lf.LANES], cells[lf.K_BITS], cells[lf.V_BITS]])
+        self._is_key, self._bytes = is_key, cells[[lf.VALUE_BYTES, lf.KEY_BYTES]]
         self._coding = is_key, mean.view(np.float32).reshape(planes, -1), bits, factor, scales()
+
+    def range_of(self, first: int, end: int) -> tuple[int, int]:
+        """Bytes of a record that a launch over these tiles finds."""
+        before = lf.HEADER_BYTES + np.append(0, np.cumsum(self._bytes[self._is_key.astype(int)]))
+        each = self._shape[2] * self._shape[3] // 1024
+        assert first % each == end % each == 0 <= first < end
+        return int(before[first // each]) if first else 0, int(before[end // each])
 
     def _header(self, part: int) -> tuple[Words, int, int]:
         """What a record has to begin with; and which bytes of the original a part keeps."""
@@ -143,16 +203,22 @@ class _Form:
                 header[lf.STORED_AT], header[lf.USED_AT] = lf.DECLINED, 2 * lf.HEADER_BYTES + self._raw_bytes
         record[: lf.HEADER_WORDS] = header
 
-    def decode(self, block: int, part: int, record: Words, status_at: int) -> Iterator[str]:
+    def decode(
+        self, block: int, part: int, record: Words, status_at: int, missing: int, span: tuple[int, ...]
+    ) -> Iterator[str]:
         header, begin, end = self._header(part)
         own, values = record[lf.HEADER_WORDS :], np.empty(self._shape, np.uint16)
-        if (record[: lf.HEADER_WORDS] != header).any():
+        tiles = self._raw_bytes // 2048
+        if part >= 0 and span[:2] != (0, tiles) or not missing and (record[: lf.HEADER_WORDS] != header).any():
             self._gpu.array(status_at, 1, ctypes.c_uint32)[:] = 1
         elif part >= 0:
             _put(self._pages(block), begin, own.view(np.uint8)[: end - begin])
         else:
-            decode_lossy(own[None], values, *self._coding, np.ones(1, np.bool_))
-            _put(self._pages(block), 0, values.reshape(-1).view(np.uint8))
+            whole = np.zeros((lf.HEADER_BYTES + self.body_bytes) // 4, np.uint32)
+            whole[missing // 4 :][: len(record)] = record
+            decode_lossy(whole[None, lf.HEADER_WORDS :], values, *self._coding, np.ones(1, np.bool_))
+            mine = slice(2048 * span[0], 2048 * span[1])
+            _put(self._pages(block), mine.start, values.reshape(-1).view(np.uint8)[mine])
         yield "decoded"
 
 

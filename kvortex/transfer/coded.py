@@ -59,7 +59,7 @@ from kvortex.transfer.plan import (
 )
 
 Parameter = tuple[int, Any]  # one of the bases of a plan, and what is added to it: a number, or one for each chunk
-READ_PIECE, READ_THREADS = 4096, 256  # of kvortex.kernels.coded, which needs numba.cuda to import
+READ_PIECE, READ_THREADS = 4096, 256  # of kvortex.kernels.coded and coded_read, which need numba.cuda to import
 CTAS_EACH = 4  # CTAs a multiprocessor that a launch may have; beside a model one, as much as of any staged launch
 _MOST_RUN = 16  # tiles that a warp takes at a time, where there are enough for all warps
 _COPY_STEP = 512  # bytes; lines of copies are multiples of that
@@ -144,7 +144,7 @@ class DeviceCoder(ABC):
             A buffer does not hold a record, and these kernels write whole ones.
         """
         room = self.codec.slot_bytes
-        self._per_chunk, self._buffers = buffer_bytes // room, buffers // 2
+        self._per_chunk, self._buffers, self._buffer_bytes = buffer_bytes // room, buffers // 2, buffer_bytes
         if not self._per_chunk:
             least = buffers * -(-room // READ_PIECE) * READ_PIECE
             what = f"codec = {self.codec.name!r}: a staging buffer of {buffer_bytes} bytes does not hold a record of {room}"
@@ -212,14 +212,31 @@ class DeviceCoder(ABC):
             made[:, ARGUMENTS + at] = value
         return made
 
-    def _read(self, kernel: str, first: Int64s, count: Int64s, most: int) -> Int64s:
-        """A launch of one of :mod:`kvortex.kernels.coded`."""
+    def _seal(self, first: Int64s, count: Int64s, most: int) -> Int64s:
+        """A launch of :func:`kvortex.kernels.coded.seal_records`."""
         room = self.codec.slot_bytes
         pieces = -(-room // READ_PIECE)
-        ctas = np.minimum(most, -(-count * pieces // (READ_THREADS // 32)))
-        sums = (SUMS, 16 * first) if self._numbers else (ABSOLUTE, 0)
         fixed = (BUFFER, 0), (ABSOLUTE, room), (ABSOLUTE, pieces), (ABSOLUTE, count), (ABSOLUTE, self._numbers)
-        return self._row(kernel, ctas, READ_THREADS, *fixed, sums, (STATUS, 4 * first))
+        ctas = self._readers(count, room, most)
+        return self._row("seal_records", ctas, READ_THREADS, *fixed, self._sums(first), (STATUS, 4 * first))
+
+    def _read(
+        self, first: Int64s, count: Int64s, most: int, pitch: Any, begin: Any, end: Any, shift: Any, *, headed: bool
+    ) -> Int64s:
+        """A launch of :func:`kvortex.kernels.coded_read.read_records`; numbers, or one for each chunk."""
+        ctas = self._readers(count, end - begin, most)
+        fixed = (BUFFER, 0), (ABSOLUTE, pitch), (ABSOLUTE, count), (ABSOLUTE, self._numbers), self._sums(first)
+        span = (ABSOLUTE, begin), (ABSOLUTE, end), (ABSOLUTE, shift), (ABSOLUTE, int(headed))
+        return self._row("read_records", ctas, READ_THREADS, *fixed, *span)
+
+    @staticmethod
+    def _readers(count: Int64s, nbytes: Any, most: int) -> Int64s:
+        """CTAs that read so many bytes of ``count`` records."""
+        ctas: Int64s = np.clip(-(-count * -(-nbytes // READ_PIECE) // (READ_THREADS // 32)), 1, most)
+        return ctas
+
+    def _sums(self, first: Int64s) -> Parameter:
+        return (SUMS, 16 * first) if self._numbers else (ABSOLUTE, 0)
 
     def close(self) -> None:
         """Gives the VRAM back. Nothing may be in flight. A second call does nothing."""

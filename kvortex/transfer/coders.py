@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 
 from kvortex.codecs import Codec, on_device, on_device_lossy
 from kvortex.codecs.base import HEADER, HEADER_BYTES
@@ -18,12 +19,15 @@ from kvortex.codecs.lossy import LossyCodec
 from kvortex.codecs.plane import PlaneCodec
 from kvortex.devices.cuda import CudaDevice
 from kvortex.errors import CodecError
-from kvortex.kernels.plane_form import WARPS
-from kvortex.transfer.coded import DeviceCoder
+from kvortex.kernels.plane_form import FIXED_BYTES, WARPS
+from kvortex.transfer import _coded
+from kvortex.transfer.coded import Parameter
+from kvortex.transfer.coded_layers import LayeredCoder, Span, Strip
 from kvortex.transfer.plan import ABSOLUTE, BUFFER, IDS, STATUS, WORK, Int64s, Pool
 
 _USED_AT = HEADER.fields["used_bytes"][1]  # type: ignore[index]
 _READERS = "read_records", "seal_records"
+_ALIGNED = 64  # bytes; strips begin and end at multiples of that, as the parts of a record's front do
 
 
 def used_lengths(pool: Pool, slots: Int64s, most: int) -> Int64s:
@@ -42,7 +46,13 @@ def used_lengths(pool: Pool, slots: Int64s, most: int) -> Int64s:
     return used
 
 
-class _TileCoder(DeviceCoder):
+def slots_as_words(pool: Pool, count: int) -> npt.NDArray[np.uint32]:
+    """The first ``count`` slots, to be read alone."""
+    first = np.ctypeslib.as_array((ctypes.c_uint32 * 1).from_address(pool.address))
+    return np.lib.stride_tricks.as_strided(first, (count * pool.slot_bytes // 4,), (4,), writeable=False)
+
+
+class _TileCoder(LayeredCoder):
     """A codec whose kernels take ``codec.tiles`` of each record apart, a warp some of them.
 
     Parameters
@@ -66,7 +76,7 @@ class _TileCoder(DeviceCoder):
         numbers: int,
     ) -> None:
         super().__init__(device, codec, pool, kernel, numbers)
-        self._tiles = codec.tiles
+        self.tiles = codec.tiles
         try:
             self._cells = self._hold(self.form.cells(codec, fragments, self._hold(self.form.constants(codec))))
         except BaseException:
@@ -74,15 +84,28 @@ class _TileCoder(DeviceCoder):
             raise
 
     def _rows(self, save: bool, first: Int64s, count: Int64s, most: int) -> list[Int64s]:
-        run, ctas = self._share(count, self._tiles, WARPS, most)
-        head = (BUFFER, 0), (ABSOLUTE, self.codec.slot_bytes), (ABSOLUTE, self._cells)
-        tail = (IDS, self.row_bytes * first), (ABSOLUTE, count), (ABSOLUTE, run)
-        shape = ctas, 32 * WARPS
-        if save:
-            coding = [self._row(name, *shape, *head, (WORK, 0), *tail) for name in self.encoders]
-            return [*coding, self._read("seal_records", first, count, most)]
-        reading = [self._read("read_records", first, count, most)] if self._numbers else []
-        return [*reading, self._row(self.decoder, *shape, *head, (STATUS, 4 * first), *tail)]
+        if not save:
+            return self._span_rows(self._whole(len(first)), first, count, most)
+        head, tail, shape = self._launch(self.codec.slot_bytes, self.tiles, first, count, most)
+        coding = [self._row(name, *shape, *head, (WORK, 0), *tail) for name in self.encoders]
+        return [*coding, self._seal(first, count, most)]
+
+    def _decode(self, span: Span, first: Int64s, count: Int64s, most: int) -> Int64s:
+        head, tail, shape = self._launch(span.pitch, span.end - span.first, first, count, most)
+        span_of = (ABSOLUTE, span.first), (ABSOLUTE, span.end), *self._where(span)
+        return self._row(self.decoder, *shape, *head, (STATUS, 4 * first), *tail, *span_of)
+
+    def _where(self, span: Span) -> tuple[Parameter, ...]:
+        """What a decoder is told of strips, behind the group's tiles."""
+        return ()
+
+    def _launch(
+        self, pitch: Any, tiles: int, first: Int64s, count: Int64s, most: int
+    ) -> tuple[tuple[Parameter, ...], tuple[Parameter, ...], tuple[Int64s, int]]:
+        """The first and the last parameters of a kernel over so many tiles of each record, and its shape."""
+        run, ctas = self._share(count, tiles, WARPS, most)
+        head = (BUFFER, 0), (ABSOLUTE, pitch), (ABSOLUTE, self._cells)
+        return head, ((IDS, self.row_bytes * first), (ABSOLUTE, count), (ABSOLUTE, run)), (ctas, 32 * WARPS)
 
 
 class PlaneCoder(_TileCoder):
@@ -93,10 +116,14 @@ class PlaneCoder(_TileCoder):
     decoder = "plane_decode"
     row_bytes = 4  # a page, int32
     kernels = (*encoders, decoder, *_READERS)
+    strips = 3  # header and table, fixed parts, tails
+    codec: PlaneCodec
 
     def __init__(self, device: CudaDevice, codec: PlaneCodec, *others: Any) -> None:
         super().__init__(device, codec, *others)
         self.work_bytes = 4 * codec.tiles
+        self.again = codec.fixed_bytes - FIXED_BYTES * codec.tiles
+        _coded.load_compiled()
 
     def _ids(self, blocks: Int64s, parts: Int64s | None) -> Int64s:
         assert parts is None, f"{self.codec.name} keeps all of a page in one slot"
@@ -104,6 +131,36 @@ class PlaneCoder(_TileCoder):
 
     def _used(self, slots: Int64s, parts: Int64s | None) -> Int64s:
         return used_lengths(self._pool, slots, self.codec.slot_bytes)
+
+    def _can_cut(self) -> bool:
+        return bool(self.codec.slot_bytes >= self.codec.fixed_bytes)
+
+    def _look(self, slots: Int64s, edges: Int64s, begin: Int64s | None) -> Int64s:
+        made = np.empty((len(slots), len(edges)), np.int64)
+        made[:, 0] = self.codec.fixed_bytes if begin is None else begin
+        words = slots_as_words(self._pool, int(slots.max()) + 1)
+        step, table = self._pool.slot_bytes // 4, HEADER_BYTES // 4
+        _coded.tail_offsets(words, step, slots, table, edges, self.codec.slot_bytes, made)
+        return made
+
+    def _spans(self, offsets: Int64s, edges: Int64s, starts: Int64s, done: Int64s | None) -> list[Span]:
+        begin, most, head = self.codec.fixed_bytes, self.codec.slot_bytes, np.zeros(len(starts), np.int64)
+        least = np.maximum(np.minimum.reduceat(offsets, starts) // _ALIGNED * _ALIGNED, begin)
+        longest = np.minimum(-(-np.maximum.reduceat(offsets, starts) // _ALIGNED) * _ALIGNED, most)
+        made, done = [], head + begin if done is None else done
+        for g, (first, end) in enumerate(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)):
+            fixed, stop = (head + self.again + FIXED_BYTES * tile for tile in (first, end))
+            front = [Strip(head, stop, head)]  # header and table lie before the first tile
+            if first:
+                front = [Strip(head, head + self.again, None), Strip(fixed, stop, fixed)]
+            behind = np.maximum(longest[:, g + 1], done)  # an earlier chunk of more records may have got further
+            made.append(Span(first, end, (*front, Strip(least[:, g], behind, done, headed=True))))
+            done = behind
+        return made
+
+    def _where(self, span: Span) -> tuple[Parameter, ...]:
+        tails_from = span.strips[-1].begin if len(span.strips) > 1 else self.codec.fixed_bytes
+        return ((ABSOLUTE, tails_from),)
 
 
 class LossyCoder(_TileCoder):
@@ -119,6 +176,7 @@ class LossyCoder(_TileCoder):
     row_bytes = 8  # a page, and which part of it the record is, int32
     kernels = (*encoders, decoder, *_READERS)
     work_bytes = 4  # a counter of who is done with the record; zeros whenever none is being coded
+    strips = 1
     codec: LossyCodec
 
     def _ids(self, blocks: Int64s, parts: Int64s | None) -> Int64s:
@@ -132,13 +190,23 @@ class LossyCoder(_TileCoder):
         used: Int64s = np.where(parts < 0, whole, HEADER_BYTES + kept)
         return used
 
+    def _spans(self, offsets: Int64s, edges: Int64s, starts: Int64s, done: Int64s | None) -> list[Span]:
+        of_plane = np.where(self.codec.compiled[0], self.codec.key_bytes, self.codec.value_bytes)
+        before = HEADER_BYTES + np.append(0, np.cumsum(of_plane))
+        ends = before[edges // (self.tiles // self.codec.shape.planes)]
+        ends[edges == 0] = 0  # the header lies before the first tile
+        none, rows = np.zeros(len(starts), np.int64), np.stack((edges[:-1], edges[1:], ends[:-1], ends[1:]), axis=1)
+        return [
+            Span(first, end, (Strip(none + begin, none + stop, none + begin),)) for first, end, begin, stop in rows.tolist()
+        ]
+
 
 _CODERS: dict[type[Codec], type[_TileCoder]] = {PlaneCodec: PlaneCoder, LossyCodec: LossyCoder}
 
 
 def coder_for(
     device: CudaDevice, codec: Codec, fragments: Int64s, pool: Pool, kernel: Callable[[str], int], numbers: int
-) -> DeviceCoder:
+) -> LayeredCoder:
     """What codes on a GPU. CodecError where no route launches that codec's kernels, or they cannot code such pages."""
     check_codable(codec, fragments)
     return _coder_of(codec)(device, codec, fragments, pool, kernel, numbers)

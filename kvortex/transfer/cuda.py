@@ -23,7 +23,7 @@ from kvortex.memory.arena import SLOT_ALIGNMENT
 from kvortex.memory.ids import IdBuffer, IdPool
 from kvortex.memory.staging import StagingRing
 from kvortex.transfer._layers import load_compiled as load_layers
-from kvortex.transfer.coded import DeviceCoder
+from kvortex.transfer.coded_layers import LayeredCoder, LayeredLoad
 from kvortex.transfer.coders import coder_for
 from kvortex.transfer.cuda_completion import CudaCompletion, CudaMark, Events
 from kvortex.transfer.digesting import Digesting, Reading, buffers_reading, pieces_apart, room_for
@@ -146,7 +146,7 @@ class CudaExecutor(Executor):
     ) -> None:
         self.device = device
         self._codec = codec
-        self._coder: DeviceCoder | None = None
+        self._coder: LayeredCoder | None = None
         self.beside_compute = beside_compute
         self.resident_ctas = profile.resident_ctas, profile.resident_ctas_beside
         if pool.slot_bytes > device.max_pitch:  # then no 2D DMA reaches from one slot into the next
@@ -288,6 +288,10 @@ class CudaExecutor(Executor):
         in_groups = layerwise and direction is Direction.SAVE
         busy = in_groups or self._is_busy(caller, mark)  # who saves layer by layer computes meanwhile
         if self._coder is not None:
+            if layerwise and not in_groups:
+                layered = self._coder.layered(blocks, slots, busy, parts, self._layer_offsets, self._profile.least)
+                if layered is not None:
+                    return self._coded_layers(self._coder, layered, caller, mark)
             plan = self._coder.plan(direction, blocks, slots, busy, parts)
             return self._prepare_coded(self._coder, direction, plan, caller, mark, in_groups)
         assert parts is None, "parts of blocks are a codec's"
@@ -317,7 +321,7 @@ class CudaExecutor(Executor):
 
     def _prepare_coded(
         self,
-        coder: DeviceCoder,
+        coder: LayeredCoder,
         direction: Direction,
         plan: Plan,
         caller: int,
@@ -337,6 +341,13 @@ class CudaExecutor(Executor):
         except BaseException:
             part.cancel()
             raise
+
+    def _coded_layers(self, coder: LayeredCoder, layered: LayeredLoad, caller: int, mark: CudaMark | None) -> Completion:
+        plan = layered.whole()
+        sizes = np.full(len(plan.order), coder.codec.slot_bytes)
+        numbers = self._numbers.address if self._digests else 0
+        digesting = Digesting(len(plan.order), numbers, coded=True, summed=self._digests)
+        return CudaCompletion(self, Direction.LOAD, plan, caller, Route.STAGED, layered.group_of, digesting, sizes, mark)
 
     def _sizes(self, blocks: Int64s) -> Int64s:
         return np.full(len(blocks), self._layer_offsets[-1])

@@ -17,7 +17,7 @@ _LINK_RATE = 25e9  # bytes per second, where the system does not say: 16 lanes o
 _SHARE = 0.87  # of what a link carries, left for payload by packets of 256 bytes
 _COPY_S = 4.8e-6  # a call of the driver for one copy, several times over: so long a copy is worth it
 _LINE_S, _BATCHED_S = 40e-9, 150e-9  # a line of a 2D DMA, and a copy of a batch
-_WORTH = 8  # times what it costs is what a line or copy should take
+WORTH = 8  # times what it costs is what a line or copy should take
 _START_S = 75e-6  # a gather, a DMA and the gap between them
 _CHUNK_S = 0.6e-3  # of a staging buffer, against a few microseconds from each to the next
 _GROUP_COPIES = 8  # as much as the end of one group and the beginning of the next are worth
@@ -131,7 +131,7 @@ def guess(link: float | None, multiprocessors: int) -> Profile:
         Of the GPU.
     """
     rate = _LINK_RATE if link is None else _SHARE * link
-    line, copy = _round(_WORTH * _LINE_S * rate), _round(_COPY_S * rate)
+    line, copy = _round(WORTH * _LINE_S * rate), _round(_COPY_S * rate)
     return Profile(
         measured=False,
         link_rate=rate,
@@ -144,7 +144,7 @@ def guess(link: float | None, multiprocessors: int) -> Profile:
         staged_ctas=max(1, multiprocessors // 4),
         resident_ctas=min(4, most_resident_ctas(multiprocessors)),
         resident_ctas_beside=min(2, most_resident_ctas(multiprocessors)),
-        rankings=_guessed_rankings(line, *(_round(seconds * rate) for seconds in (_WORTH * _BATCHED_S, _START_S))),
+        rankings=_guessed_rankings(line, *(_round(seconds * rate) for seconds in (WORTH * _BATCHED_S, _START_S))),
     )
 
 

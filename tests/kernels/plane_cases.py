@@ -92,6 +92,42 @@ class PlaneCase:
         return sum(int((a[:end] != b[:end]).sum()) for a, b, end in zip(staging, out, ends, strict=True))
 
 
+@dataclass
+class Ranged:
+    """What a launch over tiles ``first`` to ``end`` of coded records finds in staging: ``rows``, (n, pitch).
+
+    ``spans`` are what launches digest: first and last byte, how much nearer to the begin these lie, and whether headers say
+    how many there are.
+    """
+
+    first: int
+    end: int
+    rows: npt.NDArray[np.uint8]
+    tails_from: int
+    spans: list[tuple[int, int, int, int]]
+
+
+def ranged(codec: PlaneCodec, records: npt.NDArray[np.uint8], edges: list[int]) -> list[Ranged]:
+    """Records (n, pitch) as launches over the ranges of tiles between ``edges`` find them."""
+    n, tiles, head = len(records), codec.tiles, codec.fixed_bytes - 1280 * codec.tiles
+    made, done = [], codec.fixed_bytes
+    sizes = np.zeros((n, tiles), np.int64)
+    for b, record in enumerate(records):
+        for tile, entry in enumerate(record[64:][: 4 * tiles].view(np.uint32).tolist()):
+            count, escapes = entry & 0xFFFF, entry >> 16
+            sizes[b, tile] = 768 if entry == 0xFFFFFFFF else 12 * -(-count // 32) + 4 * -(-escapes // 4)
+    offsets = codec.fixed_bytes + np.concatenate((np.zeros((n, 1), np.int64), np.cumsum(sizes, axis=1)), axis=1)
+    offsets = np.minimum(offsets, records.shape[1])
+    for first, end in zip(edges[:-1], edges[1:], strict=True):
+        low, high = int(offsets[:, first].min()) // 16 * 16, -(-int(offsets[:, end].max()) // 16) * 16
+        fixed = head + 1280 * first, head + 1280 * end
+        rows = np.concatenate((records[:, :head], records[:, slice(*fixed)], records[:, low:high]), axis=1)
+        spans = [(fixed[0] if first else 0, fixed[1], fixed[0] - head, 0), (done, high, low - head - fixed[1] + fixed[0], 1)]
+        made.append(Ranged(first, end, rows, low, spans))
+        done = high
+    return made
+
+
 CASES = [
     PlaneCase("two tiles, usual and hostile", RecordShape(1, 1, 64), 2, hostile=True),
     PlaneCase("groups of tokens, tiles side by side", RecordShape(1, 2, 64, tokens=32, parts="L"), 1, run=3),

@@ -16,9 +16,9 @@ import conftest  # noqa: F401  (makes kvortex.kernels importable)
 from kvortex.codecs.on_device import cells, constants
 from kvortex.digests.host import add_lengths
 from kvortex.digests.keys import kernel_numbers
-from kvortex.kernels import coded, plane, plane_decode, plane_encode
+from kvortex.kernels import coded, coded_read, plane, plane_decode, plane_encode
 from tests.kernels import warp
-from tests.kernels.plane_cases import CASES, GUARD, PlaneCase
+from tests.kernels.plane_cases import CASES, GUARD, PlaneCase, ranged
 from tests.naive_digest import digest
 
 
@@ -54,7 +54,7 @@ def run(case: PlaneCase) -> None:
     assert (staging[:GUARD] == 0xA5).all() and (staging[-GUARD:] == 0xA5).all()
     memory[:] = 0x5A5A
     status = np.zeros(n, np.uint32)
-    launch(plane_decode.plane_decode, start, case.pitch, form, status.ctypes.data, *tail)
+    launch(plane_decode.plane_decode, start, case.pitch, form, status.ctypes.data, *tail, 0, case.tiles, codec.fixed_bytes)
     assert (status == (sizes < 0)).all()
     whole = case.blocks[sizes > 0]
     assert (memory[:, whole] == case.memory[:, whole]).all()
@@ -83,7 +83,7 @@ def run_sealed(start: int, rows: np.ndarray, sizes: np.ndarray) -> None:
     rows[kept & (sizes > pitch - 4), -4:] = whole[kept & (sizes > pitch - 4), -4:]
     rows[~kept, 24:32] = 0xFF  # a length that leads nowhere
     again = np.zeros((n, 2), np.uint64)
-    launch(coded.read_records, *how, again.ctypes.data, 0)
+    launch(coded_read.read_records, start, pitch, n, numbers.ctypes.data, again.ctypes.data, 0, pitch, 0, 1)
     assert (again[kept] == sums[kept]).all() and (again[~kept] != sums[~kept]).all()
     rows[:] = whole
 
@@ -109,10 +109,60 @@ def run_damaged(case: PlaneCase) -> None:
     fixed, blocks = constants(codec), np.arange(1, len(pages) + 1, dtype=np.int32)
     form = cells(codec, case.fragments(memory.ctypes.data, len(pages) + 2), fixed.ctypes.data)
     status = np.zeros(len(pages), np.uint32)
-    launch(plane_decode.plane_decode, staging.ctypes.data, case.pitch, form, status.ctypes.data, blocks, len(pages), 2)
+    tail = blocks, len(pages), 2, 0, case.tiles, codec.fixed_bytes
+    launch(plane_decode.plane_decode, staging.ctypes.data, case.pitch, form, status.ctypes.data, *tail)
     assert status.tolist() == [1] * len(pages), dict(zip(pages, status.tolist(), strict=True))
     assert not codec.decode_into(rows, np.empty_like(raw)).any(), "the host sees what the kernels see"
     assert (memory[:, [0, -1]] == 0x5A5A).all()
+
+
+def run_ranges(case: PlaneCase, edges: list[int]) -> None:
+    """Tiles range by range, the last range first: pages and digests become those of whole records, and what one launch says
+    of a record the next ones let stand. One is damaged in the last range alone, and those that are no coded ones are told."""
+    codec, (rows, sizes) = case.codec, case.coded()
+    rows[np.arange(case.pitch) >= np.where(sizes < 0, 64, sizes)[:, None]] = 0
+    bad = rows[:, 8:12].view(np.uint32)[:, 0] != 0
+    rows[bad, 64:] = 0  # as no slot has them, and nothing is to be led by
+    rows[bad, 24] = 64
+    hurt = int(np.flatnonzero(~bad)[0])
+    ranges = ranged(codec, rows, edges)
+    again, right = rows.copy(), rows.copy()
+    at = 64 + 4 * codec.form[2] + 1280 * edges[-2]  # the first tile of the last range: a code is 3, or no more
+    low, high = again[hurt, at : at + 8].view(np.uint32)
+    again[hurt, at : at + 4].view(np.uint32)[0] = low ^ high & (~high + np.uint32(1))
+    n, memory = len(rows), np.full_like(case.memory, 0x5A5A)
+    fixed, expected, numbers = constants(codec), memory.copy(), kernel_numbers(case.pitch)
+    form = cells(codec, case.fragments(memory.ctypes.data), fixed.ctypes.data)
+    status, sums = np.zeros(n, np.uint32), np.zeros((n, 2), np.uint64)
+    for mine, damaged in zip(ranges[::-1], ranged(codec, again, edges)[::-1], strict=True):
+        pitch, where = mine.rows.shape[1], damaged.tails_from
+        staging = aligned(mine.rows.size, 0)
+        how = staging.ctypes.data, pitch, form, status.ctypes.data, case.blocks, n, case.run, mine.first, mine.end
+        staging[:] = mine.rows.reshape(-1)
+        for span in mine.spans:
+            launch(coded_read.read_records, staging.ctypes.data, pitch, n, numbers.ctypes.data, sums.ctypes.data, *span)
+        staging[:] = damaged.rows.reshape(-1)
+        launch(plane_decode.plane_decode, *how, where, grid=2, threads=32)
+        for tile in range(mine.first, mine.end):
+            high, column = divmod(tile, int(codec.form[1]))
+            plane, group = divmod(high, int(codec.form[0]))
+            there = np.ix_([plane], case.blocks[~bad], 16 * group + np.arange(16), 64 * column + np.arange(64))
+            expected[there] = case.memory[there]
+        whole = np.delete(np.arange(n), np.append(np.flatnonzero(bad), hurt))
+        assert (memory[:, case.blocks[whole]] == expected[:, case.blocks[whole]]).all(), "a range of tiles and no others"
+        assert (memory[:, case.blocks[bad]] == 0x5A5A).all() and status[hurt] == 1 and (status[whole] == 0).all()
+        assert (status[bad] == 1).all()
+        status[bad], short = 0, np.zeros(n, np.uint32)
+        for less, off in ((16, 0), (0, 16), (0, 1 << 30)):  # less lies there than tails take, or something else
+            cut = aligned(n * (pitch - less), 0)
+            cut[:] = damaged.rows[:, : pitch - less].reshape(-1)
+            less_how = cut.ctypes.data, pitch - less, form, short.ctypes.data, *how[4:], where + off
+            launch(plane_decode.plane_decode, *less_how)
+            assert short.any(), (less, off)
+            short[:] = 0
+        memory[:, case.blocks[whole]] = expected[:, case.blocks[whole]]
+    for row, found in zip(right[~bad], add_lengths(sums, np.full(n, case.pitch))[~bad], strict=True):
+        assert found.tobytes() == digest(row.tobytes())
 
 
 def main() -> int:
@@ -124,6 +174,9 @@ def main() -> int:
         print(f"simulated plane: {case.name}", flush=True)
     run_damaged(CASES[0])
     print("simulated plane: damaged records", flush=True)
+    run_ranges(CASES[0], [0, 1, 2])
+    run_ranges(CASES[1], [0, 1, 3, 4])
+    print("simulated plane: ranges of tiles", flush=True)
     return 0
 
 

@@ -26,7 +26,7 @@ LEAN = [*itertools.product(KERNELS, [(9, 0), (10, 0)]), *itertools.product(READE
 
 
 def test_in_the_simulator_they_write_what_the_host_writes(simulated: Simulated) -> None:
-    assert simulated("simulate_plane").count("simulated plane: ") == len(CASES) + 1
+    assert simulated("simulate_plane").count("simulated plane: ") == len(CASES) + 2
 
 
 @pytest.mark.parametrize(("name", "capability"), LEAN)
@@ -83,15 +83,21 @@ def test_on_a_gpu_they_write_what_the_host_writes(case: PlaneCase) -> None:
     counts, status, ids = upload(np.zeros(n * case.tiles, np.uint32)), upload(np.zeros(n, np.uint32)), upload(case.blocks)
 
     def launch(name: str, extra: Any, sums: Any = None) -> None:
+        """``extra`` of all kernels but ``read_records``."""
         cubin = build.load(name, device.compute_capability)
         u64, i32 = ctypes.c_uint64, ctypes.c_int32
-        values = (staging.address + GUARD, case.pitch, form.address, extra.address, ids.address, n, case.run)
+        values: tuple[Any, ...] = staging.address + GUARD, case.pitch, form.address, extra.address, ids.address, n, case.run
         with cu.current(device.context) as driver:
             module = cu.check(driver.cuModuleLoadData(cubin.code), "cuModuleLoadData")
             kernel = cu.check(driver.cuModuleGetFunction(module, cubin.entry.encode()), "cuModuleGetFunction")
-            kinds = (u64, u64, u64, u64, u64, i32, i32)
-            if sums is not None:
-                start, pieces = staging.address + GUARD, -(-case.pitch // 4096)
+            kinds: tuple[Any, ...] = u64, u64, u64, u64, u64, i32, i32
+            start, pieces = staging.address + GUARD, -(-case.pitch // 4096)
+            if name == "plane_decode":
+                values, kinds = (*values, 0, case.tiles, case.codec.fixed_bytes), (*kinds, i32, i32, i32)
+            elif name == "read_records":
+                values = (start, case.pitch, n, numbers.address, sums.address, 0, case.pitch, 0, 1)
+                kinds = (u64, u64, i32, u64, u64, i32, i32, i32, i32)
+            elif name == "seal_records":
                 values = (start, case.pitch, pieces, n, numbers.address, sums.address, extra.address)
                 kinds = (u64, u64, i32, i32, u64, u64, u64)
             cu.check(driver.cuLaunchKernel(kernel, 3, 1, 1, 64, 1, 1, 0, 0, (values, kinds), 0), "cuLaunchKernel")

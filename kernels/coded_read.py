@@ -1,0 +1,59 @@
+"""Digests of coded records in a staging buffer that are to be decoded: of all that they use, or of a range of their bytes.
+
+A record's digest is the sum of what its pieces add, in any order (:mod:`kvortex.kernels.digest`): so launches over ranges that
+have each byte once make it together. What lies in staging of each record may be less than all of it: a range that lies
+``shift`` bytes nearer to the record's begin than in the record.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numba import cuda
+from numba.cuda import types
+
+from kvortex.kernels.coded import CODED_PIECE, used_of
+from kvortex.kernels.digest import add_up, columns_of, digest_read
+
+_U32, _U64 = types.uint32, types.uint64
+SIGNATURE: Any = types.void(_U64, _U64, types.int32, _U64, _U64, types.int32, types.int32, types.int32, types.int32)
+
+
+def read_records(  # type: ignore[no-untyped-def]
+    staging, pitch, n_blocks, numbers, sums, first, end, shift, headed
+):
+    """Digests coded records.
+
+    Parameters
+    ----------
+    staging : uint64
+        Address of the first record, a multiple of 16.
+    pitch : uint64
+        Bytes from one record to the next there: a multiple of 16.
+    n_blocks : int32
+    numbers, sums : uint64
+        As of :func:`kvortex.kernels.paged.gather_digest`; what a record adds goes to the 16 bytes at ``sums + 16 * b``.
+    first, end : int32
+        Range of bytes in the record; multiples of 16.
+    shift : int32
+        Byte ``k`` of a record lies ``k - shift`` bytes behind its begin in staging: a multiple of 16.
+    headed : int32
+        Not 0 where a record begins with its header there: then no more is read than this says that it uses. Else all is.
+    """
+    lane = cuda.threadIdx.x & 31
+    at = _U32((cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) >> 5)
+    warps = _U32((cuda.gridDim.x * cuda.blockDim.x) >> 5)
+    pieces = _U32(_U32(_U32(max(end, first)) - _U32(first) + _U32(CODED_PIECE - 1)) // _U32(CODED_PIECE))
+    columns = columns_of(numbers, _U64(first), lane)  # of every piece: they are multiples of a row apart
+    while at < _U32(_U32(n_blocks) * pieces):
+        b = _U32(at // pieces)
+        p = _U32(at - b * pieces)
+        record = staging + _U64(b) * pitch
+        offset, last = _U64(_U32(_U32(first) + p * _U32(CODED_PIECE))), _U64(end)
+        if headed != 0:
+            last = used_of(record, last)
+        if offset < last:
+            piece = min(last - offset, _U64(CODED_PIECE))
+            mine, other = digest_read(_U64(0), record + offset - _U64(shift), piece, lane, offset, columns, numbers)
+            add_up(sums + _U64(b) * _U64(16), mine, other, lane)
+        at = _U32(at + warps)

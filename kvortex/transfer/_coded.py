@@ -1,0 +1,55 @@
+"""What a load in groups of layers looks up in records that wait in slots, compiled: a model's first token waits for it."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+from numba import njit
+
+from kvortex.kernels.plane_form import MOST_TAIL, RAW_TAIL, RAW_TILE, VALUES
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def tail_offsets(words, slot_words, slots, table_at, edges, most, offsets):  # type: ignore[no-untyped-def]
+    """Where in records of the plane code the tails of some tiles begin, as their tables say.
+
+    Parameters
+    ----------
+    words : (w,) uint32
+        All slots, which nobody writes.
+    slot_words : int
+        From one slot to the next.
+    slots : (n,) int64
+    table_at : int
+        Word of a record that its table begins with.
+    edges : (g,) int64
+        Tiles, ascending; the last may be the number of tiles, for where tails end.
+    most : int
+        Bytes of a slot: what is damaged leads no further.
+    offsets : (n, g) int64
+        Bytes. Has the first column, and gets the others, which do not descend within a record.
+    """
+    for b in range(len(slots)):
+        table = np.uint64(slots[b] * slot_words + table_at)
+        at = offsets[b, 0]
+        for g in range(1, len(edges)):
+            size = np.uint32(0)
+            for tile in range(np.uint64(edges[g - 1]), np.uint64(edges[g])):  # unsigned, or there are no vectors of it
+                word = words[table + tile]
+                count, escapes = word & np.uint32(0xFFFF), word >> np.uint32(16)
+                tail = np.uint32(12) * ((count + np.uint32(31)) >> np.uint32(5))
+                tail += (escapes + np.uint32(3)) & np.uint32(0xFFFFFFFC)
+                bad = (count > np.uint32(VALUES)) | (escapes > count) | (tail > np.uint32(MOST_TAIL))
+                tail = np.uint32(0) if bad else tail
+                size += np.uint32(RAW_TAIL) if word == np.uint32(RAW_TILE) else tail
+            at = min(at + np.int64(size), most)
+            offsets[b, g] = at
+
+
+@functools.cache
+def load_compiled() -> None:
+    """Loads the function, or compiles it: not in the middle of the first transfer."""
+    words, none = np.zeros(1, np.uint32), np.empty(0, np.int64)
+    words.flags.writeable = False
+    tail_offsets(words, 1, none, 0, none, 0, np.empty((0, 0), np.int64))
