@@ -214,6 +214,7 @@ class LayeredLoad:
     ----------
     group_of : (L,) int64
         Group of each layer.
+    records : int
     """
 
     def __init__(
@@ -231,7 +232,8 @@ class LayeredLoad:
         self._kept = int((~coded).sum())
         self._slots = slots[order]
         self._ids = coder._ids(blocks[order], None if parts is None else parts[order]).astype(np.int32)
-        self._coder, self._edges, self._busy, self.group_of = coder, edges, busy, group_of
+        self._coder, self._edges, self._busy = coder, edges, busy
+        self.group_of, self.records = group_of, len(slots)
 
     def first(self) -> Plan:
         """The first group, and all of what is not coded. Before :meth:`rest`."""

@@ -330,8 +330,7 @@ class CudaExecutor(Executor):
     ) -> Completion:
         """Through a codec, which takes whole records: all layers are one group."""
         sizes = np.full(len(plan.order), coder.codec.slot_bytes)
-        numbers = self._numbers.address if self._digests else 0
-        digesting = Digesting(len(plan.order), numbers, coded=True, summed=self._digests)
+        digesting = self._coded_digesting(len(plan.order))
         if not in_groups:
             return CudaCompletion(self, direction, plan, caller, Route.STAGED, None, digesting, sizes, mark)
         part = CudaCompletion(self, direction, plan, NO_STREAM, Route.STAGED, None, digesting)
@@ -343,11 +342,29 @@ class CudaExecutor(Executor):
             raise
 
     def _coded_layers(self, coder: LayeredCoder, layered: LayeredLoad, caller: int, mark: CudaMark | None) -> Completion:
-        plan = layered.whole()
-        sizes = np.full(len(plan.order), coder.codec.slot_bytes)
+        """The first group of layers, and how the others are prepared; or all at once, behind a mark."""
+        group_of, sizes = layered.group_of, np.full(layered.records, coder.codec.slot_bytes)
+        if mark is not None:  # it is used once
+            digesting = self._coded_digesting(layered.records)
+            plan = layered.whole()
+            return CudaCompletion(self, Direction.LOAD, plan, caller, Route.STAGED, group_of, digesting, sizes, mark)
+
+        def part(plan: Plan, groups: Int64s, behind: CudaCompletion | None = None) -> CudaCompletion:
+            digesting = self._coded_digesting(layered.records)
+            return CudaCompletion(self, Direction.LOAD, plan, caller, Route.STAGED, groups, digesting, behind=behind)
+
+        first = part(layered.first(), group_of)
+        try:
+            layers = int(np.count_nonzero(group_of == 0))
+            sizes_of = sizes if self._digests else None
+            return LayerLoad(first, lambda: part(layered.rest(), group_of - 1, first), layers, sizes_of)
+        except BaseException:
+            first.cancel()
+            raise
+
+    def _coded_digesting(self, records: int) -> Digesting:
         numbers = self._numbers.address if self._digests else 0
-        digesting = Digesting(len(plan.order), numbers, coded=True, summed=self._digests)
-        return CudaCompletion(self, Direction.LOAD, plan, caller, Route.STAGED, layered.group_of, digesting, sizes, mark)
+        return Digesting(records, numbers, coded=True, summed=self._digests)
 
     def _sizes(self, blocks: Int64s) -> Int64s:
         return np.full(len(blocks), self._layer_offsets[-1])

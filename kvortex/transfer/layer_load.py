@@ -72,6 +72,8 @@ class LayerLoad(Completion):
             return False
         self.seconds = sum(part.seconds for part in parts)
         self.error = next((error for error in (self._lost, *(part.error for part in parts)) if error is not None), None)
+        unfit = [part.unfit for part in parts if part.unfit is not None]  # of a record in either of them
+        self.unfit = np.logical_or.reduce(unfit) if unfit else None
         sums = [part.sums for part in parts if part.sums is not None]
         if self.error is None and self._sizes is not None and len(sums) == len(parts):
             self.digests = add_lengths(np.add.reduce(sums), self._sizes)
