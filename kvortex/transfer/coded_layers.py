@@ -45,7 +45,7 @@ from kvortex.transfer.plan import (
 )
 from kvortex.transfer.profile import WORTH
 
-_MOST = 4  # groups: what a fifth one hides is a twentieth of a model's time
+_MOST = 4  # groups: a fifth one would hide a 24th of a model's time
 # A model computes for at least such a part of the time that its KV is on the link: 12 of 55 ms, where 32K tokens of
 # Llama-3-8B's shape were loaded by codec plane on an H200 (docs/transfers.md). Behind shorter prompts it is more.
 _COMPUTED = 5
@@ -104,28 +104,28 @@ def group_edges(layer_offsets: Int64s, count: int) -> Int64s:
     return edges
 
 
-def coded_group_count(nbytes: int, records: int, copies: int, strips: int, again: int, least: Least) -> int:
+def coded_group_count(nbytes: int, records: int, runs: int, strips: int, again: int, least: Least) -> int:
     """Groups that a load is worth.
 
-    Of G groups the last one's layers are computed when nothing moves any more, a G-th of what a model computes. One more is
-    worth it where that becomes shorter by more than the group costs: a line of each strip of each record, their copies, and
-    what every group needs of a record.
+    The last of G groups of :func:`group_edges` is computed when nothing moves any more: 1 / (2 G - 2) of the layers, or all of
+    them. One group more is worth it where that becomes shorter by more than the group costs: a line of each strip of each
+    record, a copy of each strip and run, and what every group needs of a record.
 
     Parameters
     ----------
     nbytes, records
         Of all that is loaded.
-    copies
-        That bring one strip of all records.
+    runs
+        Of neighbours in the pool.
     strips
         Of a group.
     again
         Bytes of each record that each group needs.
     least
     """
-    cost = records * (strips * (least.line // WORTH) + again) + strips * copies * least.copy + least.group
+    cost = records * (strips * (least.line // WORTH) + again) + strips * runs * least.copy + least.group
     count = 1
-    while count < _MOST and nbytes // _COMPUTED > count * (count + 1) * cost:
+    while count < _MOST and nbytes // _COMPUTED > 2 * max(1, count * (count - 1)) * cost:
         count += 1
     return count
 
@@ -155,8 +155,8 @@ class LayeredCoder(DeviceCoder):
         plane_bytes, room = self.codec.shape.plane_bytes, self.codec.slot_bytes
         if not len(coded) or (layer_offsets % plane_bytes).any() or not self._can_cut():
             return None
-        copies = max(run_count(slots[coded]), -(-len(coded) // self._per_chunk))
-        count = coded_group_count(len(coded) * room, len(coded), copies, self.strips, self.again, least)
+        runs = run_count(slots[coded])
+        count = coded_group_count(len(coded) * room, len(coded), runs, self.strips, self.again, least)
         layers = group_edges(layer_offsets, count)
         if len(layers) < 3:
             return None
