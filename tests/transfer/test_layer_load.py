@@ -204,3 +204,15 @@ def test_a_driver_without_memory_for_the_rest(gpu: FakeGpu, monkeypatch: pytest.
         assert_same(cache.memory(), cache.expected(poisoned, before, [(block, block) for block in range(9)]))
         events = executor._events
         assert sorted(events._free) == sorted(events._all)
+
+
+@pytest.mark.parametrize("which", [(), (0,), (1,), (0, 1)])
+def test_what_either_part_could_not_decode_is_unfit(which: tuple[int, ...]) -> None:
+    first, rest = Piece([], "first"), Piece([], "rest")
+    load = LayerLoad(first, lambda: rest, 3, SIZES)
+    load.start()
+    for at in which:
+        (first, rest)[at].unfit = np.arange(2) == at
+    first.end(1, 1, 1, 1), rest.end(1, 1, 1, 1)
+    assert load.query() and load.error is None
+    assert (load.unfit is None) == (not which) and (load.unfit is None or load.unfit.tolist() == [0 in which, 1 in which])
