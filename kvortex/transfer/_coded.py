@@ -9,6 +9,23 @@ from numba import njit
 
 from kvortex.kernels.plane_form import MOST_TAIL, RAW_TAIL, RAW_TILE, VALUES
 
+_AHEAD, _LINE = 32, 16  # records, and words of a line of a cache
+
+
+@njit(nogil=True, cache=True, inline="always")  # type: ignore[untyped-decorator]
+def _tails(words, table, first, end):  # type: ignore[no-untyped-def]
+    """Bytes of the tails of some tiles; entries that no tile has count as none, and are told where they are decoded."""
+    size = np.uint32(0)
+    for tile in range(np.uint64(first), np.uint64(end)):  # unsigned, or there are no vectors of it
+        word = words[table + tile]
+        count, escapes = word & np.uint32(0xFFFF), word >> np.uint32(16)
+        tail = np.uint32(12) * ((count + np.uint32(31)) >> np.uint32(5))
+        tail += (escapes + np.uint32(3)) & np.uint32(0xFFFFFFFC)
+        bad = (count > np.uint32(VALUES)) | (escapes > count) | (tail > np.uint32(MOST_TAIL))
+        tail = np.uint32(0) if bad else tail
+        size += np.uint32(RAW_TAIL) if word == np.uint32(RAW_TILE) else tail
+    return size
+
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def tail_offsets(words, slot_words, slots, table_at, edges, most, offsets):  # type: ignore[no-untyped-def]
@@ -29,22 +46,27 @@ def tail_offsets(words, slot_words, slots, table_at, edges, most, offsets):  # t
         Bytes of a slot: what is damaged leads no further.
     offsets : (n, g) int64
         Bytes. Has the first column, and gets the others, which do not descend within a record.
+
+    Returns
+    -------
+    int
+        A number that means nothing: so that no compiler leaves out what made it.
     """
-    for b in range(len(slots)):
-        table = np.uint64(slots[b] * slot_words + table_at)
-        at = offsets[b, 0]
-        for g in range(1, len(edges)):
-            size = np.uint32(0)
-            for tile in range(np.uint64(edges[g - 1]), np.uint64(edges[g])):  # unsigned, or there are no vectors of it
-                word = words[table + tile]
-                count, escapes = word & np.uint32(0xFFFF), word >> np.uint32(16)
-                tail = np.uint32(12) * ((count + np.uint32(31)) >> np.uint32(5))
-                tail += (escapes + np.uint32(3)) & np.uint32(0xFFFFFFFC)
-                bad = (count > np.uint32(VALUES)) | (escapes > count) | (tail > np.uint32(MOST_TAIL))
-                tail = np.uint32(0) if bad else tail
-                size += np.uint32(RAW_TAIL) if word == np.uint32(RAW_TILE) else tail
-            at = min(at + np.int64(size), most)
-            offsets[b, g] = at
+    seen = np.uint32(0)
+    for begin in range(0, len(slots), _AHEAD):
+        end = min(begin + _AHEAD, len(slots))
+        # Tables lie far apart, and sums wait for each line of them. Asked for one line behind another many are on their way at
+        # a time: with cold caches 1.0 ms instead of 2.1 for a sixth of the tables of 2,047 records of Llama-3-8B's shape.
+        for b in range(begin, end):
+            table = np.uint64(slots[b] * slot_words + table_at)
+            for tile in range(np.uint64(edges[0]), np.uint64(edges[-1]), np.uint64(_LINE)):
+                seen ^= words[table + tile]
+        for b in range(begin, end):
+            table, at = np.uint64(slots[b] * slot_words + table_at), offsets[b, 0]
+            for g in range(1, len(edges)):
+                at = min(at + np.int64(_tails(words, table, edges[g - 1], edges[g])), most)
+                offsets[b, g] = at
+    return seen
 
 
 @functools.cache
