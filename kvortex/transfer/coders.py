@@ -120,10 +120,10 @@ class PlaneCoder(_TileCoder):
     codec: PlaneCodec
 
     def __init__(self, device: CudaDevice, codec: PlaneCodec, *others: Any) -> None:
+        _coded.load_compiled()
         super().__init__(device, codec, *others)
         self.work_bytes = 4 * codec.tiles
         self.again = codec.fixed_bytes - FIXED_BYTES * codec.tiles
-        _coded.load_compiled()
 
     def _ids(self, blocks: Int64s, parts: Int64s | None) -> Int64s:
         assert parts is None, f"{self.codec.name} keeps all of a page in one slot"
