@@ -315,6 +315,7 @@ def issue(  # type: ignore[no-untyped-def]
         error = send(functions, digest)
     apart = n > 1 and len(chunks) > 0 and chunks[0, N_PIECES] > 0 and chunks[0, N_COPIES] > 0
     copies_on = lane[COPY_STREAM]
+    early = sends and apart and to_host and not reads
     for at in range(used):
         if not error:
             error = follow(functions, streams[(first + at) % n], after)
@@ -342,6 +343,10 @@ def issue(  # type: ignore[no-untyped-def]
             error = _run(functions, lane, launches, chunk, ids, digest, bases, pitch, stream, parameters, pointers)
         if not error and apart and to_host:
             error = follow_stream(functions, copying, stream, turns[HANDED, at])
+            # Before the last copies, when all kernels are through: behind them it would wait for the next transfer's copies,
+            # which the same engine of the GPU makes, one long one after another.
+            if not error and early and c == len(chunks) - 1:
+                error = read_back(functions, digest, copying)
         if not error and batch.shape[1] > 0:
             error = _copy_batch(to_host, functions, batch, chunk, copying, scratch)
         elif not error:
@@ -378,7 +383,7 @@ def issue(  # type: ignore[no-untyped-def]
             last = code
     if not error and reads and not to_host:
         error = read(functions, digest, behind, parameters, pointers)
-    if not error and sends:
+    if not error and sends and not early:
         error = read_back(functions, digest, behind)
     code = call(functions[EVENT_RECORD], (done, behind))
     if not last:
