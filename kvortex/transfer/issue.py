@@ -194,6 +194,15 @@ def join(functions, lane, streams, joins, first, used):  # type: ignore[no-untyp
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _follow_one(functions, stream, other, event):  # type: ignore[no-untyped-def]
+    """Makes a stream wait for what is on another one, by an event; the first error code."""
+    code = call(functions[EVENT_RECORD], (event, other))
+    if not code:
+        code = call(functions[STREAM_WAIT], (stream, event, 0))
+    return code
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def hand_over(functions, lane, streams, joins, scratch, outcome):  # type: ignore[no-untyped-def]
     """Makes every stream of a lane wait for all that is on the others: staging buffers pass from one route to another.
 
@@ -289,13 +298,15 @@ def issue(  # type: ignore[no-untyped-def]
     if caller != NO_STREAM:
         error = call(functions[EVENT_RECORD], (lane[CALLER_EVENT], caller))
     digests, reads = digest[SUMS_BYTES] > 0, digest[_READS] != 0
+    by_turns = len(chunks) > 1 and chunks[0, N_PIECES] == 0 and chunks[1, N_PIECES] > 0  # copies alone, and launches
+    split = by_turns and n <= 2  # then all copies are on the first stream
     sends, beside = digests and digest[PIECE_BYTES] == 0, reads and to_host
     if sends and not error:
         error = send(functions, digest)
     for at in range(used):
         if not error:
             error = follow(functions, streams[(first + at) % n], after)
-        if not error and sends and not reads:
+        if not error and sends and (by_turns or not reads):
             error = call(functions[STREAM_WAIT], (streams[(first + at) % n], digest[EVENT], 0))
     if not error:
         error = call(functions[EVENT_RECORD], (start, streams[first % n]))
@@ -335,8 +346,13 @@ def issue(  # type: ignore[no-untyped-def]
             if not error:
                 error = call(functions[EVENT_RECORD], (events[mark], lane[JOIN_STREAM]))
             mark += 1
+    if not error and split and reads and not to_host:  # what its DMAs brought, while kernels move the rest
+        error = read(functions, digest, streams[first % n], parameters, pointers)
     last, behind = np.int32(0), streams[first % n]
-    if used > 1:  # joining streams takes microseconds on the GPU, and of one there is nothing to join
+    if split and used > 1:  # which leaves two calls out: these transfers are short
+        behind = streams[(first + 1) % n]
+        last = _follow_one(functions, behind, streams[first % n], joins[first % n])
+    elif used > 1:  # joining streams takes microseconds on the GPU, and of one there is nothing to join
         last, behind = join(functions, lane, streams, joins, first, used), lane[JOIN_STREAM]
     if sends or beside:  # also after an error: what was sent and launched is in memory that is others' after ``done``
         code = call(functions[EVENT_RECORD], (digest[EVENT], digest[STREAM]))
@@ -344,7 +360,7 @@ def issue(  # type: ignore[no-untyped-def]
             code = call(functions[STREAM_WAIT], (behind, digest[EVENT], 0))
         if not last:
             last = code
-    if not error and reads and not to_host:
+    if not error and reads and not to_host and not split:
         error = read(functions, digest, behind, parameters, pointers)
     if not error and sends:
         error = read_back(functions, digest, behind)

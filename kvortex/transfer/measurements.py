@@ -15,7 +15,7 @@ _TO_SPARE = 0.02  # of the link's rate beyond ``ENOUGH``: with that, a route wit
 _EQUAL = 0.01  # of the link's rate: less than that comes and goes from run to run
 _SLOW = 0.5  # of the fastest rate: a copy engine that is slower than that is not worth having a multiprocessor spared
 # Fewest multiprocessors first, which decides between equals.
-_SPARING = (Route.STRIDED, Route.BATCHED, Route.STAGED, Route.RESIDENT, Route.MAPPED)
+_SPARING = (Route.STRIDED, Route.BATCHED, Route.STAGED, Route.RESIDENT, Route.SPLIT, Route.MAPPED)
 COPY_ENGINES_ONLY = frozenset({Route.STRIDED, Route.BATCHED})
 _T = TypeVar("_T")
 

@@ -14,7 +14,7 @@ from kvortex.transfer.routes import Route
 from tests.engine.test_order import Gate
 from tests.pages import PagedCache, Tensor, assert_same, keys_of
 
-ROUTES = ["staged", "resident", "strided", "batched", "mapped", "auto", "turns"]
+ROUTES = ["staged", "resident", "strided", "batched", "mapped", "split", "auto", "turns"]
 SLOTS = 150
 
 
@@ -28,6 +28,7 @@ def turns(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
                 Route.STAGED,
                 Route.STAGED,
                 Route.MAPPED,
+                Route.SPLIT,
                 Route.BATCHED,
                 Route.RESIDENT,
                 Route.STRIDED,
