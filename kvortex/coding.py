@@ -3,6 +3,8 @@
 A codec with loss is ruinous to the first block of a sequence, whose attention sinks it must keep exactly. That block needs more
 bytes than a slot has, so it takes several, each with some of its bytes as they are, under keys of their own: a block that was
 saved as the first of a sequence is found only by who asks for it as that, and the other way round.
+
+Where the pool loses nothing and a tier does, a block takes a slot, whichever it is, and its key says what it is to the tier.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from kvortex.codecs.lossy import LossyCodec
 from kvortex.errors import ArgumentError, shown
 from kvortex.issuing import Memory
 from kvortex.keys import KeyArray, Namespace, adopt
+from kvortex.tiers.codings import marked
 from kvortex.transfer.plan import Int64s
 
 Mask = npt.NDArray[np.bool_]
@@ -69,11 +72,20 @@ class Coding:
         None for records as they lie in pages.
     namespace
         Of the engine's keys.
+    below
+        A tier's own codec, of several one with loss; None where no tier has one.
+
+    Attributes
+    ----------
+    name : str
+        Of a codec that knows pages alone, and not what is in buffers; empty where there is none.
     """
 
-    def __init__(self, codec: Codec | None, namespace: Namespace) -> None:
+    def __init__(self, codec: Codec | None, namespace: Namespace, below: Codec | None = None) -> None:
         self.codec, self._namespace = codec, namespace
+        self._losing = None if below is None or below.exact else below
         self._lossy = codec if isinstance(codec, LossyCodec) else None
+        self.name = codec.name if codec is not None else "" if below is None else below.name
 
     def rows(self, keys: KeyArray, first: Any) -> Rows:
         """Where blocks of these keys are.
@@ -89,6 +101,9 @@ class Coding:
         ArgumentError
             The codec needs ``first``, or it is none.
         """
+        if self._lossy is None and self._losing is not None:
+            begins = _begins(first, len(keys), self._losing.name)
+            return Rows(marked(self._namespace, keys, begins), np.arange(len(keys)) if begins.any() else None)
         if self._lossy is None:
             return Rows(keys)
         begins = _begins(first, len(keys), self._lossy.name)
@@ -109,11 +124,11 @@ class Coding:
         ArgumentError
             These are buffers, whose bytes no codec knows.
         """
+        if self.name and not memory.paged:
+            raise ArgumentError(f"codec {self.name} codes pages of the layout: pass block_ids; opaque buffers need an engine "
+                                "without one")
         if self.codec is None:
             return memory
-        if not memory.paged:
-            raise ArgumentError(f"codec {self.codec.name} codes pages of the layout: pass block_ids; opaque buffers need an "
-                                "engine without one")
         made = memory if rows.block is None else memory[rows.block]
         payload = made.payload
         if rows.parts is not None and self._lossy is not None:
@@ -125,8 +140,14 @@ class Coding:
         """Bytes of what a slot holds of a page of so many."""
         return page_bytes if self.codec is None else self.codec.slot_bytes
 
+    def followers(self, keys: KeyArray) -> KeyArray:
+        """Under which keys blocks of these are kept that begin no sequence."""
+        return keys if self._losing is None else marked(self._namespace, keys, np.zeros(len(keys), np.bool_))
+
     def others(self, keys: KeyArray) -> tuple[KeyArray, KeyArray]:
         """Under which keys blocks of these are kept as first ones: of their first parts, and of all others."""
+        if self._losing is not None:
+            return marked(self._namespace, keys, np.ones(len(keys), np.bool_)), keys[:0]
         if self._lossy is None:
             return keys[:0], keys[:0]
         parts = np.tile(np.arange(self._lossy.parts), len(keys))

@@ -69,11 +69,11 @@ class KVortexConfig:
         Compute a 128-bit digest of each block while it moves, keep it, and compare when the block is loaded: a block that is
         not what was saved is never handed out as if it were. See ``docs/digests.md``.
     codec
-        What blocks become in the pool and in tiers: ``"raw"``, as they lie in the pages; ``"plane"``, lossless, in 0.72 of the
-        bytes or less; or, with loss, ``"int8"``, ``"k6v4"``, ``"k4v4"``, ``"k4v3"``, where each call is told which blocks begin
-        a sequence. For bfloat16 pages. See ``docs/codecs.md``.
+        What blocks become in the pool, and in tiers that have no codec of their own: ``"raw"``, as they lie in the pages;
+        ``"plane"``, lossless, in 0.72 of the bytes or less; or, with loss, ``"int8"``, ``"k6v4"``, ``"k4v4"``, ``"k4v3"``,
+        where each call is told which blocks begin a sequence. For bfloat16 pages. See ``docs/codecs.md``.
     codec_tables
-        What a codec has learnt of the model's KV: a file that ``kvortex calibrate --tables`` writes.
+        What a codec has learnt of the model's KV: a file that ``kvortex calibrate --tables`` writes. Also for codecs of tiers.
     enable_numa
         Bind the host pool to the GPU's NUMA node where the machine has several.
     device

@@ -6,6 +6,7 @@ import functools
 import os
 import threading
 import time
+import warnings
 import weakref
 from types import TracebackType
 from typing import Any
@@ -19,6 +20,7 @@ from kvortex.config import KVortexConfig
 from kvortex.devices import Device
 from kvortex.errors import (
     ArgumentError,
+    CodecWarning,
     ConfigError,
     EngineClosedError,
     PoolFullError,
@@ -30,7 +32,7 @@ from kvortex.index import DECLINED, PENDING, Reservation
 from kvortex.issuing import Memory, memory_of, rest_of, start
 from kvortex.keys import KeyArray, KeyScheme, KeySequence, KeysLike, as_keys, make_scheme
 from kvortex.layout import KVLayout
-from kvortex.opening import check_given, codec_for, namespace_of, open_for, record_format
+from kvortex.opening import check_given, codec_for, codings_for, namespace_of, open_for, record_format, warnings_of
 from kvortex.parts import Parts
 from kvortex.stats import EngineStats
 from kvortex.tiers.promotion import Prefetch, Promotion
@@ -56,7 +58,8 @@ class KVortexEngine:
     ----------
     config, layout, device
     codec
-        The :class:`kvortex.codecs.Codec` of the pool and of tiers; None for records as they lie in pages.
+        The :class:`kvortex.codecs.Codec` of the pool, and of tiers that have none of their own; None for records as they lie in
+        pages.
     namespace
         What the pool's blocks are of, besides their tokens.
     scheme
@@ -91,8 +94,8 @@ class KVortexEngine:
         ------
         ConfigError
             A budget is too small, there is neither a layout nor ``max_block_bytes``, ``transfer_route`` cannot run on this
-            GPU, ``codec`` cannot code these pages, ``key_scheme`` needs another ``key_seed`` or ``lora``, ``record_trace``
-            cannot be written, one of ``tiers`` cannot be opened, or ``config`` is none.
+            GPU, ``codec`` or that of a tier cannot code these pages, ``key_scheme`` needs another ``key_seed`` or ``lora``,
+            ``record_trace`` cannot be written, one of ``tiers`` cannot be opened, or ``config`` is none.
         LayoutError
             The layout's tensors are on another device, or ``layout`` is none.
         DeviceUnavailableError, DeviceError, BuildError, PinnedMemoryError
@@ -106,9 +109,13 @@ class KVortexEngine:
             raise ConfigError("max_block_bytes = None: an engine without a layout needs the size of its largest buffer")
         codec = codec_for(config, layout, device)
         record_bytes = record_bytes if codec is None else codec.slot_bytes
-        namespace = namespace_of(config, layout, codec)
+        codings = codings_for(config, layout, codec)
+        namespace = namespace_of(config, layout, codec, codings)
         scheme = make_scheme(config.key_scheme, namespace, seed=config.key_seed)
-        tiers = open_tiers(config.tiers, record_format(namespace, record_bytes, codec))
+        for text in warnings_of(codings):
+            warnings.warn(text, CodecWarning, stacklevel=2)
+        own = sorted((each.own for each in codings if each is not None and each.own is not None), key=lambda each: each.exact)
+        tiers = open_tiers(config.tiers, record_format(namespace, record_bytes, codec), codings)
         try:
             parts = Parts(config, layout, device, record_bytes, tiers, codec)
         except BaseException:
@@ -116,7 +123,7 @@ class KVortexEngine:
                 opened.tier.close()
             raise
         try:
-            engine = cls(config, layout, device, parts, scheme, Coding(codec, namespace))
+            engine = cls(config, layout, device, parts, scheme, Coding(codec, namespace, own[0] if own else None))
             engine._recordings.open_as_told(config.record_trace)
             return engine
         except BaseException:
@@ -237,7 +244,8 @@ class KVortexEngine:
             who drops the ticket before all are announced gives the save up. Not for opaque buffers.
         first
             Which blocks begin a sequence: True where ``keys[0]`` does, False where none does, or (n,) bools. A codec with loss
-            must be told, in every call, since it keeps these blocks exactly and under keys of their own. Others do not ask.
+            must be told, in every call, since it keeps these blocks exactly and under keys of their own, be it the pool's or
+            a tier's. Others do not ask.
 
         Returns
         -------
@@ -377,8 +385,8 @@ class KVortexEngine:
         keys = rows.keys
         if sizes is None and self.layout is None:
             raise ArgumentError("this engine has no layout: pass sizes")
-        if sizes is not None and self.codec is not None:
-            raise ArgumentError(f"sizes: there are no opaque buffers with codec {self.codec.name}; leave them out")
+        if sizes is not None and self._coding.name:
+            raise ArgumentError(f"sizes: there are no opaque buffers with codec {self._coding.name}; leave them out")
         page = 0 if self.layout is None else self._coding.record_bytes(self.layout.record_bytes)
         longest = self.config.transfer_timeout_s if timeout is None else arguments.seconds(timeout)
         nbytes = np.full(len(keys), page) if sizes is None else arguments.integers(sizes, "sizes", len(keys))
@@ -410,12 +418,12 @@ class KVortexEngine:
         uses is free when that has ended. Blocks that are being saved stay. Tiers below forget them in the background, as far
         as they can be reached."""
         stored = self._stored(keys)
-        firsts, parts = self._coding.others(stored)
+        others, (firsts, parts) = self._coding.followers(stored), self._coding.others(stored)
         with EngineCall(self):
-            dropped = self._index.drop(stored)
+            dropped = self._index.drop(others)
             if self._cascade is not None:
-                self._cascade.forget(stored)
-            if len(parts):
+                self._cascade.forget(others)
+            if len(firsts):
                 dropped += self._index.drop(firsts)
                 self._index.drop(parts)
                 if self._cascade is not None:

@@ -42,6 +42,10 @@ class CodecError(KVortexError, ValueError):
     """A codec has an unknown name, does not fit the records or its tables, or was handed bytes that it did not make."""
 
 
+class CodecWarning(UserWarning):
+    """An option loses more of blocks than was measured to be harmless, or loss of a kind that nobody has measured."""
+
+
 class PoolFullError(KVortexError):
     """The pool has too few slots that are free or may be evicted; the rest are pinned or still being written."""
 

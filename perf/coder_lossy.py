@@ -7,26 +7,23 @@ that it cannot read.
 
 from __future__ import annotations
 
-import ctypes
 import statistics
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-import kvortex
 from kvortex.codecs import RecordShape, calibrate, make_codec
 from kvortex.codecs.lossy import LossyCodec
 from kvortex.codecs.on_device_lossy import cells, constants
-from kvortex.devices import driver as cu
 from kvortex.devices.cuda import CudaDevice
-from kvortex.kernels import build
-from perf.clock import CudaClock, HostClock
+from perf.clock import HostClock
+from perf.coder_bench import Bench, pitch_of
 from perf.report import progress
 
 CODECS = ("int8", "k6v4", "k4v4", "k4v3")
 RUNS = (1, 4, 16)  # of 1,024 tiles in a block
-THREADS, CTAS_EACH = 256, 2  # of a CTA; CTAs a multiprocessor, as many as its registers hold
+CTAS_EACH = 2  # a multiprocessor, as many as its registers hold
 CHECKED = 16
 NAMES = "lossy_encode", "lossy_decode"
 Bytes = npt.NDArray[np.uint8]
@@ -60,63 +57,27 @@ def _on_host(codec: LossyCodec, records: Bytes) -> list[dict[str, Any]]:
     return [row | {"wrong_bytes": wrong} for row in made]
 
 
-class _Bench:
-    """Pages and kernels on a GPU: pages ``source`` hold the records, pages ``target`` nothing yet."""
+class _Bench(Bench):
+    """Pages and kernels, for all codecs."""
 
     def __init__(self, device: CudaDevice, shape: RecordShape, records: Bytes) -> None:
-        self.device, self.shape, self.records, self.clock = device, shape, records, CudaClock(device)
-        n, pages = len(records), 2 * len(records)
-        order = np.random.default_rng(1).permutation(pages).astype(np.int32)
-        self.source, self.target = order[:n], order[n:]
-        self.memory, self.staging = device.allocate(pages * shape.raw_bytes), device.allocate(n * shape.raw_bytes)
-        for plane in range(shape.planes):  # a plane of all pages at a time
-            data = np.zeros((pages, shape.plane_bytes), np.uint8)
-            data[self.source] = records[:, plane * shape.plane_bytes : (plane + 1) * shape.plane_bytes]
-            self.memory.write(data.reshape(-1), plane * data.size)
-        sizes = shape.planes, pages, shape.tokens, shape.channels
-        strides = tuple(2 * int(np.prod(sizes[at + 1 :])) for at in range(4))
-        layout = kvortex.KVLayout.from_pointers((self.memory.address, sizes, strides, 2), 1, 0, device=device.name)
-        self.fragments = layout.fragments
-        rows = {"save": self.source, "load": self.target}
+        super().__init__(device, shape, records, shape.raw_bytes, NAMES, CTAS_EACH)
+        n, rows = len(records), {"save": self.source, "load": self.target}
         self.blocks = {name: self.upload(np.stack((ids, np.full(n, -1, np.int32)), 1)) for name, ids in rows.items()}
         self.counts, self.status = self.upload(np.zeros(n, np.uint32)), self.upload(np.zeros(n, np.uint32))
-        self._functions = {}
-        for name in NAMES:
-            cubin = build.load(name, device.compute_capability)
-            with cu.current(device.context) as driver:
-                module = cu.check(driver.cuModuleLoadData(cubin.code), "cuModuleLoadData")
-                found = driver.cuModuleGetFunction(module, cubin.entry.encode())
-                self._functions[name] = cu.check(found, "cuModuleGetFunction")
-
-    def upload(self, array: npt.NDArray[Any]) -> Any:
-        held = self.device.allocate(array.nbytes)
-        held.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-        return held
-
-    def launch(self, name: str, pitch: int, form: Any, extra: Any, blocks: Any, run: int) -> None:
-        u64, i32 = ctypes.c_uint64, ctypes.c_int32
-        values = (self.staging.address, pitch, form.address, extra.address, blocks.address, len(self.records), run)
-        grid = CTAS_EACH * self.device.multiprocessors
-        with cu.current(self.device.context) as driver:
-            packed = values, (u64, u64, u64, u64, u64, i32, i32)
-            launched = driver.cuLaunchKernel(self._functions[name], grid, 1, 1, THREADS, 1, 1, 0, self.clock.stream, packed, 0)
-            cu.check(launched, f"cuLaunchKernel of {name}")
 
     def rows(self, codec: LossyCodec, rounds: int) -> list[dict[str, Any]]:
         """Of a codec, by run."""
-        pitch, made = -(-codec.slot_bytes // 16) * 16, []
+        pitch, n, made = pitch_of(codec.slot_bytes), len(self.records), []
         fixed = self.upload(constants(codec))
         form = self.upload(cells(codec, self.fragments, fixed.address))
         for run in RUNS:
             self.status.write(np.zeros(4 * len(self.records), np.uint8))
-            save = [
-                self.clock.seconds(lambda: self.launch("lossy_encode", pitch, form, self.counts, self.blocks["save"], run))  # noqa: B023
-                for _ in range(rounds)
-            ]
-            load = [
-                self.clock.seconds(lambda: self.launch("lossy_decode", pitch, form, self.status, self.blocks["load"], run))  # noqa: B023
-                for _ in range(rounds)
-            ]
+            calls = (("lossy_encode", self.counts, self.blocks["save"]), ("lossy_decode", self.status, self.blocks["load"]))
+            save, load = (
+                [self.clock.seconds(lambda: self.launch(name, pitch, form, extra, ids, n, run)) for _ in range(rounds)]  # noqa: B023
+                for name, extra, ids in calls
+            )
             wrong = self._wrong(codec, pitch)
             pair = (_row(name, codec, run, seconds, self.records.size) for name, seconds in (("save", save), ("load", load)))
             made += [row | {"wrong_bytes": wrong} for row in pair]
@@ -130,7 +91,7 @@ class _Bench:
         seen = self.staging.read(0, len(few) * pitch).reshape(len(few), pitch)[:, : codec.slot_bytes]
         wrong = int((seen != mine).sum()) + int((~codec.decode_into(mine, back)).sum())
         wrong += int(self.status.read().view(np.uint32).sum()) + int(self.counts.read().view(np.uint32).sum())
-        width, pages = self.shape.plane_bytes, 2 * len(self.records)
+        width, pages = self.shape.plane_bytes, self.pages
         for at, page in enumerate(self.target[: len(few)]):
             for plane in range(self.shape.planes):
                 place = (plane * pages + int(page)) * width

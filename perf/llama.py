@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from examples.lm.download import WeightsError, fetch_weights
 from examples.lm.pages import BLOCK_SIZE, PagedCache
-from kvortex.errors import ArgumentError
+from kvortex.errors import ArgumentError, told
 from kvortex.kernels.cache import cache_folder
 
 Floats = npt.NDArray[np.float32]
@@ -42,7 +42,10 @@ class Llama:
             from examples.lm.gguf_file import read_gguf
         except ImportError as error:
             raise ArgumentError(f"a model needs gguf and tokenizers, of the extra examples: {error}") from None
-        self._model, self._chat = read_gguf(path)
+        try:
+            self._model, self._chat = read_gguf(path)
+        except (OSError, ValueError, KeyError) as error:
+            raise ArgumentError(f"{path.name} is no model that can be read here: {told(error)}") from error
         shape = self._model.shape
         self.layers, self.kv_heads, self.dim = shape.layers, shape.kv_heads, shape.head_dim
 

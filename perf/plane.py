@@ -10,7 +10,6 @@ taken in random order. ``save`` is :func:`plane_count` and :func:`plane_encode`,
 
 from __future__ import annotations
 
-import ctypes
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -22,18 +21,18 @@ import kvortex
 from kvortex.codecs import RecordShape, calibrate, make_codec
 from kvortex.codecs.on_device import cells, constants
 from kvortex.codecs.plane import PlaneCodec
-from kvortex.devices import driver as cu
 from kvortex.devices.cuda import CudaDevice
-from kvortex.kernels import build
 from perf import coder_cachegen, coder_lossy
-from perf.clock import CudaClock, HostClock
+from perf.clock import HostClock
 from perf.codecs import SAMPLE, sample
+from perf.coder_bench import THREADS, Bench, pitch_of
 from perf.report import Report, progress
 
 SHAPE = RecordShape(32, 8, 128)
 RUNS = (4, 16, 64)  # of 1,024 tiles in a block
-THREADS, CTAS_EACH = 256, 4  # of a CTA; CTAs a multiprocessor
+CTAS_EACH = 4  # a multiprocessor
 CHECKED = 8  # blocks whose coded record is compared with the host's
+NAMES = "plane_count", "plane_encode", "plane_decode"
 KEYS = ("kernel", "run")
 BETTER = {"rate": "higher"}
 COLUMNS = (*KEYS, "rate", "us", "ratio", "wrong_bytes")
@@ -97,53 +96,34 @@ def _row(kernel: str, run: int, seconds: list[float], nbytes: int) -> dict[str, 
 
 
 def _on_gpu(device: CudaDevice, codec: PlaneCodec, records: Bytes, rounds: int) -> list[dict[str, Any]]:
-    n, pages = len(records), 2 * len(records)
-    order = np.random.default_rng(1).permutation(pages).astype(np.int32)
-    source, target = order[:n], order[n:]
-    shape, itemsize = (SHAPE.planes, pages, SHAPE.tokens, SHAPE.channels), 2
-    strides = tuple(itemsize * int(np.prod(shape[at + 1 :])) for at in range(4))
-    pitch = -(-codec.slot_bytes // 16) * 16
-    memory, staging = device.allocate(itemsize * int(np.prod(shape))), device.allocate(n * pitch)
-    plane_bytes = itemsize * SHAPE.tokens * SHAPE.channels
-    for plane in range(SHAPE.planes):  # a plane of all pages at a time
-        data = np.zeros((pages, plane_bytes), np.uint8)
-        data[source] = records[:, plane * plane_bytes : (plane + 1) * plane_bytes]
-        memory.write(data.reshape(-1), plane * pages * plane_bytes)
-    layout = kvortex.KVLayout.from_pointers((memory.address, shape, strides, itemsize), 1, 0, device=device.name)
-    fixed, counts, status = (device.allocate(size) for size in (constants(codec).size, 4 * n * codec.tiles, 4 * n))
-    fixed.write(constants(codec))
-    form_array = cells(codec, layout.fragments, fixed.address)
-    form, ids = device.allocate(form_array.nbytes), {}
-    form.write(form_array)
-    for name, which in (("save", source), ("load", target)):
-        ids[name] = device.allocate(which.nbytes)
-        ids[name].write(which)
-    kernels = Kernels(device)
-    clock = CudaClock(device)
+    bench, n = Bench(device, SHAPE, records, codec.slot_bytes, NAMES, CTAS_EACH), len(records)
+    pitch, fixed = pitch_of(codec.slot_bytes), bench.upload(constants(codec))
+    form = bench.upload(cells(codec, bench.fragments, fixed.address))
+    counts, status = device.allocate(4 * n * codec.tiles), device.allocate(4 * n)
+    source, target = bench.upload(bench.source), bench.upload(bench.target)
 
     def save(run: int) -> None:
-        kernels.launch("plane_count", clock.stream, (staging, pitch, form, counts, ids["save"], n, run))
-        kernels.launch("plane_encode", clock.stream, (staging, pitch, form, counts, ids["save"], n, run))
+        bench.launch("plane_count", pitch, form, counts, source, n, run)
+        bench.launch("plane_encode", pitch, form, counts, source, n, run)
 
     def load(run: int) -> None:
-        kernels.launch("plane_decode", clock.stream, (staging, pitch, form, status, ids["load"], n, run))
+        bench.launch("plane_decode", pitch, form, status, target, n, run)
 
-    rows = []
+    rows, empty = [], np.isin(np.arange(bench.pages), bench.target)[:, None]
     for run in RUNS:
         progress(f"run {run}")
-        status.write(np.zeros(n, np.uint32))
-        times = {"save": [clock.seconds(lambda: save(run)) for _ in range(rounds)]}  # noqa: B023
-        wrong, used = _wrong_records(codec, staging, records, pitch)
-        times["load"] = [clock.seconds(lambda: load(run)) for _ in range(rounds)]  # noqa: B023
+        status.write(np.zeros(4 * n, np.uint8))
+        times = {"save": [bench.clock.seconds(lambda: save(run)) for _ in range(rounds)]}  # noqa: B023
+        wrong, used = _wrong_records(codec, bench.staging, records, pitch)
+        times["load"] = [bench.clock.seconds(lambda: load(run)) for _ in range(rounds)]  # noqa: B023
         wrong += int(status.read().view(np.uint32).sum())
         for plane in range(SHAPE.planes):
-            data = memory.read(plane * pages * plane_bytes, pages * plane_bytes).reshape(pages, plane_bytes)
-            wrong += int((data[target] != records[:, plane * plane_bytes : (plane + 1) * plane_bytes]).sum())
-            memory.write(np.where(np.isin(np.arange(pages), target)[:, None], 0, data).astype(np.uint8).reshape(-1),
-                         plane * pages * plane_bytes)
+            data = bench.read_plane(plane)
+            wrong += int((data[bench.target] != bench.of_plane(records, plane)).sum())
+            bench.write_plane(plane, np.where(empty, 0, data).astype(np.uint8))
         facts = {"ratio": float(records.size / used), "wrong_bytes": wrong}
         rows += [_row(name, run, seconds, records.size) | facts for name, seconds in times.items()]
-    clock.close()
+    bench.clock.close()
     return rows
 
 
@@ -154,29 +134,6 @@ def _wrong_records(codec: PlaneCodec, staging: Any, records: Bytes, pitch: int) 
     mine = np.zeros((min(CHECKED, len(records)), pitch), np.uint8)
     sizes = codec.encode_into(records[: len(mine)], mine)
     return sum(int((a[:size] != b[:size]).sum()) for a, b, size in zip(seen, mine, sizes, strict=False)), used
-
-
-class Kernels:
-    """Loaded once, launched over all multiprocessors."""
-
-    def __init__(self, device: CudaDevice) -> None:
-        self._device, self._functions = device, {}
-        self._grid = CTAS_EACH * device.multiprocessors
-        for name in ("plane_count", "plane_encode", "plane_decode"):
-            cubin = build.load(name, device.compute_capability)
-            with cu.current(device.context) as driver:
-                module = cu.check(driver.cuModuleLoadData(cubin.code), "cuModuleLoadData")
-                found = driver.cuModuleGetFunction(module, cubin.entry.encode())
-                self._functions[name] = cu.check(found, "cuModuleGetFunction")
-
-    def launch(self, name: str, stream: int, arguments: tuple[Any, ...]) -> None:
-        """Buffers stand for their addresses."""
-        u64, i32 = ctypes.c_uint64, ctypes.c_int32
-        values = tuple(getattr(value, "address", value) for value in arguments)
-        with cu.current(self._device.context) as driver:
-            packed = values, (u64, u64, u64, u64, u64, i32, i32)
-            launched = driver.cuLaunchKernel(self._functions[name], self._grid, 1, 1, THREADS, 1, 1, 0, stream, packed, 0)
-            cu.check(launched, f"cuLaunchKernel of {name}")
 
 
 def draw(axes: Any, report: Report) -> None:

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,9 @@ def rows(folder: Path | None = None, *, quick: bool = False) -> list[dict[str, A
             try:
                 for depth in DEPTHS[1:2] if quick else DEPTHS:
                     progress(f"engines, {block >> 10} KiB, {depth} at once")
-                    found += _at_depth(memory, raw, depth, 2 if quick else ROUNDS)
+                    with ExitStack() as stack:
+                        engines = _opened(raw, depth, stack)
+                        found += _at_depth(memory, raw, engines, depth, 2 if quick else ROUNDS)
             finally:
                 raw.close()
     finally:
@@ -44,14 +47,23 @@ def rows(folder: Path | None = None, *, quick: bool = False) -> list[dict[str, A
     return found
 
 
-def _at_depth(memory: Memory, raw: RawFile, depth: int, rounds: int) -> list[dict[str, Any]]:
-    addresses = {True: memory.addresses(memory.data).tolist(), False: memory.addresses(memory.room).tolist()}
+def _opened(raw: RawFile, depth: int, stack: ExitStack) -> dict[str, Aio | Uring]:
+    """The engines that there are; ``stack`` closes them."""
     engines: dict[str, Aio | Uring] = {}
     for name, engine in ENGINES.items():
         try:
             engines[name] = engine(raw.fd, depth)
         except OSError as error:
             progress(f"no {name}: {error}")
+        else:
+            stack.callback(engines[name].close)
+    return engines
+
+
+def _at_depth(
+    memory: Memory, raw: RawFile, engines: dict[str, Aio | Uring], depth: int, rounds: int
+) -> list[dict[str, Any]]:
+    addresses = {True: memory.addresses(memory.data).tolist(), False: memory.addresses(memory.room).tolist()}
 
     def by(engine: Aio | Uring, write: bool) -> None:
         requests = [(address, memory.block, at * memory.block) for at, address in enumerate(addresses[write])]
@@ -72,8 +84,6 @@ def _at_depth(memory: Memory, raw: RawFile, depth: int, rounds: int) -> list[dic
                 work()
                 times.setdefault((operation, name), []).append(time.perf_counter() - began)
                 wrong[operation, name] += memory.wrong() if operation == "get" else 0
-    for made in engines.values():
-        made.close()
     return [
         row(name, operation, memory, depth, seconds, times[operation, "threads"], raw.direct, wrong[operation, name])
         for (operation, name), seconds in times.items()

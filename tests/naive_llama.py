@@ -1,4 +1,7 @@
-"""A llama-type model, token by token in float64, with the rotary pairs as GGUF files keep them: neighbours."""
+"""A model of the llama or Qwen2 type, token by token in float64, as GGUF files keep them.
+
+Rotary pairs are neighbours in llama, and a head's halves in Qwen2 (``halves``), where queries, keys and values have a bias.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import numpy as np
 from examples.lm.model import Shape
 
 
-def logits(shape: Shape, tensors: Mapping[str, Any], tokens: Sequence[int]) -> Any:
+def logits(shape: Shape, tensors: Mapping[str, Any], tokens: Sequence[int], *, halves: bool = False) -> Any:
     """(n, vocabulary): scores of what follows each token. Keys and values are not rounded."""
     group, width = shape.heads // shape.kv_heads, shape.head_dim
     past: list[tuple[list[Any], list[Any]]] = [([], []) for _ in range(shape.layers)]
@@ -20,9 +23,12 @@ def logits(shape: Shape, tensors: Mapping[str, Any], tokens: Sequence[int]) -> A
         for layer, (keys, values) in enumerate(past):
             part = {name: tensors[f"blk.{layer}.{name}.weight"].astype(np.float64) for name in NAMES}
             h = _norm(x, part["attn_norm"], shape)
-            keys.append(_turned((part["attn_k"] @ h).reshape(-1, width), position, shape))
-            values.append((part["attn_v"] @ h).reshape(-1, width))
-            queries = _turned((part["attn_q"] @ h).reshape(-1, width), position, shape)
+            query, key, value = (
+                (part[name] @ h + tensors.get(f"blk.{layer}.{name}.bias", 0.0)).reshape(-1, width) for name in NAMES[1:4]
+            )
+            keys.append(_turned(key, position, shape, halves))
+            values.append(value)
+            queries = _turned(query, position, shape, halves)
             mixed = []
             for head, query in enumerate(queries):
                 scores = np.array([query @ key[head // group] for key in keys]) / np.sqrt(width)
@@ -44,8 +50,10 @@ def _norm(x: Any, weight: Any, shape: Shape) -> Any:
     return x / np.sqrt((x * x).mean() + shape.epsilon) * weight
 
 
-def _turned(heads: Any, position: int, shape: Shape) -> Any:
-    """Neighbours (0, 1), (2, 3) ... rotated as complex numbers."""
+def _turned(heads: Any, position: int, shape: Shape, halves: bool) -> Any:
+    """Pairs rotated as complex numbers: (0, 1), (2, 3) ... or (0, d / 2), (1, d / 2 + 1) ..."""
     angles = position * shape.rope_base ** (-np.arange(0, shape.head_dim, 2) / shape.head_dim)
-    turned = (heads[:, 0::2] + 1j * heads[:, 1::2]) * np.exp(1j * angles)
-    return np.stack([turned.real, turned.imag], -1).reshape(heads.shape)
+    pairs = heads.reshape(len(heads), 2, -1).swapaxes(1, 2) if halves else heads.reshape(len(heads), -1, 2)
+    turned = (pairs[..., 0] + 1j * pairs[..., 1]) * np.exp(1j * angles)
+    both = np.stack([turned.real, turned.imag], -1)
+    return (both.swapaxes(1, 2) if halves else both).reshape(heads.shape)

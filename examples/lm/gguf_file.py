@@ -8,13 +8,18 @@ from typing import Any
 import numpy as np
 from gguf import GGUFReader
 from gguf.quants import dequantize
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from examples.lm.attention import Floats
 from examples.lm.model import Model, Shape
 from examples.lm.workers import Workers
 
 CONTROL = 3  # type of a token in GGUF: one that no text is made into
+KINDS = (("llama", "gpt2", "smollm"), ("qwen2", "gpt2", "qwen2"))  # architecture, kind of tokenizer, how it splits text
+# How Qwen2's tokenizer splits text; from tokenizer.json of Qwen/Qwen2.5-0.5B.
+QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 class UnsupportedModelError(ValueError):
@@ -34,8 +39,13 @@ class Chat:
         names, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
         merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
         self._tokenizer = Tokenizer(models.BPE(vocab={name: at for at, name in enumerate(names)}, merges=merges))
-        digits, pieces = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
-        self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pieces])
+        if fields["tokenizer.ggml.pre"] == "qwen2":
+            self._tokenizer.normalizer = normalizers.NFC()
+            first = pre_tokenizers.Split(Regex(QWEN2), "isolated")
+            pieces = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        else:
+            first, pieces = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+        self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence([first, pieces])
         self._tokenizer.decoder = decoders.ByteLevel()
         control = [name for name, kind in zip(names, kinds, strict=True) if kind == CONTROL]
         self._tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in control])
@@ -63,15 +73,15 @@ class Chat:
 
 
 def read_gguf(path: Path, workers: Workers | None = None) -> tuple[Model, Chat]:
-    """A model of the llama family with its weights in float32, and its tokenizer."""
+    """A model of the llama or Qwen2 family with its weights in float32, and its tokenizer."""
     reader = GGUFReader(path)
     fields = {name: field.contents() for name, field in reader.fields.items()}
     kind = fields["general.architecture"], fields["tokenizer.ggml.model"], fields["tokenizer.ggml.pre"]
-    if kind != ("llama", "gpt2", "smollm"):
-        raise UnsupportedModelError(f"{path.name} is of {kind}; this example reads ('llama', 'gpt2', 'smollm')")
+    if kind not in KINDS:
+        raise UnsupportedModelError(f"{path.name} is of {kind}; this example reads {', '.join(map(str, KINDS))}")
     shape = _shape(fields)
     tensors = {tensor.name: _floats(tensor) for tensor in reader.tensors}
-    for name, heads in (("attn_q", shape.heads), ("attn_k", shape.kv_heads)):
+    for name, heads in (("attn_q", shape.heads), ("attn_k", shape.kv_heads)) if kind == KINDS[0] else ():
         for at in range(shape.layers):
             key = f"blk.{at}.{name}.weight"
             tensors[key] = _halves(tensors[key], heads)
@@ -80,7 +90,7 @@ def read_gguf(path: Path, workers: Workers | None = None) -> tuple[Model, Chat]:
 
 def _shape(fields: dict[str, Any]) -> Shape:
     def of(name: str) -> Any:
-        return fields[f"llama.{name}"]
+        return fields[f"{fields['general.architecture']}.{name}"]
 
     return Shape(
         layers=of("block_count"),

@@ -1,4 +1,7 @@
-"""A llama-type model: RMSNorm, grouped attention with rotary embedding, SwiGLU. float32, keys and values in bfloat16."""
+"""A llama-type model: RMSNorm, grouped attention with rotary embedding, SwiGLU. float32, keys and values in bfloat16.
+
+Queries, keys and values may have a bias, as Qwen2's do.
+"""
 
 from __future__ import annotations
 
@@ -44,6 +47,7 @@ class Layer:
 
     attention_norm: Floats
     qkv: Floats
+    bias: Floats | None  # of qkv
     output: Floats
     ffn_norm: Floats
     gate_up: Floats
@@ -166,7 +170,10 @@ class Model:
     ) -> Floats:
         """Queries, (heads, rows, d); keys and values go to their pages."""
         heads, kv_heads, width, rows = self.shape.heads, self.shape.kv_heads, self.shape.head_dim, len(x)
-        qkv = self._product(self._normed(x, layer.attention_norm), layer.qkv).reshape(rows, heads + 2 * kv_heads, width)
+        qkv = self._product(self._normed(x, layer.attention_norm), layer.qkv)
+        if layer.bias is not None:
+            qkv += layer.bias
+        qkv = qkv.reshape(rows, heads + 2 * kv_heads, width)
         rotated = np.empty((heads + kv_heads, rows, width), np.float32)
         kernels.rotate(qkv[:, :heads], self._cos, self._sin, start, np.float32(width**-0.5), rotated[:heads])
         kernels.rotate(qkv[:, heads : heads + kv_heads], self._cos, self._sin, start, np.float32(1), rotated[heads:])
@@ -207,12 +214,14 @@ class Model:
 
 
 def _layer(tensors: Mapping[str, Any], prefix: str) -> Layer:
-    def stacked(*names: str) -> Floats:
-        return np.concatenate([tensors[f"{prefix}{name}.weight"] for name in names]).astype(np.float32, copy=False)
+    def stacked(*names: str, part: str = "weight") -> Floats:
+        return np.concatenate([tensors[f"{prefix}{name}.{part}"] for name in names]).astype(np.float32, copy=False)
 
+    biased = prefix + "attn_q.bias" in tensors
     return Layer(
         attention_norm=tensors[prefix + "attn_norm.weight"],
         qkv=stacked("attn_q", "attn_k", "attn_v"),
+        bias=stacked("attn_q", "attn_k", "attn_v", part="bias") if biased else None,
         output=stacked("attn_output"),
         ffn_norm=tensors[prefix + "ffn_norm.weight"],
         gate_up=stacked("ffn_gate", "ffn_up"),

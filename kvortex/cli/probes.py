@@ -169,7 +169,8 @@ def tiers() -> Facts:
     text = os.environ.get("KVORTEX_TIERS", "")
     named = KVortexConfig.from_mapping({"tiers": text}).tiers if text else ()
     tools = importlib.import_module("kvortex.tiers.tools")
-    return {hidden(str(entry)): tools.probe(entry) for entry in named}
+    tables = os.environ.get("KVORTEX_CODEC_TABLES")
+    return {hidden(str(entry)): tools.probe(entry, tables) for entry in named}
 
 
 def cores() -> int:

@@ -30,7 +30,7 @@ from kvortex.codecs.tables import BINS, FAR, FINE, SCALE_ZERO, Tables
 from kvortex.errors import CodecError, shown
 
 # Steps of K (or of a latent) and of V, as parts of the root mean square, by level: from fine to coarse.
-LEVELS = ((0.2, 0.3), (0.35, 0.42), (0.7, 0.85))
+LEVELS = ((0.2, 0.3), (0.35, 0.42), (0.74, 0.9))
 _NARROW, _WIDE = -16, 24  # quarter octaves of a spread in steps, that there are distributions for
 _KINDS = _WIDE - _NARROW + 1
 _MOST = 127

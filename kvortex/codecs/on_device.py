@@ -5,13 +5,28 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from kvortex.codecs.base import HEADER_BYTES
+from kvortex.codecs.base import HEADER_BYTES, Codec
 from kvortex.codecs.plane import PlaneCodec
 from kvortex.errors import CodecError
 from kvortex.kernels.plane_form import ACROSS, BASES, GROUPS, HEADER, N_PLANES, PLANES, TABLE_WORDS
 
 Cells = npt.NDArray[np.uint64]
 MOST_BYTES = 1 << 31  # of a record: kernels count its bytes in 32 bits
+
+
+def planes_of(codec: Codec, fragments: npt.NDArray[np.int64], multiple: int) -> Cells:
+    """``RecordShape.plane_addresses``; CodecError where they are not such that kernels may load them ``multiple`` bytes at a
+    time."""
+    planes = codec.shape.plane_addresses(fragments)
+    if planes.size and int(np.bitwise_or.reduce(planes, axis=None)) % multiple:
+        raise CodecError(f"planes of the pages do not lie at multiples of {multiple} bytes")
+    return planes
+
+
+def check_size(codec: Codec, most: int) -> None:
+    """CodecError where kernels, which count less than ``most`` bytes, cannot count those of a record."""
+    if codec.worst_bytes >= most:
+        raise CodecError(f"a record of {codec.worst_bytes} bytes is larger than kernels can count; the most is {most}")
 
 
 def constants(codec: PlaneCodec) -> npt.NDArray[np.uint8]:
@@ -39,11 +54,8 @@ def cells(codec: PlaneCodec, fragments: npt.NDArray[np.int64], constants_at: int
     CodecError
         Planes do not lie contiguous in these pages, or not at multiples of 4, or records are too large.
     """
-    planes = codec.shape.plane_addresses(fragments)
-    if planes.size and int(np.bitwise_or.reduce(planes, axis=None)) % 4:
-        raise CodecError("planes of the pages do not lie at multiples of 4 bytes")
-    if codec.worst_bytes >= MOST_BYTES:
-        raise CodecError(f"a record of {codec.worst_bytes} bytes is larger than kernels can count; the most is {MOST_BYTES}")
+    planes = planes_of(codec, fragments, 4)
+    check_size(codec, MOST_BYTES)
     made = np.zeros(PLANES + planes.size, np.uint64)
     made[HEADER], made[BASES] = constants_at, constants_at + HEADER_BYTES
     made[N_PLANES] = codec.shape.planes

@@ -9,7 +9,6 @@ import numpy.typing as npt
 from kvortex.codecs import on_device
 from kvortex.codecs.cachegen import CacheGenCodec
 from kvortex.codecs.on_device import Cells
-from kvortex.errors import CodecError
 from kvortex.kernels import cachegen_form as form
 from kvortex.kernels.plane import HEADER
 
@@ -42,8 +41,7 @@ def cells(codec: CacheGenCodec, fragments: npt.NDArray[np.int64], constants_at: 
     CodecError
         Planes do not lie contiguous in these pages, or not at multiples of 4, or records are too large.
     """
-    if codec.worst_bytes >= MOST_BYTES:
-        raise CodecError(f"a record of {codec.worst_bytes} bytes is larger than kernels can count; the most is {MOST_BYTES}")
+    on_device.check_size(codec, MOST_BYTES)
     made = on_device.cells(codec.kept, fragments, constants_at)  # of what is kept exactly: a header says its size
     ends = constants_at + np.cumsum([part.size for part in _constants(codec)])
     tables = _tables(codec)

@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from kvortex.codecs.base import HEADER_BYTES
 from kvortex.codecs.lossy import LossyCodec
-from kvortex.codecs.on_device import MOST_BYTES, Cells
+from kvortex.codecs.on_device import MOST_BYTES, Cells, check_size, planes_of
 from kvortex.errors import CodecError
 from kvortex.kernels.lossy_form import (
     ACROSS,
@@ -56,14 +56,11 @@ def cells(codec: LossyCodec, fragments: npt.NDArray[np.int64], constants_at: int
         or records are too large.
     """
     shape = codec.shape
-    planes = shape.plane_addresses(fragments)
-    if planes.size and int(np.bitwise_or.reduce(planes, axis=None)) % 16:
-        raise CodecError("planes of the pages do not lie at multiples of 16 bytes")
+    planes = planes_of(codec, fragments, 16)
     width = shape.head_dim
     if width & (width - 1) or not LEAST_HEAD <= width <= MOST_HEAD:
         raise CodecError(f"head_dim = {width}: kernels of {codec.name} take powers of two from {LEAST_HEAD} to {MOST_HEAD}")
-    if codec.worst_bytes >= MOST_BYTES:
-        raise CodecError(f"a record of {codec.worst_bytes} bytes is larger than kernels can count; the most is {MOST_BYTES}")
+    check_size(codec, MOST_BYTES)
     made = np.zeros(PLANES + planes.size, np.uint64)
     made[HEADERS], made[MEANS] = constants_at, constants_at + 2 * HEADER_BYTES
     made[[N_PLANES, GROUPS, ACROSS]] = shape.planes, shape.tokens // 16, shape.channels // 64

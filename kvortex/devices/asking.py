@@ -19,9 +19,21 @@ from kvortex.devices.threads import busy_address
 
 NOT_READY = 600  # CUDA_ERROR_NOT_READY
 CAPTURE_IMPLICIT = 906  # CUDA_ERROR_STREAM_CAPTURE_IMPLICIT
-RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED: see kvortex.devices.driver.current
+_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED: see kvortex.devices.driver.current
 _SAVED, _MODE = range(_CELLS := 2)
 Functions: TypeAlias = npt.NDArray[np.int64]
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def ask_relaxed(functions, which, a, b, c, mode):  # type: ignore[no-untyped-def]
+    """Asks in the context that is current, so that a graph which another thread captures goes on; ``mode`` is (1,) int64, of
+    nothing that outlives the call."""
+    mode[0] = _RELAXED
+    unset = call(functions[CAPTURE_MODE], (mode.ctypes.data,))
+    code = call(functions[which], (a, b, c))  # of which a function takes as many as it has parameters
+    if not unset:
+        call(functions[CAPTURE_MODE], (mode.ctypes.data,))
+    return code
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
@@ -34,11 +46,7 @@ def _ask(functions, context, which, a, b, c, cells):  # type: ignore[no-untyped-
         code = call(functions[CTX_SET], (context,))
         if code:
             return code
-    cells[_MODE] = RELAXED
-    unset = call(functions[CAPTURE_MODE], (cells[_MODE:].ctypes.data,))
-    code = call(functions[which], (a, b, c))  # of which a function takes as many as it has parameters
-    if not unset:
-        call(functions[CAPTURE_MODE], (cells[_MODE:].ctypes.data,))
+    code = ask_relaxed(functions, which, a, b, c, cells[_MODE:])
     if foreign:
         call(functions[CTX_SET], (cells[_SAVED],))
     return code

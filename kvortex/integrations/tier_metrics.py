@@ -26,6 +26,7 @@ def families(tiers: Sequence[TierStats], names: Sequence[str], values: Sequence[
         return
     yield from _of_calls(tiers, [*names, "tier"], list(values))
     yield from _of_tiers(tiers, [*names, "tier"], list(values))
+    yield from _of_codecs(tiers, [*names, "tier", "codec"], list(values))
 
 
 def _of_calls(tiers: Sequence[TierStats], names: list[str], values: list[str]) -> Iterator[Metric]:
@@ -78,3 +79,26 @@ def _of_tiers(tiers: Sequence[TierStats], names: list[str], values: list[str]) -
     for tier in tiers:
         state.add_metric([*values, tier.tier], _STATES[tier.breaker])
     yield state
+
+
+def _of_codecs(tiers: Sequence[TierStats], names: list[str], values: list[str]) -> Iterator[Metric]:
+    """Of tiers whose records are coded; nothing where none has such."""
+    coded = [(tier.tier, tier.codec) for tier in tiers if tier.codec is not None]
+    if not coded:
+        return
+    blocks = CounterMetricFamily("kvortex_tier_codec_blocks", "Blocks that were coded, or decoded.", labels=[*names, "op"])
+    text = "Bytes of these blocks, before and after."
+    moved = CounterMetricFamily("kvortex_tier_codec_bytes", text, labels=[*names, "op", "side"])
+    seconds = CounterMetricFamily("kvortex_tier_codec_seconds", "Time that took a tier's threads.", labels=[*names, "op"])
+    text = "Blocks that could not be coded or decoded, by cause; none was handed out."
+    refused = CounterMetricFamily("kvortex_tier_codec_refused", text, labels=[*names, "cause"])
+    for tier, stats in coded:
+        for op, did in (("encode", "encoded"), ("decode", "decoded")):
+            labels = [*values, tier, stats.codec, op]
+            blocks.add_metric(labels, getattr(stats, f"{did}_blocks"))
+            seconds.add_metric(labels, getattr(stats, f"{op}_seconds"))
+            for side in ("from", "to"):
+                moved.add_metric([*labels, side], getattr(stats, f"{did}_{side}_bytes"))
+        for cause, count in stats.refused.items():
+            refused.add_metric([*values, tier, stats.codec, cause], count)
+    yield from (blocks, moved, seconds, refused)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kvortex.tiers.base import Call, Outcome, Tier
 from kvortex.tiers.breaker import BreakerOptions
+from kvortex.tiers.codec_metrics import CodecStats
 from kvortex.tiers.metrics import OperationStats, TierStats
 from kvortex.tiers.options import TierOptions
 from kvortex.tiers.promotion import Prefetch
@@ -14,6 +15,7 @@ __all__ = [
     "HEADER_BYTES",
     "BreakerOptions",
     "Call",
+    "CodecStats",
     "OperationStats",
     "Outcome",
     "Prefetch",

@@ -87,11 +87,14 @@ class Tier(ABC):
         None where somebody else bounds it.
     local : bool
         Whether :meth:`contains` is a look into this process's memory, which is asked on a caller's thread.
+    most_bytes : int or None
+        Of a payload, where the tier has slots of one size; None for what its record format says.
     """
 
     name: str
     capacity_bytes: int | None = None
     local: bool = False
+    most_bytes: int | None = None
 
     @abstractmethod
     def contains(self, keys: KeyArray, call: Call) -> npt.NDArray[np.bool_] | None:

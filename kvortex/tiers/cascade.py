@@ -122,7 +122,7 @@ class Cascade:
                 self._wake()
 
     def _delete(self, line: Line, keys: KeyArray) -> None:
-        line.guard.delete(keys, line.call(line.options.write_timeout_s))
+        line.way.delete(keys, line.call(line.options.write_timeout_s))
         line.lost(keys)
 
     def flush(self, deadline: float) -> bool:
@@ -331,7 +331,7 @@ class Cascade:
         if not _ended(keeper, deadline):
             return 1
         if not self._closers:
-            closes = [line.tier.close for line in self.lines]
+            closes = [line.close for line in self.lines]
             self._closers = [threading.Thread(target=close, name="kvortex-tier-close", daemon=True) for close in closes]
             for thread in self._closers:
                 thread.start()

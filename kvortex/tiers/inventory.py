@@ -7,12 +7,14 @@ looked at.
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
+from kvortex.codecs import CODECS
 from kvortex.digests.host import add_lengths, add_part, numbers
 from kvortex.tiers.base import Outcome
 from kvortex.tiers.record import HEADER, HEADER_BYTES, Headers, RecordFormat
@@ -40,12 +42,15 @@ class Listing:
         Whose headers check, and their payloads' bytes as the headers say.
     others
         What has a record's name and is none: damaged, foreign, or of another version.
+    codecs
+        Names, each with the number of its records. Of a block that was divided, each part is one.
     """
 
     namespaces: tuple[str, ...]
     records: int
     payload_bytes: int
     others: int
+    codecs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,7 @@ class Verified:
 def list_records(found: Iterable[tuple[Name, bytes]]) -> Listing:
     """From names and the first bytes of what they name, at least a header's."""
     counts: collections.Counter[str] = collections.Counter()
+    codecs: collections.Counter[int] = collections.Counter()
     records = nbytes = others = 0
     for name, start in found:
         header = header_of(name, start)
@@ -80,12 +86,20 @@ def list_records(found: Iterable[tuple[Name, bytes]]) -> Listing:
         space = header["namespace"].tobytes().hex()
         if space in counts or len(counts) < _MOST_NAMED:
             counts[space] += 1
+        codecs[int(header["codec"][0])] += 1
         records += 1
         nbytes += int(header["payload_bytes"][0])
     spaces = [f"{space}: {count} records" for space, count in sorted(counts.items())]
     if rest := records - sum(counts.values()):
         spaces.append(f"others: {rest} records")
-    return Listing(tuple(spaces), records, nbytes, others)
+    return Listing(tuple(spaces), records, nbytes, others, by_codec(codecs))
+
+
+def by_codec(counts: Mapping[int, int]) -> tuple[str, ...]:
+    """Numbers of records by the numbers of codecs in their headers, in words, by name; a thousand codecs at most."""
+    names = {kind.number: name for name, kind in CODECS.items()}
+    some = itertools.islice(counts.items(), _MOST_NAMED)
+    return tuple(sorted(f"{names.get(number, f'codec {number}')}: {count} records" for number, count in some))
 
 
 def verify_records(found: Iterable[tuple[Name, Outcome]]) -> Verified:

@@ -16,10 +16,13 @@ from kvortex.errors import told
 from kvortex.keys import KeyArray
 from kvortex.tiers.base import Call
 from kvortex.tiers.breaker import Breaker
+from kvortex.tiers.codings import TierCoding
 from kvortex.tiers.guarded import Guarded
 from kvortex.tiers.keyset import KeySet
 from kvortex.tiers.metrics import Tally, TierStats
+from kvortex.tiers.transcoding import Transcoded
 from kvortex.tiers.urls import OpenTier
+from kvortex.tiers.ways import Direct, Terms, Trimmed, Way
 
 _SMALL_SET = 1 << 13
 _MOST_QUESTIONS = 64
@@ -34,6 +37,10 @@ class Line:
     ----------
     name
         For metrics.
+    way
+        What threads of the tier call to store and to fetch blocks: between slots and the tier's records.
+    lossy : bool
+        Whether blocks come back from here with loss.
     known
         Keys that were seen there lately; not asked where the tier is ``local``.
     absent
@@ -45,12 +52,14 @@ class Line:
     """
 
     def __init__(self, opened: OpenTier, name: str, closing: Callable[[], bool], wake: Work) -> None:
-        self.tier, self.options = opened
+        self.tier, self.options, coding = opened
         self.name, self._closing, self._wake = name, closing, wake
         self._numbers = itertools.count()
         self._handed: dict[int, None] = {}
         self.breaker = Breaker(self.options.breaker)
         self.guard = Guarded(self.tier, self.breaker)
+        self.way = way_of(coding, self.guard, name, self.options.codec_threads)
+        self.lossy = coding is not None and coding.lossy
         self.local = self.tier.local if self.options.local is None else self.options.local
         few = min(self.options.known_keys, _SMALL_SET)
         self.known = KeySet(self.options.known_keys, self.options.fresh_s)
@@ -83,6 +92,10 @@ class Line:
     def call(self, seconds: float, cancelled: Callable[[], bool] | None = None) -> Call:
         """The terms of a call that begins now."""
         return Call(time.monotonic() + seconds, self._closing if cancelled is None else cancelled)
+
+    def terms(self, seconds: float, cancelled: Callable[[], bool] | None = None) -> Terms:
+        """The terms of a batch, as those of a call."""
+        return Terms(seconds, self._closing if cancelled is None else cancelled)
 
     def look(self, keys: KeyArray) -> tuple[Flags, Flags]:
         """Which keys are there as far as is known without a round trip, and of which nothing is known."""
@@ -154,6 +167,11 @@ class Line:
             except RuntimeError as error:  # no thread is to be had; nobody else would ever end this probe
                 self.breaker.probed(told(error))
 
+    def close(self) -> None:
+        """Closes the tier, and ends what codes for it."""
+        self.way.close()
+        self.tier.close()
+
     def stats(self, queue_blocks: int, queue_bytes: int) -> TierStats:
         """A snapshot."""
         tally, breaker = self.guard.tally, self.breaker
@@ -172,6 +190,7 @@ class Line:
             queue_bytes=queue_bytes,
             dropped=tally.dropped(),
             promoted_blocks=tally.promoted,
+            codec=None if self.way.tally is None else self.way.tally.stats(),
         )
 
 
@@ -194,3 +213,10 @@ def line_names(tiers: list[OpenTier]) -> list[str]:
         counts[kind] = counts.get(kind, 0) + 1
         names.append(kind if counts[kind] == 1 else f"{kind}-{counts[kind]}")
     return names
+
+
+def way_of(coding: TierCoding | None, guard: Guarded, name: str, threads: int) -> Way:
+    """Between slots and records of a tier."""
+    if coding is None:
+        return Direct(guard)
+    return Trimmed(guard, coding.tally) if coding.own is None else Transcoded(guard, coding, name, threads)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kvortex.tiers.base import Outcome, Outcomes
+from kvortex.tiers.codec_metrics import CodecStats
 
 # Upper ends of the buckets of all latency histograms, in seconds; the last bucket, beyond them, has none.
 BUCKETS = tuple(1e-4 * 2.0**power for power in range(20))
@@ -67,9 +68,11 @@ class TierStats:
         That wait to be written, or are being written.
     dropped
         Blocks that were not stored, by reason: ``"breaker"``, ``"queue_full"``, ``"evicted"`` (from RAM, before they were
-        written), ``"admission"``, ``"size"``, ``"closed"``.
+        written), ``"admission"``, ``"size"``, ``"closed"``, and names of outcomes.
     promoted_blocks
         Brought into RAM from here.
+    codec
+        What coding did to records of this tier; None where they are what slots of a pool without a codec hold.
     """
 
     tier: str
@@ -86,6 +89,7 @@ class TierStats:
     queue_bytes: int
     dropped: dict[str, int]
     promoted_blocks: int
+    codec: CodecStats | None = None
 
     def of(self, operation: str) -> OperationStats:
         """One kind of calls, zeros where there were none."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 
+from kvortex.codecs.cachegen import LEVELS
+from kvortex.codecs.registry import CODECS
 from kvortex.config import check_integer
 from kvortex.errors import ConfigError, shown
 from kvortex.tiers.breaker import BreakerOptions, check_seconds
 
 MODES = ("through", "back", "read")
-_MOST = {"admit_after": 255, "write_threads": 64, "read_threads": 64, "known_keys": 1 << 28}
+_MOST = {"admit_after": 255, "write_threads": 64, "read_threads": 64, "codec_threads": 64, "known_keys": 1 << 28}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,14 @@ class TierOptions:
     local
         Whether ``contains`` costs no round trip, so that it is asked whenever somebody wants to know; None for what the tier
         says.
+    codec
+        What blocks become on their way to this tier, and come back from: ``"raw"``, ``"plane"``, or with loss ``"int8"``,
+        ``"k6v4"``, ``"k4v4"``, ``"k4v3"``, ``"cachegen"``; above it a pool that loses nothing. None for what the pool's slots
+        hold. See ``docs/codecs.md``.
+    codec_level
+        Of ``cachegen``: 0 to 2, from fine to coarse; None for 1.
+    codec_threads
+        That may code blocks of this tier at a time, for each batch: the thread that reads or writes it, and others beside it.
     breaker
     """
 
@@ -65,6 +75,9 @@ class TierOptions:
     absent_s: float = 1.0
     known_keys: int = 1 << 16
     local: bool | None = None
+    codec: str | None = None
+    codec_level: int | None = None
+    codec_threads: int = 4
     breaker: BreakerOptions = field(default_factory=BreakerOptions)
 
     def __post_init__(self) -> None:
@@ -74,9 +87,19 @@ class TierOptions:
             value = getattr(self, entry.name)
             if entry.type == "float":
                 check_seconds(entry.name, value)
-            elif entry.type == "int" or (entry.type == "int | None" and value is not None):
+            elif entry.type == "int" or (entry.type == "int | None" and value is not None and entry.name != "codec_level"):
                 check_integer(entry.name, value, 1, _MOST.get(entry.name, 1 << 62))
+        self._check_codec()
         if not isinstance(self.local, bool | None):
             raise ConfigError(f"local = {shown(self.local)}: must be true, false or None")
         if not isinstance(self.breaker, BreakerOptions):
             raise ConfigError(f"breaker = {shown(self.breaker)}: must be BreakerOptions")
+
+    def _check_codec(self) -> None:
+        if self.codec is not None and (not isinstance(self.codec, str) or self.codec not in CODECS):
+            raise ConfigError(f"codec = {shown(self.codec)}: must be one of {', '.join(CODECS)}")
+        if self.codec_level is None:
+            return
+        check_integer("codec_level", self.codec_level, 0, len(LEVELS) - 1)
+        if self.codec != "cachegen":
+            raise ConfigError(f"codec_level = {self.codec_level}: only cachegen has levels, and codec = {shown(self.codec)}")

@@ -171,8 +171,8 @@ class Fetcher:
     def _bring(self, promotion: Promotion, at: int, keys: KeyArray, sizes: Int64s, slots: Int64s) -> Flags:
         line, room = self._cascade.lines[at], self._room
         stopped = self._cascade.is_closing
-        call = line.call(line.options.read_timeout_s, lambda: promotion.over or stopped())
-        fetched = line.guard.get_into(keys, room.at(slots), np.full(len(keys), room.slot_bytes), call)
+        terms = line.terms(line.options.read_timeout_s, lambda: promotion.over or stopped())
+        fetched = line.way.get_into(keys, room.at(slots), sizes, terms)
         good = (fetched.outcomes == Outcome.OK) & (fetched.sizes == sizes)
         room.keep_digests(slots[good], fetched.digests[good])
         line.stored(keys[good])

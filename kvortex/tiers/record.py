@@ -8,7 +8,8 @@ truncated object, an older version, another namespace, another key.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -56,12 +57,19 @@ class RecordFormat:
         Number of the codec that made the payloads; records of another are a ``MISS``. None takes any, for who only looks.
     block_bytes
         Of a block before a codec made a payload of it; None for ``RAW``, whose payload is the block.
+    usual_bytes
+        Of most payloads, where these differ in length: what a tier with slots of one size is to reserve. Whoever has a longer
+        one divides it (:attr:`kvortex.tiers.Tier.most_bytes`). None for ``most_bytes``.
+    foreign
+        Told of how many records were found that are whole, and of these keys, and that another codec made.
     """
 
     namespace: bytes
     most_bytes: int
     codec: int | None = RAW
     block_bytes: int | None = None
+    usual_bytes: int | None = None
+    foreign: Callable[[int], None] | None = field(default=None, compare=False, repr=False)
 
     def headers(self, keys: KeyArray, sizes: Int64s, digests: Digests, generation: npt.ArrayLike = 0) -> Headers:
         """(n,) HEADER for n records of (n,) bytes."""
@@ -98,7 +106,10 @@ class RecordFormat:
         fits = headers["payload_bytes"] <= self.most_bytes
         if self.codec is not None:
             block = headers["payload_bytes"] if self.block_bytes is None else self.block_bytes
-            fits &= (headers["codec"] == self.codec) & (headers["block_bytes"] == block)
+            same = headers["codec"] == self.codec
+            if self.foreign is not None and (others := int((ours & whole & mine & ~same).sum())):
+                self.foreign(others)
+            fits &= same & (headers["block_bytes"] == block)
         found = np.where(mine & fits, Outcome.OK, Outcome.MISS)
         return np.where(ours, np.where(whole, found, Outcome.CORRUPT), Outcome.MISS).astype(np.uint8)
 

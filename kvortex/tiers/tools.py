@@ -9,8 +9,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from kvortex.errors import ArgumentError, ConfigError, hidden, told
+from kvortex.codecs import Tables, make_codec
+from kvortex.errors import ArgumentError, CodecError, ConfigError, hidden, told
 from kvortex.tiers.base import Call
+from kvortex.tiers.options import TierOptions
 from kvortex.tiers.record import RecordFormat
 from kvortex.tiers.schemes import SCHEMES, Scheme
 from kvortex.tiers.urls import open_tier, parse_url
@@ -58,22 +60,37 @@ def _facts(scheme: Scheme, target: Any, found: Any) -> dict[str, Any]:
     return ({"path": str(target)} if scheme.targets is not None else {}) | {"removed_bytes": int(found)}
 
 
-def probe(entry: Any) -> str:
+def probe(entry: Any, codec_tables: str | None = None) -> str:
     """Whether a tier of a config works, in words; leaves nothing.
 
     A store is asked to keep a small record, to give it back, and to forget it. Of a disk tier's folders, which one engine has
-    to itself, that is asked of a folder beside each.
+    to itself, that is asked of a folder beside each. Where the tier has a codec, ``codec_tables`` must do for it.
     """
     try:
         url, more = (entry, {}) if isinstance(entry, str) else (entry["url"], {k: v for k, v in entry.items() if k != "url"})
         bare, options, given = parse_url(url, more)
         scheme = SCHEMES[bare.partition(":")[0]]
+        _check_codec(options, codec_tables)
         if scheme.targets is None:
-            return _probed(entry, options.read_timeout_s)
+            return _probed({"url": bare, **given}, options.read_timeout_s)
         told = [_probed_beside(bare.partition(":")[0], Path(folder), options.read_timeout_s) for folder in scheme.targets(bare)]
         return next((text for text in told if not text.startswith("works")), told[0] if told else "no folder is named")
     except Exception as error:  # whatever it is, it is what is asked
         return f"does not work: {hidden(str(error))}"
+
+
+def _check_codec(options: TierOptions, codec_tables: str | None) -> None:
+    """ConfigError where an engine would refuse the codec, as far as its tables tell."""
+    if options.codec in (None, "raw"):
+        return
+    if not codec_tables:
+        raise ConfigError(f"codec = {options.codec!r}: needs codec_tables (KVORTEX_CODEC_TABLES)")
+    level = {} if options.codec_level is None else {"level": options.codec_level}
+    try:
+        tables, shape = Tables.load(codec_tables)
+        make_codec(str(options.codec), shape, tables, **level)
+    except CodecError as error:
+        raise ConfigError(f"codec = {options.codec!r}: {error}") from error
 
 
 def _probed_beside(scheme: str, folder: Path, timeout: float) -> str:

@@ -16,6 +16,7 @@ from urllib.parse import parse_qsl
 from kvortex.errors import ConfigError, cut, hidden, shown, shown_tiers, told
 from kvortex.tiers.base import Tier
 from kvortex.tiers.breaker import BreakerOptions
+from kvortex.tiers.codings import TierCoding
 from kvortex.tiers.options import TierOptions
 from kvortex.tiers.record import RecordFormat
 from kvortex.tiers.schemes import SCHEMES, value_of
@@ -24,13 +25,14 @@ _BREAKER = "breaker_"
 
 
 class OpenTier(NamedTuple):
-    """A tier, and how it is to be treated."""
+    """A tier, how it is to be treated, and what its records are, where that is not what slots hold."""
 
     tier: Tier
     options: TierOptions
+    coding: TierCoding | None = None
 
 
-def open_tiers(given: Any, form: RecordFormat) -> list[OpenTier]:
+def open_tiers(given: Any, form: RecordFormat, codings: Sequence[TierCoding | None] = ()) -> list[OpenTier]:
     """Opens tiers, from the fastest to the slowest. Where one cannot be opened, those before it are closed again.
 
     Parameters
@@ -40,6 +42,9 @@ def open_tiers(given: Any, form: RecordFormat) -> list[OpenTier]:
         :class:`Tier` of a :class:`RecordFormat`; or of pairs of such a function and :class:`TierOptions`. The tiers are
         closed with the engine.
     form
+        Of what slots hold.
+    codings
+        Of each tier; none at all where every tier keeps what slots hold.
 
     Raises
     ------
@@ -50,23 +55,44 @@ def open_tiers(given: Any, form: RecordFormat) -> list[OpenTier]:
         raise ConfigError(f"tiers = {shown_tiers(given)}: must be a sequence of URLs, tables or functions")
     with contextlib.ExitStack() as undo:
         found = []
-        for entry in given:
-            found.append(open_tier(entry, form))
+        for entry, coding in zip(given, codings or [None] * len(given), strict=True):
+            found.append(open_tier(entry, form, coding))
             undo.callback(found[-1].tier.close)
         undo.pop_all()
     return found
 
 
-def open_tier(entry: Any, form: RecordFormat) -> OpenTier:
-    """One of them."""
+def open_tier(entry: Any, form: RecordFormat, coding: TierCoding | None = None) -> OpenTier:
+    """One of them; ConfigError too where its options name a codec and nobody has made it."""
+    options = options_of(entry)
+    if options.codec not in (None, "raw") and coding is None:
+        named = isinstance(entry, (str, Mapping))
+        what = f"the blocks of {f'tier {shown_tiers(entry)}' if named else 'this tier'} are not coded"
+        raise ConfigError(f"codec = {shown(options.codec)}: {what}; leave it out")
+    form = form if coding is None else coding.format_from(form)
     if callable(entry):
-        return OpenTier(entry(form), TierOptions())
+        return OpenTier(entry(form), options, coding)
+    if isinstance(entry, tuple):
+        return OpenTier(entry[0](form), options, coding)
+    opened = _open_url(*_url_of(entry), form)
+    return OpenTier(opened.tier, opened.options, coding)
+
+
+def options_of(entry: Any) -> TierOptions:
+    """How a tier is to be treated, by an entry of :func:`open_tiers`, which need not be opened."""
+    if callable(entry):
+        return TierOptions()
     if isinstance(entry, tuple) and len(entry) == 2 and callable(entry[0]) and isinstance(entry[1], TierOptions):
-        return OpenTier(entry[0](form), entry[1])
+        return entry[1]
+    return parse_url(*_url_of(entry))[1]
+
+
+def _url_of(entry: Any) -> tuple[str, Mapping[str, Any]]:
+    """A URL, and options beside it."""
     if isinstance(entry, str):
-        return _open_url(entry, {}, form)
+        return entry, {}
     if isinstance(entry, Mapping) and isinstance(entry.get("url"), str):
-        return _open_url(entry["url"], {name: value for name, value in entry.items() if name != "url"}, form)
+        return entry["url"], {name: value for name, value in entry.items() if name != "url"}
     raise ConfigError(f"tiers: {shown_tiers(entry)} is no URL, no table with a url, and makes no tier")
 
 

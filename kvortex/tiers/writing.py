@@ -148,10 +148,10 @@ class Writing:
         outcomes = np.full(len(batch.keys), Outcome.FAILED, np.uint8)
         try:
             if self._line.breaker.closed:
-                call = self._line.call(self._line.options.write_timeout_s)
+                terms = self._line.terms(self._line.options.write_timeout_s)
                 digests = self._room.digests_of(batch.slots, batch.sizes)
                 addresses = self._room.at(batch.slots)
-                outcomes = self._line.guard.put_from(batch.keys, addresses, batch.sizes, digests, call)
+                outcomes = self._line.way.put_from(batch.keys, addresses, batch.sizes, digests, terms)
         finally:
             self._room.index.release(batch.slots, once=batch.once)
             self._room.held.pop(batch.number, None)

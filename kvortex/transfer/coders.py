@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from kvortex.transfer.coded import DeviceCoder
 from kvortex.transfer.plan import ABSOLUTE, BUFFER, IDS, STATUS, WORK, Int64s, Pool
 
 _USED_AT = HEADER.fields["used_bytes"][1]  # type: ignore[index]
-_ROW_BYTES = 8  # of what kernels of bounded loss read of a record: its page and which part it is, int32
+_READERS = "read_records", "seal_records"
 
 
 def used_lengths(pool: Pool, slots: Int64s, most: int) -> Int64s:
@@ -41,8 +42,8 @@ def used_lengths(pool: Pool, slots: Int64s, most: int) -> Int64s:
     return used
 
 
-class PlaneCoder(DeviceCoder):
-    """:class:`kvortex.codecs.plane.PlaneCodec`: three launches to save a chunk, two to load it.
+class _TileCoder(DeviceCoder):
+    """A codec whose kernels take ``codec.tiles`` of each record apart, a warp some of them.
 
     Parameters
     ----------
@@ -50,24 +51,52 @@ class PlaneCoder(DeviceCoder):
         Of the layout.
     """
 
-    kernels = ("plane_count", "plane_encode", "plane_decode", "read_records", "seal_records")
+    form: ClassVar[Any]  # module that says what the codec's kernels read
+    encoders: ClassVar[tuple[str, ...]]
+    decoder: ClassVar[str]
+    row_bytes: ClassVar[int]  # of what kernels read of a record, beside its codec
 
     def __init__(
         self,
         device: CudaDevice,
-        codec: PlaneCodec,
+        codec: Any,
         fragments: Int64s,
         pool: Pool,
         kernel: Callable[[str], int],
         numbers: int,
     ) -> None:
         super().__init__(device, codec, pool, kernel, numbers)
-        self._tiles, self.work_bytes = codec.tiles, 4 * codec.tiles
+        self._tiles = codec.tiles
         try:
-            self._cells = self._hold(on_device.cells(codec, fragments, self._hold(on_device.constants(codec))))
+            self._cells = self._hold(self.form.cells(codec, fragments, self._hold(self.form.constants(codec))))
         except BaseException:
             self.close()
             raise
+
+    def _rows(self, save: bool, first: Int64s, count: Int64s, most: int) -> list[Int64s]:
+        run, ctas = self._share(count, self._tiles, WARPS, most)
+        head = (BUFFER, 0), (ABSOLUTE, self.codec.slot_bytes), (ABSOLUTE, self._cells)
+        tail = (IDS, self.row_bytes * first), (ABSOLUTE, count), (ABSOLUTE, run)
+        shape = ctas, 32 * WARPS
+        if save:
+            coding = [self._row(name, *shape, *head, (WORK, 0), *tail) for name in self.encoders]
+            return [*coding, self._read("seal_records", first, count, most)]
+        reading = [self._read("read_records", first, count, most)] if self._numbers else []
+        return [*reading, self._row(self.decoder, *shape, *head, (STATUS, 4 * first), *tail)]
+
+
+class PlaneCoder(_TileCoder):
+    """:class:`kvortex.codecs.plane.PlaneCodec`: three launches to save a chunk, two to load it."""
+
+    form: ClassVar[Any] = on_device
+    encoders = ("plane_count", "plane_encode")
+    decoder = "plane_decode"
+    row_bytes = 4  # a page, int32
+    kernels = (*encoders, decoder, *_READERS)
+
+    def __init__(self, device: CudaDevice, codec: PlaneCodec, *others: Any) -> None:
+        super().__init__(device, codec, *others)
+        self.work_bytes = 4 * codec.tiles
 
     def _ids(self, blocks: Int64s, parts: Int64s | None) -> Int64s:
         assert parts is None, f"{self.codec.name} keeps all of a page in one slot"
@@ -76,49 +105,21 @@ class PlaneCoder(DeviceCoder):
     def _used(self, slots: Int64s, parts: Int64s | None) -> Int64s:
         return used_lengths(self._pool, slots, self.codec.slot_bytes)
 
-    def _rows(self, save: bool, first: Int64s, count: Int64s, most: int) -> list[Int64s]:
-        run, ctas = self._share(count, self._tiles, WARPS, most)
-        head = (BUFFER, 0), (ABSOLUTE, self.codec.slot_bytes), (ABSOLUTE, self._cells)
-        tail = (IDS, 4 * first), (ABSOLUTE, count), (ABSOLUTE, run)
-        shape = ctas, 32 * WARPS
-        if save:
-            coding = [self._row(name, *shape, *head, (WORK, 0), *tail) for name in ("plane_count", "plane_encode")]
-            return [*coding, self._read("seal_records", first, count, most)]
-        reading = [self._read("read_records", first, count, most)] if self._numbers else []
-        return [*reading, self._row("plane_decode", *shape, *head, (STATUS, 4 * first), *tail)]
 
-
-class LossyCoder(DeviceCoder):
+class LossyCoder(_TileCoder):
     """:class:`kvortex.codecs.lossy.LossyCodec`: two launches to save a chunk, two to load it.
 
     A record's length follows from what it is: all that a slot holds of a coded one, and what a part keeps. So a load reads no
     header to plan by.
-
-    Parameters
-    ----------
-    fragments : (F, 4) int64
-        Of the layout.
     """
 
-    kernels = ("lossy_encode", "lossy_decode", "read_records", "seal_records")
+    form: ClassVar[Any] = on_device_lossy
+    encoders = ("lossy_encode",)
+    decoder = "lossy_decode"
+    row_bytes = 8  # a page, and which part of it the record is, int32
+    kernels = (*encoders, decoder, *_READERS)
     work_bytes = 4  # a counter of who is done with the record; zeros whenever none is being coded
     codec: LossyCodec
-
-    def __init__(
-        self,
-        device: CudaDevice,
-        codec: LossyCodec,
-        fragments: Int64s,
-        pool: Pool,
-        kernel: Callable[[str], int],
-        numbers: int,
-    ) -> None:
-        super().__init__(device, codec, pool, kernel, numbers)
-        try:
-            self._cells = self._hold(on_device_lossy.cells(codec, fragments, self._hold(on_device_lossy.constants(codec))))
-        except BaseException:
-            self.close()
-            raise
 
     def _ids(self, blocks: Int64s, parts: Int64s | None) -> Int64s:
         return np.stack((blocks, np.full_like(blocks, -1) if parts is None else parts), axis=1).reshape(-1)
@@ -131,16 +132,8 @@ class LossyCoder(DeviceCoder):
         used: Int64s = np.where(parts < 0, whole, HEADER_BYTES + kept)
         return used
 
-    def _rows(self, save: bool, first: Int64s, count: Int64s, most: int) -> list[Int64s]:
-        run, ctas = self._share(count, self.codec.tiles, WARPS, most)
-        head = (BUFFER, 0), (ABSOLUTE, self.codec.slot_bytes), (ABSOLUTE, self._cells)
-        tail = (IDS, _ROW_BYTES * first), (ABSOLUTE, count), (ABSOLUTE, run)
-        shape = ctas, 32 * WARPS
-        if save:
-            coding = self._row("lossy_encode", *shape, *head, (WORK, 0), *tail)
-            return [coding, self._read("seal_records", first, count, most)]
-        reading = [self._read("read_records", first, count, most)] if self._numbers else []
-        return [*reading, self._row("lossy_decode", *shape, *head, (STATUS, 4 * first), *tail)]
+
+_CODERS: dict[type[Codec], type[_TileCoder]] = {PlaneCodec: PlaneCoder, LossyCodec: LossyCoder}
 
 
 def coder_for(
@@ -148,15 +141,16 @@ def coder_for(
 ) -> DeviceCoder:
     """What codes on a GPU. CodecError where no route launches that codec's kernels, or they cannot code such pages."""
     check_codable(codec, fragments)
-    made = LossyCoder if isinstance(codec, LossyCodec) else PlaneCoder
-    return made(device, codec, fragments, pool, kernel, numbers)  # type: ignore[arg-type]
+    return _coder_of(codec)(device, codec, fragments, pool, kernel, numbers)
 
 
 def check_codable(codec: Codec, fragments: Int64s) -> None:
     """CodecError where a GPU cannot code these pages on their way; says why."""
-    if isinstance(codec, LossyCodec):
-        on_device_lossy.cells(codec, fragments, 0)
-    elif isinstance(codec, PlaneCodec):
-        on_device.cells(codec, fragments, 0)
-    else:
+    _coder_of(codec).form.cells(codec, fragments, 0)
+
+
+def _coder_of(codec: Codec) -> type[_TileCoder]:
+    found = next((coder for kind, coder in _CODERS.items() if isinstance(codec, kind)), None)
+    if found is None:
         raise CodecError(f"no transfer launches kernels of {codec.name}")
+    return found

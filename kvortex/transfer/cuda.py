@@ -379,14 +379,19 @@ class CudaExecutor(Executor):
         """Its first groups, and how the others are prepared."""
         cuts = split_sections(sections, AT_ONCE)
 
-        def part(cut: Sections) -> CudaCompletion:
+        def part(cut: Sections, behind: CudaCompletion | None = None) -> CudaCompletion:
             plan, edges = self._layered_plan(route, blocks, slots, busy, cut), cut.first_pieces[[0, -1]].tolist()
             digesting = self._digesting(route, blocks, edges[0], edges[1], whole=False)
-            return CudaCompletion(self, Direction.LOAD, plan, caller, route, cut.group_of, digesting)
+            return CudaCompletion(self, Direction.LOAD, plan, caller, route, cut.group_of, digesting, behind=behind)
 
         layers = int(np.count_nonzero(sections.group_of < AT_ONCE))
         sizes = self._sizes(blocks) if self._digests else None
-        return LayerLoad(part(cuts[0]), lambda: part(cuts[1]), layers, sizes)
+        first = part(cuts[0])
+        try:
+            return LayerLoad(first, lambda: part(cuts[1], first), layers, sizes)
+        except BaseException:
+            first.cancel()
+            raise
 
     def _sections(self, count: int, *, joined: bool) -> Sections:
         key = count, joined
@@ -402,7 +407,7 @@ class CudaExecutor(Executor):
         assert self._staging is not None
         ctas = self.resident_ctas[busy] if route is Route.RESIDENT else 0
         if ctas and not busy:
-            ctas = max(ctas, min(LAYER_CTAS * ctas, most_resident_ctas(self.device.multiprocessors)))
+            ctas = max(ctas, min(LAYER_CTAS * ctas, most_resident_ctas(self.device.multiprocessors) // 2))
         size = self._half_bytes if ctas else self._staging.buffer_bytes
         return plan_layers(blocks, slots, sections, self._pool, size, MAX_BLOCKS, ctas=ctas)
 

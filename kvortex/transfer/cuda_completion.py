@@ -88,6 +88,8 @@ class CudaCompletion(Part):
         What is digested, or None; and bytes of the records, (n,) int64, unless it is only a part of them.
     mark
         In the place of a stream to be started behind.
+    behind
+        Never issued before that transfer of the same direction, which was started.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class CudaCompletion(Part):
         digesting: Digesting | None = None,
         sizes: Int64s | None = None,
         mark: CudaMark | None = None,
+        behind: CudaCompletion | None = None,
     ) -> None:
         self.route, self._group_of = route.value, group_of
         self._executor, self._direction, self._plan, self._caller = executor, direction, plan, caller
@@ -108,6 +111,7 @@ class CudaCompletion(Part):
         self._job: Job | None = None
         self._lock = threading.RLock()
         self._finished = False
+        self._behind = behind
         self._followed: list[int] = []  # events, recorded
         self._digesting, self._sizes = digesting, sizes
         self._events, self._ids = executor.lend(plan, digesting)
@@ -115,7 +119,8 @@ class CudaCompletion(Part):
             self._followed.append(mark.take())
 
     def start(self) -> None:
-        if not is_short(self._plan) or not self._executor.issue(self._direction, self._made(self._caller)):
+        left = self._behind is not None and self._behind.outcome[nogil.QUEUED]  # and may not be issued yet
+        if left or not is_short(self._plan) or not self._executor.issue(self._direction, self._made(self._caller)):
             self._leave()
         self.started = True
 

@@ -64,7 +64,9 @@ from kvortex.transfer.plan import KERNEL as LAUNCH_KERNEL
 from kvortex.transfer.plan import THREADS as LAUNCH_THREADS
 
 # Cells of ``lane``: numbers that stay the same for a direction.
-CONTEXT, KERNEL, THREADS, MAX_CTAS, TABLE, JOIN_STREAM, CALLER_EVENT, TO_HOST = range(LANE_CELLS := 8)
+(CONTEXT, KERNEL, THREADS, MAX_CTAS, TABLE, JOIN_STREAM, CALLER_EVENT, TO_HOST, COPY_STREAM,
+ COPY_EVENT) = range(LANE_CELLS := 10)  # fmt: skip
+HANDED, COPIED = range(2)  # rows of ``turns``: what is recorded behind kernels, and behind copies
 # Cells of ``outcome``: whether everything was attempted, the first error of the work, the first of the events behind it, and
 # whether it is left for another thread to issue.
 ISSUED, ERROR, LAST, QUEUED = range(OUTCOME_CELLS := 4)
@@ -180,26 +182,34 @@ def _launch_rows(functions, launches, chunk, bases, stream, parameters, pointers
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _run(  # type: ignore[no-untyped-def]
+    functions, lane, launches, chunk, ids, digest, bases, pitch, stream, parameters, pointers
+):
+    """The kernels of a chunk: its launches, or the lane's own kernel; the first error code."""
+    if chunk[N_LAUNCHES] > 0:
+        return _launch_rows(functions, launches, chunk, bases, stream, parameters, pointers)
+    return _launch(functions, lane, chunk, ids, digest, bases[BUFFER], pitch, stream, parameters, pointers)
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def follow_stream(functions, stream, other, event):  # type: ignore[no-untyped-def]
+    """Makes a stream wait for what is on another one now, by an event; the first error code."""
+    code = call(functions[EVENT_RECORD], (event, other))
+    if not code:
+        code = call(functions[STREAM_WAIT], (stream, event, 0))
+    return code
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def join(functions, lane, streams, joins, first, used):  # type: ignore[no-untyped-def]
     """Makes the join stream wait for ``used`` streams from ``first`` on, all of them whatever fails; the first error code."""
     error = np.int32(0)
     for at in range(used):
         k = (first + at) % len(streams)
-        code = call(functions[EVENT_RECORD], (joins[k], streams[k]))
-        if not code:
-            code = call(functions[STREAM_WAIT], (lane[JOIN_STREAM], joins[k], 0))
+        code = follow_stream(functions, lane[JOIN_STREAM], streams[k], joins[k])
         if not error:
             error = code
     return error
-
-
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _follow_one(functions, stream, other, event):  # type: ignore[no-untyped-def]
-    """Makes a stream wait for what is on another one, by an event; the first error code."""
-    code = call(functions[EVENT_RECORD], (event, other))
-    if not code:
-        code = call(functions[STREAM_WAIT], (stream, event, 0))
-    return code
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
@@ -234,7 +244,7 @@ def follow(functions, stream, events):  # type: ignore[no-untyped-def]
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def issue(  # type: ignore[no-untyped-def]
-    functions, lane, streams, buffers, joins, copied, turn, caller, after, start, done, chunks, copies, batch, pitch, marks,
+    functions, lane, streams, buffers, joins, turns, turn, caller, after, start, done, chunks, copies, batch, pitch, marks,
     events, ids, digest, launches, works, bases, parameters, pointers, scratch, outcome,
 ):
     """Puts a plan on its streams, after the caller's and before ``done``.
@@ -244,13 +254,15 @@ def issue(  # type: ignore[no-untyped-def]
     functions : (n,) int64
         Of :func:`kvortex.devices.driver.functions`.
     lane : (LANE_CELLS,) int64
-        Context, kernel, launch shape, piece table, join stream, event for the caller's stream, direction.
+        Context, kernel, launch shape, piece table, join stream, event for the caller's stream, direction, stream for copies
+        between staging buffers and the host, and the event that joins it.
     streams, buffers, joins : (s,) int64
-        Each stream with its staging buffer and the event that joins it. A buffer is only used on its stream, so the
-        stream's order alone keeps one chunk's bytes from the next one's.
-    copied : (s,) int64
-        The event behind the copies of each stream's last chunk. Copies between staging buffers and the host run one chunk
-        after another, so that the first buffer is free again when a part of the time has passed and not all of it.
+        Each stream with its staging buffer and the event that joins it. Kernels of a buffer are on its stream; its copies
+        too where there is one buffer alone.
+    turns : (2, s) int64
+        Of each buffer the events behind its last kernel, and behind its last copies: each waits for the other. All copies are
+        on one stream, one chunk after another, so that the first buffer is free again when a part of the time has passed and
+        not all of it; and a copy that finds its buffer ready waits for nobody on another stream when the one before it ends.
     turn : (1,) int64
         Stream of the first chunk, the rest follow in a ring; moved on to the one behind the last.
     caller : int
@@ -303,46 +315,55 @@ def issue(  # type: ignore[no-untyped-def]
     sends, beside = digests and digest[PIECE_BYTES] == 0, reads and to_host
     if sends and not error:
         error = send(functions, digest)
+    apart = n > 1 and len(chunks) > 0 and chunks[0, N_PIECES] > 0 and chunks[0, N_COPIES] > 0
+    copies_on = lane[COPY_STREAM]
     for at in range(used):
         if not error:
             error = follow(functions, streams[(first + at) % n], after)
         if not error and sends and (by_turns or not reads):
             error = call(functions[STREAM_WAIT], (streams[(first + at) % n], digest[EVENT], 0))
+    if apart and not to_host and not error:
+        error = follow(functions, copies_on, after)
     if not error:
-        error = call(functions[EVENT_RECORD], (start, streams[first % n]))
+        error = call(functions[EVENT_RECORD], (start, copies_on if apart and not to_host else streams[first % n]))
     for c in range(len(chunks)):
         if error:
             break
         at = (first + c) % n
-        chunk = chunks[c]
+        chunk, stream = chunks[c], streams[at]
         with_kernel = chunk[N_PIECES] > 0
         base = chunk[INSTEAD]
         if with_kernel and not base:
             base = buffers[at]
         bases[BUFFER], bases[WORK] = base, works[at]
-        if to_host and chunk[N_LAUNCHES] > 0:
-            error = _launch_rows(functions, launches, chunk, bases, streams[at], parameters, pointers)
-        elif to_host and with_kernel:
-            error = _launch(functions, lane, chunk, ids, digest, base, pitch, streams[at], parameters, pointers)
-        in_turn = with_kernel and chunk[N_COPIES] > 0
-        if not error and in_turn and n > 1:
-            error = call(functions[STREAM_WAIT], (streams[at], copied[(at - 1) % n], 0))
+        copying = copies_on if apart else stream
+        if apart:  # until the buffer has been emptied
+            waits, event = (stream, turns[COPIED, at]) if to_host else (copying, turns[HANDED, at])
+            error = call(functions[STREAM_WAIT], (waits, event, 0))
+        if not error and to_host and with_kernel:
+            error = _run(functions, lane, launches, chunk, ids, digest, bases, pitch, stream, parameters, pointers)
+        if not error and apart and to_host:
+            error = follow_stream(functions, copying, stream, turns[HANDED, at])
         if not error and batch.shape[1] > 0:
-            error = _copy_batch(to_host, functions, batch, chunk, streams[at], scratch)
+            error = _copy_batch(to_host, functions, batch, chunk, copying, scratch)
         elif not error:
-            error = copy_chunk(to_host, functions, copies, chunk, base, streams[at], scratch)
+            error = copy_chunk(to_host, functions, copies, chunk, base, copying, scratch)
         if not error and beside and c == 0:  # once the link is busy: these calls of the driver take microseconds
             error = follow(functions, digest[STREAM], after)
             if not error:
                 error = read(functions, digest, digest[STREAM], parameters, pointers)
-        if not error and in_turn:
-            error = call(functions[EVENT_RECORD], (copied[at], streams[at]))
-        if not error and not to_host and chunk[N_LAUNCHES] > 0:
-            error = _launch_rows(functions, launches, chunk, bases, streams[at], parameters, pointers)
-        elif not error and not to_host and with_kernel:
-            error = _launch(functions, lane, chunk, ids, digest, base, pitch, streams[at], parameters, pointers)
+        if not error and apart and to_host:
+            error = call(functions[EVENT_RECORD], (turns[COPIED, at], copying))
+        elif not error and apart:
+            error = follow_stream(functions, stream, copying, turns[COPIED, at])
+        if not error and not to_host and with_kernel:
+            error = _run(functions, lane, launches, chunk, ids, digest, bases, pitch, stream, parameters, pointers)
+            if not error and apart:
+                error = call(functions[EVENT_RECORD], (turns[HANDED, at], stream))
         while not error and mark < len(marks) and marks[mark] == c + 1:
             error = join(functions, lane, streams, joins, first, min(n, c + 1))
+            if not error and apart and to_host:
+                error = follow_stream(functions, lane[JOIN_STREAM], copies_on, lane[COPY_EVENT])
             if not error:
                 error = call(functions[EVENT_RECORD], (events[mark], lane[JOIN_STREAM]))
             mark += 1
@@ -351,13 +372,15 @@ def issue(  # type: ignore[no-untyped-def]
     last, behind = np.int32(0), streams[first % n]
     if split and used > 1:  # which leaves two calls out: these transfers are short
         behind = streams[(first + 1) % n]
-        last = _follow_one(functions, behind, streams[first % n], joins[first % n])
-    elif used > 1:  # joining streams takes microseconds on the GPU, and of one there is nothing to join
+        last = follow_stream(functions, behind, streams[first % n], joins[first % n])
+    elif used > 1 or apart:  # joining streams takes microseconds on the GPU, and of one there is nothing to join
         last, behind = join(functions, lane, streams, joins, first, used), lane[JOIN_STREAM]
+    if apart:
+        code = follow_stream(functions, behind, copies_on, lane[COPY_EVENT])
+        if not last:
+            last = code
     if sends or beside:  # also after an error: what was sent and launched is in memory that is others' after ``done``
-        code = call(functions[EVENT_RECORD], (digest[EVENT], digest[STREAM]))
-        if not code:
-            code = call(functions[STREAM_WAIT], (behind, digest[EVENT], 0))
+        code = follow_stream(functions, behind, digest[STREAM], digest[EVENT])
         if not last:
             last = code
     if not error and reads and not to_host and not split:

@@ -73,6 +73,11 @@ class Lane:
         Address of the pieces in VRAM, and their record offsets.
     works
         Addresses of what else belongs to each of ``buffers``; None where nothing does.
+
+    Attributes
+    ----------
+    copy_stream : int
+        The stream of all copies between staging buffers and the host.
     """
 
     def __init__(
@@ -100,12 +105,13 @@ class Lane:
         except BaseException:
             self.close()
             raise
-        *streams, kernel_stream, flag_stream, self._digest_stream, join_stream = self._streams
-        joins, others = self._events[: len(streams)], self._events[len(streams) :][:4]
-        kernel_event, flag_event, caller_event, self._digest_event = others
-        self._all = np.array([[*streams, kernel_stream], [*joins, kernel_event]], np.int64)
-        self.streams, self.joins = self._all[0, :-1], self._all[1, :-1]
-        self._copied = np.array(self._events[len(streams) + 4 :], np.int64)
+        *streams, kernel_stream, self.copy_stream, flag_stream, self._digest_stream, join_stream = self._streams
+        joins, others = self._events[: len(streams)], self._events[len(streams) :][:5]
+        kernel_event, copy_event, flag_event, caller_event, self._digest_event = others
+        self._all = np.array([[*streams, kernel_stream, self.copy_stream], [*joins, kernel_event, copy_event]], np.int64)
+        self.streams, self.joins = self._all[:, : len(streams)]
+        self._copying = self._all[:, -1:]
+        self._handing = np.array(self._events[len(streams) + 5 :], np.int64).reshape(2, -1)
         self._count = count
         self.buffers, self.offsets = np.array(buffers, np.int64), np.ascontiguousarray(offsets)
         self.works = np.zeros_like(self.buffers) if works is None else np.array(works, np.int64)
@@ -120,6 +126,7 @@ class Lane:
         self.cells[nogil.CALLER_EVENT] = caller_event
         self._caller_event = np.array([caller_event], np.int64)
         self.cells[nogil.TO_HOST] = direction is Direction.SAVE
+        self.cells[nogil.COPY_STREAM], self.cells[nogil.COPY_EVENT] = self.copy_stream, copy_event
         self._ring = np.array([kernel_stream, kernel_event, resident_kernel, 0, flags, flag_stream, flag_event], np.int64)
         self._filled = np.zeros((2, len(halves)), np.int64)
         self._turns = {kind: np.zeros(1, np.int64) for kind in (NOTHING, STREAMS, FLAGS)}
@@ -165,7 +172,7 @@ class Lane:
             self.streams[:used],
             self.buffers[:used],
             self.joins[:used],
-            self._copied[:used],
+            np.ascontiguousarray(self._handing[:, :used]),
             self._turns[kind],
             caller,
             after,
@@ -255,9 +262,9 @@ class Lane:
             self.cells,
             ring,
             plan.ctas,
-            self.streams[:1],
+            self._copying[0],
             self._halves,
-            self.joins[:1],
+            self._copying[1],
             self._turns[FLAGS],
             self._filled,
             self.offsets,
@@ -296,18 +303,13 @@ class Lane:
             # High priority: a short gather must not queue behind a model's kernels. Loads before saves,
             # since a model waits for them. (A smaller number is a higher priority.)
             priority = min(high + 1, low) if behind else high
-            for _ in range(count + 4):
+            for _ in range(count + 5):
                 # Non-blocking: not ordered with the legacy default stream but through events.
                 flags = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
                 self._streams.append(int(cu.check(driver.cuStreamCreateWithPriority(flags, priority), "cuStreamCreate")))
             no_timing = driver.CUevent_flags.CU_EVENT_DISABLE_TIMING
-            for _ in range(2 * count + 4):
+            for _ in range(3 * count + 5):
                 self._events.append(int(cu.check(driver.cuEventCreate(no_timing), "cuEventCreate")))
-
-    @property
-    def copy_stream(self) -> int:
-        """Handle of the stream that copies of a resident kernel are on."""
-        return self._streams[0]
 
     @property
     def every_stream(self) -> tuple[int, ...]:

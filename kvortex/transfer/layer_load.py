@@ -1,7 +1,8 @@
 """Layer-wise loads whose first layers are on their way before the transfer of the others is planned.
 
 Listing the copies of hundreds of blocks by layers takes the host longer than a layer takes on the link. So the first groups
-of layers are a transfer of their own, short enough to be issued at once, and the rest is planned while they move.
+of layers are a transfer of their own, issued at once where blocks are few runs of neighbours in the pool, and the rest is
+planned while they move.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from kvortex.digests.host import add_lengths
 from kvortex.errors import DeviceError, TransferError, TransferTimeoutError
 from kvortex.transfer.executor import Completion, Part, poll
 from kvortex.transfer.plan import Int64s
+from kvortex.transfer.routes import Route
 
 
 class LayerLoad(Completion):
-    """A load of two parts, which ends when both have.
+    """A load of two parts, which ends when both have. Its ``seconds`` are those of both, without what was between them.
 
     Parameters
     ----------
@@ -44,10 +46,11 @@ class LayerLoad(Completion):
         self._first.start()
         try:
             self._rest = self._make_rest()
-        except (DeviceError, TransferError) as error:
-            self._lost = TransferError(f"a load could not be prepared beyond layer {self._layers - 1}: {error}")
-        else:
             self._rest.start()
+        except (DeviceError, TransferError, MemoryError) as error:  # bytes move: whoever called must have a ticket for them
+            self._lost = TransferError(f"a load could not be issued beyond layer {self._layers - 1}: {error!r}")
+            if self._rest is not None:
+                self._rest.cancel()  # what is issued, or left to a thread, goes on
         self.started = True
 
     def cancel(self) -> None:
@@ -68,7 +71,7 @@ class LayerLoad(Completion):
         if not all([part.query() for part in parts]):
             return False
         self.seconds = sum(part.seconds for part in parts)
-        self.error = next((error for error in (*(part.error for part in parts), self._lost) if error is not None), None)
+        self.error = next((error for error in (self._lost, *(part.error for part in parts)) if error is not None), None)
         sums = [part.sums for part in parts if part.sums is not None]
         if self.error is None and self._sizes is not None and len(sums) == len(parts):
             self.digests = add_lengths(np.add.reduce(sums), self._sizes)
@@ -77,8 +80,10 @@ class LayerLoad(Completion):
 
     def add_to(self, stream: Any, timeout: float, layer: int | None = None) -> None:
         deadline = time.monotonic() + timeout
-        if layer is None or layer < self._layers:
-            self._first.add_to(stream, timeout, layer)
+        # Kernels of a resident load are one behind another; staged ones have streams of their own, and who waits for a later
+        # layer waits for some of these alone.
+        if layer is None or layer < self._layers or self.route == Route.STAGED.value:
+            self._first.add_to(stream, timeout, None if layer is None else min(layer, self._layers - 1))
         if layer is not None and layer < self._layers:
             return
         if not poll(self._is_known, deadline):  # another thread is planning it

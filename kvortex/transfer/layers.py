@@ -195,8 +195,8 @@ def plan_direct_layers(
     copies[..., DEVICE_SIDE] = fragment[BASE] + blocks * fragment[STRIDE] + sections.offsets[:, None]
     copies[..., HOST_SIDE] = pool.address + slots * pool.slot_bytes + sections.offsets[:, None]
     copies[..., COPY_BYTES] = sections.nbytes[:, None]
-    rows = _chunks(count, starts, n, starts, n).reshape(-1, CHUNK_COLUMNS), copies.reshape(-1, copies.shape[2])
-    return _plan(np.empty(0, np.int32), *rows, sections, n, 0, 0, order)
+    chunks = _direct_chunks(count, starts, n).reshape(-1, CHUNK_COLUMNS)
+    return _plan(np.empty(0, np.int32), chunks, copies.reshape(-1, copies.shape[2]), sections, n, 0, 0, order)
 
 
 def split_groups(plan: Plan) -> list[Plan]:
@@ -211,13 +211,12 @@ def _group(plan: Plan, chunks: Int64s) -> Plan:
     return Plan(plan.ids, chunks, plan.copies, nbytes, plan.pitch, plan.ctas, order=plan.order)
 
 
-def _chunks(count: int, starts: Int64s, records: int, first_copies: Int64s, copies: int) -> Int64s:
-    """(sections, chunks, columns): the same records and copies again for each section."""
+def _direct_chunks(count: int, starts: Int64s, records: int) -> Int64s:
+    """(sections, chunks, columns): the same records for each section, with a copy each."""
     chunks = np.zeros((count, len(starts), CHUNK_COLUMNS), np.int64)
     chunks[..., FIRST_BLOCK] = starts
-    chunks[..., N_BLOCKS] = np.diff(np.append(starts, records))
-    chunks[..., FIRST_COPY] = first_copies + copies * np.arange(count)[:, None]
-    chunks[..., N_COPIES] = np.diff(np.append(first_copies, copies))
+    chunks[..., FIRST_COPY] = starts + records * np.arange(count)[:, None]
+    chunks[..., N_BLOCKS] = chunks[..., N_COPIES] = np.diff(np.append(starts, records))
     return chunks
 
 

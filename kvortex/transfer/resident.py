@@ -17,16 +17,14 @@ from __future__ import annotations
 
 from numba import njit
 
-from kvortex.devices.asking import RELAXED
+from kvortex.devices.asking import ask_relaxed
 from kvortex.devices.driver import (
-    CAPTURE_MODE,
     COPY_TO_DEVICE,
     CTX_POP,
     CTX_PUSH,
     EVENT_QUERY,
     EVENT_RECORD,
     LAUNCH,
-    STREAM_WAIT,
     STREAM_WAIT_VALUE,
     STREAM_WRITE_VALUE,
 )
@@ -45,6 +43,7 @@ from kvortex.transfer.issue import (
     TO_HOST,
     copy_chunk,
     follow,
+    follow_stream,
     join,
 )
 from kvortex.transfer.plan import FIRST_BLOCK, FIRST_PIECE, N_BLOCKS, N_PIECES
@@ -88,15 +87,10 @@ def _write_rows(to_host, ring, buffers, first, filled, offsets, chunks, rows, va
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def _have_passed(functions, events, scratch):  # type: ignore[no-untyped-def]
-    """Whether nothing is to be waited for. Another thread may be capturing a graph, which this must not end."""
-    scratch[MODE] = RELAXED
-    unset = call(functions[CAPTURE_MODE], (scratch[MODE:].ctypes.data,))
+    """Whether nothing is to be waited for."""
     passed = True
     for event in events:
-        if passed and call(functions[EVENT_QUERY], (event,)):
-            passed = False
-    if not unset:
-        call(functions[CAPTURE_MODE], (scratch[MODE:].ctypes.data,))
+        passed = passed and not ask_relaxed(functions, EVENT_QUERY, event, 0, 0, scratch[MODE:])
     return passed
 
 
@@ -192,9 +186,7 @@ def issue_resident(  # type: ignore[no-untyped-def]
         if not error and (c or not early):
             error = _move(to_host, functions, flag, done[c], copies, chunks[c], buffers[at], stream, scratch)
         if not error:
-            error = call(functions[EVENT_RECORD], (ring[COPIED], stream))
-        if not error:
-            error = call(functions[STREAM_WAIT], (ring[FLAG_STREAM], ring[COPIED], 0))
+            error = follow_stream(functions, ring[FLAG_STREAM], stream, ring[COPIED])
         # Also after an error: the kernel waits for each of these values, and would wait for ever. One stream writes them all,
         # so none comes before the one that is less, nor before the copies that came before.
         code = call(functions[STREAM_WRITE_VALUE], (ring[FLAG_STREAM], flag, ready[c], 0))
@@ -217,9 +209,7 @@ def issue_resident(  # type: ignore[no-untyped-def]
     if digest[SUMS_BYTES] and not error:  # behind the kernel, which may end before the last DMA does
         error = read_back(functions, digest, kernel_stream)
     last = join(functions, lane, streams, joins, 0, 1)
-    code = call(functions[EVENT_RECORD], (ring[EVENT], kernel_stream))
-    if not code:
-        code = call(functions[STREAM_WAIT], (lane[JOIN_STREAM], ring[EVENT], 0))
+    code = follow_stream(functions, lane[JOIN_STREAM], kernel_stream, ring[EVENT])
     if not last:
         last = code
     code = call(functions[EVENT_RECORD], (done_event, lane[JOIN_STREAM]))

@@ -27,6 +27,7 @@ def test_ls_verify_and_purge(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tier", "ls", "memory:cli-a", "--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)
     (namespace,) = found.pop("namespaces")
+    assert found.pop("codecs") == ["raw: 3 records"]
     assert found == {"records": 3, "payload_bytes": 3 * 16384, "others": 1} and namespace.endswith(": 3 records")
     assert main(["tier", "ls", "memory:cli-a"]) == 0
     assert rows(capsys.readouterr().out)["records"] == "3"

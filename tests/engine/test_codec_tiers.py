@@ -9,6 +9,8 @@ import pytest
 
 from kvortex import ConfigError
 from kvortex.codecs import CODECS
+from kvortex.codecs.base import HEADER as CODED_HEADER
+from kvortex.codecs.base import HEADER_BYTES as CODED_BYTES
 from kvortex.tiers.disk.tools import listing, verify
 from kvortex.tiers.memory import MemoryStore
 from kvortex.tiers.record import HEADER, HEADER_BYTES
@@ -34,7 +36,8 @@ def test_down_and_up(codec: str, digests: bool, coded: Coded) -> None:
     for record in store.objects.values():
         header = np.frombuffer(record[:HEADER_BYTES], HEADER)[0]
         assert header["codec"] == CODECS[codec].number and header["block_bytes"] == coded.shape.raw_bytes
-        assert header["payload_bytes"] == slot_bytes == len(record) - HEADER_BYTES
+        coded_header = np.frombuffer(record[HEADER_BYTES : HEADER_BYTES + CODED_BYTES], CODED_HEADER)[0]
+        assert header["payload_bytes"] == coded_header["used_bytes"] == len(record) - HEADER_BYTES <= slot_bytes
     with coded.engine(codec, tiers=tiers_of(store).config, digests=digests) as engine:  # another one
         assert engine.check_blocks(keys, first=first, timeout=20).all()
         ticket = engine.load_blocks(keys, np.arange(6, 10), first=first)

@@ -18,6 +18,7 @@ from kvortex.devices.cuda import CudaDevice
 from kvortex.errors import TransferError
 from kvortex.transfer.cuda_completion import CudaCompletion
 from kvortex.transfer.executor import poll
+from kvortex.transfer.layer_load import LayerLoad
 from kvortex.transfer.routes import Route
 from kvortex.transfer.ticket import Ticket
 from tests.fake_gpu import fake_gpu
@@ -25,7 +26,7 @@ from tests.late_gpu import LateGpu
 from tests.pages import PagedCache, Tensor, keys_of
 from tests.transfer.profiles import shape
 
-LAYERS, PAGES, OWNERS = 4, 12, 3  # pages of each owner, which has a stream for all that happens to them
+LAYERS, PAGES, OWNERS = 7, 12, 3  # pages of each owner, which has a stream for all that happens to them
 ROUTES = (Route.STAGED, Route.RESIDENT, Route.STRIDED, Route.BATCHED, Route.MAPPED, Route.SPLIT)
 STREAM = 0x77000
 
@@ -40,7 +41,7 @@ class Model:
         self.names = itertools.count(1000 * (number + 1))
         self.open: list[tuple[Ticket, set[int]]] = []
         self.tickets: list[Ticket] = []
-        self.checked, self.wrong = 0, list[str]()
+        self.checked, self.in_parts, self.wrong = 0, 0, list[str]()
 
     def _block(self, layer: int, page: int) -> Any:
         tensor = self.cache.tensors[layer]
@@ -55,8 +56,11 @@ class Model:
 
     def check(self, page: int, name: int, layer: int, ticket: Ticket) -> None:
         completion = ticket._transfer.completion
-        if isinstance(completion, CudaCompletion) and not completion.outcome[1:3].any():  # else it failed, and says so
+        parts = [completion._first, completion._rest] if isinstance(completion, LayerLoad) else [completion]
+        # Else it failed, and says so.
+        if all(isinstance(part, CudaCompletion) and not part.outcome[1:3].any() for part in parts):
             self.checked += 1
+            self.in_parts += len(parts) == 2
             if not np.array_equal(self._block(layer, page), self._content(name, layer)):
                 self.wrong.append(f"page {page} is not block {name} in layer {layer}, by {completion.route}")
 
@@ -275,4 +279,4 @@ def test_owners_in_threads_of_their_own(monkeypatch: pytest.MonkeyPatch, seed: i
             assert all(poll(ticket.done, time.monotonic() + 5) for model in models for ticket in model.tickets)
             gpu.finish()
             assert not gpu.left and not any(model.wrong for model in models)
-            assert sum(model.checked for model in models) > 100
+            assert sum(model.checked for model in models) > 100 and sum(model.in_parts for model in models) > 5

@@ -15,6 +15,7 @@ from kvortex import KVortexEngine
 from kvortex.devices.cuda import CudaDevice
 from kvortex.transfer.cuda import CudaExecutor
 from kvortex.transfer.executor import poll
+from kvortex.transfer.layer_load import LayerLoad
 from kvortex.transfer.routes import Route
 from tests.engine.test_interrupts import Trap
 from tests.fake_gpu import fake_gpu
@@ -32,9 +33,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[LateGpu]:
         yield made
 
 
-def engine_of() -> tuple[PagedCache, KVortexEngine]:
+def engine_of(layers: int = 3) -> tuple[PagedCache, KVortexEngine]:
     device = CudaDevice()
-    cache = PagedCache(device, [Tensor(device, (2, 2 * BLOCKS, 300), 1) for _ in range(3)], 1)
+    cache = PagedCache(device, [Tensor(device, (2, 2 * BLOCKS, 300), 1) for _ in range(layers)], 1)
     return cache, cache.engine(slots=4 * BLOCKS, gpu_pool_size_bytes=8 * 4096, beside_compute=False)
 
 
@@ -174,3 +175,41 @@ def test_an_interrupt_at_any_line(gpu: LateGpu, monkeypatch: pytest.MonkeyPatch,
             if not trap.sprung:
                 break
         assert turn > 50
+
+
+@pytest.mark.parametrize("route", [Route.STAGED, Route.RESIDENT])
+@pytest.mark.parametrize("threaded", [False, True])
+def test_an_interrupt_at_any_line_of_a_load_by_layers(
+    gpu: LateGpu, monkeypatch: pytest.MonkeyPatch, route: Route, threaded: bool
+) -> None:
+    """Its first layers are on their way before the others are planned."""
+    cache, engine = engine_of(layers=7)
+    if threaded:
+        monkeypatch.setattr("kvortex.transfer.lane._AT_ONCE", -1)
+    blocks = np.arange(BLOCKS)
+    with engine:
+        before = cache.randomize()
+        by_turns(monkeypatch, route)
+        gpu.patience = 12
+        assert engine.save_blocks(keys_of(*blocks), blocks).wait().all()
+        gpu.patience = 0
+        executor, lost = engine._executor, 0
+        assert isinstance(executor, CudaExecutor)
+        for turn in itertools.count(1, 3):
+            trap = Trap(turn)
+            trap.run(lambda: engine.load_blocks(keys_of(*blocks), BLOCKS + blocks, layerwise=True))
+            ended(engine, gpu)
+            if turn % 10 == 0 or not trap.sprung:
+                poisoned = cache.randomize()
+                ticket = engine.load_blocks(keys_of(*blocks), blocks, layerwise=True)
+                assert isinstance(ticket._transfer.completion, LayerLoad)
+                ended(engine, gpu)
+                assert ticket.wait().all()
+                assert_same(cache.memory(), cache.expected(poisoned, before, [(at, at) for at in range(BLOCKS)]))
+            events = executor._events
+            # Between making a part and keeping it an interrupt takes the part's events along: start, end, and one a group.
+            assert len(events._all) - len(events._free) <= lost + 2 + 7, trap.sprung
+            lost = len(events._all) - len(events._free)
+            if not trap.sprung:
+                break
+        assert turn > 300 and lost < 60

@@ -18,6 +18,7 @@ from kvortex import ConfigError, KVortexConfig, KVortexEngine
 from kvortex.cli import main
 from kvortex.devices import HostDevice
 from kvortex.tiers import tools
+from tests.engine.coded import Coded
 from tests.engine.tiered import nothing_is_held, save, until
 from tests.pages import PagedCache, assert_same, keys_of
 from tests.tiers import servers
@@ -115,6 +116,29 @@ def test_what_engines_without_digests_wrote_is_checked_by_those_with(url: str, m
         assert engine.load_blocks(keys_of(*range(6)), np.arange(10, 16)).wait(60).all()
         assert_same(cache.memory(), cache.expected(poisoned, before, [(at, 10 + at) for at in range(6)]))
         assert not engine.get_stats().corrupt_blocks
+
+
+@pytest.mark.parametrize(("pool", "codec"), [("raw", "plane"), ("plane", "cachegen"), ("plane", None)])
+def test_coded_records_come_back(pool: str, codec: str | None, url: str, model: str, tmp_path: Path) -> None:
+    """Exact, or equal to what the codec itself makes of them; first blocks exact; and in fewer bytes."""
+    coded, keys, chosen = Coded.make(tmp_path), keys_of(*range(6)), url + (f"&codec={codec}" if codec else "")
+    with coded.engine(pool, tiers=(chosen,), model=model) as engine:
+        assert engine.save_blocks(keys, np.arange(6), first=True).wait().all() and engine.flush(60)
+        stats = engine.get_stats().tiers[0]
+        assert not stats.dropped and stats.codec is not None and stats.codec.encoded_blocks == 6
+        assert stats.codec.encoded_to_bytes < stats.codec.encoded_from_bytes and stats.of("put").outcomes.keys() == {"ok"}
+        assert stats.codec.encoded_to_bytes == stats.of("put").nbytes
+    with coded.engine(pool, tiers=(chosen,), model=model) as engine:
+        assert engine.check_blocks(keys, first=True, timeout=60).all()
+        assert engine.load_blocks(keys, np.arange(6, 12), first=True).wait(60).all()
+        for at in range(6):
+            assert (coded.read(6 + at) == coded.expected(codec or pool, coded.records[at], at == 0)).all()
+        assert not engine.get_stats().tiers[0].codec.refused  # type: ignore[union-attr]
+        nothing_is_held(engine)
+    if "cluster" not in url:
+        for facts in tools.act("verify", chosen):
+            assert facts["right"] > 0 and not facts["corrupt"]
+        assert any(name.startswith(f"{codec or pool}: ") for facts in tools.act("ls", chosen) for name in facts["codecs"])
 
 
 def test_layers_saved_one_by_one_come_back_exact(url: str, model: str) -> None:

@@ -38,7 +38,9 @@ def tensors_of(shape: Shape) -> dict[str, Any]:
     return found
 
 
-def write(path: Path, tensors: dict[str, Any], *, architecture: str = "llama", quantized: str = "") -> None:
+def write(
+    path: Path, tensors: dict[str, Any], *, architecture: str = "llama", split: str = "smollm", quantized: str = ""
+) -> None:
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(SHAPE.layers)
     writer.add_embedding_length(SHAPE.width)
@@ -49,7 +51,7 @@ def write(path: Path, tensors: dict[str, Any], *, architecture: str = "llama", q
     writer.add_rope_freq_base(SHAPE.rope_base)
     writer.add_layer_norm_rms_eps(SHAPE.epsilon)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
+    writer.add_tokenizer_pre(split)
     writer.add_token_list(WORDS)
     writer.add_token_types([3 if word.startswith("<|") else 1 for word in WORDS])
     writer.add_token_merges(MERGES)
@@ -86,6 +88,24 @@ def test_a_gguf_file_gives_the_model_that_it_holds(tmp_path: Path) -> None:
     assert found.shape == (31, len(WORDS))
     np.testing.assert_allclose(found, expected[33:64], **near)
     assert np.abs(expected[-1] - expected[-2]).max() > 0.5, "a position more or less would be seen"
+    model.workers.close()
+
+
+def test_queries_keys_and_values_of_qwen2_have_a_bias(tmp_path: Path) -> None:
+    tensors, rng = tensors_of(SHAPE), np.random.default_rng(3)
+    plain = dict(tensors)
+    for name in ("attn_q", "attn_k", "attn_v"):
+        for layer in range(SHAPE.layers):
+            rows = len(tensors[f"blk.{layer}.{name}.weight"])
+            tensors[f"blk.{layer}.{name}.bias"] = rng.standard_normal(rows, np.float32)
+    write(tmp_path / "biased.gguf", tensors, architecture="qwen2", split="qwen2")
+    model, chat = read_gguf(tmp_path / "biased.gguf")
+    tokens = rng.integers(0, len(WORDS), 40)
+    found = model.forward(tokens, 0, np.arange(3), model.new_cache(3), every=True)
+    np.testing.assert_allclose(found, naive_llama.logits(SHAPE, tensors, tokens.tolist(), halves=True), rtol=0.02, atol=0.05)
+    assert np.abs(found - naive_llama.logits(SHAPE, plain, tokens.tolist(), halves=True)).max() > 0.5, "the bias is seen"
+    spelled = [WORDS[at] for at in chat.encode("<|im_start|>hello\n21 hello<|im_end|>")]
+    assert spelled == ["<|im_start|>", "hello", "Ċ", "2", "1", "Ġ", "hello", "<|im_end|>"]
     model.workers.close()
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from kvortex.devices import HostDevice
 from kvortex.tiers.memory import MemoryStore
+from kvortex.tiers.record import HEADER, HEADER_BYTES, RecordFormat
+from tests.engine.coded import Coded
 from tests.engine.tiered import Tiers, save, until
 from tests.integrations.test_prometheus import samples
 from tests.pages import PagedCache, keys_of
+from tests.tiers.resigned import signed
 
 client: Any = pytest.importorskip("prometheus_client")
 from kvortex.integrations.prometheus import prometheus_text  # noqa: E402
@@ -61,3 +66,35 @@ def test_the_numbers_are_those_of_the_tiers() -> None:
 def test_without_tiers_there_are_no_such_families() -> None:
     with PagedCache.plain(HostDevice()).engine() as engine:
         assert "kvortex_tier" not in prometheus_text(engine)
+
+
+def test_what_coding_did(tmp_path: Path) -> None:
+    coded, store, keys = Coded.make(tmp_path), MemoryStore(), keys_of(1, 2)
+    tiers = Tiers(store, codec="cachegen", write_timeout_s=20.0, read_timeout_s=20.0).config
+    with coded.engine("raw", tiers=tiers) as engine:
+        assert engine.save_blocks(keys, [1, 2], first=False).wait().all() and engine.flush()
+    name, record = next(iter(store.objects.items()))
+    header = np.frombuffer(record[:HEADER_BYTES], HEADER)[0]
+    other = RecordFormat(header["namespace"].tobytes(), 1 << 20, 1, coded.shape.raw_bytes)
+    store.put(name, signed(other, header["key"], record[HEADER_BYTES:]))
+    with coded.engine("raw", tiers=tiers) as engine:
+        assert engine.save_blocks(keys_of(3), [3], first=False).wait().all() and engine.flush()
+        engine.prefetch(keys, first=False).wait()
+        stats = engine.get_stats().tiers[0].codec
+        seen = samples(prometheus_text(engine))
+    assert stats is not None and stats.encoded_blocks == stats.decoded_blocks == 1
+    labels = {"tier": "memory", "codec": "cachegen"}
+    for op, did in (("encode", "encoded"), ("decode", "decoded")):
+        key = tuple(sorted({**labels, "op": op}.items()))
+        assert seen["kvortex_tier_codec_blocks_total", key] == getattr(stats, f"{did}_blocks")
+        assert seen["kvortex_tier_codec_seconds_total", key] == getattr(stats, f"{op}_seconds") > 0
+        for side in ("from", "to"):
+            key = tuple(sorted({**labels, "op": op, "side": side}.items()))
+            assert seen["kvortex_tier_codec_bytes_total", key] == getattr(stats, f"{did}_{side}_bytes") > 0
+    assert stats.refused == {"codec": 1}
+    assert seen["kvortex_tier_codec_refused_total", tuple(sorted({**labels, "cause": "codec"}.items()))] == 1
+
+
+def test_tiers_that_are_not_coded_have_no_such_families() -> None:
+    with PagedCache.plain(HostDevice()).engine(tiers=Tiers(MemoryStore()).config) as engine:
+        assert "kvortex_tier_requests" in (text := prometheus_text(engine)) and "kvortex_tier_codec" not in text

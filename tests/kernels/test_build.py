@@ -49,7 +49,7 @@ def compiled(name: str, capability: tuple[int, int]) -> build.Cubin:
 def architectures(name: str) -> list[tuple[int, int]]:
     """Kernels that digest take long to compile, and use nothing that some architectures have and their neighbours have not;
     neither do coders."""
-    few = name.endswith("_digest") or name.startswith(("cachegen", "lossy")) or name in READERS
+    few = name.endswith(("_digest", "_records")) or name.startswith(("cachegen", "lossy")) or name in READERS
     return ARCHITECTURES[::2] if few else ARCHITECTURES
 
 

@@ -18,13 +18,13 @@ from kvortex.kernels import build, cachegen_encode, plane
 from kvortex.kernels import cachegen_form as kernels
 from kvortex.kernels.cachegen import BODY
 from tests.kernels.cachegen_cases import CASES, GUARD, CacheGenCase, damages, escaping
-from tests.kernels.simulator import simulated
+from tests.kernels.simulator import Simulated
 from tests.kernels.test_build import compiled, sass
 
 NAMES = ("cachegen_count", "cachegen_encode", "cachegen_decode")
 
 
-def test_in_the_simulator_they_write_what_the_host_writes() -> None:
+def test_in_the_simulator_they_write_what_the_host_writes(simulated: Simulated) -> None:
     assert simulated("simulate_cachegen").count("simulated cachegen: ") == len(CASES) + 1
 
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +19,14 @@ from kvortex.kernels import lossy_form as lossy
 from kvortex.kernels.eights import LEAST_SCALE, ROOTS
 from tests.kernels.lossy_cases import FILL, GUARD, LARGE, NAMES, SMALL, LossyCase
 from tests.kernels.plane_cases import usual
+from tests.kernels.simulator import Simulated
 from tests.kernels.test_build import compiled, sass
 
 KERNELS = ("lossy_encode", "lossy_decode")
 
 
-def test_in_the_simulator_they_write_what_the_host_writes() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.simulate_lossy"],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "NUMBA_ENABLE_CUDASIM": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("simulated lossy: ") == len(SMALL) + 1
+def test_in_the_simulator_they_write_what_the_host_writes(simulated: Simulated) -> None:
+    assert simulated("simulate_lossy").count("simulated lossy: ") == len(SMALL) + 1
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -17,15 +17,15 @@ from kvortex.digests.keys import kernel_numbers
 from kvortex.errors import CodecError
 from kvortex.kernels import build, plane
 from tests.kernels.plane_cases import CASES, GUARD, PlaneCase
-from tests.kernels.simulator import simulated
-from tests.kernels.test_build import sass
+from tests.kernels.simulator import Simulated
+from tests.kernels.test_build import compiled, sass
 from tests.naive_digest import digest
 
 KERNELS, READERS = ("plane_count", "plane_encode", "plane_decode"), ("read_records", "seal_records")
 LEAN = [*itertools.product(KERNELS, [(9, 0), (10, 0)]), *itertools.product(READERS, [(9, 0)])]
 
 
-def test_in_the_simulator_they_write_what_the_host_writes() -> None:
+def test_in_the_simulator_they_write_what_the_host_writes(simulated: Simulated) -> None:
     assert simulated("simulate_plane").count("simulated plane: ") == len(CASES) + 1
 
 
@@ -35,7 +35,7 @@ def test_the_machine_code_is_lean(name: str, capability: tuple[int, int], tmp_pa
 
     Not so before Hopper, where a vote that the compiler does not know to be whole becomes a call, with registers of its own.
     """
-    text = sass(build.compile_kernel(name, capability).code, tmp_path)
+    text = sass(compiled(name, capability).code, tmp_path)
     assert not re.findall(r"\b(LDL|STL)\b", text), "registers were spilled to local memory"
     assert max(map(int, re.findall(r"\bR(\d+)\b", text))) < (80 if name in READERS else 64)
     assert not re.findall(r"\b(DADD|DMUL|DFMA|I2F\.F64\S*)\b", text), "an index went through floating point of 64 bits"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 from pathlib import Path
@@ -50,12 +51,41 @@ def test_what_is_lost_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(prefix, "PREFIX", 512)
     monkeypatch.setattr(prefix, "LEARNT", 256)
     assert program.main(["prefix", "--quick", "--out", str(tmp_path)]) == 0
-    rows = {row["codec"]: row for row in json.loads((tmp_path / "prefix-host.json").read_text())["rows"]}
+    result = json.loads((tmp_path / "prefix-host.json").read_text())
+    assert {row["model"] for row in result["rows"]} == {"smollm2"} and len(result["notes"]["base_perplexity"]["smollm2"]) == 1
+    rows = {row["codec"]: row for row in result["rows"]}
     assert set(prefix.COLUMNS) <= set(rows["int8"])
     for name in ("raw", "plane"):
         assert rows[name]["kl"] == rows[name]["ppl"] == 0 and rows[name]["top1"] == 1
     kl = [rows[name]["kl"] for name in ("int8", "k6v4", "k4v4", "k4v3")]
     assert 0 < 10 * kl[0] < min(kl[1:]) and max(kl) < 0.5 and all(row["wrong_bytes"] == 0 for row in rows.values())
+
+
+def test_a_second_model_and_all_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefix, "Llama", Formula)
+    monkeypatch.setattr(prefix, "weights", lambda: None)
+    monkeypatch.setattr(prefix, "PREFIX", 256)
+    monkeypatch.setattr(prefix, "LEARNT", 256)
+    monkeypatch.setattr(prefix, "WINDOWS", (prefix.WINDOWS[0], prefix.WINDOWS[-1]))
+    (tmp_path / "qwen.gguf").write_bytes(b"weights")
+    assert program.main(["prefix", "--qwen", str(tmp_path / "qwen.gguf"), "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "prefix-host.json").read_text())
+    assert result["notes"]["qwen"] == f"sha256 {hashlib.sha256(b'weights').hexdigest()}" and str(tmp_path) not in str(result)
+    models = [row["model"] for row in result["rows"]]
+    assert models == sorted(models, reverse=True) and set(models) == {"smollm2", "qwen"}
+    rows = [row for row in result["rows"] if row["codec"] == "k4v3"]
+    assert all(0 < row["kl"] < row["kl_worst"] and row["ppl_se"] > 0 for row in rows), "of two windows"
+
+
+def test_files_that_are_no_such_model_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    pytest.importorskip("gguf", reason="needs the extra examples")
+    monkeypatch.setattr(prefix, "weights", lambda: tmp_path / "none.gguf")
+    run = ["prefix", "--quick", "--out", str(tmp_path), "--qwen"]
+    assert program.main([*run, str(tmp_path / "missing.gguf")]) == 2
+    assert "there is no such file" in capsys.readouterr().err
+    (tmp_path / "noise.gguf").write_bytes(b"noise" * 1000)
+    assert program.main([*run, str(tmp_path / "noise.gguf")]) == 2
+    assert "noise.gguf is no model that can be read here" in capsys.readouterr().err
 
 
 def test_weights_that_are_not_those_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

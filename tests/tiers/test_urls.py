@@ -169,3 +169,14 @@ IMPOSSIBLE = [("admit_after", 256), ("write_threads", 0), ("fresh_s", 0.0), ("lo
 def test_impossible_options_are_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"^{name} = "):
         TierOptions(**{name: value})
+
+
+def test_a_codec_that_nobody_has_made_is_refused() -> None:
+    """As by vLLM's tier, whose chunks are whatever they are."""
+    for entry in ("memory:coded?codec=plane", {"url": "memory:coded", "codec": "cachegen", "codec_level": 2}):
+        with pytest.raises(ConfigError, match="the blocks of tier .* are not coded; leave it out"):
+            open_tier(entry, FORM)
+    with pytest.raises(ConfigError, match="blocks of this tier are not coded"):
+        open_tier((lambda form: MemoryTier(MemoryStore(), form), TierOptions(codec="int8")), FORM)
+    assert open_tier("memory:coded?codec=raw", FORM).coding is None
+    assert open_tier("memory:coded", FORM).tier.form is FORM  # type: ignore[attr-defined]

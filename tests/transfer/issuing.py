@@ -16,7 +16,9 @@ from kvortex.transfer.plan import (
     BUFFER,
     FIRST_LAUNCH,
     LAUNCH_COLUMNS,
+    N_COPIES,
     N_LAUNCHES,
+    N_PIECES,
     PARAMETERS,
     RELATIVE,
     WORK,
@@ -38,6 +40,7 @@ from tests.transfer.plans import HOST, fragments_of
 from tests.transfer.recorder import Recorder
 
 CONTEXT, KERNEL, THREADS, TABLE, JOIN_STREAM, CALLER_EVENT = 0xC0, 0xF0, 64, 0x7AB1E000, 0x5000, 0xE000
+COPY_STREAM, COPY_EVENT = 0x5CC00, 0xECC00
 CALLER, START, DONE, IDS, MARK = 0x5CA11, 0xE111, 0xE222, 0x1D5000, 0xE30000
 IDS_IN_VRAM, SUMS, STATUS = 0x1D6000, 0x50000, 0x57A700
 SLOT_BYTES, PIECE_BYTES = 128, 16
@@ -45,8 +48,8 @@ SLOT_BYTES, PIECE_BYTES = 128, 16
 
 @dataclass
 class Lane:
-    """What ``issue`` takes besides the plan; stream k is 0x5001 + k, its buffer 0xB0000 * (k + 1), its events 0xE001 + k and
-    0xC001 + k. ``after`` are events to wait for in the place of the caller's stream."""
+    """What ``issue`` takes besides the plan; stream k is 0x5001 + k, its buffer 0xB0000 * (k + 1), its events 0xE001 + k,
+    0xD001 + k and 0xC001 + k. ``after`` are events to wait for in the place of the caller's stream."""
 
     count: int
     to_host: bool
@@ -58,7 +61,8 @@ class Lane:
 
     def __post_init__(self) -> None:
         at = np.arange(self.count, dtype=np.int64)
-        self.streams, self.joins, self.buffers, self.copied = 0x5001 + at, 0xE001 + at, 0xB0000 * (at + 1), 0xC001 + at
+        self.streams, self.joins, self.buffers = 0x5001 + at, 0xE001 + at, 0xB0000 * (at + 1)
+        self.turns = np.stack((0xD001 + at, 0xC001 + at))
         self.works = 0x330000 + 0x1000 * at
         self.cells = np.zeros(nogil.LANE_CELLS, np.int64)
         self.cells[nogil.CONTEXT] = CONTEXT
@@ -69,6 +73,7 @@ class Lane:
         self.cells[nogil.JOIN_STREAM] = JOIN_STREAM
         self.cells[nogil.CALLER_EVENT] = CALLER_EVENT
         self.cells[nogil.TO_HOST] = self.to_host
+        self.cells[nogil.COPY_STREAM], self.cells[nogil.COPY_EVENT] = COPY_STREAM, COPY_EVENT
 
     def issue(self, recorder: Recorder, plan: Plan) -> tuple[int, int]:
         """The two codes."""
@@ -77,7 +82,7 @@ class Lane:
         turn, outcome = np.array([self.turn]), np.zeros(nogil.OUTCOME_CELLS, np.int64)
         scratch = np.zeros(nogil.SCRATCH_CELLS, np.int64)
         caller, after = (CALLER, [CALLER_EVENT]) if self.after is None else (nogil.NO_STREAM, self.after)
-        fixed = (self.cells, self.streams, self.buffers, self.joins, self.copied, turn, caller, np.array(after, np.int64))
+        fixed = (self.cells, self.streams, self.buffers, self.joins, self.turns, turn, caller, np.array(after, np.int64))
         marks = MARK + np.arange(len(plan.marks), dtype=np.int64)
         table = (plan.chunks, plan.copies, plan.batch, plan.pitch, plan.marks, marks)
         digest = NO_DIGESTS if self.digest is None else self.digest
@@ -88,6 +93,10 @@ class Lane:
         pushed = len(recorder.calls) > 1
         assert turn[0] == ((self.turn + len(plan.chunks)) % self.count if pushed else self.turn)
         return int(outcome[nogil.ERROR]), int(outcome[nogil.LAST])
+
+    def apart(self, plan: Plan) -> bool:
+        """Whether copies have a stream of their own: those between several staging buffers and the host."""
+        return bool(self.count > 1 and plan.chunks[0, N_PIECES] and plan.chunks[0, N_COPIES])
 
     def used(self, plan: Plan) -> list[int]:
         """Streams that get chunks, in the order of chunks."""

@@ -9,6 +9,7 @@ import pytest
 
 from kvortex.devices import driver as cu
 from kvortex.transfer import digesting as dg
+from kvortex.transfer.issue import COPIED, HANDED
 from kvortex.transfer.plan import (
     FIRST_BLOCK,
     FIRST_COPY,
@@ -26,6 +27,7 @@ from tests.transfer.issuing import (
     CALLER,
     CALLER_EVENT,
     CONTEXT,
+    COPY_STREAM,
     DONE,
     IDS,
     IDS_IN_VRAM,
@@ -74,7 +76,7 @@ def work_of(lane: Lane, plan: Plan) -> list[Call]:
             calls.append(batch_of(lane.to_host, plan.batch[:, chunk[FIRST_COPY] : chunk[FIRST_COPY] + chunk[N_COPIES]], stream))
             continue
         for device, host, *rest in plan.copies[chunk[FIRST_COPY] : chunk[FIRST_COPY] + chunk[N_COPIES]].tolist():
-            copies.append(copy_of(lane.to_host, base + device, host, rest, stream))
+            copies.append(copy_of(lane.to_host, base + device, host, rest, COPY_STREAM if lane.apart(plan) else stream))
         launches = []
         if chunk[N_LAUNCHES]:
             for row in plan.launches[chunk[FIRST_LAUNCH] : chunk[FIRST_LAUNCH] + chunk[N_LAUNCHES]].tolist():
@@ -139,13 +141,14 @@ def test_all_work_is_ordered_after_the_caller_and_before_done(name: str, to_host
     work = [at for at, call in enumerate(calls) if call.name in WORK]
     assert all(caller in before[at] for at in work), "work that does not wait for the caller's stream"
     assert set(work) <= before[done], "done is reached before all work is"
-    assert caller in before[start] and calls[start].stream == lane.used(plan)[0] and start < min(work)
-    used = lane.used(plan)
-    assert calls[done].stream == meets(lane, plan) and start in before[done]
-    assert {call.stream for call in calls if call.name in WORK} == set(lane.used(plan))
+    used, apart = lane.used(plan), lane.apart(plan)
+    first = COPY_STREAM if apart and not to_host else used[0]
+    assert caller in before[start] and calls[start].stream == first and start < min(work)
+    assert calls[done].stream == (JOIN_STREAM if apart else meets(lane, plan)) and start in before[done]
+    assert {call.stream for call in calls if call.name in WORK} == {*used, *[COPY_STREAM] * apart}
     touched = {call.stream for call in calls if call.name not in ("push", "pop")}
-    joined = [JOIN_STREAM] if len(plan.marks) else [meets(lane, plan)]
-    assert touched == {CALLER, *joined, *used}, "a stream without chunks must not be made to wait"
+    joined = [JOIN_STREAM] if len(plan.marks) or apart else [meets(lane, plan)]
+    assert touched == {CALLER, *joined, *used, *[COPY_STREAM] * apart}, "a stream without chunks must not be made to wait"
     assert sum(call.stream == CALLER for call in calls if call.name in ("record", "wait", *WORK)) == 1
 
 
@@ -160,7 +163,8 @@ def test_all_work_is_ordered_after_events_that_were_recorded_before(name: str, e
     work = [at for at, call in enumerate(calls) if call.name in WORK]
     assert work and all(set(range(len(events))) <= before[at] for at in work)
     touched = {call.stream for call in calls[len(events) :] if call.name not in ("push", "pop")}
-    assert touched == {*([JOIN_STREAM] if len(lane.used(plan)) > 1 else []), *lane.used(plan)}
+    joined = [JOIN_STREAM] if len(lane.used(plan)) > 1 or lane.apart(plan) else []
+    assert touched == {*joined, *lane.used(plan), *[COPY_STREAM] * lane.apart(plan)}
 
 
 READER, DIGEST_STREAM, DIGEST_EVENT, SUMS, PINNED, NUMBERS = 0xDD, 0x5D00, 0xED00, 0x50000, 0x60000, 0x70000
@@ -289,11 +293,16 @@ def test_copies_go_one_chunk_after_another_and_launches_wait_for_no_other_stream
 
 
 @pytest.mark.parametrize("to_host", [True, False])
-def test_the_copies_of_the_next_transfer_wait_too(to_host: bool) -> None:
+def test_what_uses_a_buffer_first_waits_for_the_transfer_before(to_host: bool) -> None:
+    """A save's kernel for the copies that empty it, a load's copy for the kernel that does."""
     lane, plan, recorder = issued("staged", to_host, (3, 2))
-    copies = [call.name in ("to_host", "to_device", "lines") for call in recorder.calls]
-    wait = recorder.calls[copies.index(True) - 1]
-    assert wait == Call("wait", (int(lane.streams[2]), int(lane.copied[1]), 0))
+    first = next(at for at, call in enumerate(recorder.calls) if call.name in WORK)
+    waits = (int(lane.streams[2]), int(lane.turns[COPIED, 2])) if to_host else (COPY_STREAM, int(lane.turns[HANDED, 2]))
+    assert recorder.calls[first - 1] == Call("wait", (*waits, 0))
+    ends = {call.arguments for call in recorder.calls if call.name == "record"}
+    behind = {(int(lane.turns[COPIED, at]), COPY_STREAM) for at in range(3)}
+    behind |= {(int(lane.turns[HANDED, at]), int(lane.streams[at])) for at in range(3)}
+    assert behind <= ends, "the next transfer has something to wait for"
 
 
 @pytest.mark.parametrize("name", ["staged", "direct", "batched"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.transfer.issuing import CALLER_EVENT, DONE, JOIN_STREAM, PLANS, START, Lane
+from tests.transfer.issuing import CALLER_EVENT, COPY_EVENT, DONE, JOIN_STREAM, PLANS, START, Lane
 from tests.transfer.recorder import Recorder, predecessors
 
 WORK = ("launch", "to_host", "to_device", "lines", "batch")
@@ -38,9 +38,10 @@ def test_a_refusal_at_any_call(name: str, to_host: bool, at: int) -> None:
         assert (first, last) == (CODE, 0) and names == ["push"], "no context, so nothing to pop and nothing to record"
         return
     assert names[0] == "push" and names[-1] == "pop" and names.count("pop") == 1
-    joins = set(lane.joins.tolist())
+    apart = [COPY_EVENT] * lane.apart(PLANS[name])
+    ends = {*lane.joins.tolist(), *apart, DONE}
     failed = calls[at]
-    is_end = failed.name == "record" and (failed.arguments[0] in joins or failed.arguments[0] == DONE)
+    is_end = failed.name == "record" and failed.arguments[0] in ends
     is_end |= failed.name == "wait" and failed.arguments[0] == JOIN_STREAM
     if failed.name == "pop":
         assert (first, last) == (0, 0), "everything was issued and joined"
@@ -49,9 +50,10 @@ def test_a_refusal_at_any_call(name: str, to_host: bool, at: int) -> None:
     if not is_end:
         assert not any(call.name in WORK for call in calls[at + 1 :]), "work after a refusal"
         assert not any(call.arguments[0] == CALLER_EVENT for call in calls[at + 1 :] if call.name == "record")
-    others = {CALLER_EVENT, START, *lane.copied.tolist()}
+    others = {CALLER_EVENT, START, *lane.turns.ravel().tolist()}
     tail = [call.arguments[0] for call in calls if call.name == "record" and call.arguments[0] not in others]
-    assert tail == [int(lane.joins[(1 + k) % 3]) for k in range(3)] + [DONE], "each stream is joined, also after an error"
+    joined = [int(lane.joins[(1 + k) % 3]) for k in range(3)]
+    assert tail == [*joined, *apart, DONE], "each stream is joined, also after an error"
     if last == 0:  # then done must follow everything that was issued
         before = predecessors(calls, {at: CODE})
         done = next(i for i, call in enumerate(calls) if call.name == "record" and call.arguments[0] == DONE)
@@ -69,7 +71,7 @@ def test_a_wait_for_an_event_that_is_refused(at: int) -> None:
 def test_a_lost_context(to_host: bool) -> None:
     """Every call behind the first fails: the first code of each kind is told, nothing is retried."""
     (first, last), lane, recorder = issued("staged", to_host, {at: 700 + at for at in range(1, 100)})
-    assert (first, last) == (701, 702) and recorder.names == ["push", "record", "record", "record", "record", "record", "pop"]
+    assert (first, last) == (701, 702) and recorder.names == ["push", *["record"] * 6, "pop"]
 
 
 def test_the_first_error_is_the_one_told() -> None:

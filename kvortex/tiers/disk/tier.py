@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import secrets
 import threading
@@ -70,6 +71,9 @@ class DiskTier(Tier):
     name, local = "disk", True
 
     def __init__(self, options: DiskOptions, form: RecordFormat, *, system: System | None = None) -> None:
+        if form.usual_bytes is not None:  # slots of one size, and as many as possible
+            form = dataclasses.replace(form, most_bytes=min(form.most_bytes, form.usual_bytes), usual_bytes=None)
+            self.most_bytes = form.most_bytes
         self.options, self.form = options, form
         self.capacity_bytes = options.capacity_bytes
         self.slot_bytes = slot_bytes_for(form.most_bytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import errno
 import fcntl
@@ -21,6 +22,7 @@ from kvortex.tiers.disk.recovery import in_threads, scan
 from kvortex.tiers.disk.slab import NAME, START, Slab, lock
 from kvortex.tiers.disk.superblock import COPIES, Superblock
 from kvortex.tiers.disk.system import System
+from kvortex.tiers.inventory import by_codec
 from kvortex.tiers.record import RecordFormat, check_payloads
 
 
@@ -45,6 +47,8 @@ class Listing:
         Of these records.
     unreadable
         Slots whose headers the disk did not give.
+    codecs
+        Names, each with the number of its records. Of a block that was divided, each part is one.
     """
 
     path: str
@@ -57,6 +61,7 @@ class Listing:
     records: int
     payload_bytes: int
     unreadable: int
+    codecs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,7 @@ def listing(folder: str) -> Listing:
             len(first),
             int(found["payload_bytes"][first].sum()),
             int(unread.sum()),
+            by_codec(collections.Counter(found["codec"][first].tolist())),
         )
 
 

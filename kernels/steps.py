@@ -1,6 +1,7 @@
-"""float32 as a host without fused multiply-add computes it: each operation is rounded by itself, and its operands are bits.
+"""Steps of ``cachegen`` from numbers and back, a statement each, on the bits of float32: as a host computes them.
 
-A statement that says how it rounds is never contracted with its neighbour, denormals are kept, and quotients are the nearest.
+Each operation says how it rounds, so it is never contracted with its neighbour; denormals are kept, and quotients are the
+nearest. Single operations on numbers are in ``float32.py``.
 """
 
 from __future__ import annotations
