@@ -14,6 +14,7 @@ import numpy as np
 from kvortex.transfer.plan import (
     BASE,
     BYTES,
+    CHUNK_COLUMNS,
     COPY_BYTES,
     COPY_COLUMNS,
     DEVICE_SIDE,
@@ -57,6 +58,8 @@ class Cut:
         Of block 0 and slot 0, with an address of 0.
     strides : (k,) int64
         Bytes from block to block, of each of these.
+    behind : (9,) int64
+        What a chunk of :func:`kvortex.transfer.plan.plan_mapped` has more, or less, where it is left what comes behind.
     balanced
         Whether neither part takes much longer than the other.
     """
@@ -65,6 +68,7 @@ class Cut:
     n_pieces: int
     copies: Int64s
     strides: Int64s
+    behind: Int64s
     balanced: bool
 
     @property
@@ -97,7 +101,9 @@ def cut_record(fragments: Int64s, runs: Int64s, pieces: Int64s) -> Cut:
     copies[:, COPY_BYTES] = copies[:, HOST_PITCH] = rows[:, BYTES]
     copies[:, LINES], copies[:, PITCH] = rows[:, LINES_OF_RUN], rows[:, LINES_OF_RUN + 1]
     balanced = _LEAST * whole <= _WHOLE * nbytes <= _MOST * whole and nbytes > 0
-    return Cut(nbytes, int(np.searchsorted(pieces[:, OFFSET], nbytes)), copies, rows[:, STRIDE].copy(), balanced)
+    n_pieces, behind = int(np.searchsorted(pieces[:, OFFSET], nbytes)), np.zeros(CHUNK_COLUMNS, np.int64)
+    behind[[FIRST_PIECE, N_PIECES, INSTEAD]] = n_pieces, -n_pieces, nbytes
+    return Cut(nbytes, n_pieces, copies, rows[:, STRIDE].copy(), behind, balanced)
 
 
 def plan_split(blocks: Int64s, slots: Int64s, pieces: Int64s, cut: Cut, pool: Pool, max_blocks: int) -> Plan:
@@ -109,8 +115,9 @@ def plan_split(blocks: Int64s, slots: Int64s, pieces: Int64s, cut: Cut, pool: Po
     mapped = plan_mapped(blocks, slots, pieces, pool, max_blocks)
     if not cut.n_pieces:
         return mapped
-    if len(mapped.order):
-        blocks, slots = blocks[mapped.order], slots[mapped.order]
+    if len(blocks) == 1:  # what there is to do for many takes twice as long
+        return _plan_one(mapped, int(blocks[0]), cut)
+    blocks, slots = blocks[mapped.order], slots[mapped.order]
     count, each = len(blocks), len(cut.copies)
     copies = np.repeat(cut.copies[None], count, axis=0)
     copies[..., DEVICE_SIDE] += blocks[:, None] * cut.strides
@@ -119,7 +126,15 @@ def plan_split(blocks: Int64s, slots: Int64s, pieces: Int64s, cut: Cut, pool: Po
     dmas, kernels = chunks[::2], chunks[1::2]
     dmas[:, FIRST_COPY], dmas[:, N_COPIES] = each * dmas[:, FIRST_BLOCK], each * dmas[:, N_BLOCKS]
     dmas[:, [FIRST_BLOCK, N_BLOCKS, N_PIECES, INSTEAD]] = 0
-    kernels[:, FIRST_PIECE] += cut.n_pieces
-    kernels[:, N_PIECES] -= cut.n_pieces
-    kernels[:, INSTEAD] += cut.nbytes
+    kernels += cut.behind
     return Plan(mapped.ids, chunks, copies.reshape(-1, COPY_COLUMNS), mapped.nbytes, mapped.pitch, order=mapped.order)
+
+
+def _plan_one(mapped: Plan, block: int, cut: Cut) -> Plan:
+    """The same of one block."""
+    copies, chunks = cut.copies.copy(), np.zeros((2, CHUNK_COLUMNS), np.int64)
+    copies[:, DEVICE_SIDE] += block * cut.strides
+    copies[:, HOST_SIDE] += mapped.chunks[0, INSTEAD]
+    chunks[0, N_COPIES] = len(copies)
+    np.add(mapped.chunks[0], cut.behind, out=chunks[1])
+    return Plan(mapped.ids, chunks, copies, mapped.nbytes, mapped.pitch)

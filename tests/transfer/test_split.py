@@ -95,6 +95,7 @@ def test_what_is_read_is_what_was_copied(name: str, to_host: bool, count: int, t
     assert all(calls.index(Call("record", (CALLER_EVENT, CALLER))) in before[at] for at in (read, *kernels, *copies))
     assert to_host or set(copies) <= before[read]
     if count == 2:
+        assert min(copies) < min(kernels) < read, "both ways are busy before anything is asked for that they do not wait for"
         assert not any(before[at] & {*copies, read} for at in kernels), "kernels wait for no copy, and not to be read"
         assert not before[read] & set(kernels) and not any(before[at] & set(kernels) for at in copies)
         assert {calls[at].stream for at in copies} == {int(lane.streams[turn])} != {calls[at].stream for at in kernels}
