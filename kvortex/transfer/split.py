@@ -60,6 +60,10 @@ class Cut:
         Bytes from block to block, of each of these.
     behind : (9,) int64
         What a chunk of :func:`kvortex.transfer.plan.plan_mapped` has more, or less, where it is left what comes behind.
+    alone : (2, 9) int64
+        The chunks of one block, with a slot at address 0.
+    record_bytes
+        Of both parts together.
     balanced
         Whether neither part takes much longer than the other.
     """
@@ -69,6 +73,8 @@ class Cut:
     copies: Int64s
     strides: Int64s
     behind: Int64s
+    alone: Int64s
+    record_bytes: int
     balanced: bool
 
     @property
@@ -103,7 +109,10 @@ def cut_record(fragments: Int64s, runs: Int64s, pieces: Int64s) -> Cut:
     balanced = _LEAST * whole <= _WHOLE * nbytes <= _MOST * whole and nbytes > 0
     n_pieces, behind = int(np.searchsorted(pieces[:, OFFSET], nbytes)), np.zeros(CHUNK_COLUMNS, np.int64)
     behind[[FIRST_PIECE, N_PIECES, INSTEAD]] = n_pieces, -n_pieces, nbytes
-    return Cut(nbytes, n_pieces, copies, rows[:, STRIDE].copy(), behind, balanced)
+    alone = np.zeros((2, CHUNK_COLUMNS), np.int64)
+    alone[0, N_COPIES], alone[1, N_BLOCKS], alone[1, N_PIECES] = len(copies), 1, len(pieces)
+    alone[1] += behind
+    return Cut(nbytes, n_pieces, copies, rows[:, STRIDE].copy(), behind, alone, whole, balanced)
 
 
 def plan_split(blocks: Int64s, slots: Int64s, pieces: Int64s, cut: Cut, pool: Pool, max_blocks: int) -> Plan:
@@ -112,11 +121,11 @@ def plan_split(blocks: Int64s, slots: Int64s, pieces: Int64s, cut: Cut, pool: Po
     Parameters are those of :func:`kvortex.transfer.plan.plan_mapped`. Before each chunk of that, which takes the pieces behind
     the cut, comes one with the copies of the same records: on two streams DMAs are on the one and launches on the other.
     """
+    if cut.n_pieces and len(blocks) == 1:  # what there is to do for many takes three times as long
+        return _plan_one(blocks, pool.address + int(slots[0]) * pool.slot_bytes, cut, pool.slot_bytes)
     mapped = plan_mapped(blocks, slots, pieces, pool, max_blocks)
     if not cut.n_pieces:
         return mapped
-    if len(blocks) == 1:  # what there is to do for many takes twice as long
-        return _plan_one(mapped, int(blocks[0]), cut)
     blocks, slots = blocks[mapped.order], slots[mapped.order]
     count, each = len(blocks), len(cut.copies)
     copies = np.repeat(cut.copies[None], count, axis=0)
@@ -130,11 +139,10 @@ def plan_split(blocks: Int64s, slots: Int64s, pieces: Int64s, cut: Cut, pool: Po
     return Plan(mapped.ids, chunks, copies.reshape(-1, COPY_COLUMNS), mapped.nbytes, mapped.pitch, order=mapped.order)
 
 
-def _plan_one(mapped: Plan, block: int, cut: Cut) -> Plan:
-    """The same of one block."""
-    copies, chunks = cut.copies.copy(), np.zeros((2, CHUNK_COLUMNS), np.int64)
-    copies[:, DEVICE_SIDE] += block * cut.strides
-    copies[:, HOST_SIDE] += mapped.chunks[0, INSTEAD]
-    chunks[0, N_COPIES] = len(copies)
-    np.add(mapped.chunks[0], cut.behind, out=chunks[1])
-    return Plan(mapped.ids, chunks, copies, mapped.nbytes, mapped.pitch)
+def _plan_one(blocks: Int64s, slot: int, cut: Cut, pitch: int) -> Plan:
+    """The same of one block, to or from the address ``slot``."""
+    copies, chunks = cut.copies.copy(), cut.alone.copy()
+    copies[:, DEVICE_SIDE] += blocks[0] * cut.strides
+    copies[:, HOST_SIDE] += slot
+    chunks[1, INSTEAD] += slot
+    return Plan(blocks.astype(np.int32), chunks, copies, cut.record_bytes, pitch)

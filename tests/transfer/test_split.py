@@ -9,6 +9,7 @@ import pytest
 
 from kvortex.transfer.plan import (
     FIRST_BLOCK,
+    FIRST_COPY,
     FIRST_PIECE,
     LINES,
     LINES_OF_RUN,
@@ -16,10 +17,11 @@ from kvortex.transfer.plan import (
     N_COPIES,
     N_PIECES,
     Int64s,
+    Pool,
     split_pieces,
     strides,
 )
-from kvortex.transfer.split import Cut, cut_record
+from kvortex.transfer.split import Cut, cut_record, plan_split
 from tests.fake_gpu import fake_gpu
 from tests.pages import PagedCache, Tensor, keys_of
 from tests.transfer.issuing import CALLER, CALLER_EVENT, DONE, JOIN_STREAM, PLANS, Lane
@@ -71,6 +73,23 @@ def test_copies_and_launches_take_turns_over_the_same_records() -> None:
     assert chunks[::2, N_PIECES].tolist() == [0] * 3 and chunks[1::2, N_COPIES].tolist() == [0] * 3
     assert (chunks[::2, N_COPIES] == chunks[1::2, N_BLOCKS]).all() and chunks[1::2, N_BLOCKS].sum() == 9
     assert set(chunks[1::2, FIRST_PIECE].tolist()) == {4} and set(chunks[1::2, N_PIECES].tolist()) == {4}
+
+
+@pytest.mark.parametrize("fragments", [4, 9])
+def test_one_block_is_planned_as_each_of_many(fragments: int) -> None:
+    table, _ = fragments_of([25] * fragments, 100, 0, interleaved=False)
+    pieces, pool = split_pieces(table, 16), Pool(0x77000, 4096, 5)
+    cut = cut_record(table, strides(table, 1 << 31, np.zeros(fragments, np.int64)), pieces)
+    blocks, slots = np.array([8, 3, 5]), np.array([2, 6, 11])
+    many, each = plan_split(blocks, slots, pieces, cut, pool, 64), len(cut.copies)
+    for at in range(3):
+        one = plan_split(blocks[at : at + 1], slots[at : at + 1], pieces, cut, pool, 64)
+        wanted = many.chunks[2 * at : 2 * at + 2].copy()
+        wanted[0, FIRST_COPY] = wanted[1, FIRST_BLOCK] = 0
+        np.testing.assert_array_equal(one.chunks, wanted)
+        np.testing.assert_array_equal(one.copies, many.copies[each * at : each * (at + 1)])
+        assert one.ids.tolist() == [blocks[at]] and one.ids.dtype == many.ids.dtype and not len(one.order)
+        assert (one.nbytes, one.pitch, one.ctas) == (many.nbytes // 3, many.pitch, many.ctas)
 
 
 @pytest.mark.parametrize("apart", [0, 8])
