@@ -74,7 +74,6 @@ NO_STREAM = -1  # in the place of the caller's, where only events are waited for
 PIECE_ROW_BYTES = 8 * (BYTES + 1)
 _READS = digesting.KERNEL
 
-
 # Cells of ``scratch``: where the popped context goes, then a CUDA_MEMCPY2D (cuda.h): of each side x, y, kind of memory, host
 # address, device address, array, pitch; then bytes of a line, and lines. Behind it what a batch of copies needs: a
 # CUmemcpyAttributes, the first copy that it is for, and where the index of a copy that failed goes; and a thread's mode of
@@ -249,6 +248,8 @@ def issue(  # type: ignore[no-untyped-def]
 ):
     """Puts a plan on its streams, after the caller's and before ``done``.
 
+    Copies and launches that take turns (:mod:`kvortex.transfer.split`) have a stream each; ``done`` is on that of launches.
+
     Parameters
     ----------
     functions : (n,) int64
@@ -313,7 +314,6 @@ def issue(  # type: ignore[no-untyped-def]
     by_turns = len(chunks) > 1 and chunks[0, N_PIECES] == 0 and chunks[1, N_PIECES] > 0  # copies alone, and launches
     split = by_turns and n <= 2  # then all copies are on the first stream
     sends, beside = digests and digest[PIECE_BYTES] == 0, reads and to_host
-    reads_at = 1 if split else 0  # the chunk behind whose copies; of two ways over the link both are busy then
     if sends and not error:
         error = send(functions, digest)
     apart = n > 1 and len(chunks) > 0 and chunks[0, N_PIECES] > 0 and chunks[0, N_COPIES] > 0
@@ -349,7 +349,7 @@ def issue(  # type: ignore[no-untyped-def]
             error = _copy_batch(to_host, functions, batch, chunk, copying, scratch)
         elif not error:
             error = copy_chunk(to_host, functions, copies, chunk, base, copying, scratch)
-        if not error and beside and c == reads_at:  # once the link is busy: these calls of the driver take microseconds
+        if not error and beside and c == int(split):  # once the link is busy: these calls of the driver take microseconds
             error = follow(functions, digest[STREAM], after)
             if not error:
                 error = read(functions, digest, digest[STREAM], parameters, pointers)
