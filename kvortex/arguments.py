@@ -23,7 +23,7 @@ def integers(values: Any, name: str, count: int) -> Int64s:
     array = integer_array(values, name)
     if len(array) != count:
         raise ArgumentError(f"{name} has {len(array)} entries for {count} keys")
-    if array.size and int(array.max()) > LARGEST:
+    if array.dtype == np.uint64 and array.size and int(array.max()) > LARGEST:
         raise ArgumentError(f"{name} holds {int(array.max())}, which is no address or index of 63 bits")
     return np.array(array, np.int64)  # a copy: the caller may change its array while a transfer runs
 
@@ -117,14 +117,15 @@ def seconds(timeout: Any) -> float:
 def block_ids(values: Any, count: int, num_blocks: int) -> Int64s:
     """Ids of ``count`` different blocks below ``num_blocks``."""
     ids = integers(values, "block_ids", count)
-    if count and (ids.min() < 0 or ids.max() >= num_blocks):
+    if not count:
+        return ids
+    ascending = np.sort(ids)  # and no more, unless something is wrong: a load's first copy waits for this
+    if ascending[0] < 0 or ascending[-1] >= num_blocks:
         bad = int(np.flatnonzero((ids < 0) | (ids >= num_blocks))[0])
         raise ArgumentError(f"block_ids[{bad}] = {ids[bad]}: the layout has blocks 0 to {num_blocks - 1}")
-    if count < 2:
-        return ids
-    order = np.argsort(ids, kind="stable")
-    twice = np.flatnonzero(np.diff(ids[order]) == 0)
-    if len(twice):
+    if np.count_nonzero(ascending[1:] == ascending[:-1]):
+        order = np.argsort(ids, kind="stable")
+        twice = np.flatnonzero(np.diff(ids[order]) == 0)
         first, second = sorted(order[twice[0] : twice[0] + 2].tolist())
         raise ArgumentError(f"block_ids[{first}] and block_ids[{second}] are both {ids[first]}; one call names a block once")
     return ids

@@ -18,7 +18,7 @@ from kvortex.errors import ConfigError, cut, shown, shown_tiers
 ENV_PREFIX = "KVORTEX_"
 ENV_NOT_OPTIONS = frozenset({"KVORTEX_CACHE_DIR"})  # read by kvortex.kernels.cache, not an option of the engine
 _MOST = 2**63 - 1  # what NumPy, compiled code and the driver count with
-_ROUTES = ("auto", "staged", "resident", "strided", "batched", "mapped")
+_ROUTES = ("auto", "staged", "resident", "strided", "batched", "mapped", "split")
 _KEY_SCHEMES = ("kvortex", "vllm", "vllm-0.29", "vllm-0.20", "vllm-0.17", "vllm-0.15")
 _CALIBRATE = ("never", "stored", "once")
 _POLICIES = ("arc", "lfu", "lru", "s3fifo")
@@ -43,8 +43,8 @@ class KVortexConfig:
     cpu_pool_size_bytes
         Budget of the pinned host pool, in bytes. Never exceeded; what does not fill a whole slot is not allocated.
     gpu_pool_size_bytes
-        Budget of the staging buffers in VRAM, in bytes, shared by both directions; None for as much as the GPU's profile says.
-        The host device has none.
+        Budget of the staging buffers in VRAM, in bytes, shared by both directions; None for as much as the GPU's profile says,
+        with a codec up to four times that, and no more than a 64th of the VRAM then. The host device has none.
     num_transfer_streams
         Streams of each direction; None for as many as the profile says. Threads on the host device; None for 2.
     staging_buffers
@@ -54,7 +54,7 @@ class KVortexConfig:
         ``kvortex calibrate`` measured on a GPU of this kind, and guesses where there is none; ``"once"`` measures and stores
         it where there is none, which takes seconds.
     transfer_route
-        How blocks cross the link: ``"staged"``, ``"resident"``, ``"strided"``, ``"batched"`` or ``"mapped"`` (see
+        How blocks cross the link: ``"staged"``, ``"resident"``, ``"strided"``, ``"batched"``, ``"mapped"`` or ``"split"`` (see
         :class:`kvortex.transfer.routes.Route`), or ``"auto"`` to choose for each transfer. The host device has one way.
     beside_compute
         Whether a model computes on the GPU while blocks move, which ``transfer_route = "auto"`` then spares; None to take

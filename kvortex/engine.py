@@ -349,7 +349,7 @@ class KVortexEngine:
             transfer.mask = transfer.slots >= 0
             longest = self.config.transfer_timeout_s
             rest = rest_of(self._parts, transfer, keys, memory, stream, bool(layerwise), longest) if fetch else None
-            self._counters.miss(len(keys) - int(transfer.mask.sum()) - (0 if rest is None else len(rest.keys)))
+            self._counters.miss(len(keys) - int(np.count_nonzero(transfer.mask)) - (0 if rest is None else len(rest.keys)))
             start(self._executor, transfer, memory, stream, bool(layerwise))
             if rest is not None and self._cascade is not None:
                 self._cascade.submit(rest)

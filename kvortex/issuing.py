@@ -72,14 +72,16 @@ def start(executor: Executor, transfer: Transfer, memory: Memory, stream: Any, l
     moved = transfer.moved()
     if not len(moved):
         return
-    transfer.payload = memory.payload[moved]
-    transfer.nbytes = int(transfer.payload.sum())
-    transfer.completion = _prepare(executor, transfer, memory[moved], stream, layerwise)
+    mine = memory if len(moved) == len(transfer.slots) else memory[moved]
+    transfer.payload = mine.payload
+    transfer.nbytes = int(mine.payload.sum())
+    transfer.completion = _prepare(executor, transfer, transfer.slots[moved], mine, stream, layerwise)
     transfer.completion.start()
 
 
-def _prepare(executor: Executor, transfer: Transfer, memory: Memory, stream: Any, layerwise: bool) -> Completion:
-    slots = transfer.slots[transfer.slots >= 0]
+def _prepare(
+    executor: Executor, transfer: Transfer, slots: Int64s, memory: Memory, stream: Any, layerwise: bool
+) -> Completion:
     try:
         if memory.paged:
             return executor.prepare_blocks(transfer.direction, memory.pages, slots, stream, layerwise, memory.parts)

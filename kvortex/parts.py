@@ -38,6 +38,7 @@ from kvortex.transfer.routes import Route
 _LONGEST_EXIT_S = 5.0  # that the end of a process waits for tiers
 _CLOSING_SHARE = 0.2  # of the time for an end, which calls that run have to come back
 _HOST_THREADS = 2  # of each direction, unless num_transfer_streams says how many
+_CODED_TIMES, _CODED_PART = 4, 64
 
 
 class Parts:
@@ -177,13 +178,21 @@ def _executor(
 
         route = None if config.transfer_route == "auto" else Route(config.transfer_route)
         blocks = 0 if layout is None else layout.num_blocks
-        budget = config.gpu_pool_size_bytes or profile.staging_bytes
+        budget = config.gpu_pool_size_bytes or _staging_bytes(device, profile, codec)
         options = (profile, route, config.beside_compute, config.digests, codec)
         return CudaExecutor(device, fragments, layer_offsets, blocks, pool, budget, *options)
     from kvortex.transfer.host import HostExecutor
 
     threads = config.num_transfer_streams or _HOST_THREADS
     return HostExecutor(fragments, layer_offsets, pool, threads, config.digests, codec)
+
+
+def _staging_bytes(device: CudaDevice, profile: Profile, codec: Codec | None) -> int:
+    """As the profile says, for blocks as they are. Through a codec four times as much, as far as that is no more than a 64th of
+    the GPU's memory: between chunks the link stands still, and coded ones have launches of their own (``perf coded``: on an
+    H200 plane moved 1.37 and 1.41 times what a DMA does with 256 MiB and 1 GiB)."""
+    mine = profile.staging_bytes
+    return mine if codec is None else max(mine, min(_CODED_TIMES * mine, device.memory_bytes // _CODED_PART))
 
 
 def _overridden(profile: Profile, config: KVortexConfig) -> Profile:

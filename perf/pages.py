@@ -122,7 +122,8 @@ def _sum(count: Callable[[int], int]) -> int:
 
 def routes_of(device: Device) -> tuple[str, ...]:
     """Every ``transfer_route`` that a device can be told; the host device has one way."""
-    return ("auto", "mapped", "strided", "batched", "staged", "resident") if device.name.startswith("cuda") else ("auto",)
+    every = "auto", "mapped", "split", "strided", "batched", "staged", "resident"
+    return every if device.name.startswith("cuda") else ("auto",)
 
 
 def moved(ticket: kvortex.Ticket) -> kvortex.Ticket:

@@ -2,30 +2,45 @@
 
 The rows of ``tiers_disk.py`` (the disk tier beside bare reads and writes with O_DIRECT), ``tiers_engines.py`` (those by
 threads, Linux AIO and io_uring), ``tiers_remote.py`` (Redis and S3 beside bare clients of the same servers) and
-``tiers_replay.py`` (a replay with a dead tier beside one without), which say how each is measured; a part whose servers are not
-installed is left out. ``ratio`` is of rates, above 1 where the tier is faster. Runs on the host, whatever ``--device`` says.
+``tiers_replay.py`` (a replay with a dead tier beside one without), which say how each is measured; a part whose servers are
+not installed is left out, and so is what ``--parts`` does not name. ``ratio`` is of rates, above 1 where the tier is faster.
+Runs on the host, whatever ``--device`` says.
 """
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
+from kvortex.errors import ArgumentError
 from perf import tiers_disk, tiers_engines, tiers_remote, tiers_replay
 from perf.report import Report, progress
 
-PARTS = {"tiers_disk": tiers_disk, "tiers_engines": tiers_engines, "tiers_remote": tiers_remote, "tiers_replay": tiers_replay}
+PARTS = {"disk": tiers_disk, "engines": tiers_engines, "remote": tiers_remote, "replay": tiers_replay}
 KEYS = ("tier", "operation", "block_bytes", "depth")
 BETTER = {"ratio": "higher"}
 COLUMNS = (*KEYS, "ratio", "wrong_bytes")
 
 
-def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]], dict[str, Any]]:
+def add_options(parser: Any) -> None:
+    """Those of this question, None where they are not given."""
+    parser.add_argument("--parts", help=f"of {','.join(PARTS)}; all of them")
+
+
+def measure(
+    device_name: str, *, quick: bool, options: argparse.Namespace | None = None
+) -> tuple[str, list[dict[str, Any]], dict[str, Any]]:
     """The device's name, all rows, and what each part says of itself."""
     from tests.tiers import servers
 
+    named = getattr(options, "parts", None)
+    wanted = list(PARTS) if named is None else named.split(",")
+    if unknown := set(wanted) - set(PARTS):
+        raise ArgumentError(f"--parts {','.join(sorted(unknown))}: there are {', '.join(PARTS)}")
     rows: list[dict[str, Any]] = []
     methods, absent = {}, {}
-    for part, module in PARTS.items():
+    for part in wanted:
+        module = PARTS[part]
         progress(part)
         try:
             rows += module.rows(quick=quick)

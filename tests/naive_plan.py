@@ -111,7 +111,9 @@ class Machine:
     def _mapped(self, plan: Plan, chunk: list[int], to_host: bool) -> None:
         """A kernel with slots for a staging buffer."""
         first = chunk[INSTEAD] - self.pool.address
-        end = first + (chunk[N_BLOCKS] - 1) * self.pool.slot_bytes + int(self.pieces[-1, OFFSET] + self.pieces[-1, BYTES])
+        pieces = self.pieces[chunk[FIRST_PIECE] :][: chunk[N_PIECES]]
+        part = int(pieces[-1, OFFSET] + pieces[-1, BYTES] - pieces[0, OFFSET])
+        end = first + (chunk[N_BLOCKS] - 1) * self.pool.slot_bytes + part
         assert 0 <= first < end <= len(self.host), "a kernel leaves the host pool"
         segment = self.pool.segment_slots * self.pool.slot_bytes
         assert first // segment == (end - 1) // segment, "a kernel crosses from one registration into the next"
@@ -119,8 +121,8 @@ class Machine:
         self._kernel(plan, chunk, self.host[first:end], to_host)
         if to_host:
             for b in range(chunk[N_BLOCKS]):
-                for piece in self.pieces.tolist():
-                    at = first + b * self.pool.slot_bytes + piece[OFFSET]
+                for piece in pieces.tolist():
+                    at = first + b * self.pool.slot_bytes + piece[OFFSET] - int(pieces[0, OFFSET])
                     self.host_writes[at : at + piece[BYTES]] += 1
         else:
             assert (self.host == before).all()

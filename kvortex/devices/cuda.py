@@ -167,17 +167,21 @@ class CudaDevice(Device):
         text: bytes = check(api().cuDeviceGetPCIBusId(32, self._handle), "cuDeviceGetPCIBusId")
         return text.split(b"\0")[0].decode().lower()
 
+    @property
+    def memory_bytes(self) -> int:
+        """Of the whole GPU."""
+        return int(check(api().cuDeviceTotalMem(self._handle), "cuDeviceTotalMem"))
+
     def describe(self) -> dict[str, Any]:
         driver = api()
         name: bytes = check(driver.cuDeviceGetName(128, self._handle), "cuDeviceGetName")
-        total = int(check(driver.cuDeviceTotalMem(self._handle), "cuDeviceTotalMem"))
         folder = _pci_folder(self.pci_bus_id)
         return {
             "device": self.name,
             "gpu": name.split(b"\0")[0].decode(),
             "compute_capability": ".".join(map(str, self.compute_capability)),
             "multiprocessors": self.multiprocessors,
-            "memory_bytes": total,
+            "memory_bytes": self.memory_bytes,
             "driver": _driver_version(),
             "cuda_driver_api": int(check(driver.cuDriverGetVersion(), "cuDriverGetVersion")),
             "pci_bus_id": self.pci_bus_id,

@@ -66,6 +66,7 @@ from kvortex.transfer.plan import (
 from kvortex.transfer.profile import Profile, most_resident_ctas
 from kvortex.transfer.resident import FLAG_BYTES
 from kvortex.transfer.routes import Ability, Route, choose, tabulate
+from kvortex.transfer.split import cut_record, plan_split
 
 _CLOSE_S = 10.0
 LAYER_CTAS = 4  # times the CTAs of a resident kernel, for layers that a model waits for: nothing else hides their scatter
@@ -190,6 +191,7 @@ class CudaExecutor(Executor):
         buffers, table, flags = [0] * (2 * depth), 0, 0
         kernels = {direction: (0, 0) for direction in Direction}
         self._pieces = split_pieces(cut_layers(self._fragments, self._layer_offsets))
+        self._cut = cut_record(self._fragments, self._runs, self._pieces)
         self._ids = IdPool(self.device)
         if len(self._pieces):
             self._table = self.device.allocate(self._pieces.nbytes)
@@ -261,6 +263,7 @@ class CudaExecutor(Executor):
         return Ability(
             fragment_bytes=int(self._layer_offsets[-1]) // max(1, len(self._fragments)),
             strided=rectangle >= self._profile.copy_bytes,
+            split=self._cut.balanced and self._cut.rectangle_bytes >= self._profile.copy_bytes,
             batched=self._batches,
             resident=resident_kernels_can_run(self.device),
             deep=self._profile.is_deep(staged),
@@ -314,6 +317,8 @@ class CudaExecutor(Executor):
             digests = self._digesting(route, blocks, 0, len(self._pieces)), self._sizes(blocks)
             return CudaCompletion(self, direction, plan, caller, route, sections.group_of, *digests, mark)
         plan, edges = self._plan(direction, route, blocks, slots, busy), np.array([0, len(self._pieces)])
+        if route is Route.SPLIT:  # both kernels read which blocks they are from one list
+            blocks = plan.ids.astype(np.int64)
         if in_groups:  # the other routes take all layers at once
             return self._layer_save([plan], route, np.zeros(num_layers, np.int64), blocks, edges)
         digests = self._digesting(route, blocks, *edges.tolist()), self._sizes(blocks)
@@ -375,7 +380,9 @@ class CudaExecutor(Executor):
         if self._readers is None:
             return None
         apart = pieces_apart(len(blocks), last - first) if whole and route is not Route.RESIDENT else 0
-        if route in (Route.STAGED, Route.RESIDENT, Route.MAPPED):
+        if route is Route.SPLIT:
+            last = first + self._cut.n_pieces
+        if route in (Route.STAGED, Route.RESIDENT, Route.MAPPED) or first == last:
             return Digesting(len(blocks), self._numbers.address, None, apart)
         table = self._table.address + first * PIECE_ROW_BYTES
         reading = Reading(self._readers[0], table, last - first, blocks.astype(np.int32))
@@ -443,6 +450,8 @@ class CudaExecutor(Executor):
             return plan_batched(blocks, slots, fragments, where, self._pool, streams, one_call=self._batches)
         if route is Route.MAPPED:
             return plan_mapped(blocks, slots, self._pieces, self._pool, MAX_BLOCKS)
+        if route is Route.SPLIT:
+            return plan_split(blocks, slots, self._pieces, self._cut, self._pool, MAX_BLOCKS)
         assert self._staging is not None
         if route is Route.RESIDENT:
             small = LAST

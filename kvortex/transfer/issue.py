@@ -74,7 +74,6 @@ NO_STREAM = -1  # in the place of the caller's, where only events are waited for
 PIECE_ROW_BYTES = 8 * (BYTES + 1)
 _READS = digesting.KERNEL
 
-
 # Cells of ``scratch``: where the popped context goes, then a CUDA_MEMCPY2D (cuda.h): of each side x, y, kind of memory, host
 # address, device address, array, pitch; then bytes of a line, and lines. Behind it what a batch of copies needs: a
 # CUmemcpyAttributes, the first copy that it is for, and where the index of a copy that failed goes; and a thread's mode of
@@ -249,6 +248,8 @@ def issue(  # type: ignore[no-untyped-def]
 ):
     """Puts a plan on its streams, after the caller's and before ``done``.
 
+    Copies and launches that take turns (:mod:`kvortex.transfer.split`) have a stream each; ``done`` is on that of launches.
+
     Parameters
     ----------
     functions : (n,) int64
@@ -310,15 +311,18 @@ def issue(  # type: ignore[no-untyped-def]
     if caller != NO_STREAM:
         error = call(functions[EVENT_RECORD], (lane[CALLER_EVENT], caller))
     digests, reads = digest[SUMS_BYTES] > 0, digest[_READS] != 0
+    by_turns = len(chunks) > 1 and chunks[0, N_PIECES] == 0 and chunks[1, N_PIECES] > 0  # copies alone, and launches
+    split = by_turns and n <= 2  # then all copies are on the first stream
     sends, beside = digests and digest[PIECE_BYTES] == 0, reads and to_host
     if sends and not error:
         error = send(functions, digest)
     apart = n > 1 and len(chunks) > 0 and chunks[0, N_PIECES] > 0 and chunks[0, N_COPIES] > 0
     copies_on = lane[COPY_STREAM]
+    early = sends and apart and to_host and not reads
     for at in range(used):
         if not error:
             error = follow(functions, streams[(first + at) % n], after)
-        if not error and sends and not reads:
+        if not error and sends and (by_turns or not reads):
             error = call(functions[STREAM_WAIT], (streams[(first + at) % n], digest[EVENT], 0))
     if apart and not to_host and not error:
         error = follow(functions, copies_on, after)
@@ -342,11 +346,15 @@ def issue(  # type: ignore[no-untyped-def]
             error = _run(functions, lane, launches, chunk, ids, digest, bases, pitch, stream, parameters, pointers)
         if not error and apart and to_host:
             error = follow_stream(functions, copying, stream, turns[HANDED, at])
+            # Before the last copies, when all kernels are through: behind them it would wait for the next transfer's copies,
+            # which the same engine of the GPU makes, one long one after another.
+            if not error and early and c == len(chunks) - 1:
+                error = read_back(functions, digest, copying)
         if not error and batch.shape[1] > 0:
             error = _copy_batch(to_host, functions, batch, chunk, copying, scratch)
         elif not error:
             error = copy_chunk(to_host, functions, copies, chunk, base, copying, scratch)
-        if not error and beside and c == 0:  # once the link is busy: these calls of the driver take microseconds
+        if not error and beside and c == int(split):  # once the link is busy: these calls of the driver take microseconds
             error = follow(functions, digest[STREAM], after)
             if not error:
                 error = read(functions, digest, digest[STREAM], parameters, pointers)
@@ -365,8 +373,13 @@ def issue(  # type: ignore[no-untyped-def]
             if not error:
                 error = call(functions[EVENT_RECORD], (events[mark], lane[JOIN_STREAM]))
             mark += 1
+    if not error and split and reads and not to_host:  # what its DMAs brought, while kernels move the rest
+        error = read(functions, digest, streams[first % n], parameters, pointers)
     last, behind = np.int32(0), streams[first % n]
-    if used > 1 or apart:  # joining streams takes microseconds on the GPU, and of one there is nothing to join
+    if split and used > 1:  # which leaves two calls out: these transfers are short
+        behind = streams[(first + 1) % n]
+        last = follow_stream(functions, behind, streams[first % n], joins[first % n])
+    elif used > 1 or apart:  # joining streams takes microseconds on the GPU, and of one there is nothing to join
         last, behind = join(functions, lane, streams, joins, first, used), lane[JOIN_STREAM]
     if apart:
         code = follow_stream(functions, behind, copies_on, lane[COPY_EVENT])
@@ -376,9 +389,9 @@ def issue(  # type: ignore[no-untyped-def]
         code = follow_stream(functions, behind, digest[STREAM], digest[EVENT])
         if not last:
             last = code
-    if not error and reads and not to_host:
+    if not error and reads and not to_host and not split:
         error = read(functions, digest, behind, parameters, pointers)
-    if not error and sends:
+    if not error and sends and not early:
         error = read_back(functions, digest, behind)
     code = call(functions[EVENT_RECORD], (done, behind))
     if not last:

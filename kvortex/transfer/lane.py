@@ -44,6 +44,11 @@ def _kind(plan: Plan) -> int:
     return STREAMS if len(plan.chunks) and plan.chunks[0, N_PIECES] and not plan.chunks[0, INSTEAD] else NOTHING
 
 
+def _is_split(plan: Plan) -> bool:
+    """Whether chunks are copies and launches over the link by turns."""
+    return len(plan.chunks) > 1 and not plan.chunks[0, N_PIECES] and bool(plan.chunks[1, N_PIECES])
+
+
 class Lane:
     """Streams, staging buffers and kernels of one direction, and who issues plans to them, one at a time.
 
@@ -155,6 +160,8 @@ class Lane:
             return RESIDENT, self._resident_job(functions, plan, caller, after, events, ids, digest, outcome)
         # Batches of short copies need many streams: at 32 KiB 8 of them brought 49 GB/s on an H100, and one 32 / 30.
         used = self._count if kind == NOTHING and not plan.batch.size else len(self.streams)
+        if _is_split(plan):
+            used = 2  # copies on the one, kernels on the other, however many others get
         address = ids.address if ids is not None else 0
         return STREAMED, (
             kind,

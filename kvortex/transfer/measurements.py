@@ -13,9 +13,13 @@ from kvortex.transfer.routes import Ranking, Route
 ENOUGH, BEARABLE = 0.9, 1.03  # of the link's rate, and times a computation's time: beyond, transfers need not be better
 _TO_SPARE = 0.02  # of the link's rate beyond ``ENOUGH``: with that, a route without kernels is the best one there can be
 _EQUAL = 0.01  # of the link's rate: less than that comes and goes from run to run
+_ALIKE = 0.02  # of what is missed beside a computation: so much comes and goes too
+# What a kernel that keeps multiprocessors costs beyond what was measured: the computation of a calibration has many short CTAs,
+# and a persistent GEMM, with one for each multiprocessor, loses 8 percent of its time.
+_KEEPS = 0.06
 _SLOW = 0.5  # of the fastest rate: a copy engine that is slower than that is not worth having a multiprocessor spared
 # Fewest multiprocessors first, which decides between equals.
-_SPARING = (Route.STRIDED, Route.BATCHED, Route.STAGED, Route.RESIDENT, Route.MAPPED)
+_SPARING = (Route.STRIDED, Route.BATCHED, Route.STAGED, Route.RESIDENT, Route.SPLIT, Route.MAPPED)
 COPY_ENGINES_ONLY = frozenset({Route.STRIDED, Route.BATCHED})
 _T = TypeVar("_T")
 
@@ -72,8 +76,9 @@ def rank(table: Iterable[Measurement], link: Mapping[Direction, float]) -> tuple
     """Rankings of routes.
 
     With the GPU idle the fastest one is the best. Beside a computation it is, of long transfers, the one that comes
-    closest to a full link at no cost, one without a kernel if that is good enough; and of the rest the fastest without a
-    kernel, if it is not slow: a kernel would first wait for the model's.
+    closest to a full link at no cost, one without a kernel if that is good enough, and of equals none whose kernel keeps
+    multiprocessors; and of the rest the fastest without a kernel, if it is not slow: a kernel would first wait for the
+    model's.
 
     Parameters
     ----------
@@ -119,10 +124,10 @@ def _soonest(shares: Mapping[Route, float]) -> list[Route]:
 
 
 def _least_cost(beside: Mapping[Route, Measurement], link: float, idle: Mapping[Route, float]) -> list[Route]:
-    def cost(route: Route) -> tuple[float, bool, float]:
+    def cost(route: Route) -> tuple[int, bool, float]:
         share, slowdown = beside[route].rate / link, beside[route].slowdown or 1.0
         spares = route in COPY_ENGINES_ONLY and share >= ENOUGH + _TO_SPARE
-        return shortfall(share, slowdown), not spares, slowdown - share
+        return int(shortfall(share, slowdown) / _ALIKE), not spares, slowdown - share + _KEEPS * (route is Route.RESIDENT)
 
     return [*sorted(beside, key=cost), *(route for route in _fastest(idle) if route not in beside)]
 

@@ -167,11 +167,12 @@ def _round(nbytes: float) -> int:
 def _guessed_rankings(line: int, batched: int, little: int) -> tuple[Ranking, ...]:
     """From lengths of lines of a 2D DMA and of copies in a batch that are worth it, and a payload that is not worth staging."""
     mapped, staged, resident, by_lines, by_copies = Route.MAPPED, Route.STAGED, Route.RESIDENT, Route.STRIDED, Route.BATCHED
+    split = Route.SPLIT
     long = resident, staged, mapped
     idle = {
         # What DMAs saved is digested beside them, and what they loaded only afterwards: then a kernel had better move it.
         Direction.SAVE: {0: ((mapped, resident, staged), long), line: ((by_lines, mapped, resident, staged), long)},
-        Direction.LOAD: {0: ((mapped, resident, staged), long), line: ((mapped, by_lines, resident, staged), long)},
+        Direction.LOAD: {0: ((mapped, resident, staged), long), line: ((split, mapped, by_lines, resident, staged), long)},
     }
     beside = {
         0: ((mapped, resident, staged), (staged, resident)),

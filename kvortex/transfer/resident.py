@@ -140,7 +140,7 @@ def issue_resident(  # type: ignore[no-untyped-def]
         Values of the kernel's parameters, and their addresses.
     """
     stream, depth, first = streams[0], len(buffers), turn[0]
-    to_host = lane[TO_HOST] != 0
+    to_host, sums = lane[TO_HOST] != 0, digest[SUMS_BYTES] > 0
     ready, done = values[0], values[1]
     _write_rows(to_host, ring, buffers, first, filled, offsets, chunks, rows, values)
     error = call(functions[CTX_PUSH], (lane[CONTEXT],))
@@ -157,10 +157,15 @@ def issue_resident(  # type: ignore[no-untyped-def]
     if early:
         flag = ring[FLAGS] + 2 * FLAG_BYTES * (first % depth)
         error = call(functions[EVENT_RECORD], (start, stream))
+        # Ahead of the first copy on its stream: the GPU's one engine for this way may let copies of another stream wait for
+        # all that are queued on this one.
+        if not error:
+            error = call(functions[COPY_TO_DEVICE], (upload[1], upload[0], upload[2], stream))
+        if not error:
+            error = follow_stream(functions, kernel_stream, stream, ring[EVENT])
         if not error:
             error = _move(to_host, functions, flag, done[0], copies, chunks[0], buffers[first % depth], stream, scratch)
-    # The rows do not depend on the caller's work, so they are there when that is done.
-    if not error:
+    elif not error:  # the rows do not depend on the caller's work, so they are there when that is done
         error = call(functions[COPY_TO_DEVICE], (upload[1], upload[0], upload[2], kernel_stream))
     if not error:
         error = follow(functions, kernel_stream, after)
@@ -172,7 +177,7 @@ def issue_resident(  # type: ignore[no-untyped-def]
         parameters[2] = lane[TABLE]
         parameters[3] = upload[1] + len(chunks) * ROW_CELLS * 8
         parameters[4] = pitch
-        if digest[SUMS_BYTES]:
+        if sums:
             parameters[5] = digest[NUMBERS]
             parameters[6] = digest[SUMS]
         shape = (ring[KERNEL], ctas, 1, 1, ring[THREADS] // ctas, 1, 1, 0, kernel_stream, pointers.ctypes.data, 0)
@@ -183,6 +188,10 @@ def issue_resident(  # type: ignore[no-untyped-def]
             break
         at = (first + c) % depth
         flag = ring[FLAGS] + 2 * FLAG_BYTES * at
+        if not error and sums and to_host and c == len(chunks) - 1:  # see kvortex.transfer.issue: the kernel ends before that
+            error = follow_stream(functions, stream, kernel_stream, ring[EVENT])
+            if not error:
+                error = read_back(functions, digest, stream)
         if not error and (c or not early):
             error = _move(to_host, functions, flag, done[c], copies, chunks[c], buffers[at], stream, scratch)
         if not error:
@@ -206,7 +215,7 @@ def issue_resident(  # type: ignore[no-untyped-def]
     if unwritten:  # a later value lets a kernel go on, and of the last one there is none
         for at in range(depth):
             call(functions[STREAM_WRITE_VALUE], (ring[FLAG_STREAM], ring[FLAGS] + 2 * FLAG_BYTES * at, filled[0, at], 0))
-    if digest[SUMS_BYTES] and not error:  # behind the kernel, which may end before the last DMA does
+    if sums and not to_host and not error:
         error = read_back(functions, digest, kernel_stream)
     last = join(functions, lane, streams, joins, 0, 1)
     code = follow_stream(functions, lane[JOIN_STREAM], kernel_stream, ring[EVENT])

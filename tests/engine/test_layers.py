@@ -29,7 +29,7 @@ def cache_of(device: Device, kind: str = "layers") -> PagedCache:
     return PagedCache(device, [Tensor(device, (2, BLOCKS, 4, 8 << 10)) for _ in range(LAYERS)], 1)
 
 
-@pytest.mark.parametrize("route", ["auto", "staged", "resident", "strided", "batched", "mapped"])
+@pytest.mark.parametrize("route", ["auto", "staged", "resident", "strided", "batched", "mapped", "split"])
 @pytest.mark.parametrize("kind", ["layers", "odd", "one tensor"])
 def test_a_layer_is_there_when_its_wait_is_over(device: Device, gate: Gate, kind: str, route: str) -> None:  # noqa: F811
     cache = cache_of(device, kind)

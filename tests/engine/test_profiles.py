@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from kvortex.devices.cuda import CudaDevice
 from kvortex.errors import ConfigError, DeviceError
+from kvortex.parts import _staging_bytes
 from kvortex.transfer import calibrate as module
 from kvortex.transfer import profile_store as store
 from kvortex.transfer.cuda import CudaExecutor
@@ -119,3 +121,12 @@ def test_resident_kernels_are_refused_where_they_would_hang(
         assert engine.save_blocks(keys_of(300), [0], layerwise=True).abort()
         assert "resident" not in {entry.route for entry in engine.get_stats().routes}
     assert not gpu.resident and "wait_value" not in gpu.issued.names
+
+
+@pytest.mark.parametrize(("vram", "times"), [(1 << 20, 1), (64 * 2 * 5 * 8192, 1), (64 * 3 * 5 * 8192, 1.5), (8 << 30, 4)])
+def test_a_codec_has_longer_staging_buffers_as_far_as_the_gpu_is_large(vram: int, times: float) -> None:
+    device: Any = SimpleNamespace(memory_bytes=vram)
+    codec: Any = object()
+    assert SMALL.staging_bytes == 2 * 5 * 8192
+    assert _staging_bytes(device, SMALL, codec) == times * SMALL.staging_bytes
+    assert _staging_bytes(device, SMALL, None) == SMALL.staging_bytes

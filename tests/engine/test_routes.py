@@ -14,7 +14,7 @@ from kvortex.transfer.routes import Route
 from tests.engine.test_order import Gate
 from tests.pages import PagedCache, Tensor, assert_same, keys_of
 
-ROUTES = ["staged", "resident", "strided", "batched", "mapped", "auto", "turns"]
+ROUTES = ["staged", "resident", "strided", "batched", "mapped", "split", "auto", "turns"]
 SLOTS = 150
 
 
@@ -28,6 +28,7 @@ def turns(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
                 Route.STAGED,
                 Route.STAGED,
                 Route.MAPPED,
+                Route.SPLIT,
                 Route.BATCHED,
                 Route.RESIDENT,
                 Route.STRIDED,
@@ -131,4 +132,30 @@ def test_a_load_waits_until_the_stream_has_read(device: Device, gate: Gate, rout
         assert ticket.wait(20).all()
         assert_same([copy.read()], before)
         assert_same(cache.memory(), cache.expected(before, before, [(at, 100 + at) for at in range(100)]))
+        copy.free()
+
+
+@pytest.mark.parametrize("route", ["strided", "mapped", "split", "auto"])
+def test_one_block_keeps_the_callers_order_both_ways(device: Device, gate: Gate, route: str) -> None:
+    """Which the caller's thread issues: a plan of so few calls is not left to another one."""
+    cache = cache_of(device, "even")
+    with cache.engine(**options_of(route)) as engine:
+        cache.randomize()
+        assert engine.save_blocks(keys_of(1), [5]).wait().all()
+        tensor = cache.tensors[0]
+        copy = device.allocate(tensor.buffer.nbytes)
+        gate.shut()
+        gate.write(tensor.buffer, 0x5A)
+        save = engine.save_blocks(keys_of(2), [7], stream=gate.stream)
+        gate.copy(copy, tensor.buffer)
+        load = engine.load_blocks(keys_of(1), [9], stream=gate.stream)
+        assert not save.done() and not load.done()
+        gate.open()
+        assert save.wait(20).all() and load.wait(20).all()
+        assert (copy.read() == 0x5A).all(), "the page was still read when the load wrote it"
+        before = cache.randomize()
+        assert engine.load_blocks(keys_of(2), [3]).wait().all()
+        wanted = [memory.copy() for memory in before]
+        tensor.view(wanted[0])[:, 3] = 0x5A
+        assert_same(cache.memory(), wanted)
         copy.free()

@@ -568,3 +568,13 @@ def test_a_counting_thread_that_waits_for_the_gil_is_seen() -> None:
         if found[-1]["spin_ratio"] > 0.85 and found[-1]["other_spin_ratio"] < 0.8:
             return
     pytest.fail(f"{found}")
+
+
+def test_tiers_in_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert program.main(["tiers", "--parts", "disk,nothing", "--out", str(tmp_path)]) == 2
+    assert "--parts nothing: there are disk, engines, remote, replay" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    assert program.main(["tiers", "--quick", "--parts", "engines", "--out", str(tmp_path)]) == 0
+    written = json.loads((tmp_path / "tiers-host.json").read_text())
+    assert written["command"].endswith("tiers --device auto --quick --parts engines")
+    assert list(written["notes"]["parts"]) == ["engines"]

@@ -29,10 +29,12 @@ from kvortex.transfer.plan import (
     plan_direct,
     plan_staged,
     split_pieces,
+    strides,
 )
 from kvortex.transfer.plan import IDS as IDS_BASE
 from kvortex.transfer.plan import STATUS as STATUS_BASE
 from kvortex.transfer.plan import SUMS as SUMS_BASE
+from kvortex.transfer.split import cut_record, plan_split
 from tests.naive_plan import VRAM
 from tests.transfer.plans import HOST, fragments_of
 from tests.transfer.recorder import Recorder
@@ -145,7 +147,17 @@ def coded(n: int = 9, streams: int = 3) -> Plan:
     return dataclasses.replace(plan, launches=launches)
 
 
+def split(n: int = 9) -> Plan:
+    """Records of four fragments of 25 bytes: DMAs take two of each, in one rectangle, and kernels the others."""
+    fragments, _ = fragments_of([25] * 4, 100, 0, interleaved=False)
+    slots, pieces = np.arange(n) + (np.arange(n) >= 4), split_pieces(fragments, PIECE_BYTES)
+    cut = cut_record(fragments, strides(fragments, 1 << 31, np.zeros(4, np.int64)), pieces)
+    return plan_split(np.arange(n)[::-1].copy(), slots, pieces, cut, Pool(HOST, SLOT_BYTES, 7), 64)
+
+
 PLANS = {
+    "split": split(),
+    "one split": split(1),
     "coded": coded(),
     "one coded": coded(1),
     "batched": batched(),

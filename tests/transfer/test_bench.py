@@ -29,7 +29,7 @@ from tests.fake_gpu import FakeGpu, fake_gpu
 
 FRAGMENT = 256
 UNIT = 4 * 1024  # of records of four fragments
-EVERY = [Route.STAGED, Route.RESIDENT, Route.STRIDED, Route.BATCHED, Route.MAPPED]
+EVERY = [Route.STAGED, Route.RESIDENT, Route.STRIDED, Route.BATCHED, Route.MAPPED, Route.SPLIT]
 
 
 @pytest.fixture

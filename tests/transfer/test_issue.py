@@ -15,6 +15,7 @@ from kvortex.transfer.plan import (
     FIRST_COPY,
     FIRST_LAUNCH,
     FIRST_PIECE,
+    INSTEAD,
     N_BLOCKS,
     N_COPIES,
     N_LAUNCHES,
@@ -47,6 +48,7 @@ from tests.transfer.recorder import Call, Recorder, predecessors
 WORK = ("launch", "to_host", "to_device", "lines", "batch", "batch_12")
 STREAM_ORDER, OVERLAP = 1, 1  # CU_MEMCPY_SRC_ACCESS_ORDER_STREAM, CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE of cuda.h
 EVERY = list(itertools.product(PLANS, [True, False], [(1, 0), (3, 0), (3, 2), (20, 7)]))
+EVERY += list(itertools.product(["split", "one split"], [True, False], [(2, 0), (2, 1)]))
 
 
 def issued(name: str, to_host: bool, shape: tuple[int, int]) -> tuple[Lane, Plan, Recorder]:
@@ -55,12 +57,20 @@ def issued(name: str, to_host: bool, shape: tuple[int, int]) -> tuple[Lane, Plan
     return lane, plan, recorder
 
 
+def meets(lane: Lane, plan: Plan) -> int:
+    """The stream that ``done`` is on."""
+    used = lane.used(plan)
+    if len(plan.chunks) > 1 and not plan.chunks[0, N_PIECES] and plan.chunks[1, N_PIECES] and lane.count == 2:
+        return used[1]
+    return JOIN_STREAM if len(used) > 1 else used[0]
+
+
 def work_of(lane: Lane, plan: Plan) -> list[Call]:
     """Launches and copies that a plan stands for, chunk by chunk."""
     calls = []
     for at, chunk in enumerate(plan.chunks.tolist()):
         k = (lane.turn + at) % lane.count
-        stream, base = int(lane.streams[k]), int(lane.buffers[k]) if chunk[N_PIECES] else 0
+        stream, base = int(lane.streams[k]), chunk[INSTEAD] or (int(lane.buffers[k]) if chunk[N_PIECES] else 0)
         copies = []
         if plan.batch.size:
             calls.append(batch_of(lane.to_host, plan.batch[:, chunk[FIRST_COPY] : chunk[FIRST_COPY] + chunk[N_COPIES]], stream))
@@ -134,10 +144,10 @@ def test_all_work_is_ordered_after_the_caller_and_before_done(name: str, to_host
     used, apart = lane.used(plan), lane.apart(plan)
     first = COPY_STREAM if apart and not to_host else used[0]
     assert caller in before[start] and calls[start].stream == first and start < min(work)
-    assert calls[done].stream == (JOIN_STREAM if len(used) > 1 or apart else used[0]) and start in before[done]
+    assert calls[done].stream == (JOIN_STREAM if apart else meets(lane, plan)) and start in before[done]
     assert {call.stream for call in calls if call.name in WORK} == {*used, *[COPY_STREAM] * apart}
     touched = {call.stream for call in calls if call.name not in ("push", "pop")}
-    joined = [JOIN_STREAM] if len(used) > 1 or len(plan.marks) or apart else []
+    joined = [JOIN_STREAM] if len(plan.marks) or apart else [meets(lane, plan)]
     assert touched == {CALLER, *joined, *used, *[COPY_STREAM] * apart}, "a stream without chunks must not be made to wait"
     assert sum(call.stream == CALLER for call in calls if call.name in ("record", "wait", *WORK)) == 1
 

@@ -7,7 +7,7 @@ import pytest
 from tests.transfer.issuing import CALLER_EVENT, COPY_EVENT, DONE, JOIN_STREAM, PLANS, START, Lane
 from tests.transfer.recorder import Recorder, predecessors
 
-WORK = ("launch", "to_host", "to_device", "batch")
+WORK = ("launch", "to_host", "to_device", "lines", "batch")
 CODE = 719
 
 
