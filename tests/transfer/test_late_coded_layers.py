@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from kvortex.codecs import make_codec
 from kvortex.devices.cuda import CudaDevice
 from kvortex.transfer.executor import Completion, poll
 from kvortex.transfer.layer_load import LayerLoad
+from tests.engine.coded import Coded
+from tests.engine.test_interrupts import Trap
 from tests.fake_gpu import fake_gpu
 from tests.late_gpu import LateGpu
+from tests.pages import keys_of
 from tests.transfer.coded_slots import KINDS, Filled, deep
 from tests.transfer.profiles import shape
 
@@ -50,15 +55,15 @@ def test_who_waits_for_a_layer_has_it(codec: str, how: str, monkeypatch: pytest.
 
 
 def watched(gpu: LateGpu, filled: Filled, load: Completion) -> list[bool]:
-    """Gets, layer by layer behind the wait for it, whether all blocks have it and those before."""
+    """Gets, layer by layer behind the wait for it, whether all blocks have it and those before. Each on a stream of its own."""
     right: list[bool] = []
 
     def look(layers: int) -> None:
         right.append(all(filled.right(gpu, layers, at) for at in range(len(filled.records))))
 
     for layer in range(filled.coded.cache.layout.num_layers):
-        load.add_to(STREAM, 5.0, layer)
-        gpu.enqueue(STREAM, look, layer + 1)
+        load.add_to(STREAM + 1 + layer, 5.0, layer)
+        gpu.enqueue(STREAM + 1 + layer, look, layer + 1)
     return right
 
 
@@ -93,3 +98,25 @@ def test_the_first_group_does_not_wait_for_the_last(monkeypatch: pytest.MonkeyPa
             assert poll(load.query, time.monotonic() + 10) and load.error is None
             gpu.finish()
             assert found == [False]
+
+
+def test_an_interrupt_at_any_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What had been issued goes on, and what it holds comes back."""
+    shape(monkeypatch, line_bytes=1, copy_bytes=1, group_bytes=1)
+    with fake_gpu(monkeypatch, LateGpu(1)) as gpu:
+        coded = Coded.make(tmp_path, device=CudaDevice())
+        with coded.engine("plane", slots=16) as engine:
+            keys, blocks = keys_of(*range(5)), np.arange(5)
+            assert engine.save_blocks(keys, blocks).wait().all()
+            for turn in itertools.count(1, 11):
+                trap = Trap(turn)
+                trap.run(lambda: engine.load_blocks(keys, 5 + blocks, layerwise=True))
+                assert poll(lambda: not engine.get_stats().pinned_blocks, time.monotonic() + 5), trap.sprung
+                gpu.finish()
+                assert not gpu.left
+                if not trap.sprung:
+                    break
+            engine._index.check()
+            ticket = engine.load_blocks(keys, 6 + blocks, layerwise=True)
+            assert ticket.wait().all() and isinstance(ticket._transfer.completion, LayerLoad) and turn > 300
+            assert all((coded.read(6 + at) == coded.records[at]).all() for at in range(5))
