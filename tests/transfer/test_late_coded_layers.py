@@ -32,7 +32,10 @@ SHAPES: dict[str, tuple[int, int, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize(("codec", "how"), [*(("plane", how) for how in SHAPES), ("k4v3", "several"), ("int8", "beside compute")])
+CASES = [*(("plane", how) for how in SHAPES), ("k4v3", "several"), ("int8", "beside compute")]
+
+
+@pytest.mark.parametrize(("codec", "how"), CASES)
 def test_who_waits_for_a_layer_has_it(codec: str, how: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     shape(monkeypatch, line_bytes=1, copy_bytes=1, group_bytes=1)
     buffers, each, options = SHAPES[how]
