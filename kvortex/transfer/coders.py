@@ -1,7 +1,7 @@
 """Codecs as an executor of a GPU launches them: which kernels a chunk of each has, and what these read.
 
-All are a gather that codes, or a scatter that decodes, and beside it one launch of :mod:`kvortex.kernels.coded`, which digests
-what was coded, or is to be decoded.
+All are a gather that codes, and a launch of :mod:`kvortex.kernels.coded` which digests what was coded; or launches of
+:mod:`kvortex.kernels.coded_read`, which digest what is to be decoded, and a scatter that decodes.
 """
 
 from __future__ import annotations
