@@ -27,9 +27,28 @@ def _tails(words, table, first, end):  # type: ignore[no-untyped-def]
     return size
 
 
+@njit(nogil=True, cache=True, inline="always")  # type: ignore[untyped-decorator]
+def _coded_tails(words, table, first, end):  # type: ignore[no-untyped-def]
+    """The same where all tiles are coded, and whether they are: in two thirds of the time."""
+    size, values, wrong, longest = np.uint32(0), np.uint32(0), np.uint32(0), np.uint32(0)
+    for tile in range(np.uint64(first), np.uint64(end)):
+        word = words[table + tile]
+        count = np.uint32(word & np.uint32(0xFFFF))
+        both = np.uint32(word + np.uint32(3 << 16 | 31))  # rounded up; of too large a number the other is wrong, too
+        groups = np.uint32((both >> np.uint32(5)) & np.uint32(0x7FF))
+        tail = np.uint32(np.uint32(groups + np.uint32(groups + groups)) + np.uint32(both >> np.uint32(18)))  # words
+        values, longest = max(values, count), max(longest, tail)
+        wrong |= np.uint32(count - np.uint32(word >> np.uint32(16)))  # its sign
+        size = np.uint32(size + tail)
+    good = (values <= np.uint32(VALUES)) & (longest <= np.uint32(MOST_TAIL // 4)) & (wrong >> np.uint32(31) == 0)
+    return np.uint32(size << np.uint32(2)), good
+
+
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def tail_offsets(words, slot_words, slots, table_at, edges, most, offsets):  # type: ignore[no-untyped-def]
-    """Where in records of the plane code the tails of some tiles begin, as their tables say.
+def tail_offsets(words, slot_words, slots, table_at, used_at, tiles, edges, most, offsets):  # type: ignore[no-untyped-def]
+    """Where in records of the plane code the tails of some tiles begin, as their tables say, and end, as their headers do.
+
+    A decoder takes no record whose table and header differ, so the last tiles' entries need not be looked at here.
 
     Parameters
     ----------
@@ -38,8 +57,10 @@ def tail_offsets(words, slot_words, slots, table_at, edges, most, offsets):  # t
     slot_words : int
         From one slot to the next.
     slots : (n,) int64
-    table_at : int
-        Word of a record that its table begins with.
+    table_at, used_at : int
+        Words of a record that its table begins with, and its length, which has two.
+    tiles : int
+        Of a record.
     edges : (g,) int64
         Tiles, ascending; the last may be the number of tiles, for where tails end.
     most : int
@@ -53,19 +74,28 @@ def tail_offsets(words, slot_words, slots, table_at, edges, most, offsets):  # t
         A number that means nothing: so that no compiler leaves out what made it.
     """
     seen = np.uint32(0)
+    summed = len(edges) - 1 if edges[-1] == tiles else len(edges)
     for begin in range(0, len(slots), _AHEAD):
         end = min(begin + _AHEAD, len(slots))
         # Tables lie far apart, and sums wait for each line of them. Asked for one line behind another many are on their way at
         # a time: with cold caches 1.0 ms instead of 2.1 for a sixth of the tables of 2,047 records of Llama-3-8B's shape.
         for b in range(begin, end):
-            table = np.uint64(slots[b] * slot_words + table_at)
-            for tile in range(np.uint64(edges[0]), np.uint64(edges[-1]), np.uint64(_LINE)):
-                seen ^= words[table + tile]
+            record = np.uint64(slots[b] * slot_words)
+            seen ^= words[record + np.uint64(used_at)]
+            for tile in range(np.uint64(edges[0]), np.uint64(edges[summed - 1]), np.uint64(_LINE)):
+                seen ^= words[record + np.uint64(table_at) + tile]
         for b in range(begin, end):
             table, at = np.uint64(slots[b] * slot_words + table_at), offsets[b, 0]
-            for g in range(1, len(edges)):
-                at = min(at + np.int64(_tails(words, table, edges[g - 1], edges[g])), most)
+            for g in range(1, summed):
+                size, good = _coded_tails(words, table, edges[g - 1], edges[g])
+                if not good:
+                    size = _tails(words, table, edges[g - 1], edges[g])
+                at = min(at + np.int64(size), most)
                 offsets[b, g] = at
+            if summed < len(edges):
+                record = np.uint64(slots[b] * slot_words + used_at)
+                used = most if words[record + np.uint64(1)] else np.int64(words[record])
+                offsets[b, summed] = max(at, min(used, most))
     return seen
 
 
@@ -74,4 +104,4 @@ def load_compiled() -> None:
     """Loads the function, or compiles it: not in the middle of the first transfer."""
     words, none = np.zeros(1, np.uint32), np.empty(0, np.int64)
     words.flags.writeable = False
-    tail_offsets(words, 1, none, 0, none, 0, np.empty((0, 0), np.int64))
+    tail_offsets(words, 1, none, 0, 0, 1, np.zeros(1, np.int64), 0, np.empty((0, 1), np.int64))

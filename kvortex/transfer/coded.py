@@ -61,7 +61,7 @@ from kvortex.transfer.plan import (
 Parameter = tuple[int, Any]  # one of the bases of a plan, and what is added to it: a number, or one for each chunk
 READ_PIECE, READ_THREADS = 4096, 256  # of kvortex.kernels.coded and coded_read, which need numba.cuda to import
 CTAS_EACH = 4  # CTAs a multiprocessor that a launch may have; beside a model one, as much as of any staged launch
-_MOST_RUN = 16  # tiles that a warp takes at a time, where there are enough for all warps
+MOST_RUN = 16  # tiles that a warp takes at a time, where there are enough for all warps
 _COPY_STEP = 512  # bytes; lines of copies are multiples of that
 
 
@@ -200,7 +200,7 @@ class DeviceCoder(ABC):
     @staticmethod
     def _share(count: Int64s, tiles: int, warps: int, most: int) -> tuple[Int64s, Int64s]:
         """Tiles that a warp takes at a time, and CTAs, of launches over ``count`` records of so many tiles."""
-        run = np.clip(count * tiles // (warps * most), 1, _MOST_RUN)
+        run = np.clip(count * tiles // (warps * most), 1, MOST_RUN)
         return run, np.minimum(most, -(-count * -(-tiles // run) // warps))
 
     def _row(self, kernel: str, ctas: Int64s, threads: int, *parameters: Parameter) -> Int64s:

@@ -12,37 +12,15 @@ digested ends there for all of them; so chunks of later groups are parts of thos
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar, NamedTuple
+from itertools import pairwise
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
+from kvortex.transfer._strips import list_groups, part_chunks, pitch_of_all
 from kvortex.transfer.coded import DeviceCoder
-from kvortex.transfer.layers import Least, run_count
-from kvortex.transfer.plan import (
-    CHUNK_COLUMNS,
-    COPY_BYTES,
-    DEVICE_SIDE,
-    FIRST_BLOCK,
-    FIRST_COPY,
-    FIRST_LAUNCH,
-    HOST_PITCH,
-    HOST_SIDE,
-    LAST,
-    LAUNCH_COLUMNS,
-    LINES,
-    N_BLOCKS,
-    N_COPIES,
-    N_LAUNCHES,
-    N_PIECES,
-    PITCH,
-    Int64s,
-    Plan,
-    Pool,
-    empty_copies,
-    even,
-    neighbours,
-    ramp,
-)
+from kvortex.transfer.layers import Least
+from kvortex.transfer.plan import FIRST_COPY, FIRST_LAUNCH, LAST, Int32s, Int64s, Plan, even, ramp
 from kvortex.transfer.profile import WORTH
 
 _MOST = 4  # groups: a fifth one would hide a 24th of a model's time
@@ -51,48 +29,39 @@ _MOST = 4  # groups: a fifth one would hide a 24th of a model's time
 _COMPUTED = 5
 
 
-class Strip(NamedTuple):
-    """Bytes ``begin`` to ``end`` of each record of a chunk, multiples of 16; (c,) int64.
+class Cut(NamedTuple):
+    """How records are cut into groups. A coder keeps it: it is the same for all loads of so many groups.
 
-    ``digested`` (c,) is where those begin that this strip's launch digests, up to ``end``; None for none. Of records that are
-    ``headed`` no more of them than their headers say that there are.
+    Attributes
+    ----------
+    edges : (g + 1,) int64
+        First tiles of groups, and their number.
+    group_of : (L,) int64
+        Group of each layer.
+    fixed : (g, s, STRIP_COLUMNS) int64
+        Strips of each group, but for what differs from record to record.
+    rows : (g, k, LAUNCH_COLUMNS) int64
+        Launches of a chunk in each group, as :func:`kvortex.transfer._strips.list_groups` takes them.
+    likely_pitch : int
+        Bytes of a record in a staging buffer, in the widest group.
     """
 
-    begin: Int64s
-    end: Int64s
-    digested: Int64s | None
-    headed: bool = False
-
-    def of(self, chunks: Int64s) -> Strip:
-        """For parts of those chunks."""
-        digested = None if self.digested is None else self.digested[chunks]
-        return Strip(self.begin[chunks], self.end[chunks], digested, self.headed)
-
-
-class Span(NamedTuple):
-    """A group: tiles ``first`` to ``end``, and the strips that its chunks bring of each record."""
-
-    first: int
-    end: int
-    strips: tuple[Strip, ...]
-
-    @property
-    def pitch(self) -> Int64s:
-        """(c,): bytes of a record in a staging buffer."""
-        total: Int64s = np.sum([strip.end - strip.begin for strip in self.strips], axis=0)
-        return total
-
-    def of(self, chunks: Int64s) -> Span:
-        """For parts of those chunks."""
-        return Span(self.first, self.end, tuple(strip.of(chunks) for strip in self.strips))
+    edges: Int64s
+    group_of: Int64s
+    fixed: Int64s
+    rows: Int64s
+    likely_pitch: int
 
 
 class Segment(NamedTuple):
-    """Chunks of a plan that have launches of the same kernels, (c, ...), with their copies; numbered from 0 on."""
+    """Chunks of a plan, with their copies and launches numbered from 0 on: (c, ...), and ``marks`` (g,), ``nbytes`` as of
+    :class:`kvortex.transfer.plan.Plan`."""
 
     chunks: Int64s
     copies: Int64s
     launches: Int64s
+    marks: Int64s
+    nbytes: int
 
 
 def group_edges(layer_offsets: Int64s, count: int) -> Int64s:
@@ -133,9 +102,15 @@ def coded_group_count(nbytes: int, records: int, runs: int, strips: int, again: 
 class LayeredCoder(DeviceCoder):
     """A codec whose kernels decode some tiles of records, of which less than all lies in staging."""
 
-    strips: ClassVar[int]  # of a group, at most
+    strips: ClassVar[int]  # of a group
+    headed: ClassVar[tuple[bool, ...]]  # of the last strips, which launches digest: no more of them than headers say there is
     again = 0  # bytes of a record that every group needs
+    least = 0  # where in records that begins which differs from one to the other
     tiles: int  # of a record: of all planes as many, in the order of planes
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._cuts: dict[tuple[int, bytes], Cut | None] = {}
 
     def layered(
         self, blocks: Int64s, slots: Int64s, busy: bool, parts: Int64s | None, layer_offsets: Int64s, least: Least
@@ -151,64 +126,68 @@ class LayeredCoder(DeviceCoder):
         least
             Of the profile.
         """
-        coded = np.arange(len(slots)) if parts is None else np.flatnonzero(parts < 0)
-        plane_bytes, room = self.codec.shape.plane_bytes, self.codec.slot_bytes
-        if not len(coded) or (layer_offsets % plane_bytes).any() or not self._can_cut():
+        # Those that are kept as they are come first.
+        order = np.argsort(slots) if parts is None else np.lexsort((slots, parts < 0))
+        slots, kept = slots[order], 0 if parts is None else int(np.count_nonzero(parts >= 0))
+        coded = slots[kept:]
+        if not len(coded):
             return None
-        runs = run_count(slots[coded])
-        count = coded_group_count(len(coded) * room, len(coded), runs, self.strips, self.again, least)
-        layers = group_edges(layer_offsets, count)
-        if len(layers) < 3:
+        runs = 1 + int(np.count_nonzero(coded[1:] - coded[:-1] != 1))
+        count = coded_group_count(len(coded) * self.codec.slot_bytes, len(coded), runs, self.strips, self.again, least)
+        cut = self._cut(count, layer_offsets) if count > 1 else None
+        if cut is None:
+            return None
+        ids = self._ids(blocks[order], None if parts is None else parts[order]).astype(np.int32)
+        return LayeredLoad(self, cut, ids, slots, order, kept, busy)
+
+    def _cut(self, count: int, layer_offsets: Int64s) -> Cut | None:
+        key = count, layer_offsets.tobytes()
+        if key not in self._cuts:  # two threads may both do it, to the same end
+            self._cuts[key] = self._new_cut(count, layer_offsets)
+        return self._cuts[key]
+
+    def _new_cut(self, count: int, layer_offsets: Int64s) -> Cut | None:
+        layers, plane_bytes = group_edges(layer_offsets, count), self.codec.shape.plane_bytes
+        if len(layers) < 3 or (layer_offsets % plane_bytes).any() or not self._can_cut():
             return None
         edges = layer_offsets[layers] // plane_bytes * (self.tiles // self.codec.shape.planes)
         group_of = np.repeat(np.arange(len(layers) - 1), np.diff(layers))
-        return LayeredLoad(self, blocks, slots, busy, parts, edges, group_of)
+        rows = [self._launches_of_one(*tiles, self.headed) for tiles in pairwise(edges.tolist())]
+        likely_pitch = self.codec.slot_bytes * int(np.diff(edges).max()) // self.tiles + self.again
+        return Cut(edges, group_of, self._fixed(edges), np.stack(rows), likely_pitch)
 
     def _can_cut(self) -> bool:
         """Whether slots hold all that strips are of, whatever is in them."""
         return True
 
-    def _whole(self, chunks: int) -> Span:
-        """All of each record, as it is."""
-        begin = np.zeros(chunks, np.int64)
-        return Span(0, self.tiles, (Strip(begin, begin + self.codec.slot_bytes, begin, headed=True),))
+    def _whole(self) -> tuple[Int64s, Int64s]:
+        """Of records as they are, in one group: what :class:`Cut` says of groups."""
+        fixed = np.array([[[0, self.codec.slot_bytes, 0]]])
+        return fixed, self._launches_of_one(0, self.tiles, (True,))[None]
 
     def _look(self, slots: Int64s, edges: Int64s, begin: Int64s | None) -> Int64s:
-        """(n, g): of each record the offsets at some tiles, which nobody writes. ``begin`` (n,) are those of the first of
-        ``edges`` (g,); None at the first tile of all."""
-        return np.zeros((len(slots), len(edges)), np.int64)
+        """(n, g): of each record the offsets at some tiles, which nobody writes; (n, 0) where none differ. ``slots`` ascend.
+        ``begin`` (n,) are those of the first of ``edges`` (g,); None at the first tile of all."""
+        return np.empty((len(slots), 0), np.int64)
 
     @abstractmethod
-    def _spans(self, offsets: Int64s, edges: Int64s, starts: Int64s, done: Int64s | None) -> list[Span]:
-        """The groups that ``edges`` (g + 1,) part.
-
-        Parameters
-        ----------
-        offsets : (n, g + 1) int64
-            Of :meth:`_look`.
-        edges
-        starts : (c,) int64
-            First records of chunks.
-        done : (c,) int64
-            Where what earlier groups have digested of what differs from record to record ends; None at its begin.
-        """
+    def _fixed(self, edges: Int64s) -> Int64s:
+        """Strips of groups that ``edges`` part: what :class:`Cut` says of them."""
 
     @abstractmethod
-    def _decode(self, span: Span, first: Int64s, count: Int64s, most: int) -> Int64s:
-        """The launch that decodes a chunk of a group."""
-
-    def _span_rows(self, span: Span, first: Int64s, count: Int64s, most: int) -> list[Int64s]:
-        rows, at = [], np.zeros(len(first), np.int64)
-        for strip in span.strips:
-            if strip.digested is not None and self._numbers:
-                where = span.pitch, strip.digested, strip.end, strip.begin - at
-                rows.append(self._read(first, count, most, *where, headed=strip.headed))
-            at = at + strip.end - strip.begin
-        return [*rows, self._decode(span, first, count, most)]
+    def _launches_of_one(self, first: int, end: int, headed: tuple[bool, ...]) -> Int64s:
+        """Launches of a chunk that is record 1 alone, in a group of tiles ``first`` to ``end``. What differs from chunk to
+        chunk is filled in later, or a multiple of what is here."""
 
 
 class LayeredLoad:
     """A load in groups of layers, planned in two parts: the first group, and the others while that moves.
+
+    Parameters
+    ----------
+    coder, cut, busy
+    ids, slots, order
+        Of the plan; slots ascend among the ``kept`` records that are kept as they are, which come first, and among the others.
 
     Attributes
     ----------
@@ -218,121 +197,75 @@ class LayeredLoad:
     """
 
     def __init__(
-        self,
-        coder: LayeredCoder,
-        blocks: Int64s,
-        slots: Int64s,
-        busy: bool,
-        parts: Int64s | None,
-        edges: Int64s,
-        group_of: Int64s,
+        self, coder: LayeredCoder, cut: Cut, ids: Int32s, slots: Int64s, order: Int64s, kept: int, busy: bool
     ) -> None:
-        coded = np.ones(len(slots), np.bool_) if parts is None else parts < 0
-        self._order = order = np.lexsort((slots, coded))  # those that are kept as they are come first
-        self._kept = int((~coded).sum())
-        self._slots = slots[order]
-        self._ids = coder._ids(blocks[order], None if parts is None else parts[order]).astype(np.int32)
-        self._coder, self._edges, self._busy = coder, edges, busy
-        self.group_of, self.records = group_of, len(slots)
+        self._coder, self._cut, self._busy = coder, cut, busy
+        self._ids, self._order, self._kept = ids, order, kept
+        self._kept_slots, self._slots = slots[:kept], slots[kept:]
+        self.group_of, self.records = cut.group_of, len(slots)
 
     def first(self) -> Plan:
         """The first group, and all of what is not coded. Before :meth:`rest`."""
-        coder, slots = self._coder, self._slots[self._kept :]
-        offsets = coder._look(slots, self._edges[:2], None)
-        (widest,) = coder._spans(offsets, self._edges[:2], np.zeros(1, np.int64), None)
-        per = coder._buffer_bytes // int(widest.pitch[0])
-        rest = coder._buffer_bytes // self._likely_pitch()
+        coder, slots, cut = self._coder, self._slots, self._cut
+        offsets = coder._look(slots, cut.edges[:2], None)
+        per = coder._buffer_bytes // pitch_of_all(cut.fixed, offsets, coder.least, coder.codec.slot_bytes)
+        rest = coder._buffer_bytes // cut.likely_pitch
         if per > rest > 0:  # so that parts of these chunks fill buffers too
             per -= per % rest
-        self._starts = even(len(slots), per, coder._buffers if self._busy else 1)
-        (span,) = coder._spans(offsets, self._edges[:2], self._starts, None)
-        self._begin, self._done = offsets[:, -1], span.strips[-1].end
-        segments = [self._segment(span, self._starts, self._kept)]
-        if self._kept:
-            starts = even(self._kept, coder._per_chunk, 1)
-            segments.insert(0, self._segment(coder._whole(len(starts)), starts, 0))
-        return self._plan([segments])
+        starts = even(len(slots), per, coder._buffers if self._busy else 1)
+        done, groups = np.full(len(starts), coder.least), (cut.fixed[:1], cut.rows[:1])
+        first, self._done = self._listed(slots, self._kept, starts, starts[-1:], groups, offsets, done)
+        self._starts, self._begin = starts, offsets[:, -1] if offsets.size else None
+        return self._joined([self._as_they_are(), first] if self._kept else [first])
 
     def rest(self) -> Plan:
         """The others."""
-        coder, slots, edges = self._coder, self._slots[self._kept :], self._edges[1:]
-        offsets = coder._look(slots, edges, self._begin)
-        wide = coder._spans(offsets, edges, self._starts, self._done)
-        most = coder._buffer_bytes // np.max([span.pitch for span in wide], axis=0)
-        starts, of = _parts(self._starts, len(slots), most)
-        *spans, last = coder._spans(offsets, edges, starts, self._done[of])
-        groups = [[self._segment(span, starts, self._kept)] for span in spans]
+        coder, slots, cut = self._coder, self._slots, self._cut
+        groups, offsets = (cut.fixed[1:], cut.rows[1:]), coder._look(slots, cut.edges[1:], self._begin)
+        bounds = coder.least, coder.codec.slot_bytes, coder._buffer_bytes
+        starts, of = part_chunks(groups[0], offsets, self._starts, len(slots), self._done, *bounds)
+        tail, last = starts[-1:], int(starts[-1])
         if not self._busy:  # the end is not to wait for a long last launch
-            tail = starts[-1] + ramp(len(slots) - int(starts[-1]), len(slots) - int(starts[-1]), LAST)
-            last = last.of(np.append(np.arange(len(starts) - 1), np.full(len(tail), len(starts) - 1)))
-            starts = np.append(starts[:-1], tail)
-        return self._plan([*groups, [self._segment(last, starts, self._kept)]])
+            tail = last + ramp(len(slots) - last, len(slots) - last, LAST)
+        return self._joined([self._listed(slots, self._kept, starts, tail, groups, offsets, self._done[of])[0]])
 
     def whole(self) -> Plan:
         """All of it, one group behind another."""
-        first, rest = self.first(), self.rest()
-        segments = [Segment(plan.chunks, plan.copies, plan.launches) for plan in (first, rest)]
-        marks = np.append(first.marks, rest.marks + len(first.chunks))
-        return self._joined(segments, marks, first.nbytes + rest.nbytes)
+        plans = self.first(), self.rest()
+        return self._joined([Segment(plan.chunks, plan.copies, plan.launches, plan.marks, plan.nbytes) for plan in plans])
 
-    def _likely_pitch(self) -> int:
-        """Of the widest of the other groups."""
-        part = self._coder.codec.slot_bytes * int(np.diff(self._edges).max()) // self._coder.tiles
-        return part + self._coder.again
+    def _as_they_are(self) -> Segment:
+        """Records that are kept as they are, in the first group: without a mark of their own."""
+        coder, starts = self._coder, even(self._kept, self._coder._per_chunk, 1)
+        offsets, done = np.empty((self._kept, 0), np.int64), np.zeros(len(starts), np.int64)
+        made, _ = self._listed(self._kept_slots, 0, starts, starts[-1:], coder._whole(), offsets, done)
+        return made._replace(marks=made.marks[:0])
 
-    def _segment(self, span: Span, starts: Int64s, behind: int) -> Segment:
-        """Chunks that bring strips of the records from ``behind`` on, the first one of each at ``starts`` there."""
-        coder = self._coder
-        slots = self._slots[behind:] if behind else self._slots[: self._kept or len(self._slots)]
-        count, first = np.diff(np.append(starts, len(slots))), behind + starts
-        copies, copies_of = _copies(slots, starts, span, coder._pool)
-        rows = coder._span_rows(span, first, count, coder.most_ctas[self._busy])
-        chunks = np.zeros((len(starts), CHUNK_COLUMNS), np.int64)
-        chunks[:, FIRST_BLOCK], chunks[:, N_BLOCKS], chunks[:, N_PIECES] = first, count, 1
-        chunks[:, N_COPIES], chunks[:, FIRST_COPY] = copies_of, np.cumsum(copies_of) - copies_of
-        chunks[:, N_LAUNCHES], chunks[:, FIRST_LAUNCH] = len(rows), np.arange(len(chunks)) * len(rows)
-        return Segment(chunks, copies, np.stack(rows, axis=1).reshape(-1, LAUNCH_COLUMNS))
+    def _listed(
+        self,
+        slots: Int64s,
+        kept: int,
+        starts: Int64s,
+        tail: Int64s,
+        groups: tuple[Int64s, Int64s],
+        offsets: Int64s,
+        done: Int64s,
+    ) -> tuple[Segment, Int64s]:
+        """Of :func:`kvortex.transfer._strips.list_groups`, and where that ends which is digested by then."""
+        coder, (fixed, rows) = self._coder, groups
+        bounds, most_ctas = (coder.least, coder.codec.slot_bytes), coder.most_ctas[self._busy]
+        pool = coder._pool.address, coder._pool.slot_bytes, coder._pool.segment_slots
+        where = slots, kept, starts, tail, fixed, offsets, done
+        chunks, copies, launches, marks, done, nbytes = list_groups(*where, *bounds, rows, pool, most_ctas)
+        return Segment(chunks, copies, launches, marks, nbytes), done
 
-    def _plan(self, groups: list[list[Segment]]) -> Plan:
-        marks = np.cumsum([sum(len(segment.chunks) for segment in group) for group in groups])
-        segments = [segment for group in groups for segment in group]
-        nbytes = sum(int((segment.copies[:, COPY_BYTES] * segment.copies[:, LINES]).sum()) for segment in segments)
-        return self._joined(segments, marks, nbytes)
-
-    def _joined(self, segments: list[Segment], marks: Int64s, nbytes: int) -> Plan:
-        copies, launches = 0, 0
-        for chunks, mine, rows in segments:
-            chunks[:, FIRST_COPY] += copies
-            chunks[:, FIRST_LAUNCH] += launches
-            copies, launches = copies + len(mine), launches + len(rows)
-        chunks, moved, rows = (np.concatenate(column) for column in zip(*segments, strict=True))
+    def _joined(self, segments: list[Segment]) -> Plan:
+        chunks, copies, launches, marks, nbytes = segments[0]
+        for more in segments[1:]:
+            more.chunks[:, FIRST_COPY] += len(copies)
+            more.chunks[:, FIRST_LAUNCH] += len(launches)
+            marks = np.append(marks, more.marks + len(chunks))
+            chunks, copies = np.concatenate((chunks, more.chunks)), np.concatenate((copies, more.copies))
+            launches, nbytes = np.concatenate((launches, more.launches)), nbytes + more.nbytes
         room = self._coder.codec.slot_bytes
-        return Plan(self._ids, chunks, moved, nbytes, room, marks=marks, order=self._order, launches=rows)
-
-
-def _parts(starts: Int64s, records: int, most: Int64s) -> tuple[Int64s, Int64s]:
-    """First records of parts of chunks, at most so many records of each chunk in one, and the chunk of each part."""
-    count = np.diff(np.append(starts, records))
-    pieces = -(-count // np.minimum(most, count))
-    size = -(-count // pieces)
-    pieces = -(-count // size)
-    of = np.repeat(np.arange(len(starts)), pieces)
-    within = np.arange(len(of)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    return starts[of] + within * size[of], of
-
-
-def _copies(slots: Int64s, starts: Int64s, span: Span, pool: Pool) -> tuple[Int64s, Int64s]:
-    """Copies of strips side by side, one of each strip for each run of neighbours, and how many each chunk has."""
-    heads, lengths, chunk_of = neighbours(slots, starts, pool)
-    pitch, at = span.pitch, np.zeros(len(starts), np.int64)
-    copies = empty_copies(len(heads) * len(span.strips)).reshape(len(heads), len(span.strips), -1)
-    for k, strip in enumerate(span.strips):
-        mine, width = copies[:, k], strip.end - strip.begin
-        mine[:, DEVICE_SIDE] = ((heads - starts[chunk_of]) * pitch[chunk_of]) + at[chunk_of]
-        mine[:, HOST_SIDE] = pool.address + slots[heads] * pool.slot_bytes + strip.begin[chunk_of]
-        mine[:, COPY_BYTES], mine[:, LINES] = width[chunk_of], lengths
-        mine[:, PITCH], mine[:, HOST_PITCH] = pitch[chunk_of], pool.slot_bytes
-        at = at + width
-    there = copies[..., COPY_BYTES] > 0
-    copies_of = np.bincount(chunk_of, there.sum(axis=1), len(starts)).astype(np.int64)
-    return copies[there], copies_of
+        return Plan(self._ids, chunks, copies, nbytes, room, marks=marks, order=self._order, launches=launches)

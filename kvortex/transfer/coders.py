@@ -20,14 +20,13 @@ from kvortex.codecs.plane import PlaneCodec
 from kvortex.devices.cuda import CudaDevice
 from kvortex.errors import CodecError
 from kvortex.kernels.plane_form import FIXED_BYTES, WARPS
-from kvortex.transfer import _coded
+from kvortex.transfer import _coded, _strips
 from kvortex.transfer.coded import Parameter
-from kvortex.transfer.coded_layers import LayeredCoder, Span, Strip
+from kvortex.transfer.coded_layers import LayeredCoder
 from kvortex.transfer.plan import ABSOLUTE, BUFFER, IDS, STATUS, WORK, Int64s, Pool
 
 _USED_AT = HEADER.fields["used_bytes"][1]  # type: ignore[index]
 _READERS = "read_records", "seal_records"
-_ALIGNED = 64  # bytes; strips begin and end at multiples of that, as the parts of a record's front do
 
 
 def used_lengths(pool: Pool, slots: Int64s, most: int) -> Int64s:
@@ -75,6 +74,8 @@ class _TileCoder(LayeredCoder):
         kernel: Callable[[str], int],
         numbers: int,
     ) -> None:
+        _coded.load_compiled()
+        _strips.load_compiled()
         super().__init__(device, codec, pool, kernel, numbers)
         self.tiles = codec.tiles
         try:
@@ -85,18 +86,26 @@ class _TileCoder(LayeredCoder):
 
     def _rows(self, save: bool, first: Int64s, count: Int64s, most: int) -> list[Int64s]:
         if not save:
-            return self._span_rows(self._whole(len(first)), first, count, most)
+            room = self.codec.slot_bytes
+            reads = [self._read(first, count, most, room, 0, room, 0, headed=True)] if self._numbers else []
+            return [*reads, self._decode(0, self.tiles, room, first, count, most)]
         head, tail, shape = self._launch(self.codec.slot_bytes, self.tiles, first, count, most)
         coding = [self._row(name, *shape, *head, (WORK, 0), *tail) for name in self.encoders]
         return [*coding, self._seal(first, count, most)]
 
-    def _decode(self, span: Span, first: Int64s, count: Int64s, most: int) -> Int64s:
-        head, tail, shape = self._launch(span.pitch, span.end - span.first, first, count, most)
-        span_of = (ABSOLUTE, span.first), (ABSOLUTE, span.end), *self._where(span)
-        return self._row(self.decoder, *shape, *head, (STATUS, 4 * first), *tail, *span_of)
+    def _launches_of_one(self, first: int, end: int, headed: tuple[bool, ...]) -> Int64s:
+        one = np.ones(1, np.int64)
+        reads = [self._read(one, one, 1, 0, 0, 0, 0, headed=strip) for strip in headed if self._numbers]
+        return np.concatenate([*reads, self._decode(first, end, 0, one, one, 1)])
 
-    def _where(self, span: Span) -> tuple[Parameter, ...]:
-        """What a decoder is told of strips, behind the group's tiles."""
+    def _decode(self, tile: int, end: int, pitch: int, first: Int64s, count: Int64s, most: int) -> Int64s:
+        """A launch over tiles ``tile`` to ``end`` of records that lie ``pitch`` bytes apart."""
+        head, tail, shape = self._launch(pitch, end - tile, first, count, most)
+        span = (ABSOLUTE, tile), (ABSOLUTE, end), *self._where()
+        return self._row(self.decoder, *shape, *head, (STATUS, 4 * first), *tail, *span)
+
+    def _where(self) -> tuple[Parameter, ...]:
+        """What a decoder is told besides of whole records, behind its tiles."""
         return ()
 
     def _launch(
@@ -116,14 +125,15 @@ class PlaneCoder(_TileCoder):
     decoder = "plane_decode"
     row_bytes = 4  # a page, int32
     kernels = (*encoders, decoder, *_READERS)
-    strips = 3  # header and table, fixed parts, tails
+    strips = 3  # header and table, which are digested with the first tiles; fixed parts; tails
+    headed = False, True
     codec: PlaneCodec
 
     def __init__(self, device: CudaDevice, codec: PlaneCodec, *others: Any) -> None:
-        _coded.load_compiled()
         super().__init__(device, codec, *others)
-        self.work_bytes = 4 * codec.tiles
+        self.work_bytes, self.least = 4 * codec.tiles, codec.fixed_bytes
         self.again = codec.fixed_bytes - FIXED_BYTES * codec.tiles
+        self._words = np.empty(0, np.uint32)  # slots up to the last one that was looked at
 
     def _ids(self, blocks: Int64s, parts: Int64s | None) -> Int64s:
         assert parts is None, f"{self.codec.name} keeps all of a page in one slot"
@@ -138,29 +148,24 @@ class PlaneCoder(_TileCoder):
     def _look(self, slots: Int64s, edges: Int64s, begin: Int64s | None) -> Int64s:
         made = np.empty((len(slots), len(edges)), np.int64)
         made[:, 0] = self.codec.fixed_bytes if begin is None else begin
-        words = slots_as_words(self._pool, int(slots.max()) + 1)
-        step, table = self._pool.slot_bytes // 4, HEADER_BYTES // 4
-        _coded.tail_offsets(words, step, slots, table, edges, self.codec.slot_bytes, made)
+        words, count = self._words, int(slots[-1]) + 1
+        if 4 * len(words) < count * self._pool.slot_bytes:  # it takes tens of microseconds; two threads may both do it
+            words = self._words = slots_as_words(self._pool, count)
+        where = self._pool.slot_bytes // 4, slots, HEADER_BYTES // 4, _USED_AT // 4
+        _coded.tail_offsets(words, *where, self.tiles, edges, self.codec.slot_bytes, made)
         return made
 
-    def _spans(self, offsets: Int64s, edges: Int64s, starts: Int64s, done: Int64s | None) -> list[Span]:
-        begin, most, head = self.codec.fixed_bytes, self.codec.slot_bytes, np.zeros(len(starts), np.int64)
-        least = np.maximum(np.minimum.reduceat(offsets, starts) // _ALIGNED * _ALIGNED, begin)
-        longest = np.minimum(-(-np.maximum.reduceat(offsets, starts) // _ALIGNED) * _ALIGNED, most)
-        made, done = [], head + begin if done is None else done
-        for g, (first, end) in enumerate(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)):
-            fixed, stop = (head + self.again + FIXED_BYTES * tile for tile in (first, end))
-            front = [Strip(head, stop, head)]  # header and table lie before the first tile
-            if first:
-                front = [Strip(head, head + self.again, None), Strip(fixed, stop, fixed)]
-            behind = np.maximum(longest[:, g + 1], done)  # an earlier chunk of more records may have got further
-            made.append(Span(first, end, (*front, Strip(least[:, g], behind, done, headed=True))))
-            done = behind
+    def _fixed(self, edges: Int64s) -> Int64s:
+        made = np.zeros((len(edges) - 1, self.strips, _strips.STRIP_COLUMNS), np.int64)
+        parts = self.again + FIXED_BYTES * edges
+        made[1:, 0, _strips.END] = self.again
+        made[:, 1, _strips.BEGIN], made[:, 1, _strips.END] = parts[:-1], parts[1:]
+        made[0, 1, _strips.BEGIN] = 0  # header and table lie before the first tile
+        made[..., _strips.DIGESTED] = made[..., _strips.BEGIN]
         return made
 
-    def _where(self, span: Span) -> tuple[Parameter, ...]:
-        tails_from = span.strips[-1].begin if len(span.strips) > 1 else self.codec.fixed_bytes
-        return ((ABSOLUTE, tails_from),)
+    def _where(self) -> tuple[Parameter, ...]:
+        return ((ABSOLUTE, self.codec.fixed_bytes),)
 
 
 class LossyCoder(_TileCoder):
@@ -176,7 +181,7 @@ class LossyCoder(_TileCoder):
     row_bytes = 8  # a page, and which part of it the record is, int32
     kernels = (*encoders, decoder, *_READERS)
     work_bytes = 4  # a counter of who is done with the record; zeros whenever none is being coded
-    strips = 1
+    strips, headed = 1, (False,)
     codec: LossyCodec
 
     def _ids(self, blocks: Int64s, parts: Int64s | None) -> Int64s:
@@ -190,15 +195,12 @@ class LossyCoder(_TileCoder):
         used: Int64s = np.where(parts < 0, whole, HEADER_BYTES + kept)
         return used
 
-    def _spans(self, offsets: Int64s, edges: Int64s, starts: Int64s, done: Int64s | None) -> list[Span]:
+    def _fixed(self, edges: Int64s) -> Int64s:
         of_plane = np.where(self.codec.compiled[0], self.codec.key_bytes, self.codec.value_bytes)
         before = HEADER_BYTES + np.append(0, np.cumsum(of_plane))
         ends = before[edges // (self.tiles // self.codec.shape.planes)]
         ends[edges == 0] = 0  # the header lies before the first tile
-        none, rows = np.zeros(len(starts), np.int64), np.stack((edges[:-1], edges[1:], ends[:-1], ends[1:]), axis=1)
-        return [
-            Span(first, end, (Strip(none + begin, none + stop, none + begin),)) for first, end, begin, stop in rows.tolist()
-        ]
+        return np.stack((ends[:-1], ends[1:], ends[:-1]), axis=1)[:, None]
 
 
 _CODERS: dict[type[Codec], type[_TileCoder]] = {PlaneCodec: PlaneCoder, LossyCodec: LossyCoder}

@@ -8,6 +8,7 @@ bytes of records and no padding: a buffer holds other blocks' bytes between its 
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -177,14 +178,13 @@ def even(count: int, per_chunk: int, buffers: int) -> Int64s:
 
 def ramp(count: int, per_chunk: int, small: int) -> Int64s:
     """First records of chunks of at most ``per_chunk``, which double from a 32nd of that; or halve down to it; or neither."""
-    slope = np.maximum(1, per_chunk >> np.arange(_DOUBLINGS if small else 0, 0, -1))
-    while len(slope) and slope.sum() > count:
-        slope = slope[:-1]
-    left = count - int(slope.sum())
-    body = [per_chunk] * (left // per_chunk) + [left % per_chunk] * (left % per_chunk > 0)
-    sizes = np.array([*slope, *body] if small == FIRST else [*body[::-1], *slope[::-1]], np.int64)
-    starts: Int64s = np.cumsum(sizes) - sizes
-    return starts
+    slope = [max(1, per_chunk >> at) for at in range(_DOUBLINGS if small else 0, 0, -1)]
+    while sum(slope) > count:
+        slope.pop()
+    whole, left = divmod(count - sum(slope), per_chunk)
+    body = [per_chunk] * whole + [left] * (left > 0)
+    sizes = [*slope, *body] if small == FIRST else [*body[::-1], *slope[::-1]]
+    return np.array(list(itertools.accumulate(sizes, initial=0))[:-1], np.int64)
 
 
 def _chunks_of_records(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from kvortex.codecs.plane import PlaneCodec
 from kvortex.devices.cuda import CudaDevice
 from kvortex.kernels.plane_form import FIXED_BYTES
 from kvortex.transfer import _coded
+from kvortex.transfer._strips import list_groups
 from kvortex.transfer.coded_layers import LayeredCoder, coded_group_count, group_edges
 from kvortex.transfer.coders import slots_as_words
 from kvortex.transfer.executor import Direction, poll
@@ -40,6 +42,7 @@ from kvortex.transfer.plan import (
 )
 from tests.engine.coded import slot_of
 from tests.fake_gpu import fake_gpu
+from tests.naive_coded_layers import NaiveLoad, naive_offsets
 from tests.transfer.coded_slots import Filled, deep
 from tests.transfer.profiles import H100, shape
 
@@ -68,19 +71,6 @@ def test_the_first_and_the_last_group_are_half_as_long() -> None:
     assert group_edges(np.array([0, 4096]), 4).tolist() == [0, 1]
 
 
-def naive_offsets(codec: PlaneCodec, record: npt.NDArray[np.uint8], edges: list[int]) -> list[int]:
-    found, at = [], codec.fixed_bytes
-    for tile in range(codec.tiles + 1):
-        if tile in edges:
-            found.append(min(at, codec.slot_bytes))
-        if tile < codec.tiles:
-            entry = int(record[64 + 4 * tile : 68 + 4 * tile].view(np.uint32)[0])
-            count, escapes = entry & 0xFFFF, entry >> 16
-            size = 12 * -(-count // 32) + 4 * -(-escapes // 4)
-            at += 768 if entry == 0xFFFFFFFF else 0 if count > 1024 or escapes > count or size > 764 else size
-    return found
-
-
 def test_where_tails_begin_is_what_tables_say_and_leads_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(3)
     with fake_gpu(monkeypatch):
@@ -93,11 +83,14 @@ def test_where_tails_begin_is_what_tables_say_and_leads_nowhere(tmp_path: Path, 
                 entries = slot_of(engine, int(slot))[64 : 64 + 4 * codec.tiles].view(np.uint32)
                 where = rng.integers(0, codec.tiles, 3)
                 entries[where] = [0xFFFFFFFF, rng.integers(0, 1 << 32), 1024 | 1024 << 16]
-            edges = [0, 4, 5, 20, codec.tiles]
-            found = coder._look(filled.slots, np.array(edges), None)
-            for row, slot in zip(found.tolist(), filled.slots.tolist(), strict=True):
-                assert row == naive_offsets(codec, slot_of(engine, slot), edges)
-            assert (coder._look(filled.slots, np.array(edges[1:]), found[:, 1]) == found[:, 1:]).all()
+            slots = np.sort(filled.slots)
+            for slot, used in zip(slots[:4].tolist(), (0, 64, 1 << 31, 1 << 40), strict=True):
+                slot_of(engine, slot)[:64].view(HEADER)["used_bytes"] = used
+            for edges in ([0, 4, 5, 20, codec.tiles], [0, 4, 5, 20]):
+                found = coder._look(slots, np.array(edges), None)
+                for row, slot in zip(found.tolist(), slots.tolist(), strict=True):
+                    assert row == naive_offsets(codec, slot_of(engine, slot), edges)
+                assert (coder._look(slots, np.array(edges[1:]), found[:, 1]) == found[:, 1:]).all()
 
 
 def test_slots_are_seen_as_words() -> None:
@@ -225,6 +218,53 @@ def test_each_byte_crosses_and_is_digested_once_before_it_is_decoded(
                 assert [len(part.chunks) for part in again] == [plan.marks[0], len(plan.chunks) - plan.marks[0]]
 
 
+@pytest.mark.parametrize("codec", ["plane", "int8", "k4v3"])
+def test_plans_are_those_of_the_naive_planner(codec: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Row by row, of random slots in registrations of several sizes, with buffers of a record and more, damage among them."""
+    rng = np.random.default_rng(7)
+    with fake_gpu(monkeypatch):
+        coded = deep(tmp_path, device=CudaDevice())
+        with coded.engine(codec, slots=64) as engine:
+            coder, compared = coder_of(engine), 0
+            for case in range(24):
+                filled = Filled.make(coded, engine, int(rng.integers(2, COUNT + 1)), case, firsts=case % 3)
+                if codec == "plane":
+                    for slot in filled.slots[: case % 3].tolist():
+                        slot_of(engine, slot)[64 : 64 + 4 * coder.tiles].view(np.uint32)[rng.integers(coder.tiles)] = 0xFFFF
+                pool, each = coder._pool, float(rng.choice([1, 1.5, 3, 50]))
+                changes = {
+                    "_pool": replace(pool, segment_slots=int(rng.choice([1, 5, 64]))),
+                    "_buffer_bytes": int(pool.slot_bytes * each),
+                    "_per_chunk": int(each),
+                    "_numbers": coder._numbers * (case % 4 > 0),
+                    "most_ctas": (int(rng.integers(1, 40)), int(rng.integers(1, 9))),
+                    "_cuts": {},
+                }
+                with monkeypatch.context() as patch:
+                    for name, value in changes.items():
+                        patch.setattr(coder, name, value)
+                    compared += same_as_naive(coder, filled, busy=case % 5 == 0)
+            assert compared == 24
+
+
+def same_as_naive(coder: LayeredCoder, filled: Filled, *, busy: bool) -> bool:
+    layer_offsets = filled.coded.cache.layout.layer_offsets
+    load = coder.layered(filled.blocks, filled.slots, busy, filled.parts, layer_offsets, CHEAP)
+    assert load is not None
+    parts = np.full(len(filled.slots), -1) if filled.parts is None else filled.parts
+    order = sorted(range(len(parts)), key=lambda at: (parts[at] < 0, filled.slots[at]))
+    slots = filled.slots[order].tolist()
+    edges = [int(np.count_nonzero(load.group_of < group)) * coder.tiles // 6 for group in range(load.group_of.max() + 2)]
+    records = [slot_of(filled.engine, slot) for slot in slots]
+    naive = NaiveLoad(coder, records, slots, int((parts >= 0).sum()), edges, busy)
+    for plan, wanted in ((load.first(), naive.first()), (load.rest(), naive.rest())):
+        for name in ("chunks", "copies", "launches", "marks"):
+            assert getattr(plan, name).tolist() == getattr(wanted, name), name
+            assert getattr(plan, name).flags.c_contiguous and getattr(plan, name).dtype == np.int64
+        assert plan.nbytes == sum(row[COPY_BYTES] * row[LINES] for row in wanted.copies) and plan.order.tolist() == order
+    return True
+
+
 def test_one_wild_record_makes_no_other_wait_in_vain(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """An earlier chunk of more records got further than a later one of fewer has to go."""
     with fake_gpu(monkeypatch):
@@ -233,14 +273,16 @@ def test_one_wild_record_makes_no_other_wait_in_vain(monkeypatch: pytest.MonkeyP
             coder, codec = coder_of(engine), engine.codec
             assert isinstance(codec, PlaneCodec)
             begin, most = codec.fixed_bytes, codec.slot_bytes
+            cut = coder._cut(3, coded.cache.layout.layer_offsets)
+            assert cut is not None and len(cut.edges) == 4
             offsets = np.array([[begin + 100, begin + 200, begin + 300], [begin + 900, begin + 1000, begin + 1100]])
-            spans = coder._spans(offsets, np.array([4, 8, 24]), np.array([0, 1]), np.array([begin + 960, begin + 960]))
-            for span in spans:
-                tails = span.strips[-1]
-                assert tails.digested is not None
-                ascending = tails.begin, tails.digested, tails.end, np.full(2, most)
-                assert (np.diff(ascending, axis=0) >= 0).all()
-            assert (spans[1].strips[-1].digested == spans[0].strips[-1].end).all()
+            slots, starts, done = np.arange(2), np.arange(2), np.full(2, begin + 960)
+            groups = cut.fixed[1:], offsets, done, begin, most, cut.rows[1:]
+            listed = list_groups(slots, 0, starts, starts[-1:], *groups, (0, codec.slot_bytes, 64), 8)
+            tails = listed[2].reshape(2, 2, 3, -1)[:, :, 1, ARGUMENTS + 5 : ARGUMENTS + 7]  # digested
+            assert (tails[0, :, 0] == done).all() and (tails[1, :, 0] == tails[0, :, 1]).all()
+            assert (np.diff(tails) >= 0).all() and (tails <= most).all() and (listed[4] == tails[1, :, 1]).all()
+            assert tails[0, 0].tolist() == [begin + 960] * 2 and tails[1, 1, 1] > begin + 1000
 
 
 DAMAGE = ("magic", "stored", "used", "shorter", "digest", "entry", "other entry", "fixed", "tail", "verbatim")
