@@ -15,20 +15,29 @@ from kvortex.kernels.plane_form import FIXED_BYTES
 from kvortex.transfer.plan import ABSOLUTE, BUFFER, IDS, LAST, LAUNCH_COLUMNS, STATUS, SUMS, even, ramp
 
 
-def naive_offsets(codec: PlaneCodec, record: npt.NDArray[np.uint8], edges: list[int]) -> list[int]:
-    """Where tails begin as a table says, and where they all end as the header does."""
+def naive_offsets(codec: PlaneCodec, record: npt.NDArray[np.uint8], edges: list[int], back: bool = False) -> list[int]:
+    """Where tails begin as a table says, and where they all end as the header does; ``back``, whether from there it is told
+    where the last ones begin."""
     found, at = [], codec.fixed_bytes
     for tile in range(codec.tiles + 1):
-        if tile == codec.tiles:
-            at = max(found[-1], int(record[:64].view(HEADER)[0]["used_bytes"]))
         if tile in edges:
             found.append(min(at, codec.slot_bytes))
         if tile < codec.tiles:
-            entry = int(record[64 + 4 * tile : 68 + 4 * tile].view(np.uint32)[0])
-            count, escapes = entry & 0xFFFF, entry >> 16
-            size = 12 * -(-count // 32) + 4 * -(-escapes // 4)
-            at += 768 if entry == 0xFFFFFFFF else 0 if count > 1024 or escapes > count or size > 764 else size
+            at += tail_bytes(record, tile)
+    if edges[-1] == codec.tiles:
+        before = found[-2 - back]
+        found[-1] = max(before, min(int(record[:64].view(HEADER)[0]["used_bytes"]), codec.slot_bytes))
+        if back:
+            found[-2] = max(before, found[-1] - sum(tail_bytes(record, tile) for tile in range(edges[-2], codec.tiles)))
     return found
+
+
+def tail_bytes(record: npt.NDArray[np.uint8], tile: int) -> int:
+    """As a table says; 0 for what no tile has."""
+    entry = int(record[64 + 4 * tile : 68 + 4 * tile].view(np.uint32)[0])
+    count, escapes = entry & 0xFFFF, entry >> 16
+    size = 12 * -(-count // 32) + 4 * -(-escapes // 4)
+    return 768 if entry == 0xFFFFFFFF else 0 if count > 1024 or escapes > count or size > 764 else size
 
 
 class Strip(NamedTuple):
@@ -119,10 +128,11 @@ class NaiveLoad:
         head = codec.fixed_bytes - FIXED_BYTES * codec.tiles
         low, high = (head + FIXED_BYTES * tile for tile in (first, end))
         front = [Strip(0, head, None, False), Strip(low, high, low, False)] if first else [Strip(0, high, 0, False)]
-        offsets = [naive_offsets(codec, self.records[b], [0, *self.edges]) for b in chunk]
-        at = sorted({0, *self.edges}).index(first)
-        begin = max(min(row[at] for row in offsets) // 64 * 64, codec.fixed_bytes)
-        stop = min(-(-max(row[at + 1] for row in offsets) // 64) * 64, codec.slot_bytes)
+        edges = self.edges
+        back = len(edges) > 3 and edges[-1] - edges[-2] < edges[-2] - edges[-3]
+        offsets = [naive_offsets(codec, self.records[b], edges, back) for b in chunk]
+        begin = max(min(row[g] for row in offsets) // 64 * 64, codec.fixed_bytes)
+        stop = min(-(-max(row[g + 1] for row in offsets) // 64) * 64, codec.slot_bytes)
         return [*front, Strip(begin, max(stop, done[chunk[0]]), done[chunk[0]], True)]
 
     def add(self, made: Listed, chunk: range, strips: list[Strip], first: int, end: int) -> None:
