@@ -17,8 +17,7 @@ from kvortex.codecs.lossy import LossyCodec
 from kvortex.codecs.plane import PlaneCodec
 from kvortex.devices.cuda import CudaDevice
 from kvortex.kernels.plane_form import FIXED_BYTES
-from kvortex.transfer import _coded
-from kvortex.transfer._strips import list_groups
+from kvortex.transfer import _coded, _strips
 from kvortex.transfer.coded_layers import LayeredCoder, coded_group_count, group_edges
 from kvortex.transfer.coders import slots_as_words
 from kvortex.transfer.executor import Direction, poll
@@ -246,6 +245,8 @@ def test_plans_are_those_of_the_naive_planner(codec: str, monkeypatch: pytest.Mo
                         patch.setattr(coder, name, value)
                     compared += same_as_naive(coder, filled, busy=case % 5 == 0)
             assert compared == 24
+    loaded = _coded.tail_offsets, _strips.pitch_of_all, _strips.part_chunks, _strips.list_groups
+    assert [len(function.signatures) for function in loaded] == [1] * 4, "all that is called was loaded before VRAM was taken"
 
 
 def same_as_naive(coder: LayeredCoder, filled: Filled, *, busy: bool) -> bool:
@@ -279,7 +280,7 @@ def test_one_wild_record_makes_no_other_wait_in_vain(monkeypatch: pytest.MonkeyP
             offsets = np.array([[begin + 100, begin + 200, begin + 300], [begin + 900, begin + 1000, begin + 1100]])
             slots, starts, done = np.arange(2), np.arange(2), np.full(2, begin + 960)
             groups = cut.fixed[1:], offsets, done, begin, most, cut.rows[1:]
-            listed = list_groups(slots, 0, starts, starts[-1:], *groups, (0, codec.slot_bytes, 64), 8)
+            listed = _strips.list_groups(slots, 0, starts, starts[-1:], *groups, (0, codec.slot_bytes, 64), 8)
             tails = listed[2].reshape(2, 2, 3, -1)[:, :, 1, ARGUMENTS + 5 : ARGUMENTS + 7]  # digested
             assert (tails[0, :, 0] == done).all() and (tails[1, :, 0] == tails[0, :, 1]).all()
             assert (np.diff(tails) >= 0).all() and (tails <= most).all() and (listed[4] == tails[1, :, 1]).all()
