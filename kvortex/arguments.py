@@ -39,6 +39,8 @@ def integer_array(values: Any, name: str) -> npt.NDArray[Any]:
     ArgumentError
         With whatever the object itself raised as its cause.
     """
+    if type(values) is np.ndarray and values.ndim == 1 and values.dtype.kind in "iu":  # first: look-ups wait for this
+        return values
     try:
         return _read_sequence(values, name) if _is_sequence(values, name) else _read_array(values, name)
     except ArgumentError:

@@ -10,7 +10,7 @@ import numpy as np
 from kvortex.transfer import issue as nogil
 from kvortex.transfer.coded import plan_coded
 from kvortex.transfer.digesting import NO_DIGESTS
-from kvortex.transfer.layers import cut_layers, cut_sections, group_layers, plan_layers
+from kvortex.transfer.layers import cut_layers, cut_sections, group_layers, in_order, plan_layers
 from kvortex.transfer.plan import (
     ARGUMENTS,
     BUFFER,
@@ -123,7 +123,7 @@ def layers(n: int = 9) -> Plan:
     edges = np.array([0, 30, 64, 100])
     pieces = split_pieces(cut_layers(fragments, edges), PIECE_BYTES)
     sections, pool = cut_sections(pieces, edges, group_layers(edges, 3), 32), Pool(HOST, SLOT_BYTES, 7)
-    return plan_layers(np.arange(n)[::-1].copy(), np.arange(n), sections, pool, 96, 64)
+    return plan_layers(in_order(np.arange(n)[::-1].copy(), np.arange(n)), sections, pool, 96, 64)
 
 
 def batched(n: int = 9, streams: int = 3) -> Plan:
