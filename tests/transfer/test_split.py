@@ -119,7 +119,8 @@ def test_what_is_read_is_what_was_copied(name: str, to_host: bool, count: int, t
         assert not before[read] & set(kernels) and not any(before[at] & set(kernels) for at in copies)
         assert {calls[at].stream for at in copies} == {int(lane.streams[turn])} != {calls[at].stream for at in kernels}
         assert to_host or calls[read].stream == int(lane.streams[turn])
-        assert not any(call.stream == JOIN_STREAM for call in calls if call.name not in ("push", "pop"))
+        meets = {call.stream for call in calls if call.name not in ("push", "pop")}
+        assert (JOIN_STREAM in meets) == (not to_host and not apart), "but where sums come back, which copy the other way"
     for at, chunk in zip(kernels, plan.chunks[1::2].tolist(), strict=True):
         first = SUMS + 16 * (apart * chunk[FIRST_BLOCK] + chunk[FIRST_PIECE] if apart else chunk[FIRST_BLOCK])
         assert calls[at].parameters[8] == first
@@ -127,6 +128,7 @@ def test_what_is_read_is_what_was_copied(name: str, to_host: bool, count: int, t
         sent, back = sums
         assert all(sent in before[at] and at in before[back] for at in (read, *kernels)) and back in before[done]
         assert calls[back].arguments[:2] == (PINNED, SUMS)
+        assert to_host or calls[back].stream == JOIN_STREAM
 
 
 CASES = [(name, to_host, apart) for name in ("split", "one split") for to_host in (True, False) for apart in (0, 8, None)]
