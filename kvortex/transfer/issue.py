@@ -248,7 +248,8 @@ def issue(  # type: ignore[no-untyped-def]
 ):
     """Puts a plan on its streams, after the caller's and before ``done``.
 
-    Copies and launches that take turns (:mod:`kvortex.transfer.split`) have a stream each; ``done`` is on that of launches.
+    Copies and launches that take turns (:mod:`kvortex.transfer.split`) have a stream each; ``done`` is on that of launches, or,
+    where sums of a load are read back, on the join stream.
 
     Parameters
     ----------
@@ -391,6 +392,11 @@ def issue(  # type: ignore[no-untyped-def]
             last = code
     if not error and reads and not to_host and not split:
         error = read(functions, digest, behind, parameters, pointers)
+    if not error and sends and not to_host and behind != lane[JOIN_STREAM]:
+        # Its copies go the other way, and a stream that has copied both ways may wait for ever: see docs/transfers.md.
+        error = follow_stream(functions, lane[JOIN_STREAM], behind, joins[(first + int(split and used > 1)) % n])
+        if not error:
+            behind = lane[JOIN_STREAM]
     if not error and sends and not early:
         error = read_back(functions, digest, behind)
     code = call(functions[EVENT_RECORD], (done, behind))

@@ -215,12 +215,12 @@ def issue_resident(  # type: ignore[no-untyped-def]
     if unwritten:  # a later value lets a kernel go on, and of the last one there is none
         for at in range(depth):
             call(functions[STREAM_WRITE_VALUE], (ring[FLAG_STREAM], ring[FLAGS] + 2 * FLAG_BYTES * at, filled[0, at], 0))
-    if sums and not to_host and not error:
-        error = read_back(functions, digest, kernel_stream)
     last = join(functions, lane, streams, joins, 0, 1)
     code = follow_stream(functions, lane[JOIN_STREAM], kernel_stream, ring[EVENT])
     if not last:
         last = code
+    if sums and not to_host and not error and not last:  # on no stream that copies the other way: see docs/transfers.md
+        error = read_back(functions, digest, lane[JOIN_STREAM])
     code = call(functions[EVENT_RECORD], (done_event, lane[JOIN_STREAM]))
     if not last:
         last = code
