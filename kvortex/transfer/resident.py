@@ -30,6 +30,7 @@ from kvortex.devices.driver import (
 )
 from kvortex.devices.native import call, release
 from kvortex.transfer.digesting import NUMBERS, SUMS, SUMS_BYTES, read_back
+from kvortex.transfer.dma import MODE, copy_chunk
 from kvortex.transfer.issue import (
     CALLER_EVENT,
     CONTEXT,
@@ -37,11 +38,9 @@ from kvortex.transfer.issue import (
     ISSUED,
     JOIN_STREAM,
     LAST,
-    MODE,
     NO_STREAM,
     TABLE,
     TO_HOST,
-    copy_chunk,
     follow,
     follow_stream,
     join,
