@@ -23,7 +23,7 @@ def integers(values: Any, name: str, count: int) -> Int64s:
     array = integer_array(values, name)
     if len(array) != count:
         raise ArgumentError(f"{name} has {len(array)} entries for {count} keys")
-    if array.dtype == np.uint64 and array.size and int(array.max()) > LARGEST:
+    if array.dtype.kind == "u" and array.size and int(array.max()) > LARGEST:  # of either byte order
         raise ArgumentError(f"{name} holds {int(array.max())}, which is no address or index of 63 bits")
     return np.array(array, np.int64)  # a copy: the caller may change its array while a transfer runs
 
@@ -39,6 +39,8 @@ def integer_array(values: Any, name: str) -> npt.NDArray[Any]:
     ArgumentError
         With whatever the object itself raised as its cause.
     """
+    if type(values) is np.ndarray and values.ndim == 1 and values.dtype.kind in "iu":  # first: look-ups wait for this
+        return values
     try:
         return _read_sequence(values, name) if _is_sequence(values, name) else _read_array(values, name)
     except ArgumentError:

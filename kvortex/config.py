@@ -44,7 +44,8 @@ class KVortexConfig:
         Budget of the pinned host pool, in bytes. Never exceeded; what does not fill a whole slot is not allocated.
     gpu_pool_size_bytes
         Budget of the staging buffers in VRAM, in bytes, shared by both directions; None for as much as the GPU's profile says,
-        with a codec up to four times that, and no more than a 64th of the VRAM then. The host device has none.
+        with a codec up to four times that, as far as a 64th of the VRAM and half of what is free of it allow. The host device
+        has none.
     num_transfer_streams
         Streams of each direction; None for as many as the profile says. Threads on the host device; None for 2.
     staging_buffers

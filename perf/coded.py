@@ -24,7 +24,7 @@ from perf.coded_pages import SHAPE, WAYS, Coded, Pages, engines
 from perf.raw import RawCopy
 from perf.report import Report, progress
 
-STAGING_MIB = (0, 1024)
+STAGING_MIB = (0, 256)
 BARS = {"plane": 1.40, "int8": 1.75, "k6v4": 2.6, "k4v4": 3.0, "k4v3": 3.3}
 KEYS = ("codec", "staging_mib")
 BETTER = {"save": "higher", "save_ratio": "higher", "load": "higher", "load_ratio": "higher"}

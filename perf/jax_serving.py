@@ -176,9 +176,9 @@ def hit(
     """Loads all of a prompt but its last block, and computes that one: layer by layer behind the load, or when it has ended."""
     began = time.perf_counter()
     keys = engine.block_keys(tokens)[:-1]  # the last token is computed in any case: what follows it is asked for
-    if not engine.check_blocks(keys, first=True).all():
-        raise kvortex.TransferError("blocks that were saved are not there")
     load = engine.load_blocks(keys, table[:-1], stream=waits.stream, layerwise=layerwise, first=True)
+    if not load.found.all() and not engine.check_blocks(keys, first=True).all():  # in RAM, or a tier below may have them
+        raise kvortex.TransferError("blocks that were saved are not there")
     if not layerwise:
         whole(load, len(keys), moves=True)
     before: Callable[[int], object] = (lambda layer: waits.layer(load, layer)) if layerwise else (lambda layer: None)

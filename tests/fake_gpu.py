@@ -86,6 +86,7 @@ class FakeGpu(FakeDriver):
             cuDeviceGetPCIBusId=b"ffff:ff:1f.7\0",  # which no machine has
             cuDeviceGetName=b"A GPU made of RAM\0",
             cuDeviceTotalMem=8 << 30,
+            cuMemGetInfo=lambda: (Result(0), 7 << 30, 8 << 30),
         )
         self.issued = Recorder(also=self._execute, answer=self._asked)
         self.max_pitch = 2**31 - 1

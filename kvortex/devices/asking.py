@@ -13,14 +13,14 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from kvortex.devices.driver import CAPTURE_MODE, CTX_GET, CTX_SET
+from kvortex.devices.driver import CAPTURE_MODE, CTX_GET, CTX_SET, STREAM_CAPTURING
 from kvortex.devices.native import call
 from kvortex.devices.threads import busy_address
 
 NOT_READY = 600  # CUDA_ERROR_NOT_READY
 CAPTURE_IMPLICIT = 906  # CUDA_ERROR_STREAM_CAPTURE_IMPLICIT
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED: see kvortex.devices.driver.current
-_SAVED, _MODE = range(_CELLS := 2)
+_SAVED, _MODE, _STATUS = range(_CELLS := 3)
 Functions: TypeAlias = npt.NDArray[np.int64]
 
 
@@ -52,10 +52,16 @@ def _ask(functions, context, which, a, b, c, cells):  # type: ignore[no-untyped-
     return code
 
 
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _ask_capture(functions, context, stream, cells):  # type: ignore[no-untyped-def]
+    return _ask(functions, context, STREAM_CAPTURING, stream, cells[_STATUS:].ctypes.data, 0, cells)
+
+
 @functools.cache
 def load_compiled() -> None:
     """Loads what is compiled, once in a process: an interrupt in the middle of that can abort the process inside LLVM."""
     ask(np.full(CTX_GET + 1, busy_address()), 0, 0, 0)
+    ask_capture(np.full(CTX_GET + 1, busy_address()), 0, 0)
 
 
 def ask(functions: Functions, context: int, which: int, a: int, b: int = 0, c: int = 0) -> int:
@@ -73,3 +79,9 @@ def ask(functions: Functions, context: int, which: int, a: int, b: int = 0, c: i
         Its arguments.
     """
     return int(_ask(functions, context, which, a, b, c, np.zeros(_CELLS, np.int64)))
+
+
+def ask_capture(functions: Functions, context: int, stream: int) -> tuple[int, int]:
+    """The code and the status of ``cuStreamIsCapturing``; see :func:`ask`."""
+    cells = np.zeros(_CELLS, np.int64)
+    return int(_ask_capture(functions, context, stream, cells)), int(cells[_STATUS])

@@ -172,6 +172,12 @@ class CudaDevice(Device):
         """Of the whole GPU."""
         return int(check(api().cuDeviceTotalMem(self._handle), "cuDeviceTotalMem"))
 
+    @property
+    def free_bytes(self) -> int:
+        """Of the GPU's memory, what nobody has at the moment."""
+        with current(self.context) as driver:
+            return int(check(driver.cuMemGetInfo(), "cuMemGetInfo")[0])
+
     def describe(self) -> dict[str, Any]:
         driver = api()
         name: bytes = check(driver.cuDeviceGetName(128, self._handle), "cuDeviceGetName")

@@ -23,6 +23,8 @@ def cuda_stream_handle(stream: Any) -> int:
     ArgumentError
         It is none of these, or raises whatever it likes, which is the error's cause then.
     """
+    if type(stream) is int and 0 <= stream < 1 << 63:  # before anything else: a load's first copy waits for this
+        return stream
     try:
         return _read(stream)
     except ArgumentError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any, TypeAlias
@@ -41,6 +42,10 @@ def as_keys(keys: KeysLike) -> KeyArray:
 
 def as_rows(names: Any, name: str, width: int | None = None) -> KeyArray:
     """Byte strings of one length as one array, one row a string; as :func:`as_keys`, with any length for a width of None."""
+    rows: KeyArray = names
+    plain = type(names) is np.ndarray and names.dtype == np.uint8 and names.ndim == 2
+    if plain and names.shape[1] == width and names.flags.c_contiguous:  # before anything else: look-ups wait for this
+        return rows
     try:
         return _as_rows(names, name, width)
     except ArgumentError:
@@ -81,18 +86,24 @@ def writable(rows: KeyArray) -> KeyArray:
 
 def token_array(token_ids: Any, most: int) -> Tokens:
     """Token ids from 0 to ``most`` (63 bits or fewer) as contiguous int64 that can be written, or ArgumentError."""
-    from kvortex.keys._loops import extremes
-
     array = integer_array(token_ids, "token_ids")
     if array.dtype == np.uint64 and array.size and int(array.max()) > most:
         low, high = int(array.min()), int(array.max())
     else:
-        tokens: Tokens = np.require(array, np.int64, ["C", "A", "W"])
-        low, high = extremes(tokens)
+        as_they_are = array.dtype == np.int64 and array.flags.carray
+        tokens: Tokens = array if as_they_are else np.array(array, np.int64)
+        low, high = _extremes()(tokens)
         if low >= 0 and high <= most:
             return tokens
         low = int(tokens.min())  # it counts a 0 that need not be there
     raise ArgumentError(f"token_ids must be from 0 to {most}; seen: {low} to {high}")
+
+
+@functools.cache  # a statement that imports is a search each time, and look-ups wait for it
+def _extremes() -> Any:
+    from kvortex.keys._loops import extremes
+
+    return extremes
 
 
 def one_key(parent: Any) -> bytes:

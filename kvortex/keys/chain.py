@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy.typing as npt
 
@@ -59,12 +60,10 @@ class KvortexKeys(KeyScheme):
         size = self.block_size
 
         def hash_blocks(tokens: Tokens, parent: bytes, start: int) -> KeyArray:
-            from kvortex.keys._loops import bytes_of, hash_chain
-            from kvortex.keys._sha_ni import available
-
             keys = empty_keys(len(tokens) // size)
             if len(keys):
-                hash_chain(tokens, size, bytes_of(parent), keys, available())
+                loops, hardware = _compiled()
+                loops.hash_chain(tokens, size, loops.bytes_of(parent), keys, hardware.available())
             return keys
 
         return Chain(first=namespace.seed, block_size=size, most=_MAX_TOKEN, hash_blocks=hash_blocks)
@@ -72,6 +71,13 @@ class KvortexKeys(KeyScheme):
     def stored(self, keys: KeyArray) -> KeyArray:
         """The keys themselves: they have all of the namespace in them."""
         return keys
+
+
+@functools.cache  # as in kvortex.keys.arrays
+def _compiled() -> tuple[Any, ...]:
+    from kvortex.keys import _loops, _sha_ni
+
+    return _loops, _sha_ni
 
 
 def block_keys(

@@ -130,7 +130,7 @@ class LayeredCoder(DeviceCoder):
         order = np.argsort(slots) if parts is None else np.lexsort((slots, parts < 0))
         slots, kept = slots[order], 0 if parts is None else int(np.count_nonzero(parts >= 0))
         coded = slots[kept:]
-        if not len(coded):
+        if not len(coded) or not self._can_cut():
             return None
         runs = 1 + int(np.count_nonzero(coded[1:] - coded[:-1] != 1))
         count = coded_group_count(len(coded) * self.codec.slot_bytes, len(coded), runs, self.strips, self.again, least)
@@ -148,7 +148,7 @@ class LayeredCoder(DeviceCoder):
 
     def _new_cut(self, count: int, layer_offsets: Int64s) -> Cut | None:
         layers, plane_bytes = group_edges(layer_offsets, count), self.codec.shape.plane_bytes
-        if len(layers) < 3 or (layer_offsets % plane_bytes).any() or not self._can_cut():
+        if len(layers) < 3 or (layer_offsets % plane_bytes).any():
             return None
         edges = layer_offsets[layers] // plane_bytes * (self.tiles // self.codec.shape.planes)
         group_of = np.repeat(np.arange(len(layers) - 1), np.diff(layers))

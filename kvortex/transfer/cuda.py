@@ -32,15 +32,16 @@ from kvortex.transfer.issue import NO_STREAM, PIECE_ROW_BYTES
 from kvortex.transfer.lane import ROW_WORDS, Job, Lane
 from kvortex.transfer.layer_load import LayerLoad
 from kvortex.transfer.layers import (
+    Ordered,
     Sections,
     cut_layers,
     cut_sections,
     group_count,
     group_layers,
+    in_order,
     join_groups,
     plan_direct_layers,
     plan_layers,
-    run_count,
     split_groups,
     split_sections,
 )
@@ -169,6 +170,8 @@ class CudaExecutor(Executor):
         self._digests = digests
         self._lanes: dict[Direction, Lane] = {}
         self._cuts: dict[tuple[int, bool], Sections] = {}  # by groups, and whether some are joined
+        # Those of layer-wise loads: the first groups, the others, and how many layers the first ones have.
+        self._splits: dict[int, tuple[Sections, Sections, int]] = {}
         self._allocations = _allocations(device, fragments, num_blocks)
         self._runs = strides(fragments, device.max_pitch, self._allocations)
         self._batches = cu.has_batched_copies()
@@ -303,14 +306,15 @@ class CudaExecutor(Executor):
         num_layers = len(self._layer_offsets) - 1
         if layerwise and route in (Route.RESIDENT, Route.STAGED, Route.DIRECT):
             # A group of a save is submitted by itself, which costs the caller time: few are better, though the last ends later.
-            runs = len(blocks) if in_groups or route is Route.DIRECT else run_count(slots)
+            records = in_order(blocks, slots)
+            runs = len(blocks) if in_groups or route is Route.DIRECT else records.runs
             record_bytes, least = int(self._layer_offsets[-1]), self._profile.least
             count = group_count(num_layers, record_bytes, len(blocks), runs, least)
             sections = self._sections(count, joined=not in_groups and route is not Route.DIRECT)
             # A mark is used once, and the parts of a load may be on different streams.
             if not in_groups and route is not Route.DIRECT and mark is None and len(sections.ends) > 2 * AT_ONCE:
-                return self._layer_load(route, blocks, slots, busy, sections, caller)
-            plan = self._layered_plan(route, blocks, slots, busy, sections)
+                return self._layer_load(route, blocks, records, busy, sections, caller)
+            plan = self._layered_plan(route, records, busy, sections)
             if in_groups:
                 edges = sections.first_pieces[[0, *sections.ends.tolist()]]
                 return self._layer_save(split_groups(plan), route, sections.group_of, blocks, edges)
@@ -402,21 +406,24 @@ class CudaExecutor(Executor):
             raise
 
     def _layer_load(
-        self, route: Route, blocks: Int64s, slots: Int64s, busy: bool, sections: Sections, caller: int
+        self, route: Route, blocks: Int64s, records: Ordered, busy: bool, sections: Sections, caller: int
     ) -> LayerLoad:
         """Its first groups, and how the others are prepared."""
-        cuts = split_sections(sections, AT_ONCE)
+        cuts = self._splits.get(id(sections))  # which ``_cuts`` keeps
+        if cuts is None:
+            layers = int(np.count_nonzero(sections.group_of < AT_ONCE))
+            cuts = self._splits[id(sections)] = *split_sections(sections, AT_ONCE), layers
 
         def part(cut: Sections, behind: CudaCompletion | None = None) -> CudaCompletion:
-            plan, edges = self._layered_plan(route, blocks, slots, busy, cut), cut.first_pieces[[0, -1]].tolist()
-            digesting = self._digesting(route, blocks, edges[0], edges[1], whole=False)
+            plan = self._layered_plan(route, records, busy, cut)
+            edges = int(cut.first_pieces[0]), int(cut.first_pieces[-1])
+            digesting = self._digesting(route, blocks, *edges, whole=False)
             return CudaCompletion(self, Direction.LOAD, plan, caller, route, cut.group_of, digesting, behind=behind)
 
-        layers = int(np.count_nonzero(sections.group_of < AT_ONCE))
         sizes = self._sizes(blocks) if self._digests else None
         first = part(cuts[0])
         try:
-            return LayerLoad(first, lambda: part(cuts[1], first), layers, sizes)
+            return LayerLoad(first, lambda: part(cuts[1], first), cuts[2], sizes)
         except BaseException:
             first.cancel()
             raise
@@ -429,15 +436,15 @@ class CudaExecutor(Executor):
             self._cuts[key] = cut_sections(self._pieces, self._layer_offsets, join_groups(edges) if joined else edges, limit)
         return self._cuts[key]
 
-    def _layered_plan(self, route: Route, blocks: Int64s, slots: Int64s, busy: bool, sections: Sections) -> Plan:
+    def _layered_plan(self, route: Route, records: Ordered, busy: bool, sections: Sections) -> Plan:
         if route is Route.DIRECT:
-            return plan_direct_layers(blocks, slots, self._fragments[0], sections, self._pool, self._count)
+            return plan_direct_layers(records, self._fragments[0], sections, self._pool, self._count)
         assert self._staging is not None
         ctas = self.resident_ctas[busy] if route is Route.RESIDENT else 0
         if ctas and not busy:
             ctas = max(ctas, min(LAYER_CTAS * ctas, most_resident_ctas(self.device.multiprocessors) // 2))
         size = self._half_bytes if ctas else self._staging.buffer_bytes
-        return plan_layers(blocks, slots, sections, self._pool, size, MAX_BLOCKS, ctas=ctas)
+        return plan_layers(records, sections, self._pool, size, MAX_BLOCKS, ctas=ctas)
 
     def _plan(self, direction: Direction, route: Route, blocks: Int64s, slots: Int64s, busy: bool) -> Plan:
         if route is Route.DIRECT:
@@ -486,12 +493,11 @@ class CudaExecutor(Executor):
         return CudaMark(self, cuda_stream_handle(stream))
 
     def check_stream(self, stream: Any) -> None:
-        status = np.zeros(1, np.int64)
-        code = self._ask(cu.STREAM_CAPTURING, cuda_stream_handle(stream), status.ctypes.data)
+        code, status = asking.ask_capture(self._functions, int(self.device.context), cuda_stream_handle(stream))
         if code == asking.CAPTURE_IMPLICIT:
             raise ArgumentError("the default stream cannot be waited for while another stream is being captured; pass stream=")
         cu.check((code,), "the stream of the caller")
-        if status[0]:
+        if status:
             raise ArgumentError("the stream is being captured into a CUDA graph; a transfer cannot be part of one")
 
     def lend(self, plan: Plan, digesting: Digesting | None) -> tuple[Int64s, IdBuffer | None]:

@@ -10,11 +10,6 @@ import numpy as np
 from numba import njit
 
 from kvortex.devices.driver import (
-    COPY_BATCH,
-    COPY_BATCH_12,
-    COPY_LINES,
-    COPY_TO_DEVICE,
-    COPY_TO_HOST,
     CTX_POP,
     CTX_PUSH,
     EVENT_RECORD,
@@ -36,27 +31,21 @@ from kvortex.transfer.digesting import (
     read_back,
     send,
 )
+from kvortex.transfer.dma import copy_batch, copy_chunk
 from kvortex.transfer.plan import (
     ARGUMENTS,
     BUFFER,
     BYTES,
-    COPY_BYTES,
     CTAS,
-    DEVICE_SIDE,
     FIRST_BLOCK,
-    FIRST_COPY,
     FIRST_LAUNCH,
     FIRST_PIECE,
-    HOST_PITCH,
-    HOST_SIDE,
     INSTEAD,
-    LINES,
     N_BLOCKS,
     N_COPIES,
     N_LAUNCHES,
     N_PIECES,
     PARAMETERS,
-    PITCH,
     RELATIVE,
     WORK,
 )
@@ -73,74 +62,6 @@ ISSUED, ERROR, LAST, QUEUED = range(OUTCOME_CELLS := 4)
 NO_STREAM = -1  # in the place of the caller's, where only events are waited for
 PIECE_ROW_BYTES = 8 * (BYTES + 1)
 _READS = digesting.KERNEL
-
-# Cells of ``scratch``: where the popped context goes, then a CUDA_MEMCPY2D (cuda.h): of each side x, y, kind of memory, host
-# address, device address, array, pitch; then bytes of a line, and lines. Behind it what a batch of copies needs: a
-# CUmemcpyAttributes, the first copy that it is for, and where the index of a copy that failed goes; and a thread's mode of
-# capture.
-POPPED, RECTANGLE = 0, 1
-ATTRIBUTES = RECTANGLE + 16
-FIRST_OF_BATCH, FAILED_COPY = ATTRIBUTES + 3, ATTRIBUTES + 4
-MODE = FAILED_COPY + 1
-SCRATCH_CELLS = MODE + 1
-_SIDE_CELLS, _KIND, _HOST, _DEVICE, _PITCH = 7, 2, 3, 4, 6
-_KIND_HOST, _KIND_DEVICE = 1, 2
-# A CUmemcpyAttributes is six 32-bit numbers: the order of reads, of both sides a kind and number of a place, which only
-# managed memory needs, and flags. CU_MEMCPY_SRC_ACCESS_ORDER_STREAM; CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE.
-_ORDER_STREAM, _OVERLAP = 1, 1 << 32
-
-
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _lines(to_host, functions, copy, device, stream, scratch):  # type: ignore[no-untyped-def]
-    rectangle = scratch[RECTANGLE:]
-    rectangle[:] = 0
-    there, here = (0, _SIDE_CELLS) if to_host else (_SIDE_CELLS, 0)
-    rectangle[there + _KIND] = _KIND_DEVICE
-    rectangle[there + _DEVICE] = device
-    rectangle[there + _PITCH] = copy[PITCH]
-    rectangle[here + _KIND] = _KIND_HOST
-    rectangle[here + _HOST] = copy[HOST_SIDE]
-    rectangle[here + _PITCH] = copy[HOST_PITCH]
-    rectangle[2 * _SIDE_CELLS] = copy[COPY_BYTES]
-    rectangle[2 * _SIDE_CELLS + 1] = copy[LINES]
-    return call(functions[COPY_LINES], (rectangle.ctypes.data, stream))
-
-
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def copy_chunk(to_host, functions, copies, chunk, base, stream, scratch):  # type: ignore[no-untyped-def]
-    """The copies of a chunk, with the staging buffer ``base`` on the device side; the first error code."""
-    for at in range(chunk[FIRST_COPY], chunk[FIRST_COPY] + chunk[N_COPIES]):
-        device, host, nbytes = copies[at, DEVICE_SIDE] + base, copies[at, HOST_SIDE], copies[at, COPY_BYTES]
-        if copies[at, LINES] > 1:
-            code = _lines(to_host, functions, copies[at], device, stream, scratch)
-        elif to_host:
-            code = call(functions[COPY_TO_HOST], (host, device, nbytes, stream))
-        else:
-            code = call(functions[COPY_TO_DEVICE], (device, host, nbytes, stream))
-        if code:
-            return code
-    return np.int32(0)
-
-
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _copy_batch(to_host, functions, batch, chunk, stream, scratch):  # type: ignore[no-untyped-def]
-    """The copies of a chunk in one call of the driver.
-
-    It reads its arguments during the call and not afterwards: NVIDIA's own ``cuda.core.utils.copy_batch`` passes vectors that
-    end with the function. It refuses the legacy default stream; those of a lane are others.
-    """
-    first, count = chunk[FIRST_COPY], chunk[N_COPIES]
-    device = batch[DEVICE_SIDE, first:].ctypes.data
-    host = batch[HOST_SIDE, first:].ctypes.data
-    sizes = batch[COPY_BYTES, first:].ctypes.data
-    attributes = scratch[ATTRIBUTES:]
-    attributes[0], attributes[1], attributes[2] = _ORDER_STREAM, 0, _OVERLAP
-    scratch[FIRST_OF_BATCH] = 0
-    target, source = (host, device) if to_host else (device, host)
-    head = (target, source, sizes, count, attributes.ctypes.data, scratch[FIRST_OF_BATCH:].ctypes.data, 1)
-    if functions[COPY_BATCH]:
-        return call(functions[COPY_BATCH], (*head, stream))
-    return call(functions[COPY_BATCH_12], (*head, scratch[FAILED_COPY:].ctypes.data, stream))
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
@@ -248,7 +169,8 @@ def issue(  # type: ignore[no-untyped-def]
 ):
     """Puts a plan on its streams, after the caller's and before ``done``.
 
-    Copies and launches that take turns (:mod:`kvortex.transfer.split`) have a stream each; ``done`` is on that of launches.
+    Copies and launches that take turns (:mod:`kvortex.transfer.split`) have a stream each; ``done`` is on that of launches, or,
+    where sums of a load are read back, on the join stream.
 
     Parameters
     ----------
@@ -351,7 +273,7 @@ def issue(  # type: ignore[no-untyped-def]
             if not error and early and c == len(chunks) - 1:
                 error = read_back(functions, digest, copying)
         if not error and batch.shape[1] > 0:
-            error = _copy_batch(to_host, functions, batch, chunk, copying, scratch)
+            error = copy_batch(to_host, functions, batch, chunk, copying, scratch)
         elif not error:
             error = copy_chunk(to_host, functions, copies, chunk, base, copying, scratch)
         if not error and beside and c == int(split):  # once the link is busy: these calls of the driver take microseconds
@@ -391,6 +313,11 @@ def issue(  # type: ignore[no-untyped-def]
             last = code
     if not error and reads and not to_host and not split:
         error = read(functions, digest, behind, parameters, pointers)
+    if not error and sends and not to_host and behind != lane[JOIN_STREAM]:
+        # Its copies go the other way, and a stream that has copied both ways may wait for ever: see docs/transfers.md.
+        error = follow_stream(functions, lane[JOIN_STREAM], behind, joins[(first + int(split and used > 1)) % n])
+        if not error:
+            behind = lane[JOIN_STREAM]
     if not error and sends and not early:
         error = read_back(functions, digest, behind)
     code = call(functions[EVENT_RECORD], (done, behind))

@@ -15,6 +15,7 @@ from kvortex.transfer import digesting as dg
 from kvortex.transfer import issue as nogil
 from kvortex.transfer import resident
 from kvortex.transfer.digesting import Digesting
+from kvortex.transfer.dma import SCRATCH_CELLS
 from kvortex.transfer.executor import Direction
 from kvortex.transfer.holding import FLAGS, NOTHING, STREAMS
 from kvortex.transfer.plan import BASE_CELLS, IDS, INSTEAD, N_PIECES, PARAMETERS, STATUS, SUMS, Int64s, Plan
@@ -133,7 +134,7 @@ class Lane:
         self._holder = np.array([NOTHING], np.int64)  # of the staging buffers
         self._parameters = np.zeros(max(PARAMETERS, resident.PARAMETERS), np.int64)
         self._pointers = self._parameters.ctypes.data + 8 * np.arange(len(self._parameters), dtype=np.int64)
-        self._scratch = np.zeros(nogil.SCRATCH_CELLS, np.int64)
+        self._scratch = np.zeros(SCRATCH_CELLS, np.int64)
 
     def job(
         self,

@@ -6,6 +6,7 @@ or several where it is larger than a staging buffer.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -80,6 +81,25 @@ def group_count(num_layers: int, record_bytes: int, records: int, runs: int, lea
     return max(1, min(num_layers, worth))
 
 
+class Ordered(NamedTuple):
+    """Records of a transfer in the order of their slots: pages, (n,) int32; slots; and where each was before."""
+
+    ids: Int32s
+    slots: Int64s
+    order: Int64s
+
+    @property
+    def runs(self) -> int:
+        """Runs of neighbours among the slots."""
+        return 1 + int(np.count_nonzero(self.slots[1:] - self.slots[:-1] != 1))
+
+
+def in_order(blocks: Int64s, slots: Int64s) -> Ordered:
+    """Of pages and slots in any order."""
+    order = np.argsort(slots)
+    return Ordered(blocks[order].astype(np.int32), slots[order], order)
+
+
 def run_count(slots: Int64s) -> int:
     """Runs of neighbours among slots, in any order."""
     return 1 + int(np.count_nonzero(np.diff(np.sort(slots)) != 1))
@@ -130,10 +150,15 @@ class Sections:
     ends: Int64s
     group_of: Int64s
 
-    @property
+    @functools.cached_property
     def pitch(self) -> int:
         """Bytes that any section of one record takes in a staging buffer."""
         return -(-int(self.nbytes.max()) // _LANE) * _LANE
+
+    @functools.cached_property
+    def total(self) -> int:
+        """Bytes of all sections of one record."""
+        return int(self.nbytes.sum())
 
 
 def cut_sections(pieces: Int64s, layer_offsets: Int64s, edges: Int64s, buffer_bytes: int | None) -> Sections:
@@ -172,23 +197,19 @@ def split_sections(sections: Sections, groups: int) -> tuple[Sections, Sections]
 
 
 def plan_layers(
-    blocks: Int64s, slots: Int64s, sections: Sections, pool: Pool, buffer_bytes: int, max_blocks: int, *, ctas: int = 0
+    records: Ordered, sections: Sections, pool: Pool, buffer_bytes: int, max_blocks: int, *, ctas: int = 0
 ) -> Plan:
     """A transfer through staging buffers, section after section. Parameters as of :func:`kvortex.transfer.plan.plan_staged`."""
-    order = np.argsort(slots)
-    ids, slots = blocks[order].astype(np.int32), slots[order]
+    ids, slots, order = records
     n, pitch = len(slots), sections.pitch
     per_chunk, where = max(1, min(buffer_bytes // pitch, max_blocks)), (pool.segment_slots, pool.address, pool.slot_bytes)
     chunks, copies = list_sections(slots, per_chunk, *where, sections.first_pieces, sections.offsets, sections.nbytes, pitch)
     return _plan(ids, chunks, copies, sections, n, pitch, ctas, order)
 
 
-def plan_direct_layers(
-    blocks: Int64s, slots: Int64s, fragment: Int64s, sections: Sections, pool: Pool, streams: int
-) -> Plan:
+def plan_direct_layers(records: Ordered, fragment: Int64s, sections: Sections, pool: Pool, streams: int) -> Plan:
     """The same for records that are one contiguous fragment, ``BASE, STRIDE, OFFSET, BYTES``: by DMA alone."""
-    order = np.argsort(slots)
-    blocks, slots = blocks[order], slots[order]
+    blocks, slots, order = records.ids.astype(np.int64), records.slots, records.order
     n, count = len(slots), len(sections.offsets)
     starts = np.arange(0, n, max(1, n // (2 * streams)))
     copies = empty_copies(count * n).reshape(count, n, -1)
@@ -224,5 +245,5 @@ def _plan(
     ids: Int32s, chunks: Int64s, copies: Int64s, sections: Sections, records: int, pitch: int, ctas: int, order: Int64s
 ) -> Plan:
     marks = sections.ends * (len(chunks) // len(sections.offsets))
-    nbytes = int(sections.nbytes.sum()) * records
+    nbytes = sections.total * records
     return Plan(ids, chunks, copies, nbytes, pitch, ctas, marks, order=order if len(ids) else np.empty(0, np.int64))

@@ -14,8 +14,8 @@ ENOUGH, BEARABLE = 0.9, 1.03  # of the link's rate, and times a computation's ti
 _TO_SPARE = 0.02  # of the link's rate beyond ``ENOUGH``: with that, a route without kernels is the best one there can be
 _EQUAL = 0.01  # of the link's rate: less than that comes and goes from run to run
 _ALIKE = 0.02  # of what is missed beside a computation: so much comes and goes too
-# What a kernel that keeps multiprocessors costs beyond what was measured: the computation of a calibration has many short CTAs,
-# and a persistent GEMM, with one for each multiprocessor, loses 8 percent of its time.
+# What a kernel that keeps multiprocessors costs beyond what was measured: a calibration's computation is shared out anew among
+# CTAs that find room, and a GEMM of a CTA a multiprocessor took 1.07 to 1.13 of its time (docs/transfers.md).
 _KEEPS = 0.06
 _SLOW = 0.5  # of the fastest rate: a copy engine that is slower than that is not worth having a multiprocessor spared
 # Fewest multiprocessors first, which decides between equals.

@@ -30,6 +30,7 @@ from kvortex.devices.driver import (
 )
 from kvortex.devices.native import call, release
 from kvortex.transfer.digesting import NUMBERS, SUMS, SUMS_BYTES, read_back
+from kvortex.transfer.dma import MODE, copy_chunk
 from kvortex.transfer.issue import (
     CALLER_EVENT,
     CONTEXT,
@@ -37,11 +38,9 @@ from kvortex.transfer.issue import (
     ISSUED,
     JOIN_STREAM,
     LAST,
-    MODE,
     NO_STREAM,
     TABLE,
     TO_HOST,
-    copy_chunk,
     follow,
     follow_stream,
     join,
@@ -215,12 +214,12 @@ def issue_resident(  # type: ignore[no-untyped-def]
     if unwritten:  # a later value lets a kernel go on, and of the last one there is none
         for at in range(depth):
             call(functions[STREAM_WRITE_VALUE], (ring[FLAG_STREAM], ring[FLAGS] + 2 * FLAG_BYTES * at, filled[0, at], 0))
-    if sums and not to_host and not error:
-        error = read_back(functions, digest, kernel_stream)
     last = join(functions, lane, streams, joins, 0, 1)
     code = follow_stream(functions, lane[JOIN_STREAM], kernel_stream, ring[EVENT])
     if not last:
         last = code
+    if sums and not to_host and not error and not last:  # on no stream that copies the other way: see docs/transfers.md
+        error = read_back(functions, digest, lane[JOIN_STREAM])
     code = call(functions[EVENT_RECORD], (done_event, lane[JOIN_STREAM]))
     if not last:
         last = code

@@ -238,6 +238,22 @@ class Ticket:
         return mask if self._whole is None else self._whole(mask)
 
     @property
+    def found(self) -> Mask:
+        """(n,) bool, one for each key of a load: which blocks were in RAM when it was called. Known as soon as there is a
+        ticket, so that a model can be told to go on behind them without asking before; they stay there until the load has
+        ended. What a tier below may have is not among them, and :attr:`mask` has the last word.
+
+        Raises
+        ------
+        ArgumentError
+            Of a save.
+        """
+        if self._transfer.direction is not Direction.LOAD:
+            raise ArgumentError("found is for loads: what a save finds in the cache its mask tells when it is done")
+        found = self._transfer.slots >= 0
+        return found if self._whole is None else self._whole(found)
+
+    @property
     def error(self) -> TransferError | None:
         """Why blocks failed, once :meth:`done`; a block that was simply not there is no error."""
         return self._transfer.error if self.done() else None

@@ -183,6 +183,7 @@ def test_more_blocks_than_slots(device: Device) -> None:
         ({"data_ptrs": [4096], "sizes": [8, 8]}, "sizes has 2 entries"),
         ({"data_ptrs": [4096], "sizes": [8], "block_ids": [1]}, "no block_ids"),
         ({"data_ptrs": np.array([1 << 63], np.uint64), "sizes": [8]}, "63 bits"),
+        ({"data_ptrs": np.array([1 << 63], ">u8"), "sizes": [8]}, "63 bits"),
         ({"data_ptrs": [1 << 63], "sizes": [8]}, "64 bits"),
         ({"data_ptrs": [(1 << 63) - 8], "sizes": [8]}, "buffer 0 of 8 bytes at 0x7ffffffffffffff8 ends past the last address"),
         ({"data_ptrs": [4096], "sizes": [(1 << 63) - 1]}, "a slot holds 1 to"),

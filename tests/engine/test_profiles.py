@@ -123,9 +123,19 @@ def test_resident_kernels_are_refused_where_they_would_hang(
     assert not gpu.resident and "wait_value" not in gpu.issued.names
 
 
-@pytest.mark.parametrize(("vram", "times"), [(1 << 20, 1), (64 * 2 * 5 * 8192, 1), (64 * 3 * 5 * 8192, 1.5), (8 << 30, 4)])
-def test_a_codec_has_longer_staging_buffers_as_far_as_the_gpu_is_large(vram: int, times: float) -> None:
-    device: Any = SimpleNamespace(memory_bytes=vram)
+@pytest.mark.parametrize(
+    ("vram", "free", "times"),
+    [
+        (1 << 20, 1 << 20, 1),
+        (64 * 2 * 5 * 8192, 1 << 30, 1),
+        (64 * 3 * 5 * 8192, 1 << 30, 1.5),
+        (8 << 30, 8 << 30, 4),
+        (8 << 30, 6 * 5 * 8192, 1.5),  # a model has all others
+        (8 << 30, 0, 1),
+    ],
+)
+def test_a_codec_has_longer_staging_buffers_as_far_as_the_gpu_is_large_and_free(vram: int, free: int, times: float) -> None:
+    device: Any = SimpleNamespace(memory_bytes=vram, free_bytes=free)
     codec: Any = object()
     assert SMALL.staging_bytes == 2 * 5 * 8192
     assert _staging_bytes(device, SMALL, codec) == times * SMALL.staging_bytes

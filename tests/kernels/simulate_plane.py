@@ -116,6 +116,23 @@ def run_damaged(case: PlaneCase) -> None:
     assert (memory[:, [0, -1]] == 0x5A5A).all()
 
 
+def run_roomy(case: PlaneCase) -> None:
+    """An entry that no tile has, in a record whose length agrees with it, where much lies behind the record."""
+    codec, pitch = case.codec, 2 << 20
+    row = aligned(pitch, 0)
+    assert (codec.encode_into(case.records()[case.blocks == 0][:1], row[None]) > 0).all()
+    entry, used = row[64:68].view(np.uint32), row[24:32].view(np.uint64)
+    count, escapes = int(entry[0]) & 0xFFFF, int(entry[0]) >> 16
+    entry[0], used[0] = 0xFFFF, int(used[0]) - 12 * -(-count // 32) - 4 * -(-escapes // 4) + (1 << 20)
+    memory, status = np.full_like(case.memory, 0x5A5A), np.zeros(1, np.uint32)
+    fixed, blocks = constants(codec), np.zeros(1, np.int32)
+    form = cells(codec, case.fragments(memory.ctypes.data), fixed.ctypes.data)
+    how = row.ctypes.data, pitch, form, status.ctypes.data, blocks, 1, 1, 0, case.tiles, codec.fixed_bytes
+    launch(plane_decode.plane_decode, *how)
+    tile = np.ix_([0], [0], np.arange(16), np.arange(64))
+    assert status[0] == 1 and (memory[tile] == 0x5A5A).all()
+
+
 def run_ranges(case: PlaneCase, edges: list[int]) -> None:
     """Tiles range by range, the last range first: pages and digests become those of whole records, and what one launch says
     of a record the next ones let stand. One is damaged in the last range alone, and those that are no coded ones are told."""
@@ -179,6 +196,7 @@ def main() -> int:
         run(case)
         print(f"simulated plane: {case.name}", flush=True)
     run_damaged(CASES[0])
+    run_roomy(CASES[0])
     print("simulated plane: damaged records", flush=True)
     run_ranges(CASES[0], [0, 1, 2])
     run_ranges(CASES[1], [0, 1, 3, 4])

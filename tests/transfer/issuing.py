@@ -10,7 +10,8 @@ import numpy as np
 from kvortex.transfer import issue as nogil
 from kvortex.transfer.coded import plan_coded
 from kvortex.transfer.digesting import NO_DIGESTS
-from kvortex.transfer.layers import cut_layers, cut_sections, group_layers, plan_layers
+from kvortex.transfer.dma import SCRATCH_CELLS
+from kvortex.transfer.layers import cut_layers, cut_sections, group_layers, in_order, plan_layers
 from kvortex.transfer.plan import (
     ARGUMENTS,
     BUFFER,
@@ -80,7 +81,7 @@ class Lane:
         parameters = np.zeros(PARAMETERS, np.int64)
         pointers = parameters.ctypes.data + 8 * np.arange(PARAMETERS, dtype=np.int64)
         turn, outcome = np.array([self.turn]), np.zeros(nogil.OUTCOME_CELLS, np.int64)
-        scratch = np.zeros(nogil.SCRATCH_CELLS, np.int64)
+        scratch = np.zeros(SCRATCH_CELLS, np.int64)
         caller, after = (CALLER, [CALLER_EVENT]) if self.after is None else (nogil.NO_STREAM, self.after)
         fixed = (self.cells, self.streams, self.buffers, self.joins, self.turns, turn, caller, np.array(after, np.int64))
         marks = MARK + np.arange(len(plan.marks), dtype=np.int64)
@@ -123,7 +124,7 @@ def layers(n: int = 9) -> Plan:
     edges = np.array([0, 30, 64, 100])
     pieces = split_pieces(cut_layers(fragments, edges), PIECE_BYTES)
     sections, pool = cut_sections(pieces, edges, group_layers(edges, 3), 32), Pool(HOST, SLOT_BYTES, 7)
-    return plan_layers(np.arange(n)[::-1].copy(), np.arange(n), sections, pool, 96, 64)
+    return plan_layers(in_order(np.arange(n)[::-1].copy(), np.arange(n)), sections, pool, 96, 64)
 
 
 def batched(n: int = 9, streams: int = 3) -> Plan:

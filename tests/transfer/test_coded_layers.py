@@ -83,6 +83,7 @@ def test_where_tails_begin_is_what_tables_say_and_leads_nowhere(tmp_path: Path, 
                 where = rng.integers(0, codec.tiles, 3)
                 entries[where] = [0xFFFFFFFF, rng.integers(0, 1 << 32), 1024 | 1024 << 16]
             slots = np.sort(filled.slots)
+            slot_of(engine, int(slots[-1]))[64 : 64 + 4 * codec.tiles] = 0xFF  # longer than any slot
             for slot, used in zip(slots[:4].tolist(), (0, 64, 1 << 31, 1 << 40), strict=True):
                 slot_of(engine, slot)[:64].view(HEADER)["used_bytes"] = used
             for edges in ([0, 4, 5, 20, codec.tiles], [0, 4, 14, codec.tiles], [0, codec.tiles], [0, 4, 5, 20]):
@@ -267,6 +268,23 @@ def same_as_naive(coder: LayeredCoder, filled: Filled, *, busy: bool) -> bool:
     return True
 
 
+def test_what_is_not_cut(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Slots that hold no fixed parts, of which a strip would reach into the next one; layers that begin within planes."""
+    shape(monkeypatch, line_bytes=1, copy_bytes=1, group_bytes=1)
+    with fake_gpu(monkeypatch):
+        coded = deep(tmp_path, device=CudaDevice())
+        with coded.engine("plane", slots=64) as engine:
+            coder, some = coder_of(engine), np.arange(COUNT)
+            offsets = coded.cache.layout.layer_offsets
+            how = some, some, False, None, offsets, CHEAP
+            assert coder.layered(*how) is not None
+            assert coder.layered(*how[:4], offsets + 16 * (np.arange(len(offsets)) == 2), CHEAP) is None
+            small = PlaneCodec(coded.shape, coded.tables, budget=0.6)
+            assert small.slot_bytes < small.fixed_bytes
+            monkeypatch.setattr(coder, "codec", small)
+            assert coder.layered(*how) is None
+
+
 def test_one_wild_record_makes_no_other_wait_in_vain(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """An earlier chunk of more records got further than a later one of fewer has to go."""
     with fake_gpu(monkeypatch):
@@ -287,7 +305,7 @@ def test_one_wild_record_makes_no_other_wait_in_vain(monkeypatch: pytest.MonkeyP
             assert tails[0, 0].tolist() == [begin + 960] * 2 and tails[1, 1, 1] > begin + 1000
 
 
-DAMAGE = ("magic", "stored", "used", "shorter", "digest", "entry", "other entry", "fixed", "tail", "verbatim")
+DAMAGE = ("magic", "stored", "used", "shorter", "digest", "entry", "other entry", "every entry", "fixed", "tail", "verbatim")
 
 
 def hurt(codec: Any, slot: npt.NDArray[np.uint8], what: str, layer: int) -> None:
@@ -306,6 +324,8 @@ def hurt(codec: Any, slot: npt.NDArray[np.uint8], what: str, layer: int) -> None
         header["used_bytes"] = used - 4
     elif not isinstance(codec, PlaneCodec):
         slot[64 + layer * (codec.slot_bytes - 64) // 6 + 5] ^= 4
+    elif what == "every entry":
+        slot[64 : 64 + 4 * codec.tiles] = 0xFF
     elif "entry" in what:
         slot[64 + 4 * tile :][:4].view(np.uint32)[0] = 1024 | 700 << 16 if what == "entry" else 0xFFFFFFFF
     elif what == "fixed":

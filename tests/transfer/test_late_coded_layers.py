@@ -94,7 +94,8 @@ def test_the_first_group_does_not_wait_for_the_last(monkeypatch: pytest.MonkeyPa
         with coded.engine("plane", slots=64) as engine:
             filled = Filled.make(coded, engine, 12, 1)
             filled.spoil()
-            load = filled.load(STREAM)
+            load: Any = filled.load(STREAM)
+            assert load._rest._behind is load._first, "nor is it ever issued behind it"
             found: list[bool] = []
             load.add_to(STREAM, 5.0, 0)
             gpu.enqueue(STREAM, lambda: found.append(any(filled.right(gpu, 6, at) for at in range(12))))

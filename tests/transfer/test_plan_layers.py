@@ -16,6 +16,7 @@ from kvortex.transfer.layers import (
     cut_sections,
     group_count,
     group_layers,
+    in_order,
     join_groups,
     plan_direct_layers,
     plan_layers,
@@ -40,7 +41,7 @@ def put(case: Case, layers: Int64s, groups: int, *, ctas: int = 0) -> tuple[Plan
     most = max(buffer_bytes, -(-int(pieces[:, BYTES].max()) // 16) * 16)
     sections = cut_sections(pieces, layers, group_layers(layers, groups), most)
     buffer_bytes = max(buffer_bytes, sections.pitch)
-    plan = plan_layers(case.blocks, case.slots, sections, case.pool, buffer_bytes, case.max_blocks, ctas=ctas)
+    plan = plan_layers(in_order(case.blocks, case.slots), sections, case.pool, buffer_bytes, case.max_blocks, ctas=ctas)
     rng = np.random.default_rng(3)
     vram = rng.integers(1, 256, case.vram_bytes, np.uint8)
     host = rng.integers(1, 256, case.pool_slots * case.pool.slot_bytes, np.uint8)
@@ -119,7 +120,7 @@ def test_records_that_are_one_fragment(data: st.DataObject, nbytes: int, count: 
     blocks, slots = rng.permutation(count), rng.permutation(2 * count)[:count]
     pieces = split_pieces(cut_layers(fragments, layers))
     sections = cut_sections(pieces, layers, group_layers(layers, groups), None)
-    plan = plan_direct_layers(blocks, slots, fragments[0], sections, pool, streams)
+    plan = plan_direct_layers(in_order(blocks, slots), fragments[0], sections, pool, streams)
     vram, host = rng.integers(0, 256, vram_bytes, np.uint8), rng.integers(0, 256, 2 * count * (nbytes + 3), np.uint8)
     machine = Machine(vram.copy(), host, pool, pieces, 16, streams)
     done = 0
@@ -186,14 +187,15 @@ def test_how_many_groups_pay() -> None:
 
 
 def test_runs_of_neighbours() -> None:
-    assert [run_count(np.array(slots)) for slots in ([7], [2, 1, 3], [3, 1], [9, 8, 4, 5, 1])] == [1, 1, 2, 3]
+    for slots, runs in (([7], 1), ([2, 1, 3], 1), ([3, 1], 2), ([9, 8, 4, 5, 1], 3)):
+        assert run_count(np.array(slots)) == in_order(np.arange(len(slots)), np.array(slots)).runs == runs
 
 
 def test_neighbours_of_a_layer_are_one_rectangle() -> None:
     fragments, _ = fragments_of([64] * 8, 10, 0, interleaved=False)
     layers = np.arange(0, 513, 64)
     sections = cut_sections(split_pieces(fragments), layers, np.arange(9), 1 << 20)
-    plan = plan_layers(np.arange(6), np.array([1, 2, 3, 7, 8, 9]), sections, Pool(HOST, 4096, 100), 1 << 20, 2048)
+    plan = plan_layers(in_order(np.arange(6), np.array([1, 2, 3, 7, 8, 9])), sections, Pool(HOST, 4096, 100), 1 << 20, 2048)
     assert plan.pitch == 64 and plan.chunks[:, N_BLOCKS].tolist() == [6] * 8
     assert plan.copies[:, LINES].tolist() == [3, 3] * 8 and set(plan.copies[:, COPY_BYTES].tolist()) == {64}
     assert sections.offsets.tolist() == split_pieces(fragments)[:, OFFSET].tolist()

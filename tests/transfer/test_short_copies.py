@@ -11,6 +11,7 @@ import pytest
 
 from kvortex.devices.cuda import CudaDevice
 from kvortex.transfer.plan import N_COPIES
+from kvortex.transfer.routes import Route
 from tests.fake_gpu import FakeGpu, fake_gpu
 from tests.pages import PagedCache, Tensor, keys_of
 from tests.transfer.issuing import PLANS, Lane
@@ -79,3 +80,41 @@ def test_sums_of_a_staged_save_are_read_back_ahead_of_its_last_copies(name: str)
     last = int(plan.chunks[-1, N_COPIES])
     assert calls[back].stream == COPY_STREAM and set(launches) <= before[back] and back in before[done]
     assert [at > back for at in copies] == [False] * (len(copies) - last) + [True] * last
+
+
+@pytest.mark.parametrize("apart", [True, False])
+@pytest.mark.parametrize("streams", [1, 2, 3])
+def test_no_stream_copies_both_ways(streams: int, apart: bool, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever routes follow each other, and whatever is read back: such a stream's next copy may wait for ever."""
+    routes = [route for route in Route if route is not Route.DIRECT]
+    wanted: list[Route] = []
+    monkeypatch.setattr("kvortex.transfer.cuda.choose", lambda *_, **__: wanted[0])
+    if not apart:
+        monkeypatch.setattr("kvortex.transfer.digesting.MOST_APART", 0)
+    device = CudaDevice()
+    cache = PagedCache(device, [Tensor(device, (16, BLOCKS, 4, 256))], 1)
+    options = {"num_transfer_streams": streams, "staging_buffers": streams, "gpu_pool_size_bytes": 64 * 16384}
+    with cache.engine(slots=BLOCKS, **options) as engine:
+        executor: Any = engine._executor
+        cache.randomize()
+        buffer, turns = cache.tensors[0].buffer.address, range(2 * len(routes))
+        for turn, route, beside, count in ((t, routes[t // 2], bool(t % 2), n) for t in turns for n in (1, 5)):
+            wanted[:], executor.beside_compute = [route], beside
+            keys, pages = keys_of(*range(100 * turn + 10 * count, 100 * turn + 11 * count)), np.arange(count)
+            assert engine.save_blocks(keys, pages).wait().all() and engine.load_blocks(keys, pages).wait().all()
+            keys, data, sizes = keys_of(10_000 + 10 * turn + count), np.array([buffer]), np.array([16384])
+            assert engine.save_blocks(keys, data_ptrs=data, sizes=sizes).wait().all()
+            assert engine.load_blocks(keys, output_ptrs=data, sizes=sizes).wait().all()
+        ways = [(call.stream, way_of(call)) for call in gpu.issued.calls if call.name in {*COPIES, "batch", "batch_12"}]
+        streams_of = {way: {stream for stream, found in ways if found == way} for way in ("out", "in", "any")}
+        assert streams_of["out"] and streams_of["in"] and not streams_of["out"] & streams_of["in"]
+        for direction, way in (("save", "in"), ("load", "out")):
+            (lane,) = (lane for which, lane in executor._lanes.items() if which.value == direction)
+            assert not streams_of["any"] & streams_of[way] & set(lane.every_stream)
+
+
+def way_of(call: Call) -> str:
+    """Which way a copy between VRAM and the host goes; ``any`` for a batch, which does not say so."""
+    if call.name == "lines":
+        return "in" if call.parameters[2] == 1 else "out"  # CU_MEMORYTYPE_HOST is the source
+    return {"to_host": "out", "to_device": "in"}.get(call.name, "any")

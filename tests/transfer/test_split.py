@@ -26,6 +26,7 @@ from tests.fake_gpu import fake_gpu
 from tests.pages import PagedCache, Tensor, keys_of
 from tests.transfer.issuing import CALLER, CALLER_EVENT, DONE, JOIN_STREAM, PLANS, Lane
 from tests.transfer.plans import fragments_of
+from tests.transfer.profiles import shape
 from tests.transfer.recorder import Call, Recorder, predecessors
 from tests.transfer.test_issue import PINNED, READER, SUMS, WORK, copies_of_sums, digest_of
 
@@ -119,7 +120,8 @@ def test_what_is_read_is_what_was_copied(name: str, to_host: bool, count: int, t
         assert not before[read] & set(kernels) and not any(before[at] & set(kernels) for at in copies)
         assert {calls[at].stream for at in copies} == {int(lane.streams[turn])} != {calls[at].stream for at in kernels}
         assert to_host or calls[read].stream == int(lane.streams[turn])
-        assert not any(call.stream == JOIN_STREAM for call in calls if call.name not in ("push", "pop"))
+        meets = {call.stream for call in calls if call.name not in ("push", "pop")}
+        assert (JOIN_STREAM in meets) == (not to_host and not apart), "but where sums come back, which copy the other way"
     for at, chunk in zip(kernels, plan.chunks[1::2].tolist(), strict=True):
         first = SUMS + 16 * (apart * chunk[FIRST_BLOCK] + chunk[FIRST_PIECE] if apart else chunk[FIRST_BLOCK])
         assert calls[at].parameters[8] == first
@@ -127,6 +129,7 @@ def test_what_is_read_is_what_was_copied(name: str, to_host: bool, count: int, t
         sent, back = sums
         assert all(sent in before[at] and at in before[back] for at in (read, *kernels)) and back in before[done]
         assert calls[back].arguments[:2] == (PINNED, SUMS)
+        assert to_host or calls[back].stream == JOIN_STREAM
 
 
 CASES = [(name, to_host, apart) for name in ("split", "one split") for to_host in (True, False) for apart in (0, 8, None)]
@@ -182,3 +185,18 @@ def test_copies_and_kernels_are_on_two_streams_however_many_others_have(streams:
                 assert {call.stream for call in kernels}.isdisjoint({read.stream}) and kernels
                 assert read.parameters[1] == 7 and read.parameters[3] == len(keys), "a piece a line, of seven of them"
                 assert not any(call.name in ("to_host", "to_device") for call in gpu.issued.calls)
+
+
+@pytest.mark.parametrize(
+    ("fragments", "copy_bytes", "able"), [(16, 14 << 10, True), (16, (14 << 10) + 1, False), (3, 1, False), (1, 1, False)]
+)
+def test_when_an_executor_may_take_the_route(fragments: int, copy_bytes: int, able: bool, monkeypatch: Any) -> None:
+    """Rectangles are long enough, seven lines of 2 KiB here, and neither part is much longer than the other."""
+    shape(monkeypatch, copy_bytes=copy_bytes)
+    with fake_gpu(monkeypatch):
+        from kvortex.devices.cuda import CudaDevice
+
+        cache = PagedCache(CudaDevice(), [Tensor(CudaDevice(), (fragments, 12, 4, 256))], 1)
+        with cache.engine(slots=10) as engine:
+            executor: Any = engine._executor
+            assert executor._ability().split is able
