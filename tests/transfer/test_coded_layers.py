@@ -80,8 +80,8 @@ def test_where_tails_begin_is_what_tables_say_and_leads_nowhere(tmp_path: Path, 
             assert isinstance(codec, PlaneCodec)
             for slot in filled.slots[::3]:
                 entries = slot_of(engine, int(slot))[64 : 64 + 4 * codec.tiles].view(np.uint32)
-                where = rng.integers(0, codec.tiles, 3)
-                entries[where] = [0xFFFFFFFF, rng.integers(0, 1 << 32), 1024 | 1024 << 16]
+                where = rng.choice(codec.tiles, 4, replace=False)
+                entries[where] = [0xFFFFFFFF, rng.integers(0, 1 << 32), 1024 | 1024 << 16, 5 | 6 << 16]
             slots = np.sort(filled.slots)
             slot_of(engine, int(slots[-1]))[64 : 64 + 4 * codec.tiles] = 0xFF  # longer than any slot
             for slot, used in zip(slots[:4].tolist(), (0, 64, 1 << 31, 1 << 40), strict=True):
