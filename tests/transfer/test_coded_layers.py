@@ -78,10 +78,11 @@ def test_where_tails_begin_is_what_tables_say_and_leads_nowhere(tmp_path: Path, 
             filled = Filled.make(coded, engine, COUNT, 1)
             codec, coder = engine.codec, coder_of(engine)
             assert isinstance(codec, PlaneCodec)
-            for slot in filled.slots[::3]:
-                entries = slot_of(engine, int(slot))[64 : 64 + 4 * codec.tiles].view(np.uint32)
-                where = rng.choice(codec.tiles, 4, replace=False)
-                entries[where] = [0xFFFFFFFF, rng.integers(0, 1 << 32), 1024 | 1024 << 16, 5 | 6 << 16]
+            wild = [0xFFFFFFFF, int(rng.integers(0, 1 << 32)), 1024 | 1024 << 16, 5 | 6 << 16, 1025]
+            for at, slot in enumerate(filled.slots.tolist()):  # one of them, or all
+                entries = slot_of(engine, slot)[64 : 64 + 4 * codec.tiles].view(np.uint32)
+                mine = wild[at : at + 1] or wild
+                entries[rng.choice(codec.tiles - 4, len(mine), replace=False)] = mine
             slots = np.sort(filled.slots)
             slot_of(engine, int(slots[-1]))[64 : 64 + 4 * codec.tiles] = 0xFF  # longer than any slot
             for slot, used in zip(slots[:4].tolist(), (0, 64, 1 << 31, 1 << 40), strict=True):
