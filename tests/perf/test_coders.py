@@ -35,7 +35,11 @@ class Device:
 def twin(codec: Any, spoil: bool) -> Any:
     """``Bench.launch`` by the codec; of what is loaded a byte is spoilt, or none."""
 
-    def launch(self: Any, name: str, pitch: int, form: Any, extra: Any, ids: Any, blocks: int, run: int) -> None:
+    def launch(
+        self: Any, name: str, pitch: int, form: Any, extra: Any, ids: Any, blocks: int, run: int, *span: int
+    ) -> None:
+        whole = {"plane_decode": lambda: (0, codec.tiles, codec.fixed_bytes), "lossy_decode": lambda: (0, codec.tiles)}
+        assert span == whole.get(name, tuple)(), "all tiles of each record"
         pages = ids.data.view(np.int32).reshape(blocks, -1)[:, 0]
         room = self.staging.data[: blocks * pitch].reshape(blocks, pitch)
         records = np.empty((blocks, self.shape.raw_bytes), np.uint8)
