@@ -92,7 +92,7 @@ def token_array(token_ids: Any, most: int) -> Tokens:
     else:
         as_they_are = array.dtype == np.int64 and array.flags.carray
         tokens: Tokens = array if as_they_are else np.array(array, np.int64)
-        low, high = _extremes()(tokens)
+        low, high = compiled()[0].extremes(tokens)
         if low >= 0 and high <= most:
             return tokens
         low = int(tokens.min())  # it counts a 0 that need not be there
@@ -100,10 +100,11 @@ def token_array(token_ids: Any, most: int) -> Tokens:
 
 
 @functools.cache  # a statement that imports is a search each time, and look-ups wait for it
-def _extremes() -> Any:
-    from kvortex.keys._loops import extremes
+def compiled() -> tuple[Any, Any]:
+    """What hashes tokens, and what says whether the CPU has instructions for that."""
+    from kvortex.keys import _loops, _sha_ni
 
-    return extremes
+    return _loops, _sha_ni
 
 
 def one_key(parent: Any) -> bytes:

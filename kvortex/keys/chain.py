@@ -9,12 +9,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import numpy.typing as npt
 
 from kvortex.errors import ArgumentError, ConfigError
-from kvortex.keys.arrays import KeyArray, Tokens
+from kvortex.keys.arrays import KeyArray, Tokens, compiled
 from kvortex.keys.namespace import Namespace, a_namespace
 from kvortex.keys.scheme import KeyScheme, empty_keys
 from kvortex.keys.sequence import Chain
@@ -62,7 +61,7 @@ class KvortexKeys(KeyScheme):
         def hash_blocks(tokens: Tokens, parent: bytes, start: int) -> KeyArray:
             keys = empty_keys(len(tokens) // size)
             if len(keys):
-                loops, hardware = _compiled()
+                loops, hardware = compiled()
                 loops.hash_chain(tokens, size, loops.bytes_of(parent), keys, hardware.available())
             return keys
 
@@ -71,13 +70,6 @@ class KvortexKeys(KeyScheme):
     def stored(self, keys: KeyArray) -> KeyArray:
         """The keys themselves: they have all of the namespace in them."""
         return keys
-
-
-@functools.cache  # as in kvortex.keys.arrays
-def _compiled() -> tuple[Any, ...]:
-    from kvortex.keys import _loops, _sha_ni
-
-    return _loops, _sha_ni
 
 
 def block_keys(

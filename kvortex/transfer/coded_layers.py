@@ -19,7 +19,7 @@ import numpy as np
 
 from kvortex.transfer._strips import list_groups, part_chunks, pitch_of_all
 from kvortex.transfer.coded import DeviceCoder
-from kvortex.transfer.layers import Least
+from kvortex.transfer.layers import Least, run_count
 from kvortex.transfer.plan import FIRST_COPY, FIRST_LAUNCH, LAST, Int32s, Int64s, Plan, even, ramp
 from kvortex.transfer.profile import WORTH
 
@@ -132,8 +132,8 @@ class LayeredCoder(DeviceCoder):
         coded = slots[kept:]
         if not len(coded) or not self._can_cut():
             return None
-        runs = 1 + int(np.count_nonzero(coded[1:] - coded[:-1] != 1))
-        count = coded_group_count(len(coded) * self.codec.slot_bytes, len(coded), runs, self.strips, self.again, least)
+        nbytes, runs = len(coded) * self.codec.slot_bytes, run_count(coded)
+        count = coded_group_count(nbytes, len(coded), runs, self.strips, self.again, least)
         cut = self._cut(count, layer_offsets) if count > 1 else None
         if cut is None:
             return None

@@ -91,7 +91,7 @@ class Ordered(NamedTuple):
     @property
     def runs(self) -> int:
         """Runs of neighbours among the slots."""
-        return 1 + int(np.count_nonzero(self.slots[1:] - self.slots[:-1] != 1))
+        return run_count(self.slots)
 
 
 def in_order(blocks: Int64s, slots: Int64s) -> Ordered:
@@ -101,8 +101,8 @@ def in_order(blocks: Int64s, slots: Int64s) -> Ordered:
 
 
 def run_count(slots: Int64s) -> int:
-    """Runs of neighbours among slots, in any order."""
-    return 1 + int(np.count_nonzero(np.diff(np.sort(slots)) != 1))
+    """Runs of neighbours among slots, which ascend."""
+    return 1 + int(np.count_nonzero(slots[1:] - slots[:-1] != 1))
 
 
 def group_layers(layer_offsets: Int64s, count: int) -> Int64s:
