@@ -18,6 +18,8 @@ from numba import cuda
 from numba.cuda import types
 
 from kvortex.kernels.lane import (
+    all_here,
+    early16,
     fresh1,
     fresh2,
     fresh4,
@@ -27,7 +29,6 @@ from kvortex.kernels.lane import (
     load2,
     load4,
     load8,
-    load16,
     store1,
     store2,
     store4,
@@ -116,7 +117,7 @@ def _add(first, second, value, offset, numbers):  # type: ignore[no-untyped-def]
     return first + row[0] * (column[0] * word), second + row[1] * (column[1] * _U64(_turned(word)))
 
 
-def _digester(get16: Any, get8: Any, get4: Any, get2: Any, get1: Any, deep: bool, write: bool) -> Callable[..., Any]:
+def _digester(get16: Any, get8: Any, get4: Any, get2: Any, get1: Any, write: bool) -> Callable[..., Any]:
     @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
     def four(dst, words, rows, first, second, c):  # type: ignore[no-untyped-def]
         p, q, r, s = _pair(rows), _pair(rows + _U64(16)), _pair(rows + _U64(32)), _pair(rows + _U64(48))
@@ -140,21 +141,24 @@ def _digester(get16: Any, get8: Any, get4: Any, get2: Any, get1: Any, deep: bool
         if align & _U64(15) == _U64(0):
             at = at * _U64(16)
             rows = numbers + _ROWS_AT + ((offset + at) >> _U64(9)) * _U64(16)
-            if deep:
-                while at + _U64(8 * 512) <= nbytes + _U64(lane * 16):  # eight loads in flight: 4 KiB a warp and turn
-                    a = get16(src + at), get16(src + at + _U64(512)), get16(src + at + _U64(1024)), get16(src + at + _U64(1536))
-                    b = (
-                        get16(src + at + _U64(2048)),
-                        get16(src + at + _U64(2560)),
-                        get16(src + at + _U64(3072)),
-                        get16(src + at + _U64(3584)),
-                    )
-                    first, second = four(dst + at, a, rows, first, second, c)
-                    first, second = four(dst + at + _U64(2048), b, rows + _U64(64), first, second, c)
-                    at += _U64(4096)
-                    rows += _U64(128)
+            while at + _U64(8 * 512) <= nbytes + _U64(lane * 16):  # eight loads in flight: 4 KiB a warp and turn
+                a = get16(src + at), get16(src + at + _U64(512)), get16(src + at + _U64(1024)), get16(src + at + _U64(1536))
+                b = (
+                    get16(src + at + _U64(2048)),
+                    get16(src + at + _U64(2560)),
+                    get16(src + at + _U64(3072)),
+                    get16(src + at + _U64(3584)),
+                )
+                if not write:
+                    all_here()
+                first, second = four(dst + at, a, rows, first, second, c)
+                first, second = four(dst + at + _U64(2048), b, rows + _U64(64), first, second, c)
+                at += _U64(4096)
+                rows += _U64(128)
             while at + _U64(4 * 512) <= nbytes + _U64(lane * 16):  # four loads in flight: 2 KiB a warp and turn
                 a = get16(src + at), get16(src + at + _U64(512)), get16(src + at + _U64(1024)), get16(src + at + _U64(1536))
+                if not write:
+                    all_here()
                 first, second = four(dst + at, a, rows, first, second, c)
                 at += _U64(2048)
                 rows += _U64(64)
@@ -205,9 +209,8 @@ def _digester(get16: Any, get8: Any, get4: Any, get2: Any, get1: Any, deep: bool
     return move  # type: ignore[no-any-return]
 
 
-_CONSTANT, _FRESH = (load16, load8, load4, load2, load1), (fresh16, fresh8, fresh4, fresh2, fresh1)
+_CONSTANT, _FRESH = (early16, load8, load4, load2, load1), (fresh16, fresh8, fresh4, fresh2, fresh1)
 # The counterparts of those in kvortex.kernels.move, which also give a thread's two sums; and one that only reads.
-digest_move: Any = _digester(*_CONSTANT, deep=False, write=True)
-digest_move_deep: Any = _digester(*_CONSTANT, deep=True, write=True)
-digest_move_fresh: Any = _digester(*_FRESH, deep=True, write=True)
-digest_read: Any = _digester(*_CONSTANT, deep=True, write=False)
+digest_move: Any = _digester(*_CONSTANT, write=True)
+digest_move_fresh: Any = _digester(*_FRESH, write=True)
+digest_read: Any = _digester(*_CONSTANT, write=False)

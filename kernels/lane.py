@@ -1,9 +1,11 @@
 """Loads and stores of one lane: 16 bytes, or 8, 4, 2, 1 where an address is not aligned to more.
 
 ``load*`` are for memory that nobody writes while the kernel runs: ``ld.global.nc``, without allocation in L1, since each
-byte is read once; ``cached*`` are for such memory that is read again and again. ``fresh*`` are for memory that a DMA writes
-while the kernel runs: ``ld.global.cg``, which never sees a stale line of L1. Stores are plain, so that what a gather wrote is
-still in L2 when the DMA reads it.
+byte is read once; ``cached*`` are for such memory that is read again and again. ``early16`` is for such memory too, where
+several loads are to be in flight before the first word is used: the assembler moves ``.nc`` loads to where their words are
+used, behind stores and other loads' work, and never more than two were in flight; others stay before the stores that follow
+them. ``fresh*`` are for memory that a DMA writes while the kernel runs: ``ld.global.cg``, which never sees a stale line of L1.
+Stores are plain, so that what a gather wrote is still in L2 when the DMA reads it.
 """
 
 from __future__ import annotations
@@ -28,6 +30,17 @@ _SCALARS: dict[int, tuple[str, str, Any]] = {
 def load16(address):  # type: ignore[no-untyped-def]
     """The 16 bytes at ``address`` (a multiple of 16), as four 32-bit words."""
     return tuple((ctypes.c_uint32 * 4).from_address(int(address)))
+
+
+@statement("ld.global.L1::no_allocate.v4.u32 {$0,$1,$2,$3}, [$4];", "l", "v")
+def early16(address):  # type: ignore[no-untyped-def]
+    """As :func:`load16`."""
+    return tuple((ctypes.c_uint32 * 4).from_address(int(address)))
+
+
+@statement("bar.warp.sync 0xffffffff;", "")
+def all_here():  # type: ignore[no-untyped-def]
+    """Keeps loads of a whole warp before what follows, where no store does that. All lanes must come to it."""
 
 
 @statement(f"{_FRESH}.v4.u32 {{$0,$1,$2,$3}}, [$4];", "l", "v")

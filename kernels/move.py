@@ -9,6 +9,7 @@ from numba import cuda
 from numba.cuda import types
 
 from kvortex.kernels.lane import (
+    early16,
     fresh1,
     fresh2,
     fresh4,
@@ -18,7 +19,6 @@ from kvortex.kernels.lane import (
     load2,
     load4,
     load8,
-    load16,
     store1,
     store2,
     store4,
@@ -29,32 +29,31 @@ from kvortex.kernels.lane import (
 _U64 = types.uint64
 
 
-def _mover(get16: Any, get8: Any, get4: Any, get2: Any, get1: Any, deep: bool) -> Callable[..., None]:
+def _mover(get16: Any, get8: Any, get4: Any, get2: Any, get1: Any) -> Callable[..., None]:
     @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
     def move(dst, src, nbytes, lane):  # type: ignore[no-untyped-def]
         align = dst | src
         at = _U64(lane)
         if align & _U64(15) == _U64(0):
             at = at * _U64(16)
-            if deep:
-                while at + _U64(8 * 512) <= nbytes + _U64(lane * 16):  # eight loads in flight: 4 KiB a warp and turn
-                    a = get16(src + at)
-                    b = get16(src + at + _U64(512))
-                    c = get16(src + at + _U64(1024))
-                    d = get16(src + at + _U64(1536))
-                    e = get16(src + at + _U64(2048))
-                    f = get16(src + at + _U64(2560))
-                    g = get16(src + at + _U64(3072))
-                    h = get16(src + at + _U64(3584))
-                    store16(dst + at, a)
-                    store16(dst + at + _U64(512), b)
-                    store16(dst + at + _U64(1024), c)
-                    store16(dst + at + _U64(1536), d)
-                    store16(dst + at + _U64(2048), e)
-                    store16(dst + at + _U64(2560), f)
-                    store16(dst + at + _U64(3072), g)
-                    store16(dst + at + _U64(3584), h)
-                    at += _U64(4096)
+            while at + _U64(8 * 512) <= nbytes + _U64(lane * 16):  # eight loads in flight: 4 KiB a warp and turn
+                a = get16(src + at)
+                b = get16(src + at + _U64(512))
+                c = get16(src + at + _U64(1024))
+                d = get16(src + at + _U64(1536))
+                e = get16(src + at + _U64(2048))
+                f = get16(src + at + _U64(2560))
+                g = get16(src + at + _U64(3072))
+                h = get16(src + at + _U64(3584))
+                store16(dst + at, a)
+                store16(dst + at + _U64(512), b)
+                store16(dst + at + _U64(1024), c)
+                store16(dst + at + _U64(1536), d)
+                store16(dst + at + _U64(2048), e)
+                store16(dst + at + _U64(2560), f)
+                store16(dst + at + _U64(3072), g)
+                store16(dst + at + _U64(3584), h)
+                at += _U64(4096)
             while at + _U64(4 * 512) <= nbytes + _U64(lane * 16):  # four loads in flight: 2 KiB a warp and turn
                 a = get16(src + at)
                 b = get16(src + at + _U64(512))
@@ -94,9 +93,7 @@ def _mover(get16: Any, get8: Any, get4: Any, get2: Any, get1: Any, deep: bool) -
     return move  # type: ignore[no-any-return]
 
 
-_CONSTANT, _FRESH = (load16, load8, load4, load2, load1), (fresh16, fresh8, fresh4, fresh2, fresh1)
-# From memory that nobody writes while the kernel runs; with registers for twice as many loads in flight; and from memory
-# that a DMA writes while the kernel runs.
-move: Any = _mover(*_CONSTANT, deep=False)
-move_deep: Any = _mover(*_CONSTANT, deep=True)
-move_fresh: Any = _mover(*_FRESH, deep=True)
+_CONSTANT, _FRESH = (early16, load8, load4, load2, load1), (fresh16, fresh8, fresh4, fresh2, fresh1)
+# From memory that nobody writes while the kernel runs; and from memory that a DMA writes while it runs.
+move: Any = _mover(*_CONSTANT)
+move_fresh: Any = _mover(*_FRESH)

@@ -16,9 +16,9 @@ from typing import Any
 from numba import cuda
 from numba.cuda import types
 
-from kvortex.kernels.digest import add_up, columns_of, digest_move_deep, digest_move_fresh
+from kvortex.kernels.digest import add_up, columns_of, digest_move, digest_move_fresh
 from kvortex.kernels.flags import behind, nap, raise_flag
-from kvortex.kernels.move import move_deep, move_fresh
+from kvortex.kernels.move import move, move_fresh
 
 THREADS = 512  # with 128 registers each, and 4 KiB of loads in flight in each warp
 ROW_CELLS = 8
@@ -67,12 +67,12 @@ def _server(to_staging: bool, digests: bool) -> Callable[..., None]:
                         within = offset & _U64(511)
                         columns = columns_of(numbers, within, lane)
                     if to_staging:
-                        first, second = digest_move_deep(part, page, nbytes, lane, offset, columns, numbers)
+                        first, second = digest_move(part, page, nbytes, lane, offset, columns, numbers)
                     else:
                         first, second = digest_move_fresh(page, part, nbytes, lane, offset, columns, numbers)
                     add_up(sums + record * _U64(16), first, second, lane)
                 elif to_staging:
-                    move_deep(part, page, nbytes, lane)
+                    move(part, page, nbytes, lane)
                 else:
                     move_fresh(page, part, nbytes, lane)
                 b += skip_b

@@ -102,31 +102,28 @@ class Bench:
         load.queue(SPAN + SPAN // 2)  # to go on while the last transfers end
         _, alone, primed, last = marks
 
-        def start() -> Completion:
-            completion = self._blocks(executor, direction, order, route, beside=True)
-            completion.start()
-            return completion
-
         running: list[Completion] = []
-        ends: list[float] = []
+        behind: list[int] = []
         load.wait(alone)
         deadline = time.monotonic() + _LONGEST_WAIT_S
         while not load.passed(last):
             if time.monotonic() > deadline:
                 raise TransferTimeoutError(f"a computation of milliseconds did not end in {_LONGEST_WAIT_S} s")
             while len(running) < 2:
-                running.append(start())
+                running.append(self._blocks(executor, direction, order, route, beside=True))
+                running[-1].start()
+                behind.append(load.behind(running[-1]))
             if running[0].query():
                 self._finish(running.pop(0))
-                if load.passed(primed):
-                    ends.append(time.perf_counter())
         for completion in running:
             self._finish(completion)
         first = load.queue(2)
         after = load.seconds(first, load.queue(SPAN))
-        slowdown = load.seconds(primed, last) / 3 / ((load.seconds(marks[0], alone) + after) / 2)
+        span = load.seconds(primed, last)
+        slowdown = span / 3 / ((load.seconds(marks[0], alone) + after) / 2)
+        ends = sorted(end for end in (load.seconds(primed, event) for event in behind) if 0 <= end <= span)
         if len(ends) < 2:  # too slow to tell how slow
-            return self.nbytes / max(load.seconds(primed, last), 1e-9) / 2, slowdown
+            return self.nbytes / max(span, 1e-9) / 2, slowdown
         return self.nbytes * (len(ends) - 1) / (ends[-1] - ends[0]), slowdown
 
     def check(self, profile: Profile, fragment_bytes: int, route: Route) -> None:

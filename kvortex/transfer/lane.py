@@ -112,7 +112,7 @@ class Lane:
         self._all = np.array([[*streams, kernel_stream, self.copy_stream], [*joins, kernel_event, copy_event]], np.int64)
         self.streams, self.joins = self._all[:, : len(streams)]
         self._copying = self._all[:, -1:]
-        self._handing = np.array(self._events[len(streams) + 5 :], np.int64).reshape(2, -1)
+        self._handing = np.array(self._events[len(streams) + 5 :], np.int64).reshape(nogil.TURN_EVENTS, -1)
         self._count = count
         self.buffers, self.offsets = np.array(buffers, np.int64), np.ascontiguousarray(offsets)
         self.works = np.zeros_like(self.buffers) if works is None else np.array(works, np.int64)
@@ -128,6 +128,7 @@ class Lane:
         self._caller_event = np.array([caller_event], np.int64)
         self.cells[nogil.TO_HOST] = direction is Direction.SAVE
         self.cells[nogil.COPY_STREAM], self.cells[nogil.COPY_EVENT] = self.copy_stream, copy_event
+        self.cells[nogil.GATE_STREAM] = kernel_stream  # of a resident kernel, which never runs while buffers have streams
         self._ring = np.array([kernel_stream, kernel_event, resident_kernel, 0, flags, flag_stream, flag_event], np.int64)
         self._filled = np.zeros((2, len(halves)), np.int64)
         self._turns = {kind: np.zeros(1, np.int64) for kind in (NOTHING, STREAMS, FLAGS)}
@@ -163,7 +164,10 @@ class Lane:
         used = self._count if kind == NOTHING and not plan.batch.size else len(self.streams)
         if _is_split(plan):
             used = 2  # copies on the one, kernels on the other, however many others get
-        address = ids.address if ids is not None else 0
+        address = 0
+        if ids is not None:  # over the link each CTA would wait for its ids behind the copies that are on it
+            sent = digest[dg.SUMS_BYTES] and not digest[dg.PIECE_BYTES]
+            address = ids.mirror if sent else ids.address
         return STREAMED, (
             kind,
             self._holder,
@@ -218,15 +222,14 @@ class Lane:
         if digesting is None:
             return cells
         ids.ids[room.sums : room.words] = 0
-        sent = room.sums if reading is None and not digesting.coded else room.listed
         here = ids.address if digesting.apart else ids.mirror  # where kernels find what is listed, and leave sums
         cells[dg.NUMBERS], cells[dg.SUMS_BYTES] = digesting.numbers, 4 * (room.words - room.sums)
         cells[dg.SUMS], cells[dg.SUMS_HOST] = here + 4 * room.sums, ids.address + 4 * room.sums
         cells[dg.RECORD_BYTES] = 4 * dg.SUM_WORDS * max(1, digesting.apart)
         if digesting.apart:
             cells[dg.PIECE_BYTES] = 4 * dg.SUM_WORDS
-        cells[dg.SENT_TO], cells[dg.SENT_FROM] = ids.mirror + 4 * sent, ids.address + 4 * sent
-        cells[dg.SENT_BYTES] = 4 * (room.words - sent)
+        cells[dg.SENT_TO], cells[dg.SENT_FROM] = ids.mirror + 4 * room.listed, ids.address + 4 * room.listed
+        cells[dg.SENT_BYTES] = 4 * (room.words - room.listed)
         cells[dg.STREAM], cells[dg.EVENT] = self._digest_stream, self._digest_event
         if reading is not None:
             cells[dg.KERNEL], cells[dg.IDS] = reading.kernel, here + 4 * room.listed
@@ -309,7 +312,7 @@ class Lane:
                 flags = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
                 self._streams.append(int(cu.check(driver.cuStreamCreateWithPriority(flags, priority), "cuStreamCreate")))
             no_timing = driver.CUevent_flags.CU_EVENT_DISABLE_TIMING
-            for _ in range(3 * count + 5):
+            for _ in range((1 + nogil.TURN_EVENTS) * count + 5):
                 self._events.append(int(cu.check(driver.cuEventCreate(no_timing), "cuEventCreate")))
 
     @property
