@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -27,7 +27,9 @@ from perf.report import Report, progress
 FRAGMENT_BYTES = (4 << 10, 18 << 10, 32 << 10)
 ROUTES = ("auto",)  # transfer_route
 PRIMING = 3  # transfers that are not counted
-STAGING_BYTES = 5 << 28  # three buffers of a direction must last the link for longer than a kernel of 7 ms keeps the fourth
+# All buffers of a direction but one must last the link for longer than a kernel of 7 ms keeps that one; and a kernel that
+# serves one should end within the last wave of a product, as a longer buffer's does not.
+STAGING_BYTES, BUFFERS = 5 << 28, 5
 KEYS = ("load", "fragment_kib", "route", "direction")
 BETTER = {"rate": "higher", "ratio": "higher", "slowdown": "lower"}
 COLUMNS = (*KEYS, *BETTER, "raw_rate", "raw_slowdown", "wrong_bytes")
@@ -48,10 +50,13 @@ def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]]
         floor = {to_host: beside(loop, rounds, partial(_copy, raw, to_host)) for to_host in (True, False)}
         for fragment_bytes in FRAGMENT_BYTES:
             for route in ROUTES:
-                progress(f"{name}, fragments of {fragment_bytes >> 10} KiB, {route}")
-                rows += _rows(device, loop, rounds, name, fragment_bytes, route, payload, floor)
+                for row in _rows(device, loop, rounds, name, fragment_bytes, route, payload, floor):
+                    told = f"{row['direction']} {row['ratio']:.3f} at {row['slowdown']:.3f}; {row['wrong_bytes']} bytes wrong"
+                    progress(f"{name}, fragments of {fragment_bytes >> 10} KiB, {route}: {told}")
+                    rows.append(row)
     raw.close()
-    notes = {"payload_bytes": payload, "gpu_pool_size_bytes": STAGING_BYTES, "loop_seconds": seconds, "rounds": rounds}
+    notes = {"payload_bytes": payload, "gpu_pool_size_bytes": STAGING_BYTES, "staging_buffers": BUFFERS}
+    notes |= {"loop_seconds": seconds, "rounds": rounds}
     notes["unit"] = "GB/s of payload"
     return device.name, rows, notes
 
@@ -63,14 +68,13 @@ def _copy(raw: RawCopy, to_host: bool) -> int:
 
 def _rows(
     device: CudaDevice, loop: Loop, rounds: int, load: str, fragment_bytes: int, route: str, payload: int, floor: Any
-) -> list[dict[str, Any]]:
-    options = {"transfer_route": route, "gpu_pool_size_bytes": STAGING_BYTES, "beside_compute": True}
-    pages = Pages(device, fragment_bytes, payload, sets=3, **options)
+) -> Iterator[dict[str, Any]]:
+    staging = {"gpu_pool_size_bytes": STAGING_BYTES, "staging_buffers": BUFFERS}
+    pages = Pages(device, fragment_bytes, payload, sets=3, transfer_route=route, beside_compute=True, **staging)
     wrong = pages.round_trip()
     source, target = pages.halves()
     known = pages.keys()
     moved(pages.engine.save_blocks(known, source))
-    rows = []
     for direction in ("save", "load"):
         start = {
             "save": lambda: pages.engine.save_blocks(pages.keys(), source),
@@ -81,11 +85,10 @@ def _rows(
         raw_rate, raw_slowdown = floor[direction == "save"]
         row = {"load": load, "fragment_kib": fragment_bytes >> 10, "route": route, "direction": direction}
         row |= {"rate": rate, "ratio": rate / raw_rate, "slowdown": slowdown, "raw_rate": raw_rate}
-        rows.append(row | {"raw_slowdown": raw_slowdown, "wrong_bytes": wrong})
+        yield row | {"raw_slowdown": raw_slowdown, "wrong_bytes": wrong}
         if direction == "save":  # the saves have evicted them
             moved(pages.engine.save_blocks(known := pages.keys(), source))
     pages.close()
-    return rows
 
 
 def beside(

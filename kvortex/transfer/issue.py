@@ -54,9 +54,8 @@ from kvortex.transfer.plan import THREADS as LAUNCH_THREADS
 
 # Cells of ``lane``: numbers that stay the same for a direction.
 (CONTEXT, KERNEL, THREADS, MAX_CTAS, TABLE, JOIN_STREAM, CALLER_EVENT, TO_HOST, COPY_STREAM,
- COPY_EVENT, GATE_STREAM) = range(LANE_CELLS := 11)  # fmt: skip
-# Rows of ``turns``: what is recorded behind kernels, behind copies, and where the gate lets kernels go.
-HANDED, COPIED, LET = range(TURN_EVENTS := 3)
+ COPY_EVENT) = range(LANE_CELLS := 10)  # fmt: skip
+HANDED, COPIED = range(2)  # rows of ``turns``: what is recorded behind kernels, and behind copies
 # Cells of ``outcome``: whether everything was attempted, the first error of the work, the first of the events behind it, and
 # whether it is left for another thread to issue.
 ISSUED, ERROR, LAST, QUEUED = range(OUTCOME_CELLS := 4)
@@ -122,15 +121,6 @@ def follow_stream(functions, stream, other, event):  # type: ignore[no-untyped-d
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _let(functions, gate, stream, copied, let):  # type: ignore[no-untyped-def]
-    """Makes a stream of kernels wait for copies by way of the gate, the only stream that waits for them; the first error code."""
-    code = call(functions[STREAM_WAIT], (gate, copied, 0))
-    if not code:
-        code = follow_stream(functions, stream, gate, let)
-    return code
-
-
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def join(functions, lane, streams, joins, first, used):  # type: ignore[no-untyped-def]
     """Makes the join stream wait for ``used`` streams from ``first`` on, all of them whatever fails; the first error code."""
     error = np.int32(0)
@@ -188,16 +178,14 @@ def issue(  # type: ignore[no-untyped-def]
         Of :func:`kvortex.devices.driver.functions`.
     lane : (LANE_CELLS,) int64
         Context, kernel, launch shape, piece table, join stream, event for the caller's stream, direction, stream for copies
-        between staging buffers and the host, the event that joins it, and the stream that lets kernels go when copies are done.
+        between staging buffers and the host, and the event that joins it.
     streams, buffers, joins : (s,) int64
         Each stream with its staging buffer and the event that joins it. Kernels of a buffer are on its stream; its copies
         too where there is one buffer alone.
-    turns : (3, s) int64
+    turns : (2, s) int64
         Of each buffer the events behind its last kernel, and behind its last copies: each waits for the other. All copies are
         on one stream, one chunk after another, so that the first buffer is free again when a part of the time has passed and
         not all of it; and a copy that finds its buffer ready waits for nobody on another stream when the one before it ends.
-        Kernels wait for copies by a third event, on the one stream that waits for the copy engine itself: where several did,
-        every long copy took 5 to 10 percent more time.
     turn : (1,) int64
         Stream of the first chunk, the rest follow in a ring; moved on to the one behind the last.
     caller : int
@@ -251,21 +239,17 @@ def issue(  # type: ignore[no-untyped-def]
     if sends and not error:
         error = send(functions, digest)
     apart = n > 1 and len(chunks) > 0 and chunks[0, N_PIECES] > 0 and chunks[0, N_COPIES] > 0
-    copies_on, gate = lane[COPY_STREAM], lane[GATE_STREAM]
+    copies_on = lane[COPY_STREAM]
     early = sends and apart and to_host and not reads
-    for at in range(1 if apart else used):
-        behind = gate if apart else streams[(first + at) % n]
+    for at in range(used):
         if not error:
-            error = follow(functions, behind, after)
+            error = follow(functions, streams[(first + at) % n], after)
         if not error and sends and (by_turns or not reads):
-            error = call(functions[STREAM_WAIT], (behind, digest[EVENT], 0))
+            error = call(functions[STREAM_WAIT], (streams[(first + at) % n], digest[EVENT], 0))
     if apart and not to_host and not error:
         error = follow(functions, copies_on, after)
     if not error:
-        opens = streams[first % n]
-        if apart:
-            opens = gate if to_host else copies_on
-        error = call(functions[EVENT_RECORD], (start, opens))
+        error = call(functions[EVENT_RECORD], (start, copies_on if apart and not to_host else streams[first % n]))
     for c in range(len(chunks)):
         if error:
             break
@@ -277,10 +261,9 @@ def issue(  # type: ignore[no-untyped-def]
             base = buffers[at]
         bases[BUFFER], bases[WORK] = base, works[at]
         copying = copies_on if apart else stream
-        if apart and to_host:  # until the buffer has been emptied
-            error = _let(functions, gate, stream, turns[COPIED, at], turns[LET, at])
-        elif apart:
-            error = call(functions[STREAM_WAIT], (copying, turns[HANDED, at], 0))
+        if apart:  # until the buffer has been emptied
+            waits, event = (stream, turns[COPIED, at]) if to_host else (copying, turns[HANDED, at])
+            error = call(functions[STREAM_WAIT], (waits, event, 0))
         if not error and to_host and with_kernel:
             error = _run(functions, lane, launches, chunk, ids, digest, bases, pitch, stream, parameters, pointers)
         if not error and apart and to_host:
@@ -300,9 +283,7 @@ def issue(  # type: ignore[no-untyped-def]
         if not error and apart and to_host:
             error = call(functions[EVENT_RECORD], (turns[COPIED, at], copying))
         elif not error and apart:
-            error = call(functions[EVENT_RECORD], (turns[COPIED, at], copying))
-            if not error:
-                error = _let(functions, gate, stream, turns[COPIED, at], turns[LET, at])
+            error = follow_stream(functions, stream, copying, turns[COPIED, at])
         if not error and not to_host and with_kernel:
             error = _run(functions, lane, launches, chunk, ids, digest, bases, pitch, stream, parameters, pointers)
             if not error and apart:

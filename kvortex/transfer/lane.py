@@ -112,7 +112,7 @@ class Lane:
         self._all = np.array([[*streams, kernel_stream, self.copy_stream], [*joins, kernel_event, copy_event]], np.int64)
         self.streams, self.joins = self._all[:, : len(streams)]
         self._copying = self._all[:, -1:]
-        self._handing = np.array(self._events[len(streams) + 5 :], np.int64).reshape(nogil.TURN_EVENTS, -1)
+        self._handing = np.array(self._events[len(streams) + 5 :], np.int64).reshape(2, -1)
         self._count = count
         self.buffers, self.offsets = np.array(buffers, np.int64), np.ascontiguousarray(offsets)
         self.works = np.zeros_like(self.buffers) if works is None else np.array(works, np.int64)
@@ -128,7 +128,6 @@ class Lane:
         self._caller_event = np.array([caller_event], np.int64)
         self.cells[nogil.TO_HOST] = direction is Direction.SAVE
         self.cells[nogil.COPY_STREAM], self.cells[nogil.COPY_EVENT] = self.copy_stream, copy_event
-        self.cells[nogil.GATE_STREAM] = kernel_stream  # of a resident kernel, which never runs while buffers have streams
         self._ring = np.array([kernel_stream, kernel_event, resident_kernel, 0, flags, flag_stream, flag_event], np.int64)
         self._filled = np.zeros((2, len(halves)), np.int64)
         self._turns = {kind: np.zeros(1, np.int64) for kind in (NOTHING, STREAMS, FLAGS)}
@@ -312,7 +311,7 @@ class Lane:
                 flags = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
                 self._streams.append(int(cu.check(driver.cuStreamCreateWithPriority(flags, priority), "cuStreamCreate")))
             no_timing = driver.CUevent_flags.CU_EVENT_DISABLE_TIMING
-            for _ in range((1 + nogil.TURN_EVENTS) * count + 5):
+            for _ in range(3 * count + 5):
                 self._events.append(int(cu.check(driver.cuEventCreate(no_timing), "cuEventCreate")))
 
     @property

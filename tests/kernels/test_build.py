@@ -115,8 +115,8 @@ def test_the_load_keeps_its_work_and_fills_a_multiprocessor(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", [*MOVERS, *READERS])
 def test_eight_loads_are_in_flight(name: str) -> None:
-    """Eight 128-bit loads, each into registers of its own, before the first is stored, or multiplied where nothing is stored; not
-    counting the digest's numbers."""
+    """Eight 128-bit loads, each into registers of its own, before the first is stored, or multiplied where nothing is stored;
+    not counting the digest's numbers."""
     rows = re.findall(
         r"\b(?:(LDG)\.E\.(?:NA\.128|128\.STRONG\.GPU|128)|(STG)\.E\.128|(IMAD\.WIDE)\.U32)\s+(R\d+|desc)", on_hopper(name)
     )

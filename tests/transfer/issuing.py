@@ -41,7 +41,7 @@ from tests.transfer.plans import HOST, fragments_of
 from tests.transfer.recorder import Recorder
 
 CONTEXT, KERNEL, THREADS, TABLE, JOIN_STREAM, CALLER_EVENT = 0xC0, 0xF0, 64, 0x7AB1E000, 0x5000, 0xE000
-COPY_STREAM, COPY_EVENT, GATE_STREAM = 0x5CC00, 0xECC00, 0x5CA7E
+COPY_STREAM, COPY_EVENT = 0x5CC00, 0xECC00
 CALLER, START, DONE, IDS, MARK = 0x5CA11, 0xE111, 0xE222, 0x1D5000, 0xE30000
 IDS_IN_VRAM, SUMS, STATUS = 0x1D6000, 0x50000, 0x57A700
 SLOT_BYTES, PIECE_BYTES = 128, 16
@@ -63,7 +63,7 @@ class Lane:
     def __post_init__(self) -> None:
         at = np.arange(self.count, dtype=np.int64)
         self.streams, self.joins, self.buffers = 0x5001 + at, 0xE001 + at, 0xB0000 * (at + 1)
-        self.turns = np.stack((0xD001 + at, 0xC001 + at, 0x1E7001 + at))
+        self.turns = np.stack((0xD001 + at, 0xC001 + at))
         self.works = 0x330000 + 0x1000 * at
         self.cells = np.zeros(nogil.LANE_CELLS, np.int64)
         self.cells[nogil.CONTEXT] = CONTEXT
@@ -75,7 +75,6 @@ class Lane:
         self.cells[nogil.CALLER_EVENT] = CALLER_EVENT
         self.cells[nogil.TO_HOST] = self.to_host
         self.cells[nogil.COPY_STREAM], self.cells[nogil.COPY_EVENT] = COPY_STREAM, COPY_EVENT
-        self.cells[nogil.GATE_STREAM] = GATE_STREAM
 
     def issue(self, recorder: Recorder, plan: Plan) -> tuple[int, int]:
         """The two codes."""

@@ -9,7 +9,7 @@ import pytest
 
 from kvortex.devices import driver as cu
 from kvortex.transfer import digesting as dg
-from kvortex.transfer.issue import COPIED, HANDED, LET
+from kvortex.transfer.issue import COPIED, HANDED
 from kvortex.transfer.plan import (
     FIRST_BLOCK,
     FIRST_COPY,
@@ -29,7 +29,6 @@ from tests.transfer.issuing import (
     CONTEXT,
     COPY_STREAM,
     DONE,
-    GATE_STREAM,
     IDS,
     IDS_IN_VRAM,
     JOIN_STREAM,
@@ -143,13 +142,13 @@ def test_all_work_is_ordered_after_the_caller_and_before_done(name: str, to_host
     assert all(caller in before[at] for at in work), "work that does not wait for the caller's stream"
     assert set(work) <= before[done], "done is reached before all work is"
     used, apart = lane.used(plan), lane.apart(plan)
-    first = (GATE_STREAM if to_host else COPY_STREAM) if apart else used[0]
+    first = COPY_STREAM if apart and not to_host else used[0]
     assert caller in before[start] and calls[start].stream == first and start < min(work)
     assert calls[done].stream == (JOIN_STREAM if apart else meets(lane, plan)) and start in before[done]
     assert {call.stream for call in calls if call.name in WORK} == {*used, *[COPY_STREAM] * apart}
     touched = {call.stream for call in calls if call.name not in ("push", "pop")}
     joined = [JOIN_STREAM] if len(plan.marks) or apart else [meets(lane, plan)]
-    assert touched == {CALLER, *joined, *used, *[COPY_STREAM, GATE_STREAM] * apart}, "a stream without chunks must not wait"
+    assert touched == {CALLER, *joined, *used, *[COPY_STREAM] * apart}, "a stream without chunks must not be made to wait"
     assert sum(call.stream == CALLER for call in calls if call.name in ("record", "wait", *WORK)) == 1
 
 
@@ -165,7 +164,7 @@ def test_all_work_is_ordered_after_events_that_were_recorded_before(name: str, e
     assert work and all(set(range(len(events))) <= before[at] for at in work)
     touched = {call.stream for call in calls[len(events) :] if call.name not in ("push", "pop")}
     joined = [JOIN_STREAM] if len(lane.used(plan)) > 1 or lane.apart(plan) else []
-    assert touched == {*joined, *lane.used(plan), *[COPY_STREAM, GATE_STREAM] * lane.apart(plan)}
+    assert touched == {*joined, *lane.used(plan), *[COPY_STREAM] * lane.apart(plan)}
 
 
 READER, DIGEST_STREAM, DIGEST_EVENT, SUMS, PINNED, NUMBERS = 0xDD, 0x5D00, 0xED00, 0x50000, 0x60000, 0x70000
@@ -298,28 +297,12 @@ def test_what_uses_a_buffer_first_waits_for_the_transfer_before(to_host: bool) -
     """A save's kernel for the copies that empty it, a load's copy for the kernel that does."""
     lane, plan, recorder = issued("staged", to_host, (3, 2))
     first = next(at for at, call in enumerate(recorder.calls) if call.name in WORK)
-    copied, let, stream = int(lane.turns[COPIED, 2]), int(lane.turns[LET, 2]), int(lane.streams[2])
-    if to_host:
-        path = [Call("wait", (GATE_STREAM, copied, 0)), Call("record", (let, GATE_STREAM)), Call("wait", (stream, let, 0))]
-    else:
-        path = [Call("wait", (COPY_STREAM, int(lane.turns[HANDED, 2]), 0))]
-    assert recorder.calls[first - len(path) : first] == path
+    waits = (int(lane.streams[2]), int(lane.turns[COPIED, 2])) if to_host else (COPY_STREAM, int(lane.turns[HANDED, 2]))
+    assert recorder.calls[first - 1] == Call("wait", (*waits, 0))
     ends = {call.arguments for call in recorder.calls if call.name == "record"}
     behind = {(int(lane.turns[COPIED, at]), COPY_STREAM) for at in range(3)}
     behind |= {(int(lane.turns[HANDED, at]), int(lane.streams[at])) for at in range(3)}
     assert behind <= ends, "the next transfer has something to wait for"
-
-
-@pytest.mark.parametrize("to_host", [True, False])
-@pytest.mark.parametrize("name", ["staged", "coded", "layers", "parts"])
-def test_only_the_gate_waits_for_copies_before_the_end(name: str, to_host: bool) -> None:
-    """Where several streams waited for the copy engine, its long copies took 5 to 10 percent more time."""
-    lane, plan, recorder = Lane(3, to_host, 1, digest=digest_of(reads=False, apart=0)), PLANS[name], Recorder()
-    assert lane.issue(recorder, plan) == (0, 0)
-    engines = {COPY_STREAM, DIGEST_STREAM}
-    copied = {call.arguments[0] for call in recorder.calls if call.name == "record" and call.stream in engines}
-    waiting = {call.stream for call in recorder.calls if call.name == "wait" and call.arguments[1] in copied}
-    assert waiting == {GATE_STREAM, JOIN_STREAM}
 
 
 @pytest.mark.parametrize("name", ["staged", "direct", "batched"])

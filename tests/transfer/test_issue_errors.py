@@ -60,7 +60,7 @@ def test_a_refusal_at_any_call(name: str, to_host: bool, at: int) -> None:
         assert {i for i, call in enumerate(calls) if call.name in WORK and i != at} <= before[done]
 
 
-@pytest.mark.parametrize("at", range(1, 3))
+@pytest.mark.parametrize("at", range(1, 1 + 3 * 2))
 def test_a_wait_for_an_event_that_is_refused(at: int) -> None:
     lane, recorder = Lane(3, True, after=[0xA1, 0xA2]), Recorder({at: CODE})
     assert lane.issue(recorder, PLANS["staged"]) == (CODE, 0)
