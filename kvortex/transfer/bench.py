@@ -16,6 +16,7 @@ from kvortex.memory.arena import PinnedArena
 from kvortex.transfer.cuda import CudaExecutor, resident_kernels_can_run
 from kvortex.transfer.executor import Completion, Direction, poll
 from kvortex.transfer.load import Load
+from kvortex.transfer.measurements import seconds_each
 from kvortex.transfer.plan import Int64s, Pool
 from kvortex.transfer.profile import Profile
 from kvortex.transfer.routes import Route
@@ -121,10 +122,8 @@ class Bench:
         after = load.seconds(first, load.queue(SPAN))
         span = load.seconds(primed, last)
         slowdown = span / 3 / ((load.seconds(marks[0], alone) + after) / 2)
-        ends = sorted(end for end in (load.seconds(primed, event) for event in behind) if 0 <= end <= span)
-        if len(ends) < 2:  # too slow to tell how slow
-            return self.nbytes / max(span, 1e-9) / 2, slowdown
-        return self.nbytes * (len(ends) - 1) / (ends[-1] - ends[0]), slowdown
+        ends = [end for end in (load.seconds(primed, event) for event in behind) if 0 <= end <= span]
+        return self.nbytes / seconds_each(ends, span), slowdown
 
     def check(self, profile: Profile, fragment_bytes: int, route: Route) -> None:
         """Moves bytes there and back.

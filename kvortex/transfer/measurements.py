@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
@@ -70,6 +71,18 @@ def first_of_the_best(rates: Mapping[_T, float], tolerance: float) -> _T:
 def long_enough(rates: Mapping[int, float], link: float) -> int:
     """The least length of copies whose rate is enough; the longest where none is."""
     return next((nbytes for nbytes in sorted(rates) if rates[nbytes] >= ENOUGH * link), max(rates))
+
+
+def seconds_each(ends: Iterable[float], span: float) -> float:
+    """How long each transfer takes of a row of them, two in flight, that ended at these times in a span of so many seconds.
+
+    Two that are in flight may share the link and end together, and whether the first end or the last of a row is that of such a
+    pair's first or second is chance. So time is taken from each end to the next but one. Of fewer than three ends nothing can
+    be said but how many they are: they are slow.
+    """
+    ordered = sorted(ends)
+    pairs = [last - first for first, last in zip(ordered, ordered[2:], strict=False)]
+    return statistics.median(pairs) / 2 if pairs else max(span, 1e-9) / max(len(ordered), 0.5)
 
 
 def rank(table: Iterable[Measurement], link: Mapping[Direction, float]) -> tuple[Ranking, ...]:

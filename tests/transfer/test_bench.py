@@ -250,6 +250,6 @@ def test_a_real_calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert isinstance(device, CudaDevice)
     found = calibrate(device)
     assert found.seconds < 30 and 0.2 * found.profile.link_rate < min(found.link.values()) and found.profile.measured
-    assert all(0 < row.rate < 2 * found.link[row.direction] for row in found.table)
+    assert all(0 < row.rate < 1.1 * found.link[row.direction] for row in found.table), "faster than the link"
     assert all(0.5 < row.slowdown < 10 for row in found.table if row.slowdown is not None)
     assert store.save(device, found.profile) and store.load(device) == found.profile

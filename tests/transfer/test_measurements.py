@@ -7,7 +7,15 @@ from dataclasses import replace
 import pytest
 
 from kvortex.transfer.executor import Direction
-from kvortex.transfer.measurements import Measurement, first_of_the_best, least_short, long_enough, rank, shortfall
+from kvortex.transfer.measurements import (
+    Measurement,
+    first_of_the_best,
+    least_short,
+    long_enough,
+    rank,
+    seconds_each,
+    shortfall,
+)
 from kvortex.transfer.profile import guess
 from kvortex.transfer.routes import Ability, Ranking, Route, choose, tabulate
 
@@ -130,3 +138,18 @@ def test_the_first_of_those_that_are_as_good_as_the_best() -> None:
 def test_how_long_a_copy_is_to_be() -> None:
     assert long_enough({512: 48.0, 64: 20.0, 128: 44.9, 256: 45.1}, 50.0) == 256
     assert long_enough({64: 20.0, 128: 30.0}, 50.0) == 128
+
+
+@pytest.mark.parametrize("first", [0.0, 1.0])
+def test_transfers_that_end_in_pairs_are_no_faster_than_those_that_end_one_by_one(first: float) -> None:
+    """Two ends of a pair and the first of the next are three transfers in the time of two."""
+    one_by_one = [first + 5 * k for k in range(5)]
+    in_pairs = [4.9, 5.0, 14.9, 15.0, 24.9][int(first) :]
+    assert seconds_each(one_by_one, 24.0) == 5.0
+    assert seconds_each(in_pairs, 26.0) == pytest.approx(5.0)
+    assert seconds_each(reversed(in_pairs), 26.0) == pytest.approx(5.0), "in any order"
+
+
+@pytest.mark.parametrize(("ends", "seconds"), [([], 48.0), ([3.0], 24.0), ([3.0, 3.1], 12.0)])
+def test_of_few_transfers_that_ended_only_their_number_counts(ends: list[float], seconds: float) -> None:
+    assert seconds_each(ends, 24.0) == seconds
