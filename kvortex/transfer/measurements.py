@@ -12,9 +12,9 @@ from kvortex.transfer.executor import Direction
 from kvortex.transfer.routes import Ranking, Route
 
 ENOUGH, BEARABLE = 0.9, 1.03  # of the link's rate, and times a computation's time: beyond, transfers need not be better
-# Of the link's rate: with so much beyond ``ENOUGH`` a route of copy engines is the best one there can be, and with less it counts
-# for so much less: beside models such routes kept up to 0.07 less of the link than beside a calibration's computation, and what
-# digests their blocks is a kernel too.
+# Of the link's rate: with so much beyond ``ENOUGH`` a route of copy engines is the best one there can be, and with less it
+# counts for so much less: beside models such routes kept up to 0.07 less of the link than beside a calibration's computation,
+# and what digests their blocks is a kernel too.
 _TO_SPARE = 0.06
 _EQUAL = 0.01  # of the link's rate: less than that comes and goes from run to run
 _ALIKE = 0.02  # of what is missed beside a computation: so much comes and goes too
@@ -91,10 +91,10 @@ def seconds_each(ends: Iterable[float], span: float) -> float:
 def rank(table: Iterable[Measurement], link: Mapping[Direction, float]) -> tuple[Ranking, ...]:
     """Rankings of routes.
 
-    With the GPU idle the fastest one is the best. Beside a computation it is, of long transfers, one without a kernel if that is
-    good enough by far, else the one that comes closest to ``ENOUGH`` of the link at no cost, and of equals none whose kernel
-    keeps multiprocessors; and of the rest the fastest without a kernel, if it is not slow: a kernel would first wait for the
-    model's.
+    With the GPU idle the fastest one is the best. Beside a computation it is, of long transfers, one without a kernel if that
+    is good enough by far, else the one that comes closest to ``ENOUGH`` of the link at no cost, and of equals none whose
+    kernel keeps multiprocessors; and of the rest the fastest without a kernel, if it is not slow: a kernel would first wait
+    for the model's.
 
     Parameters
     ----------
