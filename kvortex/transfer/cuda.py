@@ -31,48 +31,16 @@ from kvortex.transfer.executor import Completion, Direction, Executor, poll
 from kvortex.transfer.issue import NO_STREAM, PIECE_ROW_BYTES
 from kvortex.transfer.lane import ROW_WORDS, Job, Lane
 from kvortex.transfer.layer_load import LayerLoad
-from kvortex.transfer.layers import (
-    Ordered,
-    Sections,
-    cut_layers,
-    cut_sections,
-    group_count,
-    group_layers,
-    in_order,
-    join_groups,
-    plan_direct_layers,
-    plan_layers,
-    split_groups,
-    split_sections,
-)
+from kvortex.transfer.layers import Ordered, Sections, group_count, in_order, split_groups
 from kvortex.transfer.layerwise import LayerSave
-from kvortex.transfer.plan import (
-    BYTES,
-    FIRST,
-    LAST,
-    LINES_OF_RUN,
-    NONE,
-    OFFSET,
-    Int64s,
-    Plan,
-    Pool,
-    plan_batched,
-    plan_direct,
-    plan_mapped,
-    plan_staged,
-    plan_strided,
-    split_pieces,
-    strides,
-)
+from kvortex.transfer.plan import FIRST, LAST, NONE, OFFSET, Int64s, Plan, Pool, plan_direct
+from kvortex.transfer.planner import AT_ONCE, Planner
 from kvortex.transfer.profile import Profile, most_resident_ctas
 from kvortex.transfer.resident import FLAG_BYTES
 from kvortex.transfer.routes import Ability, Route, choose, tabulate
-from kvortex.transfer.split import cut_record, plan_split
 
 _CLOSE_S = 10.0
 LAYER_CTAS = 4  # times the CTAs of a resident kernel, for layers that a model waits for: nothing else hides their scatter
-AT_ONCE = 2  # groups of a layer-wise load that move while the others are planned
-MAX_BLOCKS = 2048  # of kvortex.kernels.paged, which needs numba.cuda to import
 
 
 def launches_block() -> bool:
@@ -169,11 +137,9 @@ class CudaExecutor(Executor):
         self._readers: tuple[int, int] | None = None  # kernels that digest pages, and buffers; None for no digests
         self._digests = digests
         self._lanes: dict[Direction, Lane] = {}
-        self._cuts: dict[tuple[int, bool], Sections] = {}  # by groups, and whether some are joined
-        # Those of layer-wise loads: the first groups, the others, and how many layers the first ones have.
-        self._splits: dict[int, tuple[Sections, Sections, int]] = {}
-        self._allocations = _allocations(device, fragments, num_blocks)
-        self._runs = strides(fragments, device.max_pitch, self._allocations)
+        self._depth = max(self._count, profile.buffers)
+        lie = _allocations(device, fragments, num_blocks)
+        self._planner = Planner(fragments, layer_offsets, lie, device.max_pitch, pool, self._count, self._depth)
         self._batches = cu.has_batched_copies()
         # A record that is one long piece needs no kernel, whatever else is asked for.
         one_piece = len(fragments) == 1 and int(fragments[0, 3]) >= profile.copy_bytes
@@ -190,15 +156,13 @@ class CudaExecutor(Executor):
 
     def _open(self, gpu_budget: int) -> None:
         staged = len(self._fragments) > 0 and self.route is not Route.DIRECT
-        self._depth = depth = max(self._count, self._profile.buffers)
+        depth, pieces = self._depth, self._planner.pieces
         buffers, table, flags = [0] * (2 * depth), 0, 0
         kernels = {direction: (0, 0) for direction in Direction}
-        self._pieces = split_pieces(cut_layers(self._fragments, self._layer_offsets))
-        self._cut = cut_record(self._fragments, self._runs, self._pieces)
         self._ids = IdPool(self.device)
-        if len(self._pieces):
-            self._table = self.device.allocate(self._pieces.nbytes)
-            self._table.write(self._pieces)
+        if len(pieces):
+            self._table = self.device.allocate(pieces.nbytes)
+            self._table.write(pieces)
             table = self._table.address
         if self._digests:
             self._open_digests()
@@ -233,7 +197,7 @@ class CudaExecutor(Executor):
                 self._profile.staged_ctas,
                 my_flags,
                 table,
-                self._pieces[:, OFFSET],
+                pieces[:, OFFSET],
                 None if works is None else works[at * depth : (at + 1) * depth],
             )
 
@@ -254,19 +218,17 @@ class CudaExecutor(Executor):
         if self._staging is None:
             return buffers
         nbytes = len(buffers) * self._staging.buffer_bytes
-        self._half_bytes = nbytes // 2 // SLOT_ALIGNMENT * SLOT_ALIGNMENT
-        if not self._half_bytes:
-            self._half_bytes = nbytes
-            return buffers[:1]
-        return [buffers[0], buffers[0] + self._half_bytes]
+        half = nbytes // 2 // SLOT_ALIGNMENT * SLOT_ALIGNMENT
+        self._planner.buffer_bytes, self._planner.half_bytes = self._staging.buffer_bytes, half or nbytes
+        return [buffers[0], buffers[0] + half] if half else buffers[:1]
 
     def _ability(self) -> Ability:
         staged = self._depth * self._staging.buffer_bytes if self._staging is not None else 0
-        rectangle = int(self._runs[:, BYTES] @ self._runs[:, LINES_OF_RUN]) // max(1, len(self._runs))
+        cut = self._planner.cut
         return Ability(
             fragment_bytes=int(self._layer_offsets[-1]) // max(1, len(self._fragments)),
-            strided=rectangle >= self._profile.copy_bytes,
-            split=self._cut.balanced and self._cut.rectangle_bytes >= self._profile.copy_bytes,
+            strided=self._planner.rectangle_bytes >= self._profile.copy_bytes,
+            split=cut.balanced and cut.rectangle_bytes >= self._profile.copy_bytes,
             batched=self._batches,
             resident=resident_kernels_can_run(self.device),
             deep=self._profile.is_deep(staged),
@@ -310,17 +272,17 @@ class CudaExecutor(Executor):
             runs = len(blocks) if in_groups or route is Route.DIRECT else records.runs
             record_bytes, least = int(self._layer_offsets[-1]), self._profile.least
             count = group_count(num_layers, record_bytes, len(blocks), runs, least)
-            sections = self._sections(count, joined=not in_groups and route is not Route.DIRECT)
+            sections = self._planner.sections(count, joined=not in_groups and route is not Route.DIRECT)
             # A mark is used once, and the parts of a load may be on different streams.
             if not in_groups and route is not Route.DIRECT and mark is None and len(sections.ends) > 2 * AT_ONCE:
-                return self._layer_load(route, blocks, records, busy, sections, caller)
-            plan = self._layered_plan(route, records, busy, sections)
+                return self._layer_load(route, blocks, records, busy, count, caller)
+            plan = self._planner.layered(route, records, sections, self._layer_ctas(route, busy))
             if in_groups:
                 edges = sections.first_pieces[[0, *sections.ends.tolist()]]
                 return self._layer_save(split_groups(plan), route, sections.group_of, blocks, edges)
-            digests = self._digesting(route, blocks, 0, len(self._pieces)), self._sizes(blocks)
+            digests = self._digesting(route, blocks, 0, len(self._planner.pieces)), self._sizes(blocks)
             return CudaCompletion(self, direction, plan, caller, route, sections.group_of, *digests, mark)
-        plan, edges = self._plan(direction, route, blocks, slots, busy), np.array([0, len(self._pieces)])
+        plan, edges = self._plan(direction, route, blocks, slots, busy), np.array([0, len(self._planner.pieces)])
         if route is Route.SPLIT:  # both kernels read which blocks they are from one list
             blocks = plan.ids.astype(np.int64)
         if in_groups:  # the other routes take all layers at once
@@ -385,7 +347,7 @@ class CudaExecutor(Executor):
             return None
         apart = pieces_apart(len(blocks), last - first) if whole and route is not Route.RESIDENT else 0
         if route is Route.SPLIT:
-            last = first + self._cut.n_pieces
+            last = first + self._planner.cut.n_pieces
         if route in (Route.STAGED, Route.RESIDENT, Route.MAPPED) or first == last:
             return Digesting(len(blocks), self._numbers.address, None, apart)
         table = self._table.address + first * PIECE_ROW_BYTES
@@ -406,16 +368,13 @@ class CudaExecutor(Executor):
             raise
 
     def _layer_load(
-        self, route: Route, blocks: Int64s, records: Ordered, busy: bool, sections: Sections, caller: int
+        self, route: Route, blocks: Int64s, records: Ordered, busy: bool, count: int, caller: int
     ) -> LayerLoad:
         """Its first groups, and how the others are prepared."""
-        cuts = self._splits.get(id(sections))  # which ``_cuts`` keeps
-        if cuts is None:
-            layers = int(np.count_nonzero(sections.group_of < AT_ONCE))
-            cuts = self._splits[id(sections)] = *split_sections(sections, AT_ONCE), layers
+        cuts, ctas = self._planner.first_sections(count), self._layer_ctas(route, busy)
 
         def part(cut: Sections, behind: CudaCompletion | None = None) -> CudaCompletion:
-            plan = self._layered_plan(route, records, busy, cut)
+            plan = self._planner.layered(route, records, cut, ctas)
             edges = int(cut.first_pieces[0]), int(cut.first_pieces[-1])
             digesting = self._digesting(route, blocks, *edges, whole=False)
             return CudaCompletion(self, Direction.LOAD, plan, caller, route, cut.group_of, digesting, behind=behind)
@@ -428,46 +387,21 @@ class CudaExecutor(Executor):
             first.cancel()
             raise
 
-    def _sections(self, count: int, *, joined: bool) -> Sections:
-        key = count, joined
-        if key not in self._cuts:  # two threads may both do it, to the same end
-            limit = min(self._staging.buffer_bytes, self._half_bytes) if self._staging is not None else None
-            edges = group_layers(self._layer_offsets, count)
-            self._cuts[key] = cut_sections(self._pieces, self._layer_offsets, join_groups(edges) if joined else edges, limit)
-        return self._cuts[key]
-
-    def _layered_plan(self, route: Route, records: Ordered, busy: bool, sections: Sections) -> Plan:
-        if route is Route.DIRECT:
-            return plan_direct_layers(records, self._fragments[0], sections, self._pool, self._count)
-        assert self._staging is not None
+    def _layer_ctas(self, route: Route, busy: bool) -> int:
+        """Of a resident kernel, and 0 of other routes."""
         ctas = self.resident_ctas[busy] if route is Route.RESIDENT else 0
         if ctas and not busy:
             ctas = max(ctas, min(LAYER_CTAS * ctas, most_resident_ctas(self.device.multiprocessors) // 2))
-        size = self._half_bytes if ctas else self._staging.buffer_bytes
-        return plan_layers(records, sections, self._pool, size, MAX_BLOCKS, ctas=ctas)
+        return ctas
 
     def _plan(self, direction: Direction, route: Route, blocks: Int64s, slots: Int64s, busy: bool) -> Plan:
-        if route is Route.DIRECT:
-            base, stride, _, size = (int(cell) for cell in self._fragments[0])
-            return plan_direct(base + blocks * stride, np.full(len(blocks), size), slots, self._pool, self._count)
-        if route is Route.STRIDED:
-            return plan_strided(blocks, slots, self._runs, self._pool, self._count)
-        if route is Route.BATCHED:
-            fragments, where, streams = self._fragments, self._allocations, self._depth
-            return plan_batched(blocks, slots, fragments, where, self._pool, streams, one_call=self._batches)
-        if route is Route.MAPPED:
-            return plan_mapped(blocks, slots, self._pieces, self._pool, MAX_BLOCKS)
-        if route is Route.SPLIT:
-            return plan_split(blocks, slots, self._pieces, self._cut, self._pool, MAX_BLOCKS)
-        assert self._staging is not None
+        resident: dict[str, int] = {}
         if route is Route.RESIDENT:
             small = LAST
             if direction is Direction.SAVE:  # the link has something to do where another one has not ended yet
                 small = NONE if self._ask(cu.STREAM_QUERY, self._lanes[direction].copy_stream) == asking.NOT_READY else FIRST
-            options = {"ctas": self.resident_ctas[busy], "small": small}
-            return plan_staged(blocks, slots, self._pieces, self._pool, self._half_bytes, 2, MAX_BLOCKS, **options)
-        size = self._staging.buffer_bytes
-        return plan_staged(blocks, slots, self._pieces, self._pool, size, self._depth, MAX_BLOCKS)
+            resident = {"ctas": self.resident_ctas[busy], "small": small}
+        return self._planner.whole(route, blocks, slots, one_call=self._batches, **resident)
 
     def _is_busy(self, caller: int, mark: CudaMark | None) -> bool:
         """Whether a model is computing: as the user says, or mostly when the caller's stream has work on it."""
