@@ -7,6 +7,7 @@ import dataclasses
 import os
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,6 @@ from kvortex.devices import asking
 from kvortex.devices import driver as cu
 from kvortex.devices.cuda import CudaDevice
 from kvortex.devices.streams import cuda_stream_handle
-from kvortex.digests.keys import kernel_numbers
 from kvortex.errors import ArgumentError, ConfigError, DeviceError, TransferTimeoutError
 from kvortex.kernels import build
 from kvortex.memory.arena import SLOT_ALIGNMENT
@@ -26,9 +26,10 @@ from kvortex.transfer._layers import load_compiled as load_layers
 from kvortex.transfer.coded_layers import LayeredCoder, LayeredLoad
 from kvortex.transfer.coders import coder_for
 from kvortex.transfer.cuda_completion import CudaCompletion, CudaMark, Events
-from kvortex.transfer.digesting import Digesting, Reading, buffers_reading, pieces_apart, room_for
+from kvortex.transfer.cuda_digests import Digests
+from kvortex.transfer.digesting import Digesting, room_for
 from kvortex.transfer.executor import Completion, Direction, Executor, poll
-from kvortex.transfer.issue import NO_STREAM, PIECE_ROW_BYTES
+from kvortex.transfer.issue import NO_STREAM
 from kvortex.transfer.lane import ROW_WORDS, Job, Lane
 from kvortex.transfer.layer_load import LayerLoad
 from kvortex.transfer.layers import Ordered, Sections, group_count, in_order, split_groups
@@ -133,9 +134,7 @@ class CudaExecutor(Executor):
         self._table: Any = None
         self._flags: Any = None
         self._module: Any = None
-        self._numbers: Any = None
-        self._readers: tuple[int, int] | None = None  # kernels that digest pages, and buffers; None for no digests
-        self._digests = digests
+        self._digests = Digests(digests)
         self._lanes: dict[Direction, Lane] = {}
         self._depth = max(self._count, profile.buffers)
         lie = _allocations(device, fragments, num_blocks)
@@ -164,9 +163,9 @@ class CudaExecutor(Executor):
             self._table = self.device.allocate(pieces.nbytes)
             self._table.write(pieces)
             table = self._table.address
-        if self._digests:
-            self._open_digests()
-        suffix = "_digest" if self._digests else ""
+        # The table is for records of any length that a slot takes.
+        self._digests.open(self.device, self._pool.slot_bytes, self._kernel if self._codec is None else None)
+        suffix = "_digest" if self._digests.summed else ""
         if staged:
             self._staging = StagingRing(self.device, gpu_budget, 2 * depth)
             buffers = self._staging.addresses
@@ -175,8 +174,8 @@ class CudaExecutor(Executor):
             flags = self._flags.address
         works: list[int] | None = None
         if staged and self._codec is not None and self._staging is not None:
-            numbers = self._numbers.address if self._digests else 0
-            self._coder = coder_for(self.device, self._codec, self._fragments, self._pool, self._kernel, numbers)
+            known = self._pool, self._kernel, self._digests.numbers
+            self._coder = coder_for(self.device, self._codec, self._fragments, *known)
             self._coder.open(2 * depth, self._staging.buffer_bytes)
             works = self._coder.works
         elif staged:
@@ -200,14 +199,6 @@ class CudaExecutor(Executor):
                 pieces[:, OFFSET],
                 None if works is None else works[at * depth : (at + 1) * depth],
             )
-
-    def _open_digests(self) -> None:
-        """The table of numbers, for records of any length that a slot takes, and the kernels that only read."""
-        numbers = kernel_numbers(self._pool.slot_bytes)
-        self._numbers = self.device.allocate(numbers.nbytes)
-        self._numbers.write(numbers)
-        if self._codec is None:
-            self._readers = self._kernel("read_pages"), self._kernel("read_buffers")
 
     def _halves(self, buffers: list[int]) -> list[int]:
         """The staging buffers of a direction as a resident kernel uses them: two, so that a DMA is as long as can be.
@@ -301,13 +292,13 @@ class CudaExecutor(Executor):
     ) -> Completion:
         """Through a codec, which takes whole records: all layers are one group."""
         sizes = np.full(len(plan.order), coder.codec.slot_bytes)
-        digesting = self._coded_digesting(len(plan.order))
+        digesting = self._digests.of_records(len(plan.order))
         if not in_groups:
             return CudaCompletion(self, direction, plan, caller, Route.STAGED, None, digesting, sizes, mark)
         part = CudaCompletion(self, direction, plan, NO_STREAM, Route.STAGED, None, digesting)
         try:
             group_of = np.zeros(len(self._layer_offsets) - 1, np.int64)
-            return LayerSave([part], group_of, sizes if self._digests else None)
+            return LayerSave([part], group_of, self._digests.sizes(sizes))
         except BaseException:
             part.cancel()
             raise
@@ -316,43 +307,23 @@ class CudaExecutor(Executor):
         """The first group of layers, and how the others are prepared; or all at once, behind a mark."""
         group_of, sizes = layered.group_of, np.full(layered.records, coder.codec.slot_bytes)
         if mark is not None:  # it is used once
-            digesting = self._coded_digesting(layered.records)
+            digesting = self._digests.of_records(layered.records)
             plan = layered.whole()
             return CudaCompletion(self, Direction.LOAD, plan, caller, Route.STAGED, group_of, digesting, sizes, mark)
 
         def part(plan: Plan, groups: Int64s, behind: CudaCompletion | None = None) -> CudaCompletion:
-            digesting = self._coded_digesting(layered.records)
+            digesting = self._digests.of_records(layered.records)
             return CudaCompletion(self, Direction.LOAD, plan, caller, Route.STAGED, groups, digesting, behind=behind)
 
-        first = part(layered.first(), group_of)
-        try:
-            layers = int(np.count_nonzero(group_of == 0))
-            sizes_of = sizes if self._digests else None
-            return LayerLoad(first, lambda: part(layered.rest(), group_of - 1, first), layers, sizes_of)
-        except BaseException:
-            first.cancel()
-            raise
-
-    def _coded_digesting(self, records: int) -> Digesting:
-        numbers = self._numbers.address if self._digests else 0
-        return Digesting(records, numbers, coded=True, summed=self._digests)
+        first, layers = part(layered.first(), group_of), int(np.count_nonzero(group_of == 0))
+        return self._goes_on(first, lambda: part(layered.rest(), group_of - 1, first), layers, sizes)
 
     def _sizes(self, blocks: Int64s) -> Int64s:
         return np.full(len(blocks), self._layer_offsets[-1])
 
     def _digesting(self, route: Route, blocks: Int64s, first: int, last: int, whole: bool = True) -> Digesting | None:
-        """What is digested of pages: pieces from ``first`` to ``last``, which a kernel reads where none moves them. They are
-        the ``whole`` of what the caller waits for, or one of many groups of layers, for which there is not that much room."""
-        if self._readers is None:
-            return None
-        apart = pieces_apart(len(blocks), last - first) if whole and route is not Route.RESIDENT else 0
-        if route is Route.SPLIT:
-            last = first + self._planner.cut.n_pieces
-        if route in (Route.STAGED, Route.RESIDENT, Route.MAPPED) or first == last:
-            return Digesting(len(blocks), self._numbers.address, None, apart)
-        table = self._table.address + first * PIECE_ROW_BYTES
-        reading = Reading(self._readers[0], table, last - first, blocks.astype(np.int32))
-        return Digesting(len(blocks), self._numbers.address, reading, apart)
+        table = self._table.address if self._table is not None else 0
+        return self._digests.of_blocks(route, blocks, table, first, last, self._planner.cut.n_pieces, whole=whole)
 
     def _layer_save(self, plans: list[Plan], route: Route, group_of: Int64s, blocks: Int64s, edges: Int64s) -> LayerSave:
         """``edges`` are the first pieces of each group, and their number."""
@@ -361,7 +332,7 @@ class CudaExecutor(Executor):
             for plan, first, last in zip(plans, edges[:-1].tolist(), edges[1:].tolist(), strict=True):
                 digesting = self._digesting(route, blocks, first, last, whole=False)
                 parts.append(CudaCompletion(self, Direction.SAVE, plan, NO_STREAM, route, None, digesting))
-            return LayerSave(parts, group_of, self._sizes(blocks) if self._digests else None)
+            return LayerSave(parts, group_of, self._digests.sizes(self._sizes(blocks)))
         except BaseException:
             for part in parts:
                 part.cancel()
@@ -379,10 +350,13 @@ class CudaExecutor(Executor):
             digesting = self._digesting(route, blocks, *edges, whole=False)
             return CudaCompletion(self, Direction.LOAD, plan, caller, route, cut.group_of, digesting, behind=behind)
 
-        sizes = self._sizes(blocks) if self._digests else None
         first = part(cuts[0])
+        return self._goes_on(first, lambda: part(cuts[1], first), cuts[2], self._sizes(blocks))
+
+    def _goes_on(self, first: CudaCompletion, rest: Callable[[], CudaCompletion], layers: int, sizes: Int64s) -> LayerLoad:
+        """A load whose first part, of so many layers, is prepared; ``rest`` prepares the other."""
         try:
-            return LayerLoad(first, lambda: part(cuts[1], first), cuts[2], sizes)
+            return LayerLoad(first, rest, layers, self._digests.sizes(sizes))
         except BaseException:
             first.cancel()
             raise
@@ -415,10 +389,7 @@ class CudaExecutor(Executor):
         self, direction: Direction, addresses: Int64s, sizes: Int64s, slots: Int64s, stream: Any
     ) -> CudaCompletion:
         plan = plan_direct(addresses, sizes, slots, self._pool, self._count, one_tensor=False)
-        digesting = None
-        if self._readers is not None:
-            reading = buffers_reading(self._readers[1], addresses, sizes)
-            digesting = Digesting(len(sizes), self._numbers.address, reading, pieces_apart(len(sizes), reading.n_pieces))
+        digesting = self._digests.of_buffers(addresses, sizes)
         mark = stream if isinstance(stream, CudaMark) else None
         caller = NO_STREAM if mark is not None else cuda_stream_handle(stream)
         return CudaCompletion(self, direction, plan, caller, Route.DIRECT, None, digesting, sizes, mark)
@@ -526,7 +497,8 @@ class CudaExecutor(Executor):
             self._staging.close()
         if self._coder is not None:
             self._coder.close()
-        for buffer in (self._table, self._flags, self._numbers):
+        self._digests.close()
+        for buffer in (self._table, self._flags):
             if buffer is not None:
                 with contextlib.suppress(DeviceError):
                     buffer.free()
