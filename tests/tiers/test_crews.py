@@ -44,7 +44,7 @@ def of_remote(touch: Touch, call: Call) -> tuple[Callable[[], object], Callable[
 
 
 def of_disk(touch: Touch, call: Call) -> tuple[Callable[[], object], Callable[[], object]]:
-    crew = disk.Crew(2, "kvortex-test")
+    crew = disk.Crew(1, 1, "kvortex-test")
     return lambda: crew.run(lambda at, pages: touch(call), 4, call), lambda: crew.close(10.0)
 
 

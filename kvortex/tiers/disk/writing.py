@@ -11,7 +11,7 @@ from kvortex.errors import PoolFullError
 from kvortex.index import NEW, PENDING, RESIDENT
 from kvortex.keys import KeyArray
 from kvortex.tiers.base import Call, Digests, Int64s, Outcome, Outcomes
-from kvortex.tiers.disk.crew import Crew, over
+from kvortex.tiers.disk.crew import Crew, RefusedError, Turn, over
 from kvortex.tiers.disk.pages import Pages
 from kvortex.tiers.disk.places import marks_of
 from kvortex.tiers.disk.store import Store, is_bad_spot
@@ -103,26 +103,33 @@ class Putting:
         marks = marks_of(self.keys[mine])
         at_place = store.places.of_slot[slots[new]].tolist()
 
-        def step(at: int, pages: Pages) -> None:
+        def step(at: int, pages: Pages) -> Turn:
             row, place = mine[at], at_place[at]
-            size = int(self.sizes[row])
+            address, size = int(self.addresses[row]), int(self.sizes[row])
             pages.put_header(headers[at].tobytes())
-            store.places.begin(place, self.keys[row], marks[at], size, int(generations[at]))
             slab, offset = store.where(place)
-            whole = False
-            try:
-                slab.write(offset, int(self.addresses[row]), size, pages, store.writing)
-                whole = True
-            except OSError as error:
-                store.failed(error)
-                full = error.errno in _FULL
-                self.outcomes[row] = Outcome.FULL if full else Outcome.FAILED
-                bad[new[at]] = is_bad_spot(error)
-                return
-            finally:
-                store.places.end(place, whole=whole)
-            good[new[at]] = True
-            self.outcomes[row] = Outcome.OK
+            call = slab.to_write(offset, address, size, pages)
+
+            def after(turn: Turn) -> None:
+                whole = False
+                try:
+                    slab.wrote(turn.done(), size)
+                    whole = True
+                except OSError as error:
+                    store.failed(error)
+                    self.outcomes[row] = Outcome.FULL if error.errno in _FULL else Outcome.FAILED
+                    bad[new[at]] = is_bad_spot(error)
+                    return
+                except RefusedError as refused:
+                    self.outcomes[row] = refused.why
+                    return
+                finally:
+                    store.places.end(place, whole=whole)
+                good[new[at]] = True
+                self.outcomes[row] = Outcome.OK
+
+            store.places.begin(place, self.keys[row], marks[at], size, int(generations[at]))  # last: nothing fails then
+            return Turn(call, after)
 
         begun, why = self.crew.run(step, len(new), self.call)
         self.outcomes[mine[begun:]] = why

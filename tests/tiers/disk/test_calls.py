@@ -34,7 +34,7 @@ from tests.tiers.disk.rig import (
 
 @pytest.fixture
 def crew() -> Iterator[Crew]:
-    crew = Crew(2, "test")
+    crew = Crew(1, 1, "test")
     yield crew
     assert crew.close(5)
 
