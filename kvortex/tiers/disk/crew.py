@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 from kvortex.tiers.base import Call, Outcome
 from kvortex.tiers.disk.pages import Pages
+from kvortex.tiers.disk.waking import Waking
 
 _LOOK = 0.02  # seconds between a waiting caller's looks at its ``cancelled``
 
@@ -63,7 +64,8 @@ class Turn:
     def done(self) -> int:
         """What the call returned; raises what it raised, or :class:`RefusedError`."""
         if self._error is not None:
-            raise self._error
+            error, self._error = self._error, None  # whose traceback has this turn
+            raise error
         return self._done
 
 
@@ -106,7 +108,9 @@ class Crew:
         self._had: deque[Turn] = deque()  # whose calls were made, and ``after`` was not called
         self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()  # in C: rung without the lock
         self._idle = 0  # threads that wait for it, or are about to
+        self._prepared = False  # whether what was done last, except with a turn, was to prepare a step
         self._closed = False
+        self._waking = Waking()
         threads = [threading.Thread(target=self._work, name=f"{name}-{at}", daemon=True) for at in range(turns + spare)]
         self._threads = threads
         for thread in threads:
@@ -192,6 +196,8 @@ class Crew:
             work, closed = self._find_work(), self._closed
             if work is not None or closed:
                 self._idle -= 1
+            elif not self._free:
+                self._waking.gently()
         if work is not None:
             work()
             return True
@@ -203,14 +209,18 @@ class Crew:
         return True
 
     def _find_work(self) -> Callable[[], None] | None:
-        """First what keeps the disk at work, now and next."""
+        """First what keeps the disk at work, now and next; but no more than one step is prepared before one is finished, since
+        steps without a turn are no short matter."""
         if self._free and self._ready:
             self._free -= 1
             return self._take_turns
-        if self._batches and self._pages:
-            return functools.partial(self._prepare, self._batches[0], self._pages.pop())
-        if self._had:
+        can_prepare = bool(self._batches and self._pages)
+        if self._had and (self._ready or self._prepared or not can_prepare):
+            self._prepared = False
             return functools.partial(self._finish, self._had.popleft())
+        if can_prepare:
+            self._prepared = True
+            return functools.partial(self._prepare, self._batches[0], self._pages.pop())
         return None
 
     def _prepare(self, batch: Batch, pages: Pages) -> None:
@@ -261,8 +271,7 @@ class Crew:
             turn.take()
             following = self._next_turn()
             if following is None:
-                self._finish(turn)
-                return
+                return self._finish(turn)
             self._had.append(turn)
             if self._idle:
                 self._bell.put(None)
@@ -279,6 +288,7 @@ class Crew:
                 return self._ready.popleft()
             except IndexError:
                 self._free += 1
+                self._waking.as_usual()
                 return None
 
     def _finish(self, turn: Turn) -> None:

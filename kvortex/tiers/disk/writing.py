@@ -39,9 +39,8 @@ class Putting:
         self.keys, self.addresses, self.sizes, self.digests = keys, addresses, sizes, digests
         self.outcomes: Outcomes = np.full(len(keys), Outcome.TOO_LARGE, np.uint8)
         fits = np.flatnonzero(sizes <= store.form.most_bytes)
-        words = np.ascontiguousarray(keys[fits]).view(np.uint64).reshape(-1, 4)
-        _, first, same = np.unique(words, axis=0, return_index=True, return_inverse=True)
-        rows = fits[np.sort(first)]
+        first, same = _distinct(keys[fits])
+        rows = fits[first]
         self.outcomes[rows] = Outcome.CANCELLED
         wave = min(_WAVE, store.places.count)
         for start in range(0, len(rows), wave):
@@ -49,7 +48,7 @@ class Putting:
                 self.outcomes[rows[start:]] = why
                 break
             self._write_all(rows[start : start + wave])
-        self.outcomes[fits] = self.outcomes[fits[first[same.reshape(-1)]]]  # what stands twice was stored once
+        self.outcomes[fits] = self.outcomes[rows[same]]  # what stands twice was stored once
 
     def _write_all(self, rows: Int64s) -> None:
         """Also what others are writing just now: when they have ended, it is there, or it is ours to write."""
@@ -149,3 +148,16 @@ class Putting:
         with self.store.settled:
             self.store.settled.notify_all()
 
+
+
+def _distinct(keys: KeyArray) -> tuple[Int64s, Int64s]:
+    """Where each different key stands first, in the order of keys, and for each key which of these it is."""
+    words = np.ascontiguousarray(keys).view(np.uint64).reshape(-1, 4)
+    each = np.arange(len(words))
+    if len(set(words[:, 0].tolist())) == len(words):  # as nearly always: a hundredth of the time of a search
+        return each, each
+    _, first, same = np.unique(words, axis=0, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    rank = np.empty_like(order)
+    rank[order] = each[: len(order)]
+    return first[order], rank[same.reshape(-1)]
