@@ -198,6 +198,8 @@ class Crew:
                 self._idle -= 1
             elif not self._free:
                 self._waking.gently()
+            if work is None and closed:
+                self._waking.forget()
         if work is not None:
             work()
             return True

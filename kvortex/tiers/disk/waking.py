@@ -1,4 +1,4 @@
-"""Which of a crew's threads takes a CPU when it wakes up: who may ask the disk for something, and not who is to check what came."""
+"""Which of a crew's threads takes a CPU when it wakes up: who may ask the disk for something, not who is to check what came."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ class Waking:
     """Of threads that this one starts; under its crew's lock.
 
     A thread under SCHED_BATCH runs in its turn as others do, but takes no CPU from another by waking up (sched(7)). Linux often
-    runs a thread that is woken where the one runs that wakes it, at once: so whoever just had a record read, and woke a thread to
-    check it, would ask for the next one when that is checked.
+    runs a thread that is woken where the one runs that wakes it, and at once: then whoever just had a record read, and woke a
+    thread to check it, would ask for the next one when that is checked.
     """
 
     def __init__(self) -> None:
@@ -33,6 +33,10 @@ class Waking:
         """All threads: the next one that is woken is to be quick."""
         while self._gentle:
             _schedule(self._gentle.pop(), os.SCHED_OTHER)
+
+    def forget(self) -> None:
+        """This thread, which ends: its number may be another's soon."""
+        self._gentle.discard(threading.get_native_id())
 
 
 def _schedule(thread: int, policy: int) -> None:

@@ -127,8 +127,9 @@ class Putting:
                 good[new[at]] = True
                 self.outcomes[row] = Outcome.OK
 
-            store.places.begin(place, self.keys[row], marks[at], size, int(generations[at]))  # last: nothing fails then
-            return Turn(call, after)
+            turn = Turn(call, after)
+            store.places.begin(place, self.keys[row], marks[at], size, int(generations[at]))
+            return turn  # whose ``after`` is certain to end what has begun here
 
         begun, why = self.crew.run(step, len(new), self.call)
         self.outcomes[mine[begun:]] = why
