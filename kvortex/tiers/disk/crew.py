@@ -108,7 +108,6 @@ class Crew:
         self._had: deque[Turn] = deque()  # whose calls were made, and ``after`` was not called
         self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()  # in C: rung without the lock
         self._idle = 0  # threads that wait for it, or are about to
-        self._prepared = False  # whether what was done last, except with a turn, was to prepare a step
         self._closed = False
         self._waking = Waking()
         threads = [threading.Thread(target=self._work, name=f"{name}-{at}", daemon=True) for at in range(turns + spare)]
@@ -160,7 +159,7 @@ class Crew:
             self._stop(batch, why)
 
     def _stop(self, batch: Batch, why: Outcome) -> None:
-        batch.stopped = why
+        why = batch.stopped = batch.stopped or why  # the first reason is the one
         if batch.begun < batch.count:
             batch.count, batch.why = batch.begun, why
             if batch in self._batches:
@@ -211,18 +210,15 @@ class Crew:
         return True
 
     def _find_work(self) -> Callable[[], None] | None:
-        """First what keeps the disk at work, now and next; but no more than one step is prepared before one is finished, since
-        steps without a turn are no short matter."""
+        """First what keeps the disk at work, now and next. What is to be finished does not wait for ever: it keeps its pages,
+        and there are no more of them than threads."""
         if self._free and self._ready:
             self._free -= 1
             return self._take_turns
-        can_prepare = bool(self._batches and self._pages)
-        if self._had and (self._ready or self._prepared or not can_prepare):
-            self._prepared = False
-            return functools.partial(self._finish, self._had.popleft())
-        if can_prepare:
-            self._prepared = True
+        if self._batches and self._pages:
             return functools.partial(self._prepare, self._batches[0], self._pages.pop())
+        if self._had:
+            return functools.partial(self._finish, self._had.popleft())
         return None
 
     def _prepare(self, batch: Batch, pages: Pages) -> None:

@@ -16,6 +16,7 @@ from kvortex.tiers import Call, Outcome
 from kvortex.tiers.disk import reading, writing
 from kvortex.tiers.disk.crew import Crew, RefusedError, Turn
 from kvortex.tiers.disk.pages import Pages
+from kvortex.tiers.disk.places import Places, marks_of
 from tests.tiers.disk.rig import Blocks, Failing, Gate, assert_whole, opened, soon
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
@@ -201,19 +202,46 @@ def test_a_call_does_not_wait_for_a_disk_that_hangs_in_anothers(tmp_path: Path, 
         assert not any(tier._store.places._busy)
 
 
-def test_steps_without_turns_do_not_keep_others_waiting(make: Make) -> None:
+def test_what_is_prepared_after_its_call_was_given_up_is_not_done(make: Make) -> None:
+    crew, became = make(1, 1), list[str]()
+    call = Call(time.monotonic() + 0.2)
+
+    def step(at: int, pages: Pages) -> Turn:
+        time.sleep(0.6)
+
+        def after(turn: Turn) -> None:
+            with pytest.raises(RefusedError):
+                turn.done()
+            became.append("refused")
+
+        return Turn(lambda: became.append("done") or 0, after)
+
+    assert crew.run(step, 1, call) == (1, Outcome.TIMEOUT)
+    assert became == ["refused"]
+
+
+@pytest.mark.parametrize(("turns", "spare"), [(1, 1), (1, 2), (2, 1)])
+def test_steps_without_turns_do_not_keep_others_waiting(make: Make, turns: int, spare: int) -> None:
     """Many headers are erased, one after another, while somebody's records have been read and are to be checked."""
-    crew, erased = make(1, 1), list[int]()
+    crew, erased, prepared, checked = make(turns, spare), list[int](), list[int](), list[int]()
 
     def erase(at: int, pages: Pages) -> None:
         time.sleep(0.005)
         erased.append(at)
 
+    def read(at: int, pages: Pages) -> Turn:
+        def call() -> int:
+            assert until(lambda: len(crew._ready) > 0 or len(prepared) == 10)
+            return at
+
+        prepared.append(at)
+        return Turn(call, lambda turn: checked.append(turn.done()))
+
     erasing = threading.Thread(target=lambda: crew.run(erase, 400, soon()))
     erasing.start()
     assert until(lambda: erased)
-    crew.run(lambda at, pages: Turn(lambda: 0, lambda turn: None), 6, soon())
-    assert len(erased) < 100
+    assert crew.run(read, 10, soon()) == (10, Outcome.OK)
+    assert sorted(checked) == list(range(10)) and len(erased) < 200
     erasing.join(20)
     assert len(erased) == 400
 
@@ -302,7 +330,9 @@ def test_a_policy_that_somebody_chose_is_left_alone(make: Make) -> None:
 
     def choose() -> None:
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-        make(1, 1).run(look, 50, soon())
+        crew = make(1, 1)
+        for _ in range(2):
+            crew.run(look, 50, soon())
 
     chooser = threading.Thread(target=choose)
     chooser.start()
@@ -322,3 +352,18 @@ def test_keys_that_differ_are_told_apart() -> None:
             different = list(dict.fromkeys(listed))
             assert first.tolist() == [listed.index(row) for row in different]
             assert same.tolist() == [different.index(row) for row in listed]
+
+
+def test_who_waits_for_an_erasure_hears_of_its_end() -> None:
+    places, key = Places(1), np.ones((1, 32), np.uint8)
+    mark, began = marks_of(key)[0], threading.Event()
+    places.begin(0, key[0], mark, 1, 1)
+    places.end(0, whole=True)
+    assert places.begin_erasing(0, frozenset({int(mark)}))
+    waiting = threading.Thread(target=lambda: (places.begin(0, key[0], mark, 1, 2), began.set()))
+    waiting.start()
+    assert until(lambda: places._waiting) and not began.is_set()
+    asked = time.monotonic()
+    places.end(0, whole=True, erased=True)
+    assert began.wait(10) and time.monotonic() - asked < 0.5, "it looked again of its own accord"
+    waiting.join(10)
