@@ -41,28 +41,28 @@ class Turn:
         Called with this turn then, by any thread of the crew; :meth:`done` tells it what became of the call.
     """
 
-    __slots__ = ("_done", "_error", "after", "batch", "call", "pages")
+    __slots__ = ("_done", "_error", "_taken", "after", "batch", "call", "pages")
     batch: Batch  # of the crew's, as is ``pages``
     pages: Pages
 
     def __init__(self, call: Callable[[], int], after: Callable[[Turn], None]) -> None:
         self.call, self.after = call, after
-        self._done = 0
+        self._done, self._taken = 0, False
         self._error: BaseException | None = None
 
     def take(self) -> None:
         """Makes the call."""
+        self._taken = True
         try:
             self._done = self.call()
         except BaseException as error:  # for ``after``; this thread is there for others too
             self._error = error
 
-    def refuse(self, why: Outcome) -> None:
-        """Does not make it."""
-        self._error = RefusedError(why)
-
     def done(self) -> int:
         """What the call returned; raises what it raised, or :class:`RefusedError`."""
+        if not self._taken:
+            self.batch.why = self.batch.stopped or Outcome.CANCELLED
+            raise RefusedError(self.batch.why)
         if self._error is not None:
             error, self._error = self._error, None  # whose traceback has this turn
             raise error
@@ -109,6 +109,7 @@ class Crew:
         self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()  # in C: rung without the lock
         self._idle = 0  # threads that wait for it, or are about to
         self._closed = False
+        self._recall = False  # whether some of what is prepared may be of a batch that was given up
         self._waking = Waking()
         threads = [threading.Thread(target=self._work, name=f"{name}-{at}", daemon=True) for at in range(turns + spare)]
         self._threads = threads
@@ -132,10 +133,11 @@ class Crew:
                 if count:
                     self._batches.append(batch)
                     self._wake(min(count, self._idle))
-            while not batch.ended.wait(min(call.left(), _LOOK)):
-                if why := over(call):
+            given_up = False
+            while not batch.ended.wait(_LOOK if given_up else min(call.left(), _LOOK)):
+                if not given_up and (why := over(call)):
                     self._give_up(batch, why)
-                    break
+                    given_up = True
         finally:
             self._end(batch)
         if batch.error is not None:
@@ -145,9 +147,11 @@ class Crew:
     def _end(self, batch: Batch) -> None:
         """Waits for what has begun, through interrupts too: it has the caller's memory in its hands."""
         interrupt: BaseException | None = None
-        while not batch.ended.is_set():
+        while True:
             try:
-                self._give_up(batch, Outcome.CANCELLED)  # of an interrupt; else there is nothing to give up
+                if batch.ended.is_set():
+                    break
+                self._give_up(batch, Outcome.CANCELLED)  # of an interrupt; else it has ended
                 batch.ended.wait()
             except BaseException as error:
                 interrupt = error
@@ -159,26 +163,17 @@ class Crew:
             self._stop(batch, why)
 
     def _stop(self, batch: Batch, why: Outcome) -> None:
-        why = batch.stopped = batch.stopped or why  # the first reason is the one
+        """May be interrupted anywhere, and is done again then: so nothing leaves one place here to be put into another."""
+        batch.stopped = batch.stopped or why  # the first reason is the one
+        if batch in self._batches:
+            self._batches.remove(batch)
         if batch.begun < batch.count:
-            batch.count, batch.why = batch.begun, why
-            if batch in self._batches:
-                self._batches.remove(batch)
-        for turn in list(self._ready):
-            if turn.batch is batch:
-                with contextlib.suppress(ValueError):  # somebody has just taken it
-                    self._ready.remove(turn)
-                    self._take_back(turn, why)
+            batch.count, batch.why = batch.begun, batch.stopped
+        if self._ready:
+            self._recall = True
+            self._wake(min(1, self._idle))
         if batch.done == batch.count:
             batch.ended.set()
-
-    def _take_back(self, turn: Turn, why: Outcome) -> None:
-        """Of what is prepared, the call need not be made; with a disk that hangs it never might be."""
-        turn.batch.why = why
-        turn.refuse(why)
-        self._had.append(turn)
-        if self._idle:
-            self._wake(1)
 
     def _wake(self, threads: int) -> None:
         for _ in range(threads):
@@ -212,6 +207,8 @@ class Crew:
     def _find_work(self) -> Callable[[], None] | None:
         """First what keeps the disk at work, now and next. What is to be finished does not wait for ever: it keeps its pages,
         and there are no more of them than threads."""
+        if self._recall:
+            self._take_back()
         if self._free and self._ready:
             self._free -= 1
             return self._take_turns
@@ -220,6 +217,15 @@ class Crew:
         if self._had:
             return functools.partial(self._finish, self._had.popleft())
         return None
+
+    def _take_back(self) -> None:
+        """Of a batch that was given up, no call need be made any more; on a disk that hangs it never might be."""
+        self._recall = False
+        for turn in list(self._ready):
+            if turn.batch.stopped is not None:
+                with contextlib.suppress(ValueError):  # somebody has just taken it
+                    self._ready.remove(turn)
+                    self._had.append(turn)
 
     def _prepare(self, batch: Batch, pages: Pages) -> None:
         """The next step of a batch, which goes to the end of the queue; or nothing."""
@@ -241,10 +247,7 @@ class Crew:
             return
         turn.batch, turn.pages = batch, pages
         with self._lock:
-            if batch.stopped is None:
-                self._ready.append(turn)
-            else:
-                self._take_back(turn, batch.stopped)
+            (self._ready if batch.stopped is None else self._had).append(turn)
 
     def _begin(self, batch: Batch, why: Outcome | None) -> int:
         """The number of the step; -1 where there is none."""
@@ -266,7 +269,8 @@ class Crew:
         """One after another, while there are any. Between two of them the disk waits: nothing else is done there."""
         turn = self._next_turn()
         while turn is not None:
-            turn.take()
+            if turn.batch.stopped is None:
+                turn.take()
             following = self._next_turn()
             if following is None:
                 return self._finish(turn)
