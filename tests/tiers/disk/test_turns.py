@@ -220,6 +220,29 @@ def test_what_is_prepared_after_its_call_was_given_up_is_not_done(make: Make) ->
     assert became == ["refused"]
 
 
+def test_a_turn_that_comes_up_just_as_its_call_is_given_up_is_not_had(make: Make) -> None:
+    """Nobody has come to take it back yet."""
+    crew, turns, refused = make(1, 1), list[Turn](), list[int]()
+
+    def step(at: int, pages: Pages) -> Turn:
+        def call() -> int:
+            assert at == 0 and until(lambda: len(crew._ready) == 1)
+            turns[0].batch.stopped = Outcome.CANCELLED
+            return at
+
+        def after(turn: Turn) -> None:
+            try:
+                turn.done()
+            except RefusedError:
+                refused.append(at)
+
+        turns.append(Turn(call, after))
+        return turns[-1]
+
+    assert crew.run(step, 2, soon()) == (2, Outcome.CANCELLED)
+    assert refused == [1]
+
+
 @pytest.mark.parametrize(("turns", "spare"), [(1, 1), (1, 2), (2, 1)])
 def test_steps_without_turns_do_not_keep_others_waiting(make: Make, turns: int, spare: int) -> None:
     """Many headers are erased, one after another, while somebody's records have been read and are to be checked."""
