@@ -113,21 +113,20 @@ class Tiered:
         total = START + _SLOTS * memory.blocks * slot_bytes_for(memory.block)
         options = DiskOptions(paths=folder, capacity_bytes=total, readers=depth, writers=depth)
         self.tier = DiskTier(options, RecordFormat(bytes(32), memory.block))
-        self.keys = self._new_keys()
+        self._data, self._room = memory.addresses(memory.data), memory.addresses(memory.room)
+        self.new_keys()
 
-    def _new_keys(self) -> Bytes:
-        return self._rng.integers(0, 256, (self.memory.blocks, 32), np.uint8)
+    def new_keys(self) -> None:
+        """Of what is written next: what was under these is not there."""
+        self.keys = self._rng.integers(0, 256, (self.memory.blocks, 32), np.uint8)
 
     def write(self) -> None:
-        memory, self.keys = self.memory, self._new_keys()
-        addresses = memory.addresses(memory.data)
-        call = Call(time.monotonic() + _SECONDS)
-        _all_ok(self.tier.put_from(self.keys, addresses, memory.sizes, memory.digests, call))
+        memory, call = self.memory, Call(time.monotonic() + _SECONDS)
+        _all_ok(self.tier.put_from(self.keys, self._data, memory.sizes, memory.digests, call))
 
     def read(self) -> None:
-        memory = self.memory
         call = Call(time.monotonic() + _SECONDS)
-        _all_ok(self.tier.get_into(self.keys, memory.addresses(memory.room), memory.sizes, call).outcomes)
+        _all_ok(self.tier.get_into(self.keys, self._room, self.memory.sizes, call).outcomes)
 
 
 def _all_ok(outcomes: npt.NDArray[np.uint8]) -> None:
@@ -168,9 +167,11 @@ def _at_depth(home: Path, memory: Memory, raw: RawFile, depth: int, rounds: int)
 
     try:
         for _ in range(_SLOTS):  # what was never written costs more the first time
+            tiered.new_keys()
             tiered.write()
             raw.write(depth)
         for turn in range(rounds):
+            tiered.new_keys()
             for name, of_tier, of_raw in (
                 ("put", tiered.write, lambda: raw.write(depth)),
                 ("get", tiered.read, lambda: raw.read(depth)),

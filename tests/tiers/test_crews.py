@@ -44,11 +44,36 @@ def of_remote(touch: Touch, call: Call) -> tuple[Callable[[], object], Callable[
 
 
 def of_disk(touch: Touch, call: Call) -> tuple[Callable[[], object], Callable[[], object]]:
-    crew = disk.Crew(2, "kvortex-test")
+    crew = disk.Crew(1, 1, "kvortex-test")
     return lambda: crew.run(lambda at, pages: touch(call), 4, call), lambda: crew.close(10.0)
 
 
-@pytest.mark.parametrize("crew", [of_remote, of_disk])
+def of_turns(touch: Touch, call: Call) -> tuple[Callable[[], object], Callable[[], object]]:
+    """A call is made in a turn on the disk, and then what came is looked at."""
+    crew = disk.Crew(1, 1, "kvortex-test")
+
+    def touch_too() -> int:
+        touch(call)
+        return 0
+
+    return lambda: crew.run(lambda at, pages: disk.Turn(touch_too, lambda turn: touch(call)), 4, call), lambda: crew.close(10.0)
+
+
+def of_turns_given_up(touch: Touch, call: Call) -> tuple[Callable[[], object], Callable[[], object]]:
+    """At its deadline it has one call made, and the next one prepared."""
+    crew = disk.Crew(1, 1, "kvortex-test")
+
+    def touch_too() -> int:
+        touch(call)
+        return 0
+
+    def run() -> None:
+        crew.run(lambda at, pages: disk.Turn(touch_too, lambda turn: None), 4, Call(time.monotonic() + 0.01))
+
+    return run, lambda: crew.close(10.0)
+
+
+@pytest.mark.parametrize("crew", [of_remote, of_disk, of_turns, of_turns_given_up])
 def test_an_interrupt_anywhere_leaves_nobody_at_work(crew: Callable[[Touch, Call], Any]) -> None:
     def interrupted(trap: AnyPlace) -> bool:
         back, late = threading.Event(), list[str]()

@@ -66,8 +66,7 @@ def _erase(store: Store, crew: Crew, keys: KeyArray, call: Call) -> Outcome:
         if why != Outcome.OK or failed:
             return Outcome.FAILED if failed else why
         if busy.any():
-            with places.news:
-                places.news.wait(min(_LOOK, call.left()))
+            places.wait(min(_LOOK, call.left()))
         places_left = np.intersect1d(asked[busy], places.holding(keys))
     return Outcome.OK
 

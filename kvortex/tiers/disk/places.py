@@ -17,6 +17,7 @@ from kvortex.tiers.base import Int64s
 
 ANY = np.uint64(2**64 - 1)  # of ``before``: nobody knows
 NOTHING = np.uint64(0)
+_LOOK = 1.0  # seconds between looks at a place that is being erased, should its news ever be missed
 _MIX = np.array([[0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 0xD6E8FEB86659FD93]], np.uint64)
 Marks = npt.NDArray[np.uint64]
 
@@ -44,8 +45,6 @@ class Places:
         The mark of what else may still be there, ``NOTHING``, or ``ANY``.
     of_slot : (count,) int64
         The place of each slot of the index.
-    news : threading.Condition
-        Told when a write of any kind has ended.
     """
 
     def __init__(self, count: int) -> None:
@@ -56,8 +55,9 @@ class Places:
         self.marks = np.zeros(count, np.uint64)
         self.before = np.zeros(count, np.uint64)
         self.of_slot = np.arange(count)
-        self.news = threading.Condition()
-        self._busy = np.zeros(count, np.bool_)  # somebody is writing there
+        self._lock = threading.Lock()
+        self._news, self._waiting = threading.Condition(self._lock), 0  # told when a write of any kind has ended
+        self._busy = bytearray(count)  # 1 where somebody is writing
         self._generation = 1
 
     @property
@@ -71,7 +71,7 @@ class Places:
 
     def new_generations(self, count: int) -> npt.NDArray[np.uint64]:
         """Generations of ``count`` new records."""
-        with self.news:
+        with self._lock:
             first = self._generation
             self._generation += count
         return np.arange(first, first + count, dtype=np.uint64)
@@ -81,10 +81,10 @@ class Places:
 
         ``before`` first: a search that runs beside this, which looks at ``marks`` first, sees the old one in one of them.
         """
-        with self.news:
+        with self._lock:
             while self._busy[place]:  # what was there is being erased
-                self.news.wait()
-            self._busy[place] = True
+                self._wait(_LOOK)
+            self._busy[place] = 1
         self.before[place] = self.marks[place] if self.before[place] == NOTHING else ANY
         self.marks[place] = mark
         self.keys[place] = key
@@ -93,13 +93,13 @@ class Places:
     def begin_erasing(self, place: int, marks: frozenset[int]) -> bool | None:
         """The header there is about to be overwritten with zeros: True. False while somebody else is writing there; None where
         nothing of these marks is there any more."""
-        with self.news:
+        with self._lock:
             if self._busy[place]:
                 return False
             before = self.before[place]
             if before != ANY and int(before) not in marks and int(self.marks[place]) not in marks:
                 return None
-            self._busy[place] = True
+            self._busy[place] = 1
             return True
 
     def end(self, place: int, *, whole: bool, erased: bool = False) -> None:
@@ -110,9 +110,22 @@ class Places:
             self.keys[place] = 0
         if whole:
             self.before[place] = NOTHING
-        with self.news:
-            self._busy[place] = False
-            self.news.notify_all()
+        with self._lock:
+            self._busy[place] = 0
+            if self._waiting:  # hardly ever, and the disk waits for who ends a write
+                self._news.notify_all()
+
+    def wait(self, seconds: float) -> None:
+        """Until a write of any kind has ended, or so long."""
+        with self._lock:
+            self._wait(seconds)
+
+    def _wait(self, seconds: float) -> None:
+        self._waiting += 1
+        try:
+            self._news.wait(seconds)
+        finally:
+            self._waiting -= 1
 
     def holding(self, keys: KeyArray) -> Int64s:
         """Places whose header on disk may be that of one of the keys."""

@@ -5,12 +5,11 @@ from __future__ import annotations
 import errno
 
 import numpy as np
-import numpy.typing as npt
 
 from kvortex.digests import digest_records
 from kvortex.keys import KeyArray
 from kvortex.tiers.base import Call, Fetched, Int64s, Outcome
-from kvortex.tiers.disk.crew import Crew
+from kvortex.tiers.disk.crew import Crew, RefusedError, Turn
 from kvortex.tiers.disk.pages import Pages
 from kvortex.tiers.disk.store import Store, is_bad_spot
 from kvortex.tiers.record import CHECKED_BYTES
@@ -25,54 +24,75 @@ def fetch(store: Store, crew: Crew, keys: KeyArray, addresses: Int64s, room: Int
         store.index.acquire(keys, taken=slots)
         places = store.places.of_slot[slots]
         rows = np.flatnonzero((slots >= 0) & (store.places.sizes[places] <= room))
-        gone, bad = np.zeros(n, np.bool_), np.zeros(n, np.bool_)
-
-        def step(at: int, pages: Pages) -> None:
-            row = rows[at]
-            _read(store, int(places[row]), keys[row], int(addresses[row]), pages, found, row, gone, bad)
-
-        begun, why = crew.run(step, len(rows), call)
+        reading = Reading(store, keys, addresses, rows, places[rows], found)
+        begun, why = crew.run(reading.step, len(rows), call)
         found.outcomes[rows[begun:]] = why
-        if gone.any():
-            store.index.drop(keys[gone])
-            held = slots[bad]
-            slots[bad] = -1  # these pins are the quarantine's
+        if reading.gone.any():
+            store.index.drop(keys[reading.gone])
+            held = slots[reading.bad]
+            slots[reading.bad] = -1  # these pins are the quarantine's
             store.quarantine(held)
     finally:
         store.index.release(slots, once=once)
     return found
 
 
-def _read(
-    store: Store,
-    place: int,
-    key: KeyArray,
-    address: int,
-    pages: Pages,
-    found: Fetched,
-    row: int,
-    gone: npt.NDArray[np.bool_],
-    bad: npt.NDArray[np.bool_],
-) -> None:
-    """One record; ``gone`` if it is not to be looked for again, ``bad`` if nothing is to be written there either."""
-    size = int(store.places.sizes[place])
-    slab, offset = store.where(place)
-    try:
-        slab.read(offset, address, size, pages, store.reading)
-    except OSError as error:
-        store.failed(error)
-        found.outcomes[row] = Outcome.FAILED
-        bad[row] = is_bad_spot(error)
-        gone[row] = error.errno == errno.EIO  # of the whole disk, it may be there again later
-        return
-    outcome = _checked(store, place, key, address, size, pages)
-    found.outcomes[row] = outcome
-    if outcome == Outcome.OK:
-        found.sizes[row], found.digests[row] = size, pages.headers["digest"][0]
-        return
-    gone[row] = True
-    if outcome == Outcome.CORRUPT:
-        store.failed("corrupt")
+class Reading:
+    """The steps of one call.
+
+    Parameters
+    ----------
+    rows, places : (m,) int64
+        Of keys that are read, and where their records lie.
+    found
+        Is told of each record when it was checked, not before.
+
+    Attributes
+    ----------
+    gone, bad : (n,) bool
+        Keys that are not to be looked for again, and those where nothing is to be written either.
+    """
+
+    def __init__(
+        self, store: Store, keys: KeyArray, addresses: Int64s, rows: Int64s, places: Int64s, found: Fetched
+    ) -> None:
+        self._store, self._keys, self._found = store, keys, found
+        self._rows, self._places, self._addresses = rows.tolist(), places.tolist(), addresses[rows].tolist()
+        self._sizes = store.places.sizes[places].tolist()
+        self.gone, self.bad = np.zeros(len(keys), np.bool_), np.zeros(len(keys), np.bool_)
+
+    def step(self, at: int, pages: Pages) -> Turn:
+        """One record."""
+        place, address, size = self._places[at], self._addresses[at], self._sizes[at]
+        slab, offset = self._store.where(place)
+
+        def after(turn: Turn) -> None:
+            row = self._rows[at]
+            try:
+                slab.came(turn.done(), address, size, pages)
+            except OSError as error:
+                self._failed(row, error)
+            except RefusedError as refused:
+                self._found.outcomes[row] = refused.why
+            else:
+                self._tell(row, _checked(self._store, place, self._keys[row], address, size, pages), size, pages)
+
+        return Turn(slab.to_read(offset, address, size, pages), after)
+
+    def _failed(self, row: int, error: OSError) -> None:
+        self._store.failed(error)
+        self._found.outcomes[row] = Outcome.FAILED
+        self.bad[row] = is_bad_spot(error)
+        self.gone[row] = error.errno == errno.EIO  # of the whole disk, it may be there again later
+
+    def _tell(self, row: int, outcome: Outcome, size: int, pages: Pages) -> None:
+        self._found.outcomes[row] = outcome
+        if outcome == Outcome.OK:
+            self._found.sizes[row], self._found.digests[row] = size, pages.headers["digest"][0]
+            return
+        self.gone[row] = True
+        if outcome == Outcome.CORRUPT:
+            self._store.failed("corrupt")
 
 
 def _checked(store: Store, place: int, key: KeyArray, address: int, size: int, pages: Pages) -> Outcome:

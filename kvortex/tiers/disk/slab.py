@@ -10,9 +10,11 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import functools
 import os
 import stat
 import weakref
+from collections.abc import Callable
 
 from kvortex.errors import ConfigError
 from kvortex.tiers.disk import superblock
@@ -24,8 +26,6 @@ NAME = "kvortex.slab"
 PROBE = COPIES * PAGE  # where the record of probes lies, of one page
 START = PROBE + 2 * PAGE  # where slots begin
 MOST_AT_ONCE = 0x7FFF_F000  # bytes of one preadv or pwritev; Linux does no more (read(2), write(2))
-Turn = contextlib.AbstractContextManager[object]
-_NO_TURN: Turn = contextlib.nullcontext()
 # EINVAL too: where a file system has no such call, the C library writes a byte a block instead, which O_DIRECT refuses.
 _NO_FALLOCATE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
@@ -233,18 +233,28 @@ class Slab:
         """Where a slot begins."""
         return START + slot * self.slot_bytes
 
-    def write(self, offset: int, address: int, nbytes: int, pages: Pages, turn: Turn = _NO_TURN) -> None:
-        """Header and payload in one call, which holds ``turn``; OSError where not all of it was written."""
-        parts = pages.to_write(address, nbytes)
-        with turn:
-            done = self._system.pwritev(self._fd, parts, offset)
+    def write(self, offset: int, address: int, nbytes: int, pages: Pages) -> None:
+        """Header and payload in one call; OSError where not all of it was written."""
+        self.wrote(self.to_write(offset, address, nbytes, pages)(), nbytes)
+
+    def to_write(self, offset: int, address: int, nbytes: int, pages: Pages) -> Callable[[], int]:
+        """The system's call for :meth:`write`, all but made: with nothing beside it to be done while the disk waits."""
+        return functools.partial(self._system.pwritev, self._fd, pages.to_write(address, nbytes), offset)
+
+    def wrote(self, done: int, nbytes: int) -> None:
+        """Of what the call returned; OSError where not all of it was written."""
         self._all(done, PAGE + padded(nbytes))
 
-    def read(self, offset: int, address: int, nbytes: int, pages: Pages, turn: Turn = _NO_TURN) -> None:
-        """Header and payload in one call, which holds ``turn``; OSError where not all of it came."""
-        parts = pages.to_read(address, nbytes)
-        with turn:
-            done = self._system.preadv(self._fd, parts, offset)
+    def read(self, offset: int, address: int, nbytes: int, pages: Pages) -> None:
+        """Header and payload in one call; OSError where not all of it came."""
+        self.came(self.to_read(offset, address, nbytes, pages)(), address, nbytes, pages)
+
+    def to_read(self, offset: int, address: int, nbytes: int, pages: Pages) -> Callable[[], int]:
+        """The system's call for :meth:`read`, as :meth:`to_write`."""
+        return functools.partial(self._system.preadv, self._fd, pages.to_read(address, nbytes), offset)
+
+    def came(self, done: int, address: int, nbytes: int, pages: Pages) -> None:
+        """Of what the call returned: the payload is where it belongs then; OSError where not all of it came."""
         self._all(done, PAGE + padded(nbytes))
         pages.arrived(address, nbytes)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import errno
-import os
 import threading
 
 import numpy as np
@@ -18,15 +17,6 @@ from kvortex.tiers.record import RecordFormat
 _QUARANTINE_PART = 16  # at most one slot in so many is kept out of use
 
 
-class Turns(threading.BoundedSemaphore):
-    """So many threads at once. Who ends its turn gives up the GIL there, so that the next one asks the disk for something
-    before this one looks at what it got."""
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-        os.sched_yield()
-
-
 class Store:
     """Slots of all slabs as one.
 
@@ -36,15 +26,9 @@ class Store:
         All of as many slots.
     settled : threading.Condition
         Told when a reserved key was committed or aborted.
-    reading, writing : Turns
-        Held for a read and a write: the disk has so many under way at once. There are more threads than that, so that it
-        does not wait while one checks a digest.
     """
 
-    def __init__(
-        self, slabs: list[Slab], places: Places, index: BlockIndex, form: RecordFormat, readers: int = 1, writers: int = 1
-    ) -> None:
-        self.reading, self.writing = Turns(readers), Turns(writers)
+    def __init__(self, slabs: list[Slab], places: Places, index: BlockIndex, form: RecordFormat) -> None:
         self.slabs, self.places, self.index, self.form = slabs, places, index, form
         self.settled = threading.Condition()
         self.unsynced = False  # whether anything was written since the last flush

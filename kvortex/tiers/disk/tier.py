@@ -35,7 +35,7 @@ from kvortex.tiers.record import RecordFormat
 
 _CLOSING = 10.0  # seconds that a close waits for a disk that hangs
 
-# Threads that check digests, or make headers, while the disk works for others.
+# Steps, and threads, that check digests or make headers while the disk works for others.
 _SPARE_READERS, _SPARE_WRITERS = 2, 1
 
 
@@ -91,14 +91,14 @@ class DiskTier(Tier):
             places = Places(sum(slab.slots for slab in slabs))
             self.slots = places.count
             index = BlockIndex(places.count, options.policy)
-            self._store = Store(slabs, places, index, form, options.readers, options.writers)
+            self._store = Store(slabs, places, index, form)
             recover(slabs, places, form, index, self._system)
             for slab in slabs:
                 snapshot.remove(slab.folder)
             self.recovered = index.counts().resident
-            self._readers = Crew(options.readers + _SPARE_READERS, "kvortex-disk-read")
+            self._readers = Crew(options.readers, _SPARE_READERS, "kvortex-disk-read")
             undo.callback(self._readers.close, _CLOSING)
-            self._writers = Crew(options.writers + _SPARE_WRITERS, "kvortex-disk-write")
+            self._writers = Crew(options.writers, _SPARE_WRITERS, "kvortex-disk-write")
             undo.callback(self._writers.close, _CLOSING)
             self._syncer = Syncer(self._store, options.sync_seconds) if options.sync == "group" else None
             undo.pop_all()
