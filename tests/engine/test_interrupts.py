@@ -177,7 +177,7 @@ def test_a_layer_whose_announcement_was_interrupted(layer: int) -> None:
 
 
 def nothing_is_taken(engine: KVortexEngine, trap: Trap) -> None:
-    """Soon."""
+    """No slot is reserved and no block pinned, as soon as what moves has moved."""
 
     def ended() -> bool:
         stats = engine.get_stats()
