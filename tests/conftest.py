@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import TYPE_CHECKING
 
 import pytest
@@ -23,6 +24,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         available, reason = cuda_available()
         if not available:
             pytest.skip(f"no GPU: {reason}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _collected() -> None:
+    """What modules before have left, and compilers above all, is not looked through again by each collection of a test."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(params=["host", pytest.param("cuda", marks=pytest.mark.gpu)])

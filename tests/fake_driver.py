@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import functools
 import itertools
 import weakref
 from collections.abc import Callable, Iterator
@@ -69,10 +70,11 @@ class FakeDriver:
         return self._function(name)
 
     def _function(self, name: str) -> Callable[..., tuple[Any, ...]]:
+        no_value = _has_no_value(name)
+
         def function(*arguments: Any) -> tuple[Any, ...]:
             self.calls.append((name, arguments))
             code, spare = self.fails.get(name, (0, 0))
-            no_value = any(word.lower() in name.lower() for word in _NO_VALUE)
             if code and len(self.named(name)) > spare:
                 return (Result(code),) if no_value else (Result(code), None)
             if name in self.answers:
@@ -83,6 +85,11 @@ class FakeDriver:
             return Result(0), next(self._handles)
 
         return function
+
+
+@functools.cache
+def _has_no_value(name: str) -> bool:
+    return any(word.lower() in name.lower() for word in _NO_VALUE)
 
 
 class SimpleNamespaceOf:

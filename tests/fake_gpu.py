@@ -55,7 +55,11 @@ class FakeGpu(FakeDriver):
         Address to bytes of host memory that may be reached.
     wild : list of str
         Accesses outside of all this; they are not made.
+    lazy : bool
+        Whether it goes on only while somebody asks how far it is.
     """
+
+    lazy = False
 
     def __init__(self) -> None:
         take, give = self._take, self._give
@@ -133,11 +137,15 @@ class FakeGpu(FakeDriver):
 
     def _reach(self, what: str, address: int, nbytes: int) -> bool:
         """Whether a range lies in one piece of memory of this GPU."""
-        spans = [(at, buffer.nbytes) for at, buffer in list(self.memory.items())] + list(self.registered.items())
-        inside = nbytes >= 0 and any(at <= address and address + nbytes <= at + size for at, size in spans)
-        if not inside:
-            self.wild.append(f"{what} reaches [{address:#x}, {address + nbytes:#x})")
-        return inside
+        if nbytes >= 0:
+            for at, buffer in list(self.memory.items()):
+                if at <= address and address + nbytes <= at + buffer.nbytes:
+                    return True
+            for at, size in list(self.registered.items()):
+                if at <= address and address + nbytes <= at + size:
+                    return True
+        self.wild.append(f"{what} reaches [{address:#x}, {address + nbytes:#x})")
+        return False
 
     def _rectangle(self, cell: tuple[int, ...]) -> tuple[int, int, int, int]:
         """Source, bytes to its next line, target, and bytes to that's."""
@@ -302,6 +310,8 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch, made: FakeGpu | None = None) -> It
     """Makes ``cuda:0`` a :class:`FakeGpu`, which must not have been made to reach beyond its memory."""
     monkeypatch.setattr("kvortex.transfer.lane._AT_ONCE", 1 << 62)  # or what was issued could not be looked at at once
     monkeypatch.setattr(executor.build, "load", lambda name, _: SimpleNamespace(code=b"", entry=name))
+    if made is not None and made.lazy:  # who naps keeps it from its work
+        monkeypatch.setattr("kvortex.transfer.executor._LONGEST_NAP_S", 1e-5)
     with installed(FakeGpu() if made is None else made) as gpu:
         yield gpu
     assert not gpu.wild, gpu.wild[:3]

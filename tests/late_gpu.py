@@ -40,6 +40,8 @@ class LateGpu(FakeGpu):
         Most steps at a time; 0 stops everything.
     """
 
+    lazy = True
+
     def __init__(self, seed: int, patience: int = 12) -> None:
         super().__init__()
         self.patience = patience
@@ -87,8 +89,10 @@ class LateGpu(FakeGpu):
     def _step(self) -> bool:
         """Lets one stream that can go on do so; whether there was one."""
         busy = [queue for queue in self._streams.values() if queue]
-        self._random.shuffle(busy)
-        for queue in busy:
+        while busy:
+            at = int(self._random.random() * len(busy))
+            queue, busy[at] = busy[at], busy[-1]
+            busy.pop()
             state = next(queue[0], "end")
             if state == "end":
                 queue.popleft()

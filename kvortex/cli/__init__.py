@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import IO
 
 from kvortex import __version__
 from kvortex.config import parse_size
@@ -30,6 +31,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     int
         0: well. 1: wrong or lost bytes were found. 2: it could not run, and one line on stderr says why. 130: Ctrl-C.
     """
+    try:
+        return _guarded(argv)
+    finally:
+        try:
+            if sys.stderr is not None:
+                sys.stderr.flush()
+        except OSError:  # it was full, and nothing has ended for that
+            _drop(sys.stderr)
+
+
+def _guarded(argv: Sequence[str] | None) -> int:
+    """The exit status, whatever happens."""
     if sys.stdout is None:  # as Python puts it where the descriptor was closed
         return _refusal("stdout is closed; send it to a file, or to /dev/null")
     try:
@@ -44,10 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MemoryError as error:
         return _refusal(f"not enough memory: {error}")
     except BrokenPipeError:  # the reader of a pipe has seen enough
-        _drop_output()
+        _drop(sys.stdout)
         return 2
     except OSError as error:
-        _drop_output()
+        _drop(sys.stdout)
         return _refusal(f"{error.filename or 'output'}: {error.strerror or error}")
     except Exception:  # a mistake of ours, which must not look like wrong bytes
         traceback.print_exc()
@@ -71,10 +84,10 @@ def _refusal(text: str) -> int:
     return 2
 
 
-def _drop_output() -> None:
-    """What stdout still holds goes nowhere: Python would try to write it once more, at exit."""
+def _drop(stream: IO[str]) -> None:
+    """What it still holds goes nowhere: Python would try to write it once more at exit, and make 120 of the exit status."""
     with contextlib.suppress(OSError):  # a test's stdout has no descriptor
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _run(arguments: argparse.Namespace) -> int:

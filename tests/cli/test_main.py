@@ -84,7 +84,7 @@ WRITERS = [["demo", "--device", "host", "--turns", "1", "--conversations", "1"],
 
 
 def run_in_bash(argv: list[str], redirection: str) -> subprocess.CompletedProcess[str]:
-    command = f'"$@" {redirection}'
+    command = f'unset PYTHONUNBUFFERED; "$@" {redirection}'  # what a stream did not take stays in its buffer until the exit
     argv = ["bash", "-c", command, "bash", sys.executable, "-m", "kvortex", *argv]
     return subprocess.run(argv, capture_output=True, text=True, timeout=120, cwd=ROOT)
 

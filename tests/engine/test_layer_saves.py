@@ -25,6 +25,7 @@ from kvortex.errors import (
     TransferTimeoutError,
 )
 from kvortex.transfer import host
+from tests.engine.on_routes import on_every_route
 from tests.engine.test_layers import BLOCKS, COUNT, LAYERS, cache_of
 from tests.engine.test_order import Gate, gate, pause  # noqa: F401
 from tests.pages import PagedCache, assert_same, keys_of
@@ -44,7 +45,7 @@ def assert_nothing_is_taken(engine: KVortexEngine, resident: int) -> None:
     engine._index.check()
 
 
-@pytest.mark.parametrize("route", ["auto", "staged", "resident", "strided", "batched", "mapped", "split"])
+@on_every_route
 @pytest.mark.parametrize("kind", ["layers", "odd", "one tensor"])
 def test_round_trip(device: Device, kind: str, route: str) -> None:
     cache = cache_of(device, kind)
@@ -64,7 +65,7 @@ def test_round_trip(device: Device, kind: str, route: str) -> None:
         assert_nothing_is_taken(engine, 40)
 
 
-@pytest.mark.parametrize("route", ["auto", "staged", "resident", "strided", "batched", "mapped", "split"])
+@on_every_route
 def test_a_layer_is_saved_as_its_stream_leaves_it(device: Device, gate: Gate, route: str) -> None:  # noqa: F811
     """Behind what was on the stream when it was announced, and before what waits for it there."""
     cache = cache_of(device)

@@ -13,6 +13,7 @@ from kvortex.devices import Device, HostDevice
 from kvortex.devices import driver as cu
 from kvortex.errors import ArgumentError, TransferError
 from kvortex.transfer import host
+from tests.engine.on_routes import on_every_route
 from tests.engine.test_order import Gate, gate  # noqa: F401
 from tests.pages import PagedCache, Tensor, assert_same, keys_of
 
@@ -29,7 +30,7 @@ def cache_of(device: Device, kind: str = "layers") -> PagedCache:
     return PagedCache(device, [Tensor(device, (2, BLOCKS, 4, 8 << 10)) for _ in range(LAYERS)], 1)
 
 
-@pytest.mark.parametrize("route", ["auto", "staged", "resident", "strided", "batched", "mapped", "split"])
+@on_every_route
 @pytest.mark.parametrize("kind", ["layers", "odd", "one tensor"])
 def test_a_layer_is_there_when_its_wait_is_over(device: Device, gate: Gate, kind: str, route: str) -> None:  # noqa: F811
     cache = cache_of(device, kind)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -12,7 +14,8 @@ from kvortex.devices import Device
 from kvortex.errors import PoolFullError
 from tests.pages import PagedCache, Tensor, keys_of
 
-THREADS, CALLS, NUMBERS, PAGES = 8, 10_000, 200, 4
+THREADS, CALLS, NUMBERS, PAGES = 8, 3_000, 200, 4
+SWITCH_S = 5e-5  # Python's own is a hundred times as long: threads come between each other's lines that much more often
 
 
 def pattern(number: int, tensor: int, shape: tuple[int, ...]) -> np.ndarray:
@@ -90,6 +93,14 @@ def run(cache: PagedCache, calls: int, slots: int) -> None:
     assert counts["wrong"] == 0, counts
     assert min(counts["hit"], counts["miss"]) > calls and stats.evictions > calls, (counts, stats)
     assert (stats.reserved_blocks, stats.pinned_blocks, stats.failed_blocks) == (0, 0, 0)
+
+
+@pytest.fixture(autouse=True)
+def _many_switches() -> Iterator[None]:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_S)
+    yield
+    sys.setswitchinterval(before)
 
 
 def make(device: Device) -> PagedCache:

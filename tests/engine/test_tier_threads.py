@@ -76,8 +76,7 @@ class Worker:
             engine.check_blocks(keys_of(*numbers))  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("slots", [3, 8])
-@pytest.mark.parametrize("policy", ["lru", "arc"])
+@pytest.mark.parametrize(("slots", "policy"), [(3, "lru"), (8, "arc")])
 def test_many_threads_on_a_tiny_pool(slots: int, policy: str) -> None:
     cache = PagedCache.plain(HostDevice(), blocks=THREADS * PAGES, page=(4, 4, 32))
     never = {"failures": 1000, "lost_s": 1000.0}

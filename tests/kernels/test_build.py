@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import functools
 import re
-import shutil
-import subprocess
-import sysconfig
 import tempfile
 import time
 from pathlib import Path
@@ -16,6 +13,7 @@ import pytest
 
 from kvortex.errors import BuildError
 from kvortex.kernels import build
+from tests.kernels.compiled import compiled, sass
 
 ARCHITECTURES = [(8, 0), (8, 6), (9, 0), (10, 0), (12, 0)]
 MOVERS = [name for name in build.KERNELS if "gather" in name or "scatter" in name]
@@ -28,36 +26,21 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def nvdisasm() -> str:
-    site = Path(sysconfig.get_paths()["purelib"])
-    found = [*site.glob("nvidia/*/bin/nvdisasm"), *filter(None, [shutil.which("nvdisasm")])]
-    assert found, "nvdisasm is part of the test extra"
-    return str(found[0])
-
-
-def sass(code: bytes, folder: Path) -> str:
-    path = folder / "kernel.cubin"
-    path.write_bytes(code)
-    return subprocess.run([nvdisasm(), "-c", str(path)], capture_output=True, text=True, check=True).stdout
-
-
-@functools.cache
-def compiled(name: str, capability: tuple[int, int]) -> build.Cubin:
-    return build.compile_kernel(name, capability)
-
-
-def architectures(name: str) -> list[tuple[int, int]]:
-    """Kernels that digest take long to compile, and use nothing that some architectures have and their neighbours have not;
-    neither do coders."""
-    few = name.endswith(("_digest", "_records")) or name.startswith(("cachegen", "lossy")) or name in READERS
-    return ARCHITECTURES[::2] if few else ARCHITECTURES
-
-
-@pytest.mark.parametrize(("name", "capability"), [(name, cc) for name in build.KERNELS for cc in architectures(name)])
+@pytest.mark.parametrize("capability", ARCHITECTURES)
+@pytest.mark.parametrize("name", build.KERNELS)
 def test_every_kernel_compiles_for_every_architecture(name: str, capability: tuple[int, int]) -> None:
     cubin = compiled(name, capability)
     assert cubin.code[:4] == b"\x7fELF" and name in cubin.entry
     assert int.from_bytes(cubin.code[18:20], "little") == 190  # EM_CUDA: machine code, no PTX
+
+
+def test_what_architectures_share_changes_no_code(tmp_path: Path) -> None:
+    """Else what is shared would hide from these tests what a user compiles."""
+    compiled("gather_digest", (8, 0))
+    texts = []
+    for cubin in (compiled("gather_digest", (12, 0)), build.compile_kernel("gather_digest", (12, 0))):
+        texts.append(sass(cubin.code, tmp_path).replace(cubin.entry, "kernel"))
+    assert texts[0] == texts[1] and "SHFL" in texts[0]
 
 
 @functools.cache

@@ -18,8 +18,8 @@ from kvortex.kernels import build, cachegen_encode, plane
 from kvortex.kernels import cachegen_form as kernels
 from kvortex.kernels.cachegen import BODY
 from tests.kernels.cachegen_cases import CASES, GUARD, CacheGenCase, damages, escaping
+from tests.kernels.compiled import compiled, sass
 from tests.kernels.simulator import Simulated
-from tests.kernels.test_build import compiled, sass
 
 NAMES = ("cachegen_count", "cachegen_encode", "cachegen_decode")
 

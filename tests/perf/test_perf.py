@@ -22,7 +22,7 @@ from kvortex.memory.arena import PinnedArena
 from kvortex.transfer import host
 from kvortex.transfer.executor import Direction
 from perf import __main__ as program
-from perf import beside, codecs, coded, compute, duplex, fragments, gil, keys, link, pinned, report, submit
+from perf import beside, codecs, coded, compute, duplex, faults, fragments, gil, keys, link, pinned, report, submit
 from perf.baselines import fragmentwise
 from perf.methods import Kvortex, Raw
 from perf.pages import Pages
@@ -41,7 +41,9 @@ def answer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     if request.param == "codecs" and not codecs.SAMPLE.exists():
         pytest.skip(f"the sample of real KV is not at {codecs.SAMPLE.name} beside the checkout")
     folder = tmp_path_factory.mktemp(request.param) / "deep" / "results"
-    assert program.main([request.param, "--quick", "--device", "host", "--out", str(folder)]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(faults, "QUICK_FAULTS", 60)  # each campaign has a test of its own, with more
+        assert program.main([request.param, "--quick", "--device", "host", "--out", str(folder)]) == 0
     return request.param, folder
 
 
