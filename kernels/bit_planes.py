@@ -58,17 +58,6 @@ def bytes_turned(words):  # type: ignore[no-untyped-def]
     return tuple(np.ascontiguousarray(each.swapaxes(1, 2)).view("<u4").ravel().tolist())
 
 
-@statement(
-    "{ .reg .b32 p, q; prmt.b32 p, $1, $2, 0x0040; prmt.b32 q, $3, $4, 0x0040; prmt.b32 $0, p, q, 0x5410; }",
-    "rrrr",
-    "r",
-    pure=True,
-)
-def lowest(a, b, c, d):  # type: ignore[no-untyped-def]
-    """The lowest bytes of four words as one."""
-    return sum((int(word) & 255) << 8 * at for at, word in enumerate((a, b, c, d)))
-
-
 def _traded() -> str:
     """Lines for two fours of words, with the lane in ``$16``."""
     lines = ["and.b32 p, $16, 1; setp.ne.u32 odd, p, 0; and.b32 p, $16, 2; setp.ne.u32 high, p, 0;"]
@@ -111,15 +100,15 @@ _LOADED = """{ .reg .pred four, six, eight, three; .reg .b32 t<8>; .reg .b64 fro
  mov.b64 from, $8;
  setp.eq.u32 three, $9, 3; setp.eq.u32 four, $9, 4; setp.eq.u32 six, $9, 6; setp.eq.u32 eight, $9, 8;
  mov.b32 t0, 0; mov.b32 t1, 0; mov.b32 t2, 0; mov.b32 t3, 0; mov.b32 t4, 0; mov.b32 t5, 0; mov.b32 t6, 0; mov.b32 t7, 0;
- @four ld.global.nc.L1::no_allocate.v4.b32 {t0,t1,t2,t3}, [from];
- @eight ld.global.nc.L1::no_allocate.v4.b32 {t0,t1,t2,t3}, [from];
- @eight ld.global.nc.L1::no_allocate.v4.b32 {t4,t5,t6,t7}, [from+16];
- @six ld.global.nc.v2.b32 {t0,t1}, [from];
- @six ld.global.nc.v2.b32 {t2,t3}, [from+8];
- @six ld.global.nc.v2.b32 {t4,t5}, [from+16];
- @three ld.global.nc.b32 t0, [from];
- @three ld.global.nc.b32 t1, [from+4];
- @three ld.global.nc.b32 t2, [from+8];
+ @four ld.global.L1::no_allocate.v4.b32 {t0,t1,t2,t3}, [from];
+ @eight ld.global.L1::no_allocate.v4.b32 {t0,t1,t2,t3}, [from];
+ @eight ld.global.L1::no_allocate.v4.b32 {t4,t5,t6,t7}, [from+16];
+ @six ld.global.v2.b32 {t0,t1}, [from];
+ @six ld.global.v2.b32 {t2,t3}, [from+8];
+ @six ld.global.v2.b32 {t4,t5}, [from+16];
+ @three ld.global.b32 t0, [from];
+ @three ld.global.b32 t1, [from+4];
+ @three ld.global.b32 t2, [from+8];
  mov.b32 $0, t0; mov.b32 $1, t1; mov.b32 $2, t2; mov.b32 $3, t3;
  mov.b32 $4, t4; mov.b32 $5, t5; mov.b32 $6, t6; mov.b32 $7, t7; }"""
 

@@ -27,14 +27,18 @@ from kvortex.kernels.lossy_form import (
     ACROSS,
     BODY_BYTES,
     EACH,
+    FACTOR,
     GROUPS,
     HEADER_BYTES,
     KEY_BYTES,
+    LANES,
     N_PLANES,
     PLANES,
     TILE_BYTES,
+    V_BITS,
     VALUE_BYTES,
 )
+from kvortex.kernels.plane import uniform
 
 SIGNATURE: Any = plane.SIGNATURE
 uint32, uint64, int32 = types.uint32, types.uint64, types.int32
@@ -49,7 +53,7 @@ def rotated(a, b, c, d, lane, lanes, factor):  # type: ignore[no-untyped-def]
     a, b, c, d = sums(a, c), sums(b, d), differences(a, c), differences(b, d)
     flip = uint32(1)
     while flip < lanes:
-        sign = uint32(0x80000000) if uint32(lane & flip) != uint32(0) else uint32(0)
+        sign = number_of(uint32(0xBF800000) if uint32(lane & flip) != uint32(0) else uint32(0x3F800000))
         a, b = joined(from_lane(a, flip), a, sign), joined(from_lane(b, flip), b, sign)
         c, d = joined(from_lane(c, flip), c, sign), joined(from_lane(d, flip), d, sign)
         flip = uint32(flip << uint32(1))
@@ -64,17 +68,48 @@ def from_half(half):  # type: ignore[no-untyped-def]
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def place(codec, tile):  # type: ignore[no-untyped-def]
-    """A tile's plane, its number in the plane, whether that is K, and where the plane begins in a record."""
-    each_tiles = uint32(uint32(codec[GROUPS]) * uint32(codec[ACROSS]))
+def form_of(codec):  # type: ignore[no-untyped-def]
+    """What of a codec says where tiles lie: columns, tiles of a plane, planes of a layer's K, bytes of a coded K and V."""
+    across = uint32(codec[ACROSS])
+    each_tiles = uint32(uint32(codec[GROUPS]) * across)
+    return across, each_tiles, uint32(codec[EACH]), uint32(codec[KEY_BYTES]), uint32(codec[VALUE_BYTES])
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def values_of(codec):  # type: ignore[no-untyped-def]
+    """Bits of V, lanes that a head lies in, and the bits of what rotated values are multiplied by, or 0: the same in all lanes."""
+    return uniform(uint32(codec[V_BITS])), uniform(uint32(codec[LANES])), uniform(uint32(codec[FACTOR]))
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def place(form, tile):  # type: ignore[no-untyped-def]
+    """A tile's plane, which of its layer that is, where the plane begins in a record, and the tile's group and column there."""
+    across, each_tiles, each, key_bytes, value_bytes = form
     number = uint32(tile // each_tiles)
-    each = uint32(codec[EACH])
     layer = uint32(number // uint32(uint32(2) * each))
-    within = uint32(number - layer * uint32(uint32(2) * each))
-    key = within < each
-    keys = uint32(layer * each + (within if key else each))
-    begin = uint32(uint32(HEADER_BYTES) + keys * uint32(codec[KEY_BYTES]))
-    return number, uint32(tile - number * each_tiles), key, uint32(begin + uint32(number - keys) * uint32(codec[VALUE_BYTES]))
+    position = uint32(number - layer * uint32(uint32(2) * each))
+    keys = uint32(layer * each + min(position, each))
+    begin = uint32(uint32(HEADER_BYTES) + keys * key_bytes + uint32(number - keys) * value_bytes)
+    within = uint32(tile - number * each_tiles)
+    group = uint32(within // across)
+    return number, position, begin, group, uint32(within - group * across)
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def after(form, at):  # type: ignore[no-untyped-def]
+    """The place behind one, without a division."""
+    across, each_tiles, each, key_bytes, value_bytes = form
+    number, position, begin, group, column = at
+    column = uint32(column + uint32(1))
+    if column == across:
+        column, group = uint32(0), uint32(group + uint32(1))
+        if uint32(group * across) == each_tiles:
+            group, number = uint32(0), uint32(number + uint32(1))
+            begin = uint32(begin + (key_bytes if position < each else value_bytes))
+            position = uint32(position + uint32(1))
+            if position == uint32(uint32(2) * each):
+                position = uint32(0)
+    return number, position, begin, group, column
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]

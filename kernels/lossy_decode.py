@@ -18,6 +18,7 @@ from kvortex.kernels import lossy
 from kvortex.kernels.bit_planes import bit_planes, bytes_turned, load_planes, traded
 from kvortex.kernels.eights import (
     brain,
+    LEAST_SCALE,
     eight,
     key_numbers,
     scales_of,
@@ -27,24 +28,19 @@ from kvortex.kernels.eights import (
     value_numbers_3,
 )
 from kvortex.kernels.float32 import number_of, times, whole
-from kvortex.kernels.lane import load4, load8, load16, store4, store16
-from kvortex.kernels.lossy import ALL, from_half, page_of, part_at, part_bytes, place, rotated
+from kvortex.kernels.lane import cached4, cached8, cached16, load4, load16, store4, store16
+from kvortex.kernels.lossy import ALL, after, form_of, from_half, page_of, part_at, part_bytes, place, rotated, values_of
 from kvortex.kernels.lossy_form import (
-    ACROSS,
     BODY_BYTES,
-    FACTOR,
-    GROUPS,
     HEADER_BYTES,
     HEADER_WORDS,
     HEADERS,
     K_BITS,
-    LANES,
     MEANS,
     N_PLANES,
     PART_AT,
     TILE_BYTES,
     USED_AT,
-    V_BITS,
 )
 from kvortex.kernels.plane import uniform
 
@@ -73,50 +69,67 @@ def _is_ours(codec, record, part, lane):  # type: ignore[no-untyped-def]
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _key_tile(codec, number, within, block, plane_at, lane):  # type: ignore[no-untyped-def]
-    """16 tokens of 64 channels of K."""
-    across = uint32(codec[ACROSS])
-    bits = uniform(uint32(codec[K_BITS]))
-    group = uint32(within // across)
-    channel = uint32(uint32(64) * uint32(within - group * across) + uint32(8) * uint32(lane & uint32(7)))
-    token = uint32(lane >> uint32(3))
-    row = uint32(uint32(16) * group + uint32(4) * uint32(lane & uint32(3)) + token)
-    codes = plane_at + uint64(64) * uint64(codec[GROUPS]) * uint64(across)
-    column = uint32(uint32(row * uint32(uint32(2) * across)) + uint32(channel >> uint32(5)))
-    words = load_planes(codes + uint64(uint32(4) * bits) * uint64(column), bits)
-    scales = load8(plane_at + uint64(group) * uint64(64) * uint64(across) + uint64(channel))
-    mean = eight(load16(codec[MEANS] + uint64(2) * (uint64(number) * uint64(64) * uint64(across) + uint64(channel))))
-    step = scales_of(uint32(scales), uint32(scales >> uint64(32)), uint32(uint32(0) - uint32((bits + uint32(7)) << uint32(23))))
-    # Each lane has all channels of one token: now it gets 8 channels of four.
-    a0, b0, c0, d0, a1, b1, c1, d1 = traded(bytes_turned(bit_planes(words)), lane)
-    step_bytes = uint64(across) * uint64(128)
-    target = page_of(codec, number, block) + uint64(uint32(16) * group + token) * step_bytes + uint64(2) * uint64(channel)
-    half = uint32(uint32(256) * uint32(uint32(1) << uint32(bits - uint32(1))))
-    middle = whole(uint32(uint32(0x800000) + half - uint32(128)))
-    store16(target, key_numbers(a0, a1, middle, step, mean))
-    store16(target + uint64(4) * step_bytes, key_numbers(b0, b1, middle, step, mean))
-    store16(target + uint64(8) * step_bytes, key_numbers(c0, c1, middle, step, mean))
-    store16(target + uint64(12) * step_bytes, key_numbers(d0, d1, middle, step, mean))
+def _loaded(form, at, key_bits, value, plane_at, means, lane):  # type: ignore[no-untyped-def]
+    """A lane's codes of a tile, and scales and means of K or step and zero of V; in flight before what earlier tiles store."""
+    across, each_tiles, each, _, _ = form
+    number, position, _, group, column = at
+    tile = uint32(group * across + column)
+    none = uint32(0)
+    mean = none, none, none, none
+    if position < each:
+        eighth = uint32(lane & uint32(7))
+        row = uint32(uint32(16) * group + uint32(uint32(4) * uint32(lane & uint32(3)) + uint32(lane >> uint32(3))))
+        word = uint32(row * uint32(uint32(2) * across) + uint32(uint32(2) * column + uint32(eighth >> uint32(2))))
+        codes = uint32(uint32(64) * each_tiles + uint32(uint32(4) * key_bits) * word)
+        words = load_planes(plane_at + uint64(codes), key_bits)
+        scales = uint64(cached8(plane_at + uint64(uint32(uint32(64) * tile + uint32(8) * eighth))))
+        channel = uint32(uint32(128) * column + uint32(16) * eighth)
+        mean = cached16(means + uint64(uint32(number * uint32(uint32(128) * across) + channel)))
+    else:
+        bits, lanes, _ = value
+        word = uint32(uint32(32) * tile + lane)
+        shift = uint32(cuda.popc(uint32(lanes - uint32(1))))  # lanes are a power of two
+        codes = uint32(uint32(uint32(128) * each_tiles >> shift) + uint32(uint32(4) * bits) * word)
+        words = load_planes(plane_at + uint64(codes), bits)
+        scales = uint64(cached4(plane_at + uint64(uint32(uint32(4) * uint32(word >> shift)))))
+    return words, scales, mean
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _value_tile(codec, number, within, block, plane_at, lane):  # type: ignore[no-untyped-def]
+def _key_tile(form, group, column, bits, loaded, page, magic, lane):  # type: ignore[no-untyped-def]
+    """16 tokens of 64 channels of K."""
+    words, scales, mean = loaded
+    mean = eight(mean)
+    step = scales_of(
+        uint32(scales), uint32(scales >> uint64(32)), uint32(uint32(0x01010101) * uint32(uint32(LEAST_SCALE - 7) - bits))
+    )
+    # Each lane has all channels of one token: now it gets 8 channels of four.
+    a0, b0, c0, d0, a1, b1, c1, d1 = traded(bytes_turned(bit_planes(words)), lane)
+    row_bytes = uint32(form[0] * uint32(128))
+    row = uint32(uint32(16) * group + uint32(lane >> uint32(3)))
+    target = page + uint64(uint32(row * row_bytes + uint32(uint32(128) * column + uint32(16) * uint32(lane & uint32(7)))))
+    apart = uint64(uint32(uint32(4) * row_bytes))
+    half = uint32(uint32(256) * uint32(uint32(1) << uint32(bits - uint32(1))))
+    middle = whole(uint32(uint32(0x800000) + half - uint32(128)))
+    store16(target, key_numbers(a0, a1, middle, step, mean, magic))
+    store16(target + apart, key_numbers(b0, b1, middle, step, mean, magic))
+    store16(target + uint64(2) * apart, key_numbers(c0, c1, middle, step, mean, magic))
+    store16(target + uint64(3) * apart, key_numbers(d0, d1, middle, step, mean, magic))
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def _value_tile(form, group, column, value, loaded, page, magic, lane):  # type: ignore[no-untyped-def]
     """1,024 values of V in a row."""
-    bits = uniform(uint32(codec[V_BITS]))
-    lanes = uniform(uint32(codec[LANES]))
-    factor = uniform(uint32(codec[FACTOR]))
-    at = uint32(uint32(32) * within + lane)
-    heads = uint32(uint32(codec[GROUPS]) * uint32(codec[ACROSS]) * uint32(uint32(32) // lanes))
-    words = load_planes(plane_at + uint64(4) * uint64(heads) + uint64(uint32(4) * bits) * uint64(at), bits)
-    both = uint32(load4(plane_at + uint64(4) * uint64(uint32(at // lanes))))
-    step = times(from_half(uint32(both & uint32(0xFFFF))), number_of(uint32(0x3B800000)))  # a 256th
-    zero = from_half(uint32(both >> uint32(16)))
+    words, both, _ = loaded
+    _, lanes, factor = value
+    step = times(from_half(uint32(both & uint64(0xFFFF))), number_of(uint32(0x3B800000)))  # a 256th
+    zero = from_half(uint32(both >> uint64(16)))
     words = bit_planes(words)
-    a, b = value_numbers_0(words, step, zero), value_numbers_1(words, step, zero)
-    c, d = value_numbers_2(words, step, zero), value_numbers_3(words, step, zero)
+    a, b = value_numbers_0(words, step, zero, magic), value_numbers_1(words, step, zero, magic)
+    c, d = value_numbers_2(words, step, zero, magic), value_numbers_3(words, step, zero, magic)
     if factor != uint32(0):
         a, b, c, d = rotated(a, b, c, d, lane, lanes, number_of(factor))
-    target = page_of(codec, number, block) + uint64(64) * uint64(at)
+    target = page + uint64(uint32(uint32(2048) * uint32(group * form[0] + column) + uint32(64) * lane))
     store16(target, brain(a))
     store16(target + uint64(16), brain(b))
     store16(target + uint64(32), brain(c))
@@ -134,11 +147,11 @@ def _part(codec, tile, part, block, record, lane):  # type: ignore[no-untyped-de
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _in_front(codec, tile, tiles):  # type: ignore[no-untyped-def]
+def _in_front(codec, form, tile, tiles):  # type: ignore[no-untyped-def]
     """Bytes of a record before the plane that begins with a tile, header included; of all of it behind the last one."""
     begin = uint32(uint32(HEADER_BYTES) + uint32(codec[BODY_BYTES]))
     if tile < tiles:
-        _, _, _, begin = place(codec, tile)
+        begin = place(form, tile)[2]
     return begin
 
 
@@ -159,13 +172,17 @@ def lossy_decode(staging, pitch, codec, status, blocks, n_blocks, run, first, en
     lane = uint32(cuda.threadIdx.x & 31)
     warp = uniform(uint32((cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) >> 5))
     warps = uint32((cuda.gridDim.x * cuda.blockDim.x) >> 5)
-    tiles = uint32(uint32(codec[N_PLANES]) * uint32(codec[GROUPS]) * uint32(codec[ACROSS]))
+    form, means = form_of(codec), codec[MEANS]
+    each = form[2]
+    key_bits, value = uniform(uint32(codec[K_BITS])), values_of(codec)
+    magic = number_of(uint32(uint32(0x4B000000) + uint32(key_bits >> uint32(8))))  # 2**23: no codec has that many bits
+    tiles = uint32(uint32(codec[N_PLANES]) * form[1])
     count = uint32(uint32(end) - uint32(first))
     runs = uint32((count + uint32(run) - uint32(1)) // uint32(run))
     missing = uint32(0)
     if uint32(first) > uint32(0):
-        missing = _in_front(codec, uint32(first), tiles)
-    fits = uint64(uint32(_in_front(codec, uint32(end), tiles) - missing)) <= pitch
+        missing = _in_front(codec, form, uint32(first), tiles)
+    fits = uint64(uint32(_in_front(codec, form, uint32(end), tiles) - missing)) <= pitch
     at = warp
     while at < uint32(uint32(n_blocks) * runs):
         b = uint32(at // runs)
@@ -180,15 +197,25 @@ def lossy_decode(staging, pitch, codec, status, blocks, n_blocks, run, first, en
             if lane == uint32(0):
                 store4(status + uint64(4) * uint64(b), uint32(1))
             tile = last
-        while tile < last:
-            if part >= int32(0):
+        if part >= int32(0):
+            while tile < last:
                 _part(codec, tile, uint32(part), block, record, lane)
-            else:
-                number, within, key, begin = place(codec, tile)
-                plane_at = record + uint64(uint32(begin - missing))
-                if key:
-                    _key_tile(codec, number, within, block, plane_at, lane)
+                tile = uint32(tile + uint32(1))
+        elif tile < last:
+            record = record - uint64(missing)
+            following = place(form, tile)
+            page_ahead = page_of(codec, following[0], block)
+            ahead = _loaded(form, following, key_bits, value, record + uint64(following[2]), means, lane)
+            while tile < last:
+                loaded, page, number, position, _, group, column = ahead, page_ahead, *following
+                tile = uint32(tile + uint32(1))
+                if tile < last:  # its loads are in flight while this one is decoded
+                    following = after(form, following)
+                    if following[0] != number:
+                        page_ahead = page_of(codec, following[0], block)
+                    ahead = _loaded(form, following, key_bits, value, record + uint64(following[2]), means, lane)
+                if position < each:
+                    _key_tile(form, group, column, key_bits, loaded, page, magic, lane)
                 else:
-                    _value_tile(codec, number, within, block, plane_at, lane)
-            tile = uint32(tile + uint32(1))
+                    _value_tile(form, group, column, value, loaded, page, magic, lane)
         at = uint32(at + warps)
