@@ -51,6 +51,33 @@ def bit_planes(words):  # type: ignore[no-untyped-def]
     return tuple(np.packbits(bits.transpose(2, 1, 0), bitorder="little").view("<u4").tolist())
 
 
+def _few_swaps() -> list[str]:
+    """Of codes of at most four bits: the first step only joins two halves of bytes, and the upper four words become 0."""
+    joined = [f"shl.b32 p, t{k + 4}, 4; or.b32 t{k}, t{k}, p;" for k in range(4)]
+    swaps = [_swapped(f"t{k}", f"t{k + step}", step, mask) for step, mask in ((2, 0x33333333), (1, 0x55555555)) for k in range(4)
+             if not k & step]
+    return [*joined, *swaps, *(f"mov.b32 t{k}, 0;" for k in range(4, 8))]
+
+
+def _few_swaps_back() -> list[str]:
+    swaps = [_swapped(f"t{k}", f"t{k + step}", step, mask) for step, mask in ((2, 0x33333333), (1, 0x55555555)) for k in range(4)
+             if not k & step]
+    parted = [f"shr.u32 t{k + 4}, t{k}, 4; and.b32 t{k + 4}, t{k + 4}, 0x0F0F0F0F; and.b32 t{k}, t{k}, 0x0F0F0F0F;" for k in range(4)]
+    return [*swaps, *parted]
+
+
+@statement(_text(_few_swaps()), "w", "w", pure=True)
+def few_bit_planes(words):  # type: ignore[no-untyped-def]
+    """:func:`bit_planes` of bytes below 16."""
+    return bit_planes(words)
+
+
+@statement(_text(_few_swaps_back()), "w", "w", pure=True)
+def few_codes(words):  # type: ignore[no-untyped-def]
+    """The reverse, where only the first four words count."""
+    return bit_planes((*words[:4], 0, 0, 0, 0))
+
+
 @statement(_text(_bytes_turned("t0", "t1", "t2", "t3") + _bytes_turned("t4", "t5", "t6", "t7")), "w", "w", pure=True)
 def bytes_turned(words):  # type: ignore[no-untyped-def]
     """Byte i of word j becomes byte j of word i, of the first four words and of the last four."""

@@ -69,10 +69,9 @@ def from_half(half):  # type: ignore[no-untyped-def]
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
 def form_of(codec):  # type: ignore[no-untyped-def]
-    """What of a codec says where tiles lie: columns, tiles of a plane, planes of a layer's K, bytes of a coded K and V."""
+    """Columns of a plane, and its tiles."""
     across = uint32(codec[ACROSS])
-    each_tiles = uint32(uint32(codec[GROUPS]) * across)
-    return across, each_tiles, uint32(codec[EACH]), uint32(codec[KEY_BYTES]), uint32(codec[VALUE_BYTES])
+    return across, uint32(uint32(codec[GROUPS]) * across)
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
@@ -82,34 +81,36 @@ def values_of(codec):  # type: ignore[no-untyped-def]
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def place(form, tile):  # type: ignore[no-untyped-def]
-    """A tile's plane, which of its layer that is, where the plane begins in a record, and the tile's group and column there."""
-    across, each_tiles, each, key_bytes, value_bytes = form
+def place(codec, form, tile):  # type: ignore[no-untyped-def]
+    """A tile's plane, which of its layer that is, whether it is K, where it begins in a record, and the tile's group and column."""
+    across, each_tiles = form
+    each = uint32(codec[EACH])
     number = uint32(tile // each_tiles)
     layer = uint32(number // uint32(uint32(2) * each))
     position = uint32(number - layer * uint32(uint32(2) * each))
     keys = uint32(layer * each + min(position, each))
-    begin = uint32(uint32(HEADER_BYTES) + keys * key_bytes + uint32(number - keys) * value_bytes)
+    begin = uint32(uint32(HEADER_BYTES) + keys * uint32(codec[KEY_BYTES]) + uint32(number - keys) * uint32(codec[VALUE_BYTES]))
     within = uint32(tile - number * each_tiles)
     group = uint32(within // across)
-    return number, position, begin, group, uint32(within - group * across)
+    return number, position, position < each, begin, group, uint32(within - group * across)
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def after(form, at):  # type: ignore[no-untyped-def]
+def after(codec, form, at):  # type: ignore[no-untyped-def]
     """The place behind one, without a division."""
-    across, each_tiles, each, key_bytes, value_bytes = form
-    number, position, begin, group, column = at
+    across, each_tiles = form
+    number, position, key, begin, group, column = at
     column = uint32(column + uint32(1))
     if column == across:
         column, group = uint32(0), uint32(group + uint32(1))
         if uint32(group * across) == each_tiles:
-            group, number = uint32(0), uint32(number + uint32(1))
-            begin = uint32(begin + (key_bytes if position < each else value_bytes))
-            position = uint32(position + uint32(1))
+            each = uint32(codec[EACH])
+            begin = uint32(begin + uint32(codec[KEY_BYTES if key else VALUE_BYTES]))
+            group, number, position = uint32(0), uint32(number + uint32(1)), uint32(position + uint32(1))
             if position == uint32(uint32(2) * each):
                 position = uint32(0)
-    return number, position, begin, group, column
+            key = position < each
+    return number, position, key, begin, group, column
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]

@@ -15,7 +15,7 @@ from numba import cuda
 from numba.cuda import types
 
 from kvortex.kernels import lossy
-from kvortex.kernels.bit_planes import bit_planes, bytes_turned, load_planes, traded
+from kvortex.kernels.bit_planes import bit_planes, bytes_turned, few_codes, load_planes, traded
 from kvortex.kernels.eights import (
     brain,
     LEAST_SCALE,
@@ -71,12 +71,12 @@ def _is_ours(codec, record, part, lane):  # type: ignore[no-untyped-def]
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
 def _loaded(form, at, key_bits, value, plane_at, means, lane):  # type: ignore[no-untyped-def]
     """A lane's codes of a tile, and scales and means of K or step and zero of V; in flight before what earlier tiles store."""
-    across, each_tiles, each, _, _ = form
-    number, position, _, group, column = at
+    across, each_tiles = form
+    number, _, key, _, group, column = at
     tile = uint32(group * across + column)
     none = uint32(0)
     mean = none, none, none, none
-    if position < each:
+    if key:
         eighth = uint32(lane & uint32(7))
         row = uint32(uint32(16) * group + uint32(uint32(4) * uint32(lane & uint32(3)) + uint32(lane >> uint32(3))))
         word = uint32(row * uint32(uint32(2) * across) + uint32(uint32(2) * column + uint32(eighth >> uint32(2))))
@@ -96,15 +96,24 @@ def _loaded(form, at, key_bits, value, plane_at, means, lane):  # type: ignore[n
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _key_tile(form, group, column, bits, loaded, page, magic, lane):  # type: ignore[no-untyped-def]
+def _codes(words, bits):  # type: ignore[no-untyped-def]
+    """Codes of so many bits from words of one bit each."""
+    if bits <= uint32(4):
+        codes = few_codes(words)
+    else:
+        codes = bit_planes(words)
+    return codes
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def _key_tile(form, group, column, bits, words, scales, mean, page, magic, lane):  # type: ignore[no-untyped-def]
     """16 tokens of 64 channels of K."""
-    words, scales, mean = loaded
     mean = eight(mean)
     step = scales_of(
         uint32(scales), uint32(scales >> uint64(32)), uint32(uint32(0x01010101) * uint32(uint32(LEAST_SCALE - 7) - bits))
     )
     # Each lane has all channels of one token: now it gets 8 channels of four.
-    a0, b0, c0, d0, a1, b1, c1, d1 = traded(bytes_turned(bit_planes(words)), lane)
+    a0, b0, c0, d0, a1, b1, c1, d1 = traded(bytes_turned(words), lane)
     row_bytes = uint32(form[0] * uint32(128))
     row = uint32(uint32(16) * group + uint32(lane >> uint32(3)))
     target = page + uint64(uint32(row * row_bytes + uint32(uint32(128) * column + uint32(16) * uint32(lane & uint32(7)))))
@@ -118,13 +127,11 @@ def _key_tile(form, group, column, bits, loaded, page, magic, lane):  # type: ig
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _value_tile(form, group, column, value, loaded, page, magic, lane):  # type: ignore[no-untyped-def]
+def _value_tile(form, group, column, value, words, both, page, magic, lane):  # type: ignore[no-untyped-def]
     """1,024 values of V in a row."""
-    words, both, _ = loaded
     _, lanes, factor = value
     step = times(from_half(uint32(both & uint64(0xFFFF))), number_of(uint32(0x3B800000)))  # a 256th
     zero = from_half(uint32(both >> uint64(16)))
-    words = bit_planes(words)
     a, b = value_numbers_0(words, step, zero, magic), value_numbers_1(words, step, zero, magic)
     c, d = value_numbers_2(words, step, zero, magic), value_numbers_3(words, step, zero, magic)
     if factor != uint32(0):
@@ -151,7 +158,7 @@ def _in_front(codec, form, tile, tiles):  # type: ignore[no-untyped-def]
     """Bytes of a record before the plane that begins with a tile, header included; of all of it behind the last one."""
     begin = uint32(uint32(HEADER_BYTES) + uint32(codec[BODY_BYTES]))
     if tile < tiles:
-        begin = place(form, tile)[2]
+        begin = place(codec, form, tile)[3]
     return begin
 
 
@@ -173,7 +180,6 @@ def lossy_decode(staging, pitch, codec, status, blocks, n_blocks, run, first, en
     warp = uniform(uint32((cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) >> 5))
     warps = uint32((cuda.gridDim.x * cuda.blockDim.x) >> 5)
     form, means = form_of(codec), codec[MEANS]
-    each = form[2]
     key_bits, value = uniform(uint32(codec[K_BITS])), values_of(codec)
     magic = number_of(uint32(uint32(0x4B000000) + uint32(key_bits >> uint32(8))))  # 2**23: no codec has that many bits
     tiles = uint32(uint32(codec[N_PLANES]) * form[1])
@@ -203,19 +209,23 @@ def lossy_decode(staging, pitch, codec, status, blocks, n_blocks, run, first, en
                 tile = uint32(tile + uint32(1))
         elif tile < last:
             record = record - uint64(missing)
-            following = place(form, tile)
-            page_ahead = page_of(codec, following[0], block)
-            ahead = _loaded(form, following, key_bits, value, record + uint64(following[2]), means, lane)
+            following = place(codec, form, tile)
+            page = page_of(codec, following[0], block)
+            words, scales, mean = _loaded(form, following, key_bits, value, record + uint64(following[3]), means, lane)
             while tile < last:
-                loaded, page, number, position, _, group, column = ahead, page_ahead, *following
+                number, _, key, _, group, column = following
+                codes = _codes(words, key_bits if key else value[0])
+                own_page, own_scales, own_mean = page, scales, mean
                 tile = uint32(tile + uint32(1))
                 if tile < last:  # its loads are in flight while this one is decoded
-                    following = after(form, following)
+                    following = after(codec, form, following)
                     if following[0] != number:
-                        page_ahead = page_of(codec, following[0], block)
-                    ahead = _loaded(form, following, key_bits, value, record + uint64(following[2]), means, lane)
-                if position < each:
-                    _key_tile(form, group, column, key_bits, loaded, page, magic, lane)
+                        page = page_of(codec, following[0], block)
+                    words, scales, mean = _loaded(
+                        form, following, key_bits, value, record + uint64(following[3]), means, lane
+                    )
+                if key:
+                    _key_tile(form, group, column, key_bits, codes, own_scales, own_mean, own_page, magic, lane)
                 else:
-                    _value_tile(form, group, column, value, loaded, page, magic, lane)
+                    _value_tile(form, group, column, value, codes, own_scales, own_page, magic, lane)
         at = uint32(at + warps)

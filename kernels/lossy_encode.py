@@ -9,7 +9,7 @@ from __future__ import annotations
 from numba import cuda
 
 from kvortex.kernels import lossy
-from kvortex.kernels.bit_planes import bit_planes, bytes_turned, store_planes, traded
+from kvortex.kernels.bit_planes import bit_planes, bytes_turned, few_bit_planes, store_planes, traded
 from kvortex.kernels.eights import (
     LEAST_SCALE,
     differences,
@@ -53,16 +53,17 @@ uint32, uint64, int32 = lossy.uint32, lossy.uint64, lossy.int32
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
 def _loaded(form, at, page, means, lane):  # type: ignore[no-untyped-def]
     """A lane's 64 bytes of a tile, and of K the means of its channels; in flight before what earlier tiles store."""
-    across, _, each, _, _ = form
-    number, position, _, group, column = at
+    across, _ = form
+    number, _, key, _, group, column = at
     none = uint32(0)
     mean = none, none, none, none
-    if position < each:
+    if key:
         step = uint32(across * uint32(128))
         row = uint32(uint32(16) * group + uint32(lane >> uint32(3)))
         eighth = uint32(uint32(128) * column + uint32(16) * uint32(lane & uint32(7)))
         source, apart = page + uint64(uint32(row * step + eighth)), uint64(uint32(uint32(4) * step))
-        p, q, r, s = early16(source), early16(source + apart), early16(source + uint64(2) * apart), early16(source + uint64(3) * apart)
+        p, q = early16(source), early16(source + apart)
+        r, s = early16(source + uint64(2) * apart), early16(source + uint64(3) * apart)
         mean = cached16(means + uint64(uint32(number * step + eighth)))
     else:
         source = page + uint64(uint32(uint32(2048) * uint32(group * across + column) + uint32(64) * lane))
@@ -71,13 +72,19 @@ def _loaded(form, at, page, means, lane):  # type: ignore[no-untyped-def]
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _key_tile(form, group, column, bits, words, plane_at, lane):  # type: ignore[no-untyped-def]
-    """16 tokens of 64 channels of K; False where a value is too large, or none."""
-    across, each_tiles, _, _, _ = form
-    a, b, c, d, mean = words
-    mean = eight(mean)
-    e, f = differences(eight(a), mean), differences(eight(b), mean)
-    g, h = differences(eight(c), mean), differences(eight(d), mean)
+def _planes(codes, bits):  # type: ignore[no-untyped-def]
+    """Codes of so many bits as words of one bit each."""
+    if bits <= uint32(4):
+        words = few_bit_planes(codes)
+    else:
+        words = bit_planes(codes)
+    return words
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def _key_tile(form, group, column, bits, e, f, g, h, plane_at, lane):  # type: ignore[no-untyped-def]
+    """16 tokens of 64 channels of K without their means; False where a value is too large, or none."""
+    across, each_tiles = form
     token, eighth = uint32(lane >> uint32(3)), uint32(lane & uint32(7))
     found = uint32(scale_codes(reaches(reaches(e, f), reaches(g, h)), lane))
     low, high = gathered(found, lane)
@@ -93,7 +100,7 @@ def _key_tile(form, group, column, bits, words, plane_at, lane):  # type: ignore
     c0, c1 = low_codes(g, inverse, half, top), high_codes(g, inverse, half, top)
     d0, d1 = low_codes(h, inverse, half, top), high_codes(h, inverse, half, top)
     # Four lanes have 32 channels of four tokens: now each gets all channels of one.
-    words = bit_planes(bytes_turned(traded((a0, b0, c0, d0, a1, b1, c1, d1), lane)))
+    words = _planes(bytes_turned(traded((a0, b0, c0, d0, a1, b1, c1, d1), lane)), bits)
     row = uint32(uint32(16) * group + uint32(4) * uint32(lane & uint32(3)) + token)
     place = uint32(row * uint32(uint32(2) * across) + uint32(uint32(2) * column + uint32(eighth >> uint32(2))))
     codes = uint32(uint32(64) * each_tiles + uint32(uint32(4) * bits) * place)
@@ -109,13 +116,10 @@ def _huge(words):  # type: ignore[no-untyped-def]
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _value_tile(form, group, column, value, words, plane_at, lane):  # type: ignore[no-untyped-def]
-    """1,024 values of V in a row; False where one is too large, or none."""
-    across, each_tiles, _, _, _ = form
+def _value_tile(form, group, column, value, a, b, c, d, plane_at, lane):  # type: ignore[no-untyped-def]
+    """1,024 values of V in a row; False where one is too large."""
+    across, each_tiles = form
     bits, lanes, factor = value
-    p, q, r, s, _ = words
-    good = uint32(_huge(p) | _huge(q) | _huge(r) | _huge(s)) == uint32(0)
-    a, b, c, d = eight(p), eight(q), eight(r), eight(s)
     if factor != uint32(0):
         a, b, c, d = rotated(a, b, c, d, lane, lanes, number_of(factor))
     low = smallest(smaller_each(smaller_each(a, b), smaller_each(c, d)))
@@ -127,7 +131,7 @@ def _value_tile(form, group, column, value, words, plane_at, lane):  # type: ign
         flip = uint32(flip << uint32(1))
     none = number_of(uint32(0))
     low, high = plus(low, none), plus(high, none)  # which makes 0 of -0
-    good = good and word_of(reach(reach(none, low), high)) <= uint32(0x477FE000)  # 65,504
+    good = word_of(reach(reach(none, low), high)) <= uint32(0x477FE000)  # 65,504
     zero_half = uint32(half_down(low))
     zero = from_half(zero_half)
     step_half = uint32(half_up(over(minus(high, zero), whole(uint32(uint32(uint32(1) << bits) - uint32(1))))))
@@ -140,7 +144,7 @@ def _value_tile(form, group, column, value, words, plane_at, lane):  # type: ign
     if uint32(lane & uint32(lanes - uint32(1))) == uint32(0):
         store4(plane_at + uint64(uint32(uint32(4) * uint32(at >> shift))), uint32(step_half | zero_half << uint32(16)))
     codes = uint32(uint32(uint32(128) * each_tiles >> shift) + uint32(uint32(4) * bits) * at)
-    store_planes(plane_at + uint64(codes), bits, bit_planes(value_codes(a, b, c, d, zero, inverse)))
+    store_planes(plane_at + uint64(codes), bits, _planes(value_codes(a, b, c, d, zero, inverse), bits))
     return good
 
 
@@ -204,7 +208,6 @@ def lossy_encode(staging, pitch, codec, counts, blocks, n_blocks, run):  # type:
     warp = uniform(uint32((cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) >> 5))
     warps = uint32((cuda.gridDim.x * cuda.blockDim.x) >> 5)
     form, means = form_of(codec), codec[MEANS]
-    each = form[2]
     key_bits, value = uniform(uint32(codec[K_BITS])), values_of(codec)
     tiles = uint32(uint32(codec[N_PLANES]) * form[1])
     runs = uint32((tiles + uint32(run) - uint32(1)) // uint32(run))
@@ -224,22 +227,29 @@ def lossy_encode(staging, pitch, codec, counts, blocks, n_blocks, run):  # type:
                 _part(codec, tile, uint32(part), block, record, lane)
                 tile = uint32(tile + uint32(1))
         elif tile < last:
-            following = place(form, tile)
+            following = place(codec, form, tile)
             page = page_of(codec, following[0], block)
             ahead = _loaded(form, following, page, means, lane)
             while tile < last:
-                words, number, position, begin, group, column = ahead, *following
+                p, q, r, s, mean = ahead
+                number, _, key, begin, group, column = following
+                w, x, y, z = eight(p), eight(q), eight(r), eight(s)
+                if key:
+                    mean = eight(mean)
+                    w, x, y, z = differences(w, mean), differences(x, mean), differences(y, mean), differences(z, mean)
+                else:
+                    good = uint32(_huge(p) | _huge(q) | _huge(r) | _huge(s)) == uint32(0) and good
                 tile = uint32(tile + uint32(1))
                 if tile < last:  # its loads are in flight while this one is coded
-                    following = after(form, following)
+                    following = after(codec, form, following)
                     if following[0] != number:
                         page = page_of(codec, following[0], block)
                     ahead = _loaded(form, following, page, means, lane)
                 plane_at = record + uint64(begin)
-                if position < each:
-                    good = _key_tile(form, group, column, key_bits, words, plane_at, lane) and good
+                if key:
+                    good = _key_tile(form, group, column, key_bits, w, x, y, z, plane_at, lane) and good
                 else:
-                    good = _value_tile(form, group, column, value, words, plane_at, lane) and good
+                    good = _value_tile(form, group, column, value, w, x, y, z, plane_at, lane) and good
         if part < int32(0):
             counter = counts + uint64(4) * uint64(b)
             all_good = uint32(cuda.ballot_sync(ALL, good)) == uint32(0xFFFFFFFF)

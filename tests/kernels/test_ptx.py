@@ -47,6 +47,7 @@ def _whole(low: int, high: int) -> Callable[[Rng, int], np.ndarray]:
 
 # Arguments that are not of any kind, by statement and place.
 GIVEN: dict[str, dict[int, Callable[[Rng, int], np.ndarray]]] = {
+    "bit_planes.few_bit_planes": {0: lambda rng, places: _whole(0, 1 << 32)(rng, places) & np.uint32(0x0F0F0F0F)},
     "eights.joined": {2: _fixed(1, -1)},
     "eights.inverses_of": {2: lambda rng, places: np.uint32(0x01010101) * _whole(65, 255)(rng, places)},
     "eights.scales_of": {2: lambda rng, places: np.uint32(0x01010101) * _whole(1, 191)(rng, places)},
