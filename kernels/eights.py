@@ -168,7 +168,9 @@ def _scale_codes() -> str:
             lines += [f"selp.b32 u, {a}, {b}, {upper}; selp.b32 {a}, {b}, {a}, {upper};"]
             lines += [f"shfl.sync.bfly.b32 u, u, {flip}, 0x1F, 0xFFFFFFFF; max.NaN.f32 {a}, {a}, u;"]
     lines += [_SCALE_CODE.replace("[a]", f"t{k}").replace("@", f"t{4 + k}") for k in range(2)]
-    return _whole([*lines, "shl.b32 t5, t5, 16;", "or.b32 t4, t4, t5;"], ["t4"], ".reg .b32 t<8>, u, w; .reg .pred p, odd, high;")
+    return _whole(
+        [*lines, "shl.b32 t5, t5, 16;", "or.b32 t4, t4, t5;"], ["t4"], ".reg .b32 t<8>, u, w; .reg .pred p, odd, high;"
+    )
 
 
 @statement(_scale_codes(), "er", "r", together=True)
@@ -245,7 +247,10 @@ def _scales(which: str) -> str:
 
 
 @statement(
-    _scales("shr.b32 e, [w], 2; and.b32 e, e, 0x3F3F3F3F; add.u32 e, e, $10; and.b32 i, [w], 0x03030303;"), "rrr", "e", pure=True
+    _scales("shr.b32 e, [w], 2; and.b32 e, e, 0x3F3F3F3F; add.u32 e, e, $10; and.b32 i, [w], 0x03030303;"),
+    "rrr",
+    "e",
+    pure=True,
 )
 def scales_of(low, high, exponents):  # type: ignore[no-untyped-def]
     """Scales by a byte each of two words; each byte of ``exponents`` is that of the scale of code 0, 1 to 190."""
@@ -287,7 +292,7 @@ def _codes(rest: Any, inverse: Any, half: Any, top: Any, which: slice) -> int:
 
 @statement(_keys(0), "eeff", "r", pure=True)
 def low_codes(rest, inverse, half, top):  # type: ignore[no-untyped-def]
-    """A byte for each of the first four, none below -``half`` steps: the step that it lies in, from there to that of ``top``."""
+    """A byte for each of the first four, none below -``half`` steps: the step that it lies in, up to that of ``top``."""
     return _codes(rest, inverse, half, top, slice(0, 4))
 
 
@@ -323,7 +328,9 @@ def _counted(codes: list[tuple[str, int]], magic: str) -> list[str]:
 def _key_numbers() -> str:
     """Two words, middle, steps, means and magic; pairs of bf16."""
     lines = _counted([(f"${4 + k // 4}", k % 4) for k in range(8)], "$23")
-    lines += [f"sub.rn.f32 t{k}, t{k}, $6; mul.rn.f32 t{k}, t{k}, ${7 + k}; add.rn.f32 t{k}, t{k}, ${15 + k};" for k in range(8)]
+    lines += [
+        f"sub.rn.f32 t{k}, t{k}, $6; mul.rn.f32 t{k}, t{k}, ${7 + k}; add.rn.f32 t{k}, t{k}, ${15 + k};" for k in range(8)
+    ]
     lines += [f"cvt.rn.bf16x2.f32 t{k}, t{2 * k + 1}, t{2 * k};" for k in range(4)]
     return _whole(lines, [f"t{k}" for k in range(4)], ".reg .b32 t<8>;")
 

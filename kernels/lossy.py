@@ -76,41 +76,44 @@ def form_of(codec):  # type: ignore[no-untyped-def]
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
 def values_of(codec):  # type: ignore[no-untyped-def]
-    """Bits of V, lanes that a head lies in, and the bits of what rotated values are multiplied by, or 0: the same in all lanes."""
+    """Bits of V, lanes that a head lies in, and what rotated values are multiplied by, as bits, or 0; the same in all lanes."""
     return uniform(uint32(codec[V_BITS])), uniform(uint32(codec[LANES])), uniform(uint32(codec[FACTOR]))
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def place(codec, form, tile):  # type: ignore[no-untyped-def]
-    """A tile's plane, which of its layer that is, whether it is K, where it begins in a record, and the tile's group and column."""
-    across, each_tiles = form
+def _plane(codec, number):  # type: ignore[no-untyped-def]
+    """Whether a plane is K, and where it begins in a record."""
     each = uint32(codec[EACH])
-    number = uint32(tile // each_tiles)
     layer = uint32(number // uint32(uint32(2) * each))
     position = uint32(number - layer * uint32(uint32(2) * each))
     keys = uint32(layer * each + min(position, each))
     begin = uint32(uint32(HEADER_BYTES) + keys * uint32(codec[KEY_BYTES]) + uint32(number - keys) * uint32(codec[VALUE_BYTES]))
+    return position < each, begin
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def place(codec, form, tile):  # type: ignore[no-untyped-def]
+    """A tile's plane, whether that is K, where it begins in a record, and the tile's group and column in it."""
+    across, each_tiles = form
+    number = uint32(tile // each_tiles)
     within = uint32(tile - number * each_tiles)
     group = uint32(within // across)
-    return number, position, position < each, begin, group, uint32(within - group * across)
+    key, begin = _plane(codec, number)
+    return number, key, begin, group, uint32(within - group * across)
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
 def after(codec, form, at):  # type: ignore[no-untyped-def]
-    """The place behind one, without a division."""
+    """The place behind one, without a division unless it is in another plane."""
     across, each_tiles = form
-    number, position, key, begin, group, column = at
+    number, key, begin, group, column = at
     column = uint32(column + uint32(1))
     if column == across:
         column, group = uint32(0), uint32(group + uint32(1))
         if uint32(group * across) == each_tiles:
-            each = uint32(codec[EACH])
-            begin = uint32(begin + uint32(codec[KEY_BYTES if key else VALUE_BYTES]))
-            group, number, position = uint32(0), uint32(number + uint32(1)), uint32(position + uint32(1))
-            if position == uint32(uint32(2) * each):
-                position = uint32(0)
-            key = position < each
-    return number, position, key, begin, group, column
+            group, number = uint32(0), uint32(number + uint32(1))
+            key, begin = _plane(codec, number)
+    return number, key, begin, group, column
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]

@@ -28,7 +28,7 @@ from kvortex.kernels.eights import (
 )
 from kvortex.kernels.flags import mark, take
 from kvortex.kernels.float32 import half_down, half_up, larger, minus, number_of, over, plus, reach, smaller, whole, word_of
-from kvortex.kernels.lane import cached16, early16, load4, load16, store4, store8, store16
+from kvortex.kernels.lane import early16, early_cached16, load4, load16, store4, store8, store16
 from kvortex.kernels.lossy import ALL, after, form_of, from_half, page_of, part_at, part_bytes, place, rotated, values_of
 from kvortex.kernels.lossy_form import (
     BODY_BYTES,
@@ -54,7 +54,7 @@ uint32, uint64, int32 = lossy.uint32, lossy.uint64, lossy.int32
 def _loaded(form, at, page, means, lane):  # type: ignore[no-untyped-def]
     """A lane's 64 bytes of a tile, and of K the means of its channels; in flight before what earlier tiles store."""
     across, _ = form
-    number, _, key, _, group, column = at
+    number, key, _, group, column = at
     none = uint32(0)
     mean = none, none, none, none
     if key:
@@ -64,7 +64,7 @@ def _loaded(form, at, page, means, lane):  # type: ignore[no-untyped-def]
         source, apart = page + uint64(uint32(row * step + eighth)), uint64(uint32(uint32(4) * step))
         p, q = early16(source), early16(source + apart)
         r, s = early16(source + uint64(2) * apart), early16(source + uint64(3) * apart)
-        mean = cached16(means + uint64(uint32(number * step + eighth)))
+        mean = early_cached16(means + uint64(uint32(number * step + eighth)))
     else:
         source = page + uint64(uint32(uint32(2048) * uint32(group * across + column) + uint32(64) * lane))
         p, q, r, s = early16(source), early16(source + uint64(16)), early16(source + uint64(32)), early16(source + uint64(48))
@@ -74,11 +74,7 @@ def _loaded(form, at, page, means, lane):  # type: ignore[no-untyped-def]
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
 def _planes(codes, bits):  # type: ignore[no-untyped-def]
     """Codes of so many bits as words of one bit each."""
-    if bits <= uint32(4):
-        words = few_bit_planes(codes)
-    else:
-        words = bit_planes(codes)
-    return words
+    return few_bit_planes(codes) if bits <= uint32(4) else bit_planes(codes)
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
@@ -210,12 +206,12 @@ def lossy_encode(staging, pitch, codec, counts, blocks, n_blocks, run):  # type:
     form, means = form_of(codec), codec[MEANS]
     key_bits, value = uniform(uint32(codec[K_BITS])), values_of(codec)
     tiles = uint32(uint32(codec[N_PLANES]) * form[1])
-    runs = uint32((tiles + uint32(run) - uint32(1)) // uint32(run))
+    runs = uint32(uint32(tiles + uint32(run) - uint32(1)) // uint32(run))
     fits = uint64(uint32(HEADER_BYTES) + uint32(codec[BODY_BYTES])) <= pitch
     at = warp
     while at < uint32(uint32(n_blocks) * runs):
         b = uint32(at // runs)
-        tile = uint32((at - b * runs) * uint32(run))
+        tile = uint32(uint32(at - uint32(b * runs)) * uint32(run))
         last = min(uint32(tile + uint32(run)), tiles)
         record = staging + uint64(b) * pitch
         block, part = blocks[uint32(uint32(2) * b)], blocks[uint32(uint32(2) * b + uint32(1))]
@@ -230,17 +226,18 @@ def lossy_encode(staging, pitch, codec, counts, blocks, n_blocks, run):  # type:
             following = place(codec, form, tile)
             page = page_of(codec, following[0], block)
             ahead = _loaded(form, following, page, means, lane)
-            while tile < last:
+            left = uint32(last - tile)
+            while left > uint32(0):
                 p, q, r, s, mean = ahead
-                number, _, key, begin, group, column = following
+                number, key, begin, group, column = following
                 w, x, y, z = eight(p), eight(q), eight(r), eight(s)
                 if key:
                     mean = eight(mean)
                     w, x, y, z = differences(w, mean), differences(x, mean), differences(y, mean), differences(z, mean)
                 else:
                     good = uint32(_huge(p) | _huge(q) | _huge(r) | _huge(s)) == uint32(0) and good
-                tile = uint32(tile + uint32(1))
-                if tile < last:  # its loads are in flight while this one is coded
+                left = uint32(left - uint32(1))
+                if left > uint32(0):  # the next one's loads are in flight while this one is coded
                     following = after(codec, form, following)
                     if following[0] != number:
                         page = page_of(codec, following[0], block)
