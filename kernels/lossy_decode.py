@@ -223,6 +223,13 @@ def lossy_decode(staging, pitch, codec, status, blocks, n_blocks, run, first, en
         record = staging + uint64(b) * pitch
         block, part = blocks[uint32(uint32(2) * b)], blocks[uint32(uint32(2) * b + uint32(1))]
         good = fits and (part < int32(0) or whole_range)
+        following = place(codec, form, tile)
+        page = page_of(codec, following[0], block)
+        none = uint32(0)
+        words, scales = (none, none, none, none, none, none, none, none), uint64(0)
+        before = record - uint64(missing)
+        if good and part < int32(0):  # in flight while the header is looked at, which leads nowhere
+            words, scales = _loaded(codec, form, following, key_bits, value, before + uint64(following[2]), lane)
         if good and uint32(first) == uint32(0):
             good = _is_ours(codec, record, part, lane)
         if not good:
@@ -234,10 +241,6 @@ def lossy_decode(staging, pitch, codec, status, blocks, n_blocks, run, first, en
                 _part(codec, tile, uint32(part), block, record, lane)
                 tile = uint32(tile + uint32(1))
         elif tile < last:
-            record = record - uint64(missing)
-            following = place(codec, form, tile)
-            page = page_of(codec, following[0], block)
-            words, scales = _loaded(codec, form, following, key_bits, value, record + uint64(following[2]), lane)
             left = uint32(last - tile)
             while left > uint32(0):
                 number, key = following[0], following[1]
@@ -248,7 +251,7 @@ def lossy_decode(staging, pitch, codec, status, blocks, n_blocks, run, first, en
                     following = after(codec, form, following)
                     if following[0] != number:
                         page = page_of(codec, following[0], block)
-                    words, scales = _loaded(codec, form, following, key_bits, value, record + uint64(following[2]), lane)
+                    words, scales = _loaded(codec, form, following, key_bits, value, before + uint64(following[2]), lane)
                 if key:
                     _key_tile(form, key_bits, codes, own_scales, mean, target, magic, lane)
                 else:
