@@ -9,8 +9,11 @@ multiples of 16.
 What a record's bytes are is in :mod:`kvortex.codecs.lossy`; all floats are float32 and each operation rounds once, in the
 order that :mod:`kvortex.codecs._lossy` has on the host (:mod:`kvortex.kernels.float32`).
 
-Of K each lane has 8 neighbouring channels of 4 tokens, so that the largest of a channel takes two shuffles; of V it has 32
+Of K each lane has 8 neighbouring channels of 4 tokens, so that the largest of a channel takes two exchanges; of V it has 32
 neighbouring channels of one token: most of a rotation, and the words of its codes, without any.
+
+While a warp works on a tile, the next one's loads are in flight. They are plain ``ld.global``
+(:func:`kvortex.kernels.lane.early16`), and their words go nowhere before they are needed.
 """
 
 from __future__ import annotations
