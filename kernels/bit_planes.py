@@ -51,22 +51,48 @@ def bit_planes(words):  # type: ignore[no-untyped-def]
     return tuple(np.packbits(bits.transpose(2, 1, 0), bitorder="little").view("<u4").tolist())
 
 
+def _few_swaps() -> list[str]:
+    """Of codes of at most four bits: the first step only joins two halves of bytes, and the upper four words become 0."""
+    joined = [f"shl.b32 p, t{k + 4}, 4; or.b32 t{k}, t{k}, p;" for k in range(4)]
+    swaps = [
+        _swapped(f"t{k}", f"t{k + step}", step, mask)
+        for step, mask in ((2, 0x33333333), (1, 0x55555555))
+        for k in range(4)
+        if not k & step
+    ]
+    return [*joined, *swaps, *(f"mov.b32 t{k}, 0;" for k in range(4, 8))]
+
+
+def _few_swaps_back() -> list[str]:
+    swaps = [
+        _swapped(f"t{k}", f"t{k + step}", step, mask)
+        for step, mask in ((2, 0x33333333), (1, 0x55555555))
+        for k in range(4)
+        if not k & step
+    ]
+    parted = [
+        f"shr.u32 t{k + 4}, t{k}, 4; and.b32 t{k + 4}, t{k + 4}, 0x0F0F0F0F; and.b32 t{k}, t{k}, 0x0F0F0F0F;" for k in range(4)
+    ]
+    return [*swaps, *parted]
+
+
+@statement(_text(_few_swaps()), "w", "w", pure=True)
+def few_bit_planes(words):  # type: ignore[no-untyped-def]
+    """:func:`bit_planes` of bytes below 16."""
+    return bit_planes(words)
+
+
+@statement(_text(_few_swaps_back()), "w", "w", pure=True)
+def few_codes(words):  # type: ignore[no-untyped-def]
+    """The reverse, where only the first four words count."""
+    return bit_planes((*words[:4], 0, 0, 0, 0))
+
+
 @statement(_text(_bytes_turned("t0", "t1", "t2", "t3") + _bytes_turned("t4", "t5", "t6", "t7")), "w", "w", pure=True)
 def bytes_turned(words):  # type: ignore[no-untyped-def]
     """Byte i of word j becomes byte j of word i, of the first four words and of the last four."""
     each = np.array([int(word) for word in words], "<u4").view(np.uint8).reshape(2, 4, 4)
     return tuple(np.ascontiguousarray(each.swapaxes(1, 2)).view("<u4").ravel().tolist())
-
-
-@statement(
-    "{ .reg .b32 p, q; prmt.b32 p, $1, $2, 0x0040; prmt.b32 q, $3, $4, 0x0040; prmt.b32 $0, p, q, 0x5410; }",
-    "rrrr",
-    "r",
-    pure=True,
-)
-def lowest(a, b, c, d):  # type: ignore[no-untyped-def]
-    """The lowest bytes of four words as one."""
-    return sum((int(word) & 255) << 8 * at for at, word in enumerate((a, b, c, d)))
 
 
 def _traded() -> str:
@@ -107,30 +133,9 @@ _STORED = """{ .reg .pred four, six, eight, three;
  @three st.global.b32 [$0], $2;
  @three st.global.b32 [$0+4], $3;
  @three st.global.b32 [$0+8], $4; }"""
-_LOADED = """{ .reg .pred four, six, eight, three; .reg .b32 t<8>; .reg .b64 from;
- mov.b64 from, $8;
- setp.eq.u32 three, $9, 3; setp.eq.u32 four, $9, 4; setp.eq.u32 six, $9, 6; setp.eq.u32 eight, $9, 8;
- mov.b32 t0, 0; mov.b32 t1, 0; mov.b32 t2, 0; mov.b32 t3, 0; mov.b32 t4, 0; mov.b32 t5, 0; mov.b32 t6, 0; mov.b32 t7, 0;
- @four ld.global.nc.L1::no_allocate.v4.b32 {t0,t1,t2,t3}, [from];
- @eight ld.global.nc.L1::no_allocate.v4.b32 {t0,t1,t2,t3}, [from];
- @eight ld.global.nc.L1::no_allocate.v4.b32 {t4,t5,t6,t7}, [from+16];
- @six ld.global.nc.v2.b32 {t0,t1}, [from];
- @six ld.global.nc.v2.b32 {t2,t3}, [from+8];
- @six ld.global.nc.v2.b32 {t4,t5}, [from+16];
- @three ld.global.nc.b32 t0, [from];
- @three ld.global.nc.b32 t1, [from+4];
- @three ld.global.nc.b32 t2, [from+8];
- mov.b32 $0, t0; mov.b32 $1, t1; mov.b32 $2, t2; mov.b32 $3, t3;
- mov.b32 $4, t4; mov.b32 $5, t5; mov.b32 $6, t6; mov.b32 $7, t7; }"""
 
 
 @statement(_STORED, "lrw")
 def store_planes(address, bits, words):  # type: ignore[no-untyped-def]
     """Writes the first 3, 4, 6 or 8 words, at a multiple of 4, 16, 8 or 16."""
     (ctypes.c_uint32 * int(bits)).from_address(int(address))[:] = words[: int(bits)]
-
-
-@statement(_LOADED, "lr", "w")
-def load_planes(address, bits):  # type: ignore[no-untyped-def]
-    """The reverse; what is not there is 0."""
-    return (*(ctypes.c_uint32 * int(bits)).from_address(int(address)), *[0] * (8 - int(bits)))

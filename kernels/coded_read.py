@@ -53,7 +53,9 @@ def read_records(  # type: ignore[no-untyped-def]
         if headed != 0:
             last = used_of(record, last)
         if offset < last:
-            piece = min(last - offset, _U64(CODED_PIECE))
-            mine, other = digest_read(_U64(0), record + offset - _U64(shift), piece, lane, offset, columns, numbers)
+            live = min(offset + _U64(CODED_PIECE), last)
+            piece = (live - offset) & _U64(0x7FFFFFFF)  # 32 bits, as the compiler sees: else registers are spilled
+            source = record + offset - _U64(shift)
+            mine, other = digest_read(_U64(0), source, piece, lane, offset, columns, numbers)
             add_up(sums + _U64(b) * _U64(16), mine, other, lane)
         at = _U32(at + warps)

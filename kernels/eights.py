@@ -6,6 +6,7 @@ Floats are as in :mod:`kvortex.kernels.float32`.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -77,10 +78,10 @@ def scaled(x, factor):  # type: ignore[no-untyped-def]
     return tuple(_floats(x) * np.float32(factor))
 
 
-@statement(_each("xor.b32 u, [b], [c]; add.rn.f32 @, [a], u;", "eer", ".reg .b32 u;"), "eer", "e", pure=True)
+@statement(_each("fma.rn.f32 @, [b], [c], [a];", "eef"), "eef", "e", pure=True)
 def joined(x, y, sign):  # type: ignore[no-untyped-def]
-    """Sums, or with the highest bit as ``sign`` differences."""
-    return tuple(_floats(x) + (_floats(y).view(np.uint32) ^ np.uint32(sign)).view(np.float32))
+    """Sums, or with -1 as ``sign`` differences: a product with 1 or -1 is exact, so there is one rounding, as in those."""
+    return tuple(_floats(x) + _floats(y) * np.float32(sign))
 
 
 @statement(_each("shfl.sync.bfly.b32 @, [a], [b], 0x1F, 0xFFFFFFFF;", "er"), "er", "e", together=True)
@@ -126,12 +127,6 @@ def largest(x):  # type: ignore[no-untyped-def]
     return np.fmax.reduce(_floats(x))
 
 
-@statement(_folded("max.u32"), "e", "r", pure=True)
-def most_word(x):  # type: ignore[no-untyped-def]
-    """The largest of the bits of numbers that are not negative: those of NaN are above all others."""
-    return int(_floats(x).view(np.uint32).max())
-
-
 def _turned() -> str:
     names = [f"${8 + k}" for k in range(8)]
     lines: list[str] = []
@@ -157,87 +152,147 @@ def turned(x):  # type: ignore[no-untyped-def]
 
 
 _COUNTED = " ".join(f"setp.gt.u32 p, u, {root}; selp.u32 w, 1, 0, p; add.u32 @, @, w;" for root in ROOTS)
+_SCALE_CODE = (
+    f"and.b32 u, [a], {_MANTISSA}; shr.b32 @, [a], 23; shl.b32 @, @, 2; {_COUNTED} max.u32 @, @, {4 * LEAST_SCALE}; "
+    f"sub.u32 @, @, {4 * LEAST_SCALE};"
+)
+
+
+def _scale_codes() -> str:
+    """Eight numbers and the lane: of each exchange a lane keeps one half, and gives the other."""
+    lines = ["and.b32 u, $9, 16; setp.ne.u32 high, u, 0; and.b32 u, $9, 8; setp.ne.u32 odd, u, 0;"]
+    lines += [f"mov.b32 t{k}, ${1 + k};" for k in range(8)]
+    for flip, upper, half in ((16, "high", 4), (8, "odd", 2)):
+        for k in range(half):
+            a, b = f"t{k}", f"t{k + half}"
+            lines += [f"selp.b32 u, {a}, {b}, {upper}; selp.b32 {a}, {b}, {a}, {upper};"]
+            lines += [f"shfl.sync.bfly.b32 u, u, {flip}, 0x1F, 0xFFFFFFFF; max.NaN.f32 {a}, {a}, u;"]
+    lines += [_SCALE_CODE.replace("[a]", f"t{k}").replace("@", f"t{4 + k}") for k in range(2)]
+    return _whole(
+        [*lines, "shl.b32 t5, t5, 16;", "or.b32 t4, t4, t5;"], ["t4"], ".reg .b32 t<8>, u, w; .reg .pred p, odd, high;"
+    )
+
+
+@statement(_scale_codes(), "er", "r", together=True)
+def scale_codes(most, lane):  # type: ignore[no-untyped-def]
+    """Of the largest of four lanes that lie 8 and 16 apart, number by number, codes of the first scale that is not below it.
+
+    None is negative. Lane ``l`` has those of numbers ``2 * (l >> 3)`` and the one behind, 16 bits each: more than 255 where no
+    scale is as large, or a number is NaN.
+    """
+    numbers = list(_floats(most))
+    for flip in (16, 8):
+        half = len(numbers) // 2
+        kept, given = (slice(half, None), slice(0, half)) if lane & flip else (slice(0, half), slice(half, None))
+        seen = [cuda.shfl_xor_sync(0xFFFFFFFF, number, flip) for number in numbers[given]]
+        numbers = list(np.maximum(_floats(numbers[kept]), _floats(seen)))
+    bits = _floats(numbers).view(np.uint32)
+    found = 4 * (bits >> 23).astype(np.int64) + sum((bits & _MANTISSA) > root for root in ROOTS)
+    codes = np.maximum(found - 4 * LEAST_SCALE, 0).tolist()
+    return codes[0] | codes[1] << 16
+
+
+_GATHERED = """{ .reg .b32 own, seen, which; .reg .pred odd, high;
+ and.b32 own, $3, 16; setp.ne.u32 high, own, 0; and.b32 own, $3, 8; setp.ne.u32 odd, own, 0;
+ prmt.b32 own, $2, 0, 0x4420;
+ shfl.sync.bfly.b32 seen, own, 8, 0x1F, 0xFFFFFFFF;
+ selp.b32 which, 0x1054, 0x5410, odd;
+ prmt.b32 own, own, seen, which;
+ shfl.sync.bfly.b32 seen, own, 16, 0x1F, 0xFFFFFFFF;
+ selp.b32 which, seen, own, high;
+ selp.b32 own, own, seen, high;
+ mov.b32 $0, which;
+ mov.b32 $1, own; }"""
+
+
+@statement(_GATHERED, "rr", "p", together=True)
+def gathered(codes, lane):  # type: ignore[no-untyped-def]
+    """Two words of a byte for each of eight codes, in all lanes, from what :func:`scale_codes` gives each."""
+    own = codes & 0xFF | codes >> 8 & 0xFF00
+    seen = cuda.shfl_xor_sync(0xFFFFFFFF, own, 8)
+    own = seen | own << 16 if lane & 8 else own | seen << 16
+    seen = cuda.shfl_xor_sync(0xFFFFFFFF, own, 16)
+    return (seen, own) if lane & 16 else (own, seen)
+
+
+def _scale(codes: Any, exponent: int) -> Any:
+    """Of 8 codes; ``exponent`` is that of code 0."""
+    each = np.array(codes, np.int64)
+    return tuple((np.array(ROOTS)[each & 3] + ((each >> 2) + exponent << 23)).astype(np.uint32).view(np.float32))
+
+
+def _bytes_of_two(low: Any, high: Any) -> Any:
+    return np.array([int(low), int(high)], np.uint64).astype(np.uint32).view(np.uint8).astype(np.int64)
+
+
+# Four scales at a time, a byte of each in a word: ``i`` says which root, ``e`` the exponent. What a byte of a root is a
+# permutation of the four that there are picks.
+_TABLES = [sum((root >> 8 * at & 255) << 8 * k for k, root in enumerate(ROOTS)) for at in range(3)]
+_FOUR_SCALES = (
+    "shr.b32 u, i, 4; or.b32 i, i, u; prmt.b32 i, i, 0, 0x4420; "
+    + " ".join(f"mov.b32 {name}, {table}; prmt.b32 {name}, {name}, 0, i;" for name, table in zip("abc", _TABLES, strict=True))
+    + " shl.b32 u, e, 7; lop3.b32 c, u, 0x80808080, c, 0xEA; shr.b32 e, e, 1; and.b32 e, e, 0x7F7F7F7F; "
+    "prmt.b32 u, a, b, 0x5140; prmt.b32 a, a, b, 0x7362; prmt.b32 b, c, e, 0x5140; prmt.b32 c, c, e, 0x7362; "
+    "prmt.b32 t0, u, b, 0x5410; prmt.b32 t1, u, b, 0x7632; prmt.b32 t2, a, c, 0x5410; prmt.b32 t3, a, c, 0x7632;"
+)
+
+
+def _scales(which: str) -> str:
+    """Of two words, with what is added to, or what is left of, each byte of exponents in ``$10``."""
+    lines = []
+    for at in range(2):
+        four = f"{which.replace('[w]', f'${8 + at}')} {_FOUR_SCALES}"
+        lines += [re.sub(r"\bt([0-3])\b", lambda found: f"t{4 * at + int(found[1])}", four)]  # noqa: B023
+    return _whole(lines, [f"t{k}" for k in range(8)], ".reg .b32 t<8>, a, b, c, e, i, u;")
 
 
 @statement(
-    _each(
-        f"and.b32 u, [a], {_MANTISSA}; shr.b32 @, [a], 23; shl.b32 @, @, 2; {_COUNTED} max.u32 @, @, {4 * LEAST_SCALE}; "
-        f"sub.u32 @, @, {4 * LEAST_SCALE};",
-        "e",
-        ".reg .b32 u, w; .reg .pred p;",
-    ),
+    _scales("shr.b32 e, [w], 2; and.b32 e, e, 0x3F3F3F3F; add.u32 e, e, $10; and.b32 i, [w], 0x03030303;"),
+    "rrr",
     "e",
-    "w",
     pure=True,
 )
-def scale_codes(most):  # type: ignore[no-untyped-def]
-    """Codes of the first scale that is not below each number."""
-    bits = _floats(most).view(np.uint32)
-    found = 4 * (bits >> 23).astype(np.int64) + sum((bits & _MANTISSA) > root for root in ROOTS)
-    return tuple(np.maximum(found - 4 * LEAST_SCALE, 0).tolist())
-
-
-_ROOT = f"and.b32 u, w, 3; mov.b32 @, {ROOTS[3]}; " + " ".join(
-    f"setp.eq.u32 p, u, {k}; selp.u32 @, {ROOTS[k]}, @, p;" for k in (2, 1, 0)
-)
-_SCALE = f"{_ROOT} shr.u32 w, w, 2; add.u32 w, w, {LEAST_SCALE}; shl.b32 w, w, 23; add.u32 @, @, w; add.u32 @, @, [b];"
-
-
-def _scale(codes: Any, more: Any) -> Any:
-    each = _words(codes).astype(np.int64)
-    bits = np.array(ROOTS)[each & 3] + ((each >> 2) + LEAST_SCALE << 23) + int(more)
-    return tuple((bits & 0xFFFFFFFF).astype(np.uint32).view(np.float32))
-
-
-@statement(_each(f"sub.u32 w, 256, [a]; {_SCALE}", "wr", ".reg .b32 u, w; .reg .pred p;"), "wr", "e", pure=True)
-def inverses(codes, more):  # type: ignore[no-untyped-def]
-    """The inverse of each scale, which is the scale of 256 - code; ``more`` is added to its bits."""
-    return _scale([256 - int(code) for code in codes], more)
-
-
-def _bytes_of_two(line: str) -> list[str]:
-    """A line for each of 8 bytes in ``$8`` and ``$9``."""
-    return [line.replace("@", f"t{k}").replace("[a]", f"${8 + k // 4}").replace("#", str(k % 4)) for k in range(8)]
-
-
-_STEPS = _SCALE.replace("[b]", "$10")
+def scales_of(low, high, exponents):  # type: ignore[no-untyped-def]
+    """Scales by a byte each of two words; each byte of ``exponents`` is that of the scale of code 0, 1 to 190."""
+    return _scale(_bytes_of_two(low, high), int(exponents) & 255)
 
 
 @statement(
-    _whole(
-        _bytes_of_two(f"prmt.b32 w, [a], 0, 0x444#; {_STEPS}"),
-        [f"t{k}" for k in range(8)],
-        ".reg .b32 t<8>, u, w; .reg .pred p;",
+    _scales(
+        "shr.b32 e, [w], 2; and.b32 e, e, 0x3F3F3F3F; sub.u32 e, $10, e; and.b32 i, [w], 0x03030303; "
+        "add.u32 u, i, 0x03030303; shr.b32 u, u, 2; and.b32 u, u, 0x01010101; sub.u32 e, e, u; "
+        "sub.u32 i, 0x04040404, i; and.b32 i, i, 0x03030303;"
     ),
     "rrr",
     "e",
     pure=True,
 )
-def scales_of(low, high, more):  # type: ignore[no-untyped-def]
-    """Scales by a byte each of two words; ``more`` is added to their bits."""
-    return _scale(list(np.array([int(low), int(high)], np.uint64).astype(np.uint32).view(np.uint8)), more)
+def inverses_of(low, high, exponents):  # type: ignore[no-untyped-def]
+    """Inverses of these scales, of which that of code 0 has the exponent ``exponents``, 65 to 254: those of minus the codes."""
+    return _scale(-_bytes_of_two(low, high), int(exponents) & 255)
 
 
-_CODE = "mul.rn.f32 t, ${a}, ${b}; max.f32 t, t, l; min.f32 t, t, ${top}; add.rm.f32 t{k}, t, m;"
+# No number is larger than its scale, nor a scale's product with its inverse than 1: so no code lies below the first one.
+_CODE = "mul.rn.f32 t, ${a}, ${b}; min.f32 t, t, ${top}; add.rm.f32 t{k}, t, m;"
 
 
 def _keys(begin: int) -> str:
     """Of four numbers from ``begin`` on; behind 16 places of numbers and inverses lie half and top."""
-    lines = ["neg.f32 l, $17;", f"mov.b32 m, {_NEAREST};", "add.rn.f32 m, m, $17;"]
+    lines = [f"mov.b32 m, {_NEAREST};", "add.rn.f32 m, m, $17;"]
     lines += [_CODE.format(a=1 + begin + k, b=9 + begin + k, top=18, k=k) for k in range(4)]
     lines += ["prmt.b32 t0, t0, t1, 0x0040;", "prmt.b32 t2, t2, t3, 0x0040;", "prmt.b32 t0, t0, t2, 0x5410;"]
-    return _whole(lines, ["t0"], ".reg .b32 t<4>, t, l, m;")
+    return _whole(lines, ["t0"], ".reg .b32 t<4>, t, m;")
 
 
 def _codes(rest: Any, inverse: Any, half: Any, top: Any, which: slice) -> int:
     with np.errstate(all="ignore"):
-        part = np.fmin(np.fmax(_floats(rest)[which] * _floats(inverse)[which], -np.float32(half)), np.float32(top))
+        part = np.fmin(_floats(rest)[which] * _floats(inverse)[which], np.float32(top))
         return int((np.floor(part) + np.float32(half)).astype(np.uint8).view(np.uint32)[0])
 
 
 @statement(_keys(0), "eeff", "r", pure=True)
 def low_codes(rest, inverse, half, top):  # type: ignore[no-untyped-def]
-    """A byte for each of the first four: the step that it lies in, from ``half`` of them below 0 to that of ``top``."""
+    """A byte for each of the first four, none below -``half`` steps: the step that it lies in, up to that of ``top``."""
     return _codes(rest, inverse, half, top, slice(0, 4))
 
 
@@ -265,42 +320,48 @@ def value_codes(a, b, c, d, zero, inverse):  # type: ignore[no-untyped-def]
         return tuple(np.ascontiguousarray(steps.astype(np.uint8)).view(np.uint32).ravel().tolist())
 
 
-def _decoded(codes: list[tuple[str, int]], minus: str, step: Any, plus: Any) -> list[str]:
-    """Lines that put numbers into ``t``: codes are bytes of words, and count in 256ths of 2**15."""
-    lines = []
-    for k, (word, byte) in enumerate(codes):
-        lines += [f"prmt.b32 t{k}, {word}, m, 0x74{byte}4;", f"sub.rn.f32 t{k}, t{k}, {minus};"]
-        lines += [f"mul.rn.f32 t{k}, t{k}, {step(k)};", f"add.rn.f32 t{k}, t{k}, {plus(k)};"]
-    return ["mov.b32 m, 0x4B000000;", *lines]
+def _counted(codes: list[tuple[str, int]], magic: str) -> list[str]:
+    """Lines that put codes, bytes of words, into ``t``: 256 of each above 2**23."""
+    return [f"prmt.b32 t{k}, {word}, {magic}, 0x74{byte}4;" for k, (word, byte) in enumerate(codes)]
 
 
 def _key_numbers() -> str:
-    """Two words, middle, steps and means; pairs of bf16."""
-    lines = _decoded([(f"${4 + k // 4}", k % 4) for k in range(8)], "$6", lambda k: f"${7 + k}", lambda k: f"${15 + k}")
+    """Two words, middle, steps, means and magic; pairs of bf16."""
+    lines = _counted([(f"${4 + k // 4}", k % 4) for k in range(8)], "$23")
+    lines += [
+        f"sub.rn.f32 t{k}, t{k}, $6; mul.rn.f32 t{k}, t{k}, ${7 + k}; add.rn.f32 t{k}, t{k}, ${15 + k};" for k in range(8)
+    ]
     lines += [f"cvt.rn.bf16x2.f32 t{k}, t{2 * k + 1}, t{2 * k};" for k in range(4)]
-    return _whole(lines, [f"t{k}" for k in range(4)], ".reg .b32 t<8>, m;")
+    return _whole(lines, [f"t{k}" for k in range(4)], ".reg .b32 t<8>;")
 
 
-@statement(_key_numbers(), "rrfee", "v", pure=True)
-def key_numbers(low, high, middle, step, mean):  # type: ignore[no-untyped-def]
-    """16 bytes of bf16 from eight codes: as many 256ths of a step as are left of 2**23 and 256 codes without ``middle``."""
+@statement(_key_numbers(), "rrfeef", "v", pure=True)
+def key_numbers(low, high, middle, step, mean, magic):  # type: ignore[no-untyped-def]
+    """16 bytes of bf16 from eight codes: as many 256ths of a step as are left of 2**23 and 256 codes without ``middle``.
+
+    ``magic`` is 2**23: a number that the compiler does not know, which else takes a register for each permutation instead.
+    """
     codes = np.array([int(low), int(high)], np.uint64).astype(np.uint32).view(np.uint8)
-    count = np.float32(1 << 23) + np.float32(256) * codes.astype(np.float32) - np.float32(middle)
+    count = np.float32(magic) + np.float32(256) * codes.astype(np.float32) - np.float32(middle)
     with np.errstate(over="ignore"):
         return brain(tuple(count * _floats(step) + _floats(mean)))
 
 
 def _value_numbers(byte: int) -> str:
-    lines = _decoded([(f"${8 + k}", byte) for k in range(8)], "m", lambda k: "$16", lambda k: "$17")
-    return _whole(lines, [f"t{k}" for k in range(8)], ".reg .b32 t<8>, m;")
+    lines = _counted([(f"${8 + k}", byte) for k in range(8)], "$18")
+    lines += [f"sub.rn.f32 t{k}, t{k}, $18; fma.rn.f32 t{k}, t{k}, $16, $17;" for k in range(8)]
+    return _whole(lines, [f"t{k}" for k in range(8)], ".reg .b32 t<8>;")
 
 
 def _numbers_of(byte: int) -> Any:
-    @statement(_value_numbers(byte), "wff", "e", pure=True)
-    def numbers(words, step, zero):  # type: ignore[no-untyped-def]
-        """Eight numbers from one byte of each word, where ``step`` is a 256th of one."""
-        codes = _words(words).view(np.uint8).reshape(8, 4)[:, byte].astype(np.float32)
-        return tuple(np.float32(256) * codes * np.float32(step) + np.float32(zero))
+    @statement(_value_numbers(byte), "wfff", "e", pure=True)
+    def numbers(words, step, zero, magic):  # type: ignore[no-untyped-def]
+        """Eight numbers from one byte of each word, where ``step`` is a 256th of one, and ``magic`` as of :func:`key_numbers`.
+
+        A step has 11 bits and a code 8, so their product is exact: with its sum there is one rounding in two operations too.
+        """
+        codes = np.float32(256) * _words(words).view(np.uint8).reshape(8, 4)[:, byte].astype(np.float32)
+        return tuple(codes * np.float32(step) + np.float32(zero))
 
     return numbers
 

@@ -38,6 +38,12 @@ def early16(address):  # type: ignore[no-untyped-def]
     return tuple((ctypes.c_uint32 * 4).from_address(int(address)))
 
 
+@statement("ld.global.v4.u32 {$0,$1,$2,$3}, [$4];", "l", "v")
+def early_cached16(address):  # type: ignore[no-untyped-def]
+    """As :func:`load16`, of what is read again."""
+    return tuple((ctypes.c_uint32 * 4).from_address(int(address)))
+
+
 @statement("bar.warp.sync 0xffffffff;", "")
 def all_here():  # type: ignore[no-untyped-def]
     """Keeps loads of a whole warp before what follows, where no store does that. All lanes must come to it."""
@@ -76,6 +82,7 @@ def _store(nbytes: int) -> Callable[..., Any]:
 
 
 load8, load4, load2, load1 = (_load(nbytes, _CONSTANT) for nbytes in (8, 4, 2, 1))
-cached4, cached2, cached1 = (_load(nbytes, _CACHED) for nbytes in (4, 2, 1))
+cached8, cached4, cached2, cached1 = (_load(nbytes, _CACHED) for nbytes in (8, 4, 2, 1))
+early8, early4 = (_load(nbytes, "ld.global") for nbytes in (8, 4))
 fresh8, fresh4, fresh2, fresh1 = (_load(nbytes, _FRESH) for nbytes in (8, 4, 2, 1))
 store8, store4, store2, store1 = (_store(nbytes) for nbytes in (8, 4, 2, 1))

@@ -9,8 +9,11 @@ multiples of 16.
 What a record's bytes are is in :mod:`kvortex.codecs.lossy`; all floats are float32 and each operation rounds once, in the
 order that :mod:`kvortex.codecs._lossy` has on the host (:mod:`kvortex.kernels.float32`).
 
-Of K each lane has 8 neighbouring channels of 4 tokens, so that the largest of a channel takes two shuffles; of V it has 32
+Of K each lane has 8 neighbouring channels of 4 tokens, so that the largest of a channel takes two exchanges; of V it has 32
 neighbouring channels of one token: most of a rotation, and the words of its codes, without any.
+
+While a warp works on a tile, the next one's loads are in flight. They are plain ``ld.global``
+(:func:`kvortex.kernels.lane.early16`), and their words go nowhere before they are needed.
 """
 
 from __future__ import annotations
@@ -27,14 +30,18 @@ from kvortex.kernels.lossy_form import (
     ACROSS,
     BODY_BYTES,
     EACH,
+    FACTOR,
     GROUPS,
     HEADER_BYTES,
     KEY_BYTES,
+    LANES,
     N_PLANES,
     PLANES,
     TILE_BYTES,
+    V_BITS,
     VALUE_BYTES,
 )
+from kvortex.kernels.plane import uniform
 
 SIGNATURE: Any = plane.SIGNATURE
 uint32, uint64, int32 = types.uint32, types.uint64, types.int32
@@ -49,7 +56,7 @@ def rotated(a, b, c, d, lane, lanes, factor):  # type: ignore[no-untyped-def]
     a, b, c, d = sums(a, c), sums(b, d), differences(a, c), differences(b, d)
     flip = uint32(1)
     while flip < lanes:
-        sign = uint32(0x80000000) if uint32(lane & flip) != uint32(0) else uint32(0)
+        sign = number_of(uint32(0xBF800000) if uint32(lane & flip) != uint32(0) else uint32(0x3F800000))
         a, b = joined(from_lane(a, flip), a, sign), joined(from_lane(b, flip), b, sign)
         c, d = joined(from_lane(c, flip), c, sign), joined(from_lane(d, flip), d, sign)
         flip = uint32(flip << uint32(1))
@@ -64,17 +71,52 @@ def from_half(half):  # type: ignore[no-untyped-def]
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def place(codec, tile):  # type: ignore[no-untyped-def]
-    """A tile's plane, its number in the plane, whether that is K, and where the plane begins in a record."""
-    each_tiles = uint32(uint32(codec[GROUPS]) * uint32(codec[ACROSS]))
-    number = uint32(tile // each_tiles)
+def form_of(codec):  # type: ignore[no-untyped-def]
+    """Columns of a plane, and its tiles."""
+    across = uint32(codec[ACROSS])
+    return across, uint32(uint32(codec[GROUPS]) * across)
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def values_of(codec):  # type: ignore[no-untyped-def]
+    """Bits of V, lanes that a head lies in, and what rotated values are multiplied by, as bits, or 0; the same in all lanes."""
+    return uniform(uint32(codec[V_BITS])), uniform(uint32(codec[LANES])), uniform(uint32(codec[FACTOR]))
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def _plane(codec, number):  # type: ignore[no-untyped-def]
+    """Whether a plane is K, and where it begins in a record."""
     each = uint32(codec[EACH])
     layer = uint32(number // uint32(uint32(2) * each))
-    within = uint32(number - layer * uint32(uint32(2) * each))
-    key = within < each
-    keys = uint32(layer * each + (within if key else each))
-    begin = uint32(uint32(HEADER_BYTES) + keys * uint32(codec[KEY_BYTES]))
-    return number, uint32(tile - number * each_tiles), key, uint32(begin + uint32(number - keys) * uint32(codec[VALUE_BYTES]))
+    position = uint32(number - layer * uint32(uint32(2) * each))
+    keys = uint32(layer * each + min(position, each))
+    begin = uint32(uint32(HEADER_BYTES) + keys * uint32(codec[KEY_BYTES]) + uint32(number - keys) * uint32(codec[VALUE_BYTES]))
+    return position < each, begin
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def place(codec, form, tile):  # type: ignore[no-untyped-def]
+    """A tile's plane, whether that is K, where it begins in a record, and the tile's group and column in it."""
+    across, each_tiles = form
+    number = uint32(tile // each_tiles)
+    within = uint32(tile - number * each_tiles)
+    group = uint32(within // across)
+    key, begin = _plane(codec, number)
+    return number, key, begin, group, uint32(within - group * across)
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def after(codec, form, at):  # type: ignore[no-untyped-def]
+    """The place behind one, without a division unless it is in another plane."""
+    across, each_tiles = form
+    number, key, begin, group, column = at
+    column = uint32(column + uint32(1))
+    if column == across:
+        column, group = uint32(0), uint32(group + uint32(1))
+        if uint32(group * across) == each_tiles:
+            group, number = uint32(0), uint32(number + uint32(1))
+            key, begin = _plane(codec, number)
+    return number, key, begin, group, column
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]

@@ -15,8 +15,9 @@ from numba import cuda
 from numba.cuda import types
 
 from kvortex.kernels import lossy
-from kvortex.kernels.bit_planes import bit_planes, bytes_turned, load_planes, traded
+from kvortex.kernels.bit_planes import bit_planes, bytes_turned, few_codes, traded
 from kvortex.kernels.eights import (
+    LEAST_SCALE,
     brain,
     eight,
     key_numbers,
@@ -27,24 +28,19 @@ from kvortex.kernels.eights import (
     value_numbers_3,
 )
 from kvortex.kernels.float32 import number_of, times, whole
-from kvortex.kernels.lane import load4, load8, load16, store4, store16
-from kvortex.kernels.lossy import ALL, from_half, page_of, part_at, part_bytes, place, rotated
+from kvortex.kernels.lane import all_here, early4, early8, early16, early_cached16, load4, load16, store4, store16
+from kvortex.kernels.lossy import ALL, after, form_of, from_half, page_of, part_at, part_bytes, place, rotated, values_of
 from kvortex.kernels.lossy_form import (
-    ACROSS,
     BODY_BYTES,
-    FACTOR,
-    GROUPS,
     HEADER_BYTES,
     HEADER_WORDS,
     HEADERS,
     K_BITS,
-    LANES,
     MEANS,
     N_PLANES,
     PART_AT,
     TILE_BYTES,
     USED_AT,
-    V_BITS,
 )
 from kvortex.kernels.plane import uniform
 
@@ -73,50 +69,99 @@ def _is_ours(codec, record, part, lane):  # type: ignore[no-untyped-def]
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _key_tile(codec, number, within, block, plane_at, lane):  # type: ignore[no-untyped-def]
-    """16 tokens of 64 channels of K."""
-    across = uint32(codec[ACROSS])
-    bits = uniform(uint32(codec[K_BITS]))
-    group = uint32(within // across)
-    channel = uint32(uint32(64) * uint32(within - group * across) + uint32(8) * uint32(lane & uint32(7)))
-    token = uint32(lane >> uint32(3))
-    row = uint32(uint32(16) * group + uint32(4) * uint32(lane & uint32(3)) + token)
-    codes = plane_at + uint64(64) * uint64(codec[GROUPS]) * uint64(across)
-    column = uint32(uint32(row * uint32(uint32(2) * across)) + uint32(channel >> uint32(5)))
-    words = load_planes(codes + uint64(uint32(4) * bits) * uint64(column), bits)
-    scales = load8(plane_at + uint64(group) * uint64(64) * uint64(across) + uint64(channel))
-    mean = eight(load16(codec[MEANS] + uint64(2) * (uint64(number) * uint64(64) * uint64(across) + uint64(channel))))
-    step = scales_of(uint32(scales), uint32(scales >> uint64(32)), uint32(uint32(0) - uint32((bits + uint32(7)) << uint32(23))))
-    # Each lane has all channels of one token: now it gets 8 channels of four.
-    a0, b0, c0, d0, a1, b1, c1, d1 = traded(bytes_turned(bit_planes(words)), lane)
-    step_bytes = uint64(across) * uint64(128)
-    target = page_of(codec, number, block) + uint64(uint32(16) * group + token) * step_bytes + uint64(2) * uint64(channel)
-    half = uint32(uint32(256) * uint32(uint32(1) << uint32(bits - uint32(1))))
-    middle = whole(uint32(uint32(0x800000) + half - uint32(128)))
-    store16(target, key_numbers(a0, a1, middle, step, mean))
-    store16(target + uint64(4) * step_bytes, key_numbers(b0, b1, middle, step, mean))
-    store16(target + uint64(8) * step_bytes, key_numbers(c0, c1, middle, step, mean))
-    store16(target + uint64(12) * step_bytes, key_numbers(d0, d1, middle, step, mean))
+def _words(address, bits):  # type: ignore[no-untyped-def]
+    """A lane's 3, 4, 6 or 8 words, and zeros: each way by itself, since a load waits for one before it to the same register."""
+    none = uint32(0)
+    e, f, g, h = none, none, none, none
+    if bits == uint32(4):
+        a, b, c, d = early16(address)
+    elif bits == uint32(8):
+        a, b, c, d = early16(address)
+        e, f, g, h = early16(address + uint64(16))
+    elif bits == uint32(3):
+        a, b, c, d = early4(address), early4(address + uint64(4)), early4(address + uint64(8)), none
+        all_here()  # else both ways become one, where loads of the one wait for those of the other
+    else:
+        p, q, r = early8(address), early8(address + uint64(8)), early8(address + uint64(16))
+        a, b, c, d = uint32(p), uint32(p >> uint64(32)), uint32(q), uint32(q >> uint64(32))
+        e, f = uint32(r), uint32(r >> uint64(32))
+    return a, b, c, d, e, f, g, h
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _value_tile(codec, number, within, block, plane_at, lane):  # type: ignore[no-untyped-def]
+def _loaded(codec, form, at, key_bits, value, plane_at, lane):  # type: ignore[no-untyped-def]
+    """A lane's codes of a tile, and scales of K or step and zero of V; in flight before what earlier tiles store."""
+    across, each_tiles = form
+    _, key, _, group, column = at
+    tile = uint32(group * across + column)
+    if key:
+        eighth = uint32(lane & uint32(7))
+        row = uint32(uint32(16) * group + uint32(uint32(4) * uint32(lane & uint32(3)) + uint32(lane >> uint32(3))))
+        word = uint32(row * uint32(uint32(2) * across) + uint32(uint32(2) * column + uint32(eighth >> uint32(2))))
+        codes = uint32(uint32(64) * each_tiles + uint32(uint32(4) * key_bits) * word)
+        words = _words(plane_at + uint64(codes), key_bits)
+        scales = uint64(early8(plane_at + uint64(uint32(uint32(64) * tile + uint32(8) * eighth))))
+    else:
+        bits, lanes, _ = value
+        word = uint32(uint32(32) * tile + lane)
+        shift = uint32(cuda.popc(uint32(lanes - uint32(1))))  # lanes are a power of two
+        codes = uint32(uint32(uint32(128) * each_tiles >> shift) + uint32(uint32(4) * bits) * word)
+        words = _words(plane_at + uint64(codes), bits)
+        scales = uint64(early4(plane_at + uint64(uint32(uint32(4) * uint32(word >> shift)))))
+    return words, scales
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def _codes(words, bits):  # type: ignore[no-untyped-def]
+    """Codes of so many bits from words of one bit each."""
+    return few_codes(words) if bits <= uint32(4) else bit_planes(words)
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def _target(codec, form, at, page, lane):  # type: ignore[no-untyped-def]
+    """Where a lane's first 16 bytes of a tile go, and of K the means of its channels."""
+    across, _ = form
+    number, key, _, group, column = at
+    none = uint32(0)
+    mean = none, none, none, none
+    if key:
+        row_bytes = uint32(uint32(128) * across)
+        channel = uint32(uint32(128) * column + uint32(16) * uint32(lane & uint32(7)))
+        mean = early_cached16(codec[MEANS] + uint64(uint32(number * row_bytes + channel)))
+        offset = uint32(uint32(uint32(16) * group + uint32(lane >> uint32(3))) * row_bytes + channel)
+    else:
+        offset = uint32(uint32(2048) * uint32(group * across + column) + uint32(64) * lane)
+    return page + uint64(offset), mean
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def _key_tile(form, bits, words, scales, mean, target, magic, lane):  # type: ignore[no-untyped-def]
+    """16 tokens of 64 channels of K."""
+    mean = eight(mean)
+    step = scales_of(
+        uint32(scales), uint32(scales >> uint64(32)), uint32(uint32(0x01010101) * uint32(uint32(LEAST_SCALE - 7) - bits))
+    )
+    # Each lane has all channels of one token: now it gets 8 channels of four.
+    a0, b0, c0, d0, a1, b1, c1, d1 = traded(bytes_turned(words), lane)
+    apart = uint64(uint32(uint32(512) * form[0]))
+    half = uint32(uint32(256) * uint32(uint32(1) << uint32(bits - uint32(1))))
+    middle = whole(uint32(uint32(0x800000) + half - uint32(128)))
+    store16(target, key_numbers(a0, a1, middle, step, mean, magic))
+    store16(target + apart, key_numbers(b0, b1, middle, step, mean, magic))
+    store16(target + uint64(2) * apart, key_numbers(c0, c1, middle, step, mean, magic))
+    store16(target + uint64(3) * apart, key_numbers(d0, d1, middle, step, mean, magic))
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def _value_tile(value, words, both, target, magic, lane):  # type: ignore[no-untyped-def]
     """1,024 values of V in a row."""
-    bits = uniform(uint32(codec[V_BITS]))
-    lanes = uniform(uint32(codec[LANES]))
-    factor = uniform(uint32(codec[FACTOR]))
-    at = uint32(uint32(32) * within + lane)
-    heads = uint32(uint32(codec[GROUPS]) * uint32(codec[ACROSS]) * uint32(uint32(32) // lanes))
-    words = load_planes(plane_at + uint64(4) * uint64(heads) + uint64(uint32(4) * bits) * uint64(at), bits)
-    both = uint32(load4(plane_at + uint64(4) * uint64(uint32(at // lanes))))
-    step = times(from_half(uint32(both & uint32(0xFFFF))), number_of(uint32(0x3B800000)))  # a 256th
-    zero = from_half(uint32(both >> uint32(16)))
-    words = bit_planes(words)
-    a, b = value_numbers_0(words, step, zero), value_numbers_1(words, step, zero)
-    c, d = value_numbers_2(words, step, zero), value_numbers_3(words, step, zero)
+    _, lanes, factor = value
+    step = times(from_half(uint32(both & uint64(0xFFFF))), number_of(uint32(0x3B800000)))  # a 256th
+    zero = from_half(uint32(both >> uint64(16)))
+    a, b = value_numbers_0(words, step, zero, magic), value_numbers_1(words, step, zero, magic)
+    c, d = value_numbers_2(words, step, zero, magic), value_numbers_3(words, step, zero, magic)
     if factor != uint32(0):
         a, b, c, d = rotated(a, b, c, d, lane, lanes, number_of(factor))
-    target = page_of(codec, number, block) + uint64(64) * uint64(at)
     store16(target, brain(a))
     store16(target + uint64(16), brain(b))
     store16(target + uint64(32), brain(c))
@@ -134,11 +179,11 @@ def _part(codec, tile, part, block, record, lane):  # type: ignore[no-untyped-de
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _in_front(codec, tile, tiles):  # type: ignore[no-untyped-def]
+def _in_front(codec, form, tile, tiles):  # type: ignore[no-untyped-def]
     """Bytes of a record before the plane that begins with a tile, header included; of all of it behind the last one."""
     begin = uint32(uint32(HEADER_BYTES) + uint32(codec[BODY_BYTES]))
     if tile < tiles:
-        _, _, _, begin = place(codec, tile)
+        begin = place(codec, form, tile)[2]
     return begin
 
 
@@ -159,36 +204,56 @@ def lossy_decode(staging, pitch, codec, status, blocks, n_blocks, run, first, en
     lane = uint32(cuda.threadIdx.x & 31)
     warp = uniform(uint32((cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) >> 5))
     warps = uint32((cuda.gridDim.x * cuda.blockDim.x) >> 5)
-    tiles = uint32(uint32(codec[N_PLANES]) * uint32(codec[GROUPS]) * uint32(codec[ACROSS]))
+    form = form_of(codec)
+    key_bits, value = uniform(uint32(codec[K_BITS])), values_of(codec)
+    magic = number_of(uint32(uint32(0x4B000000) + uint32(key_bits >> uint32(8))))  # 2**23: no codec has that many bits
+    tiles = uint32(uint32(codec[N_PLANES]) * form[1])
     count = uint32(uint32(end) - uint32(first))
-    runs = uint32((count + uint32(run) - uint32(1)) // uint32(run))
+    runs = uint32(uint32(count + uint32(run) - uint32(1)) // uint32(run))
     missing = uint32(0)
     if uint32(first) > uint32(0):
-        missing = _in_front(codec, uint32(first), tiles)
-    fits = uint64(uint32(_in_front(codec, uint32(end), tiles) - missing)) <= pitch
+        missing = _in_front(codec, form, uint32(first), tiles)
+    fits = uint64(uint32(_in_front(codec, form, uint32(end), tiles) - missing)) <= pitch
+    whole_range = count == tiles
     at = warp
     while at < uint32(uint32(n_blocks) * runs):
         b = uint32(at // runs)
-        tile = uint32(uint32(first) + (at - b * runs) * uint32(run))
+        tile = uint32(uint32(first) + uint32(at - uint32(b * runs)) * uint32(run))
         last = min(uint32(tile + uint32(run)), uint32(end))
         record = staging + uint64(b) * pitch
         block, part = blocks[uint32(uint32(2) * b)], blocks[uint32(uint32(2) * b + uint32(1))]
-        good = fits and (part < int32(0) or count == tiles)
-        if good and missing == uint32(0):
+        good = fits and (part < int32(0) or whole_range)
+        following = place(codec, form, tile)
+        page = page_of(codec, following[0], block)
+        none = uint32(0)
+        words, scales = (none, none, none, none, none, none, none, none), uint64(0)
+        before = record - uint64(missing)
+        if good and part < int32(0):  # in flight while the header is looked at, which leads nowhere
+            words, scales = _loaded(codec, form, following, key_bits, value, before + uint64(following[2]), lane)
+        if good and uint32(first) == uint32(0):
             good = _is_ours(codec, record, part, lane)
         if not good:
             if lane == uint32(0):
                 store4(status + uint64(4) * uint64(b), uint32(1))
             tile = last
-        while tile < last:
-            if part >= int32(0):
+        if part >= int32(0):
+            while tile < last:
                 _part(codec, tile, uint32(part), block, record, lane)
-            else:
-                number, within, key, begin = place(codec, tile)
-                plane_at = record + uint64(uint32(begin - missing))
+                tile = uint32(tile + uint32(1))
+        elif tile < last:
+            left = uint32(last - tile)
+            while left > uint32(0):
+                number, key = following[0], following[1]
+                codes, own_scales = _codes(words, key_bits if key else value[0]), scales
+                target, mean = _target(codec, form, following, page, lane)
+                left = uint32(left - uint32(1))
+                if left > uint32(0):  # the next one's loads are in flight while this one is decoded
+                    following = after(codec, form, following)
+                    if following[0] != number:
+                        page = page_of(codec, following[0], block)
+                    words, scales = _loaded(codec, form, following, key_bits, value, before + uint64(following[2]), lane)
                 if key:
-                    _key_tile(codec, number, within, block, plane_at, lane)
+                    _key_tile(form, key_bits, codes, own_scales, mean, target, magic, lane)
                 else:
-                    _value_tile(codec, number, within, block, plane_at, lane)
-            tile = uint32(tile + uint32(1))
+                    _value_tile(value, codes, own_scales, target, magic, lane)
         at = uint32(at + warps)

@@ -9,17 +9,17 @@ from __future__ import annotations
 from numba import cuda
 
 from kvortex.kernels import lossy
-from kvortex.kernels.bit_planes import bit_planes, bytes_turned, lowest, store_planes, traded
+from kvortex.kernels.bit_planes import bit_planes, bytes_turned, few_bit_planes, store_planes, traded
 from kvortex.kernels.eights import (
+    LEAST_SCALE,
     differences,
     eight,
-    from_lane,
+    gathered,
     high_codes,
-    inverses,
+    inverses_of,
     larger_each,
     largest,
     low_codes,
-    most_word,
     reaches,
     scale_codes,
     smaller_each,
@@ -28,27 +28,21 @@ from kvortex.kernels.eights import (
 )
 from kvortex.kernels.flags import mark, take
 from kvortex.kernels.float32 import half_down, half_up, larger, minus, number_of, over, plus, reach, smaller, whole, word_of
-from kvortex.kernels.lane import load4, load16, store4, store8, store16
-from kvortex.kernels.lossy import ALL, from_half, page_of, part_at, part_bytes, place, rotated
+from kvortex.kernels.lane import early16, early_cached16, load4, load16, store4, store8, store16
+from kvortex.kernels.lossy import ALL, after, form_of, from_half, page_of, part_at, part_bytes, place, rotated, values_of
 from kvortex.kernels.lossy_form import (
-    ACROSS,
     BODY_BYTES,
     DECLINED,
-    FACTOR,
-    GROUPS,
     HEADER_BYTES,
     HEADER_WORDS,
     HEADERS,
     K_BITS,
-    LANES,
-    LARGEST_SCALE,
     MEANS,
     N_PLANES,
     PART_AT,
     STORED_AT,
     TILE_BYTES,
     USED_AT,
-    V_BITS,
 )
 from kvortex.kernels.plane import uniform
 
@@ -57,30 +51,44 @@ uint32, uint64, int32 = lossy.uint32, lossy.uint64, lossy.int32
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _key_tile(codec, number, within, block, plane_at, lane):  # type: ignore[no-untyped-def]
-    """16 tokens of 64 channels of K; False where a value is too large, or none."""
-    across = uint32(codec[ACROSS])
-    bits = uniform(uint32(codec[K_BITS]))
-    group = uint32(within // across)
-    channel = uint32(uint32(64) * uint32(within - group * across) + uint32(8) * uint32(lane & uint32(7)))
-    step = uint64(across) * uint64(128)
-    token = uint32(lane >> uint32(3))
-    source = page_of(codec, number, block) + uint64(uint32(16) * group + token) * step + uint64(2) * uint64(channel)
-    a, b = load16(source), load16(source + uint64(4) * step)
-    c, d = load16(source + uint64(8) * step), load16(source + uint64(12) * step)
-    mean = eight(load16(codec[MEANS] + uint64(2) * (uint64(number) * uint64(64) * uint64(across) + uint64(channel))))
-    e, f = differences(eight(a), mean), differences(eight(b), mean)
-    g, h = differences(eight(c), mean), differences(eight(d), mean)
-    most = reaches(reaches(e, f), reaches(g, h))
-    most = reaches(most, from_lane(most, uint32(8)))
-    most = reaches(most, from_lane(most, uint32(16)))
-    scales = scale_codes(most)
+def _loaded(form, at, page, means, lane):  # type: ignore[no-untyped-def]
+    """A lane's 64 bytes of a tile, and of K the means of its channels; in flight before what earlier tiles store."""
+    across, _ = form
+    number, key, _, group, column = at
+    none = uint32(0)
+    mean = none, none, none, none
+    if key:
+        step = uint32(across * uint32(128))
+        row = uint32(uint32(16) * group + uint32(lane >> uint32(3)))
+        eighth = uint32(uint32(128) * column + uint32(16) * uint32(lane & uint32(7)))
+        source, apart = page + uint64(uint32(row * step + eighth)), uint64(uint32(uint32(4) * step))
+        p, q = early16(source), early16(source + apart)
+        r, s = early16(source + uint64(2) * apart), early16(source + uint64(3) * apart)
+        mean = early_cached16(means + uint64(uint32(number * step + eighth)))
+    else:
+        source = page + uint64(uint32(uint32(2048) * uint32(group * across + column) + uint32(64) * lane))
+        p, q, r, s = early16(source), early16(source + uint64(16)), early16(source + uint64(32)), early16(source + uint64(48))
+    return p, q, r, s, mean
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def _planes(codes, bits):  # type: ignore[no-untyped-def]
+    """Codes of so many bits as words of one bit each."""
+    return few_bit_planes(codes) if bits <= uint32(4) else bit_planes(codes)
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def _key_tile(form, group, column, bits, e, f, g, h, plane_at, lane):  # type: ignore[no-untyped-def]
+    """16 tokens of 64 channels of K without their means; False where a value is too large, or none."""
+    across, each_tiles = form
+    token, eighth = uint32(lane >> uint32(3)), uint32(lane & uint32(7))
+    found = uint32(scale_codes(reaches(reaches(e, f), reaches(g, h)), lane))
+    low, high = gathered(found, lane)
     if token == uint32(0):
-        low = lowest(scales[0], scales[1], scales[2], scales[3])
-        high = lowest(scales[4], scales[5], scales[6], scales[7])
-        at = plane_at + uint64(group) * uint64(64) * uint64(across) + uint64(channel)
-        store8(at, uint64(low) | uint64(high) << uint64(32))
-    inverse = inverses(scales, uint32((bits - uint32(1)) << uint32(23)))
+        at = uint32(uint32(64) * uint32(group * across + column) + uint32(8) * eighth)
+        store8(plane_at + uint64(at), uint64(low) | uint64(high) << uint64(32))
+    exponents = uint32(uint32(0x01010101) * uint32(bits + uint32(253 - LEAST_SCALE)))
+    inverse = inverses_of(low, high, exponents)
     half = whole(uint32(uint32(1) << uint32(bits - uint32(1))))
     top = minus(half, number_of(uint32(0x3F000000)))  # lies within the last step
     a0, a1 = low_codes(e, inverse, half, top), high_codes(e, inverse, half, top)
@@ -88,12 +96,12 @@ def _key_tile(codec, number, within, block, plane_at, lane):  # type: ignore[no-
     c0, c1 = low_codes(g, inverse, half, top), high_codes(g, inverse, half, top)
     d0, d1 = low_codes(h, inverse, half, top), high_codes(h, inverse, half, top)
     # Four lanes have 32 channels of four tokens: now each gets all channels of one.
-    words = bit_planes(bytes_turned(traded((a0, b0, c0, d0, a1, b1, c1, d1), lane)))
+    words = _planes(bytes_turned(traded((a0, b0, c0, d0, a1, b1, c1, d1), lane)), bits)
     row = uint32(uint32(16) * group + uint32(4) * uint32(lane & uint32(3)) + token)
-    codes = plane_at + uint64(64) * uint64(codec[GROUPS]) * uint64(across)
-    column = uint32(uint32(row * uint32(uint32(2) * across)) + uint32(channel >> uint32(5)))
-    store_planes(codes + uint64(uint32(4) * bits) * uint64(column), bits, words)
-    return most_word(most) <= uint32(LARGEST_SCALE)
+    place = uint32(row * uint32(uint32(2) * across) + uint32(uint32(2) * column + uint32(eighth >> uint32(2))))
+    codes = uint32(uint32(64) * each_tiles + uint32(uint32(4) * bits) * place)
+    store_planes(plane_at + uint64(codes), bits, words)
+    return uint32(found & uint32(0xFF00FF00)) == uint32(0)
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
@@ -104,16 +112,10 @@ def _huge(words):  # type: ignore[no-untyped-def]
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _value_tile(codec, number, within, block, plane_at, lane):  # type: ignore[no-untyped-def]
-    """1,024 values of V in a row; False where one is too large, or none."""
-    bits = uniform(uint32(codec[V_BITS]))
-    lanes = uniform(uint32(codec[LANES]))
-    factor = uniform(uint32(codec[FACTOR]))
-    at = uint32(uint32(32) * within + lane)
-    source = page_of(codec, number, block) + uint64(64) * uint64(at)
-    p, q, r, s = load16(source), load16(source + uint64(16)), load16(source + uint64(32)), load16(source + uint64(48))
-    good = uint32(_huge(p) | _huge(q) | _huge(r) | _huge(s)) == uint32(0)
-    a, b, c, d = eight(p), eight(q), eight(r), eight(s)
+def _value_tile(form, group, column, value, a, b, c, d, plane_at, lane):  # type: ignore[no-untyped-def]
+    """1,024 values of V in a row; False where one is too large."""
+    across, each_tiles = form
+    bits, lanes, factor = value
     if factor != uint32(0):
         a, b, c, d = rotated(a, b, c, d, lane, lanes, number_of(factor))
     low = smallest(smaller_each(smaller_each(a, b), smaller_each(c, d)))
@@ -125,7 +127,7 @@ def _value_tile(codec, number, within, block, plane_at, lane):  # type: ignore[n
         flip = uint32(flip << uint32(1))
     none = number_of(uint32(0))
     low, high = plus(low, none), plus(high, none)  # which makes 0 of -0
-    good = good and word_of(reach(reach(none, low), high)) <= uint32(0x477FE000)  # 65,504
+    good = word_of(reach(reach(none, low), high)) <= uint32(0x477FE000)  # 65,504
     zero_half = uint32(half_down(low))
     zero = from_half(zero_half)
     step_half = uint32(half_up(over(minus(high, zero), whole(uint32(uint32(uint32(1) << bits) - uint32(1))))))
@@ -133,11 +135,12 @@ def _value_tile(codec, number, within, block, plane_at, lane):  # type: ignore[n
     inverse = none
     if step_half != uint32(0):
         inverse = over(number_of(uint32(0x3F800000)), step)
+    at = uint32(uint32(32) * uint32(group * across + column) + lane)
+    shift = uint32(cuda.popc(uint32(lanes - uint32(1))))  # lanes are a power of two
     if uint32(lane & uint32(lanes - uint32(1))) == uint32(0):
-        store4(plane_at + uint64(4) * uint64(uint32(at // lanes)), uint32(step_half | zero_half << uint32(16)))
-    words = bit_planes(value_codes(a, b, c, d, zero, inverse))
-    heads = uint32(uint32(codec[GROUPS]) * uint32(codec[ACROSS]) * uint32(uint32(32) // lanes))
-    store_planes(plane_at + uint64(4) * uint64(heads) + uint64(uint32(4) * bits) * uint64(at), bits, words)
+        store4(plane_at + uint64(uint32(uint32(4) * uint32(at >> shift))), uint32(step_half | zero_half << uint32(16)))
+    codes = uint32(uint32(uint32(128) * each_tiles >> shift) + uint32(uint32(4) * bits) * at)
+    store_planes(plane_at + uint64(codes), bits, _planes(value_codes(a, b, c, d, zero, inverse), bits))
     return good
 
 
@@ -200,30 +203,50 @@ def lossy_encode(staging, pitch, codec, counts, blocks, n_blocks, run):  # type:
     lane = uint32(cuda.threadIdx.x & 31)
     warp = uniform(uint32((cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) >> 5))
     warps = uint32((cuda.gridDim.x * cuda.blockDim.x) >> 5)
-    tiles = uint32(uint32(codec[N_PLANES]) * uint32(codec[GROUPS]) * uint32(codec[ACROSS]))
-    runs = uint32((tiles + uint32(run) - uint32(1)) // uint32(run))
+    form, means = form_of(codec), codec[MEANS]
+    key_bits, value = uniform(uint32(codec[K_BITS])), values_of(codec)
+    tiles = uint32(uint32(codec[N_PLANES]) * form[1])
+    runs = uint32(uint32(tiles + uint32(run) - uint32(1)) // uint32(run))
     fits = uint64(uint32(HEADER_BYTES) + uint32(codec[BODY_BYTES])) <= pitch
     at = warp
     while at < uint32(uint32(n_blocks) * runs):
         b = uint32(at // runs)
-        tile = uint32((at - b * runs) * uint32(run))
+        tile = uint32(uint32(at - uint32(b * runs)) * uint32(run))
         last = min(uint32(tile + uint32(run)), tiles)
         record = staging + uint64(b) * pitch
         block, part = blocks[uint32(uint32(2) * b)], blocks[uint32(uint32(2) * b + uint32(1))]
         good = fits
         if not fits:
             tile, part = last, int32(-1)
-        while tile < last:
-            if part >= int32(0):
+        if part >= int32(0):
+            while tile < last:
                 _part(codec, tile, uint32(part), block, record, lane)
-            else:
-                number, within, key, begin = place(codec, tile)
+                tile = uint32(tile + uint32(1))
+        elif tile < last:
+            following = place(codec, form, tile)
+            page = page_of(codec, following[0], block)
+            ahead = _loaded(form, following, page, means, lane)
+            left = uint32(last - tile)
+            while left > uint32(0):
+                p, q, r, s, mean = ahead
+                number, key, begin, group, column = following
+                w, x, y, z = eight(p), eight(q), eight(r), eight(s)
+                if key:
+                    mean = eight(mean)
+                    w, x, y, z = differences(w, mean), differences(x, mean), differences(y, mean), differences(z, mean)
+                else:
+                    good = uint32(_huge(p) | _huge(q) | _huge(r) | _huge(s)) == uint32(0) and good
+                left = uint32(left - uint32(1))
+                if left > uint32(0):  # the next one's loads are in flight while this one is coded
+                    following = after(codec, form, following)
+                    if following[0] != number:
+                        page = page_of(codec, following[0], block)
+                    ahead = _loaded(form, following, page, means, lane)
                 plane_at = record + uint64(begin)
                 if key:
-                    good = _key_tile(codec, number, within, block, plane_at, lane) and good
+                    good = _key_tile(form, group, column, key_bits, w, x, y, z, plane_at, lane) and good
                 else:
-                    good = _value_tile(codec, number, within, block, plane_at, lane) and good
-            tile = uint32(tile + uint32(1))
+                    good = _value_tile(form, group, column, value, w, x, y, z, plane_at, lane) and good
         if part < int32(0):
             counter = counts + uint64(4) * uint64(b)
             all_good = uint32(cuda.ballot_sync(ALL, good)) == uint32(0xFFFFFFFF)

@@ -16,11 +16,12 @@ from numba.cuda.extending import lower_builtin, type_callable
 
 F = TypeVar("F", bound=Callable[..., Any])
 WORDS = types.UniTuple(types.uint32, 4)
-PAIR = types.UniTuple(types.uint64, 2)
+PAIR, TWO_WORDS = types.UniTuple(types.uint64, 2), types.UniTuple(types.uint32, 2)
 EIGHT_WORDS, EIGHT = types.UniTuple(types.uint32, 8), types.UniTuple(types.float32, 8)
 _TUPLES: dict[str, tuple[Any, str, int]] = {
     "v": (WORDS, "r", 4),
     "d": (PAIR, "l", 2),
+    "p": (TWO_WORDS, "r", 2),
     "w": (EIGHT_WORDS, "r", 8),
     "e": (EIGHT, "f", 8),
 }
@@ -49,7 +50,8 @@ def statement(text: str, arguments: str, result: str = "", *, pure: bool = False
         A letter for each: ``l``, ``r``, ``h`` for an integer in a register of 64, 32, 16 bits; ``f`` for a float32; ``v`` for
         a tuple of four 32-bit words, ``w`` for one of eight, ``e`` for one of eight float32, which take as many places.
     result
-        A letter, or empty. ``h`` also receives bytes, for which PTX has no register; ``d`` is a tuple of two 64-bit numbers.
+        A letter, or empty. ``h`` also receives bytes, for which PTX has no register; ``d`` is a tuple of two 64-bit numbers,
+        ``p`` of two 32-bit words.
         A text of several statements writes results when it has read all arguments, since they may share registers.
     pure
         Whether it is arithmetic. Else it counts as one that touches memory and has effects, so its order among others is kept.

@@ -37,6 +37,19 @@ def _down(a: Words, b: Words) -> Words:
     return words(made)
 
 
+def _fused(a: Words, b: Words, c: Words) -> Words:
+    """Products and sums, rounded once: of two equally near the even one."""
+    made = words(floats(a) * floats(b) + floats(c))
+    for lane, (x, y, z) in enumerate(zip(floats(a).tolist(), floats(b).tolist(), floats(c).tolist(), strict=True)):
+        exact = Fraction(x) * Fraction(y) + Fraction(z)
+        middle = np.float32(float(exact))
+        near = [middle, np.nextafter(middle, np.float32(-np.inf)), np.nextafter(middle, np.float32(np.inf))]
+        apart = [(abs(Fraction(float(each)) - exact), int(each.view(np.uint32)) & 1) for each in near]
+        if exact:
+            made[lane] = words(near[apart.index(min(apart))])[0]
+    return made
+
+
 def _half(up: bool) -> Callable[[Words], Words]:
     def convert(a: Words) -> Words:
         x = floats(a)
@@ -104,7 +117,9 @@ _WORD: dict[str, Callable[..., Any]] = {
     "selp.b32": lambda a, b, p: np.where(p, a, b),
     "prmt.b32": _permute,
     "lop3.b32": _table,
+    "or.b32": np.bitwise_or,
     "add.rm.f32": _down,
+    "fma.rn.f32": _fused,
     "cvt.rn.f32.u32": lambda a: words(a.astype(np.float32)),
     "cvt.rm.f16.f32": _half(False),
     "cvt.rp.f16.f32": _half(True),

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvortex.codecs._lossy import scales
 from kvortex.kernels import bit_planes, eights, float32
+from kvortex.kernels.eights import LEAST_SCALE, ROOTS
 from tests.kernels.ptx_machine import LANES, Machine, floats, words
 
 Rng = np.random.Generator
-PLACES = {"e": 8, "w": 8, "v": 4}
-TOGETHER, MEMORY = ("from_lane", "traded"), ("load_planes", "store_planes")
+PLACES = {"e": 8, "w": 8, "v": 4, "p": 2}
+TOGETHER, MEMORY = ("from_lane", "traded", "scale_codes", "gathered"), ("store_planes",)
 STATEMENTS = {
     f"{module.__name__.rsplit('.', 1)[1]}.{name}": function
     for module in (bit_planes, eights, float32)
@@ -35,6 +37,11 @@ def _fixed(*values: float) -> Callable[[Rng, int], np.ndarray]:
     return lambda rng, places: words(np.broadcast_to(rng.choice(values, 32).astype(np.float32), (places, 32)))
 
 
+def _short_float(rng: Rng, places: int) -> np.ndarray:
+    """Of 11 bits, as those of fp16."""
+    return _any_float(rng, places) & np.uint32(0xFFFFE000)
+
+
 def _between(low: float, high: float) -> Callable[[Rng, int], np.ndarray]:
     return lambda rng, places: words(rng.uniform(low, high, (places, 32)).astype(np.float32))
 
@@ -45,18 +52,18 @@ def _whole(low: int, high: int) -> Callable[[Rng, int], np.ndarray]:
 
 # Arguments that are not of any kind, by statement and place.
 GIVEN: dict[str, dict[int, Callable[[Rng, int], np.ndarray]]] = {
-    "eights.joined": {2: lambda rng, places: rng.choice([0, 0x80000000], (places, 32)).astype(np.uint32)},
-    "eights.scale_codes": {0: lambda rng, places: _any_float(rng, places) & np.uint32(0x7FFFFFFF)},
-    "eights.most_word": {0: lambda rng, places: _any_float(rng, places) & np.uint32(0x7FFFFFFF)},
-    "eights.inverses": {0: _whole(0, 256), 1: lambda rng, places: _whole(2, 8)(rng, places) << np.uint32(23)},
-    "eights.scales_of": {2: lambda rng, places: np.uint32(0) - (_whole(10, 16)(rng, places) << np.uint32(23))},
+    "bit_planes.few_bit_planes": {0: lambda rng, places: _whole(0, 1 << 32)(rng, places) & np.uint32(0x0F0F0F0F)},
+    "eights.joined": {2: _fixed(1, -1)},
+    "eights.inverses_of": {2: lambda rng, places: np.uint32(0x01010101) * _whole(65, 255)(rng, places)},
+    "eights.scales_of": {2: lambda rng, places: np.uint32(0x01010101) * _whole(1, 191)(rng, places)},
+    **{f"eights.value_numbers_{k}": {1: _short_float, 3: _fixed(2**23)} for k in range(4)},
     **{f"eights.{name}": {0: _between(-9, 9)} for name in ("smallest", "largest")},
     **{f"eights.{name}_each": {0: _between(-9, 9), 1: _between(-9, 9)} for name in ("smaller", "larger")},
     **{f"float32.{name}": {0: _between(-9, 9), 1: _between(-9, 9)} for name in ("smaller", "larger")},
     "eights.low_codes": {0: _between(-9, 9), 1: _between(0.9, 15), 2: _fixed(128), 3: _fixed(127.5)},
     "eights.high_codes": {0: _between(-9, 9), 1: _fixed(1), 2: _fixed(8), 3: _fixed(7.5)},
     "eights.value_codes": dict(enumerate([_between(-3, 20)] * 4 + [_fixed(-3), _fixed(11, 3.7)])),
-    "eights.key_numbers": {2: _fixed(2**23 + 2048 - 128), 3: _between(0.001, 1)},
+    "eights.key_numbers": {2: _fixed(2**23 + 2048 - 128), 3: _between(0.001, 1), 5: _fixed(2**23)},
     "float32.half_down": {0: _between(-65504, 65504)},
     "float32.half_up": {0: _between(0, 70)},
     "float32.whole": {0: _whole(0, 1 << 24)},
@@ -118,6 +125,29 @@ def test_lanes_trade() -> None:
     assert (_executed(eights.from_lane, [given, flip]) == given[:, LANES ^ 8]).all()
 
 
+def test_lanes_find_scales_together() -> None:
+    """A quarter of the codes in each of four lanes, and all of them in all; NaN and what is too large have codes above 255."""
+    rng = np.random.default_rng(2)
+    for turn in range(8):
+        most = _any_float(rng, 8) & np.uint32(0x7FFFFFFF)
+        near = rng.integers(LEAST_SCALE, 159, (8, 32)) << 23 | rng.choice(ROOTS, (8, 32))
+        most = np.where(rng.random((8, 32)) < 0.5, most, near + rng.integers(-1, 2, (8, 32))).astype(np.uint32)
+        most[turn, 4 * turn] = [0x7FC00000, 0x7F800000, 0x4F5744FD, 0x4F5744FE][turn % 4]
+        lanes = LANES[None].astype(np.uint32)
+        made = _executed(eights.scale_codes, [most, lanes])
+        numbers = floats(most).reshape(8, 4, 8)  # number, of four lanes, each of eight
+        largest = np.maximum.reduce(numbers, axis=1)
+        codes = np.array([[np.count_nonzero(~(scales() >= largest[k, lane])) for lane in range(8)] for k in range(8)])
+        for lane in LANES:
+            pair = codes[2 * (lane >> 3) :, lane & 7][:2]
+            seen = np.array([made[0, lane] & 0xFFFF, made[0, lane] >> 16])
+            assert (np.minimum(seen, 256) == pair).all()
+        low, high = _executed(eights.gathered, [made, lanes])
+        for lane in LANES:
+            all_codes = np.array([low[lane], high[lane]]).view(np.uint8)
+            assert (all_codes == codes[:, lane & 7])[codes[:, lane & 7] < 256].all()
+
+
 @pytest.mark.parametrize("bits", [3, 4, 6, 8])
 def test_planes_of_bits_in_memory(bits: int) -> None:
     rng = np.random.default_rng(bits)
@@ -127,7 +157,3 @@ def test_planes_of_bits_in_memory(bits: int) -> None:
     stored = {"$0": places, "$1": number} | {f"${2 + at}": row for at, row in enumerate(before)}
     Machine(stored).run(bit_planes.store_planes.ptx[0])  # type: ignore[attr-defined]
     assert (memory[:, :bits] == before.T[:, :bits]).all() and not memory[:, bits:].any()
-    machine = Machine({"$8": places, "$9": number})
-    machine.run(bit_planes.load_planes.ptx[0])  # type: ignore[attr-defined]
-    made = np.stack([machine.registers[f"${at}"] for at in range(8)])
-    assert (made[:bits] == before[:bits]).all() and not made[bits:].any()
