@@ -38,6 +38,18 @@ def early16(address):  # type: ignore[no-untyped-def]
     return tuple((ctypes.c_uint32 * 4).from_address(int(address)))
 
 
+@statement("ld.global.u32 $0, [$1];", "l", "r")
+def early4(address):  # type: ignore[no-untyped-def]
+    """4 bytes, as :func:`early16` loads its own; through L1."""
+    return ctypes.c_uint32.from_address(int(address)).value
+
+
+@statement("ld.global.u16 $0, [$1];", "l", "h")
+def early2(address):  # type: ignore[no-untyped-def]
+    """2 bytes, as :func:`early4`."""
+    return ctypes.c_uint16.from_address(int(address)).value
+
+
 @statement("bar.warp.sync 0xffffffff;", "")
 def all_here():  # type: ignore[no-untyped-def]
     """Keeps loads of a whole warp before what follows, where no store does that. All lanes must come to it."""
