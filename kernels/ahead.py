@@ -70,7 +70,16 @@ get16 = _get("ld.shared.v4.u32 {$0,$1,$2,$3}, [$4];", "v", ctypes.c_uint32 * 4)
 get4 = _get("ld.shared.u32 $0, [$1];", "r", ctypes.c_uint32)
 get2 = _get("ld.shared.u16 $0, [$1];", "r", ctypes.c_uint16)  # PTX takes a wider register, and fills it with zeros
 get1 = _get("ld.shared.u8 $0, [$1];", "r", ctypes.c_uint8)
+put4 = _put("st.shared.u32 [$0], $1;", ctypes.c_uint32)
 put2 = _put("st.shared.u16 [$0], $1;", ctypes.c_uint16)
+put1 = _put("st.shared.u8 [$0], $1;", ctypes.c_uint8)
+
+
+@statement("{ .reg .pred p; setp.ne.u32 p, $2, 0; @p st.shared.u32 [$0], $1; }", "rrr")
+def put4_where(address, value, flag):  # type: ignore[no-untyped-def]
+    """4 bytes, if a flag is not 0."""
+    if flag:
+        ctypes.c_uint32.from_address(int(address)).value = int(value)
 
 
 @statement("ld.shared.s16 $0, [$1];", "r", "r")

@@ -57,7 +57,7 @@ _REGISTERS = {
     "kvortex.kernels.compute": 32,
     "kvortex.kernels.coded": 80,
     "kvortex.kernels.coded_read": 80,
-    "kvortex.kernels.plane_encode": 64,
+    "kvortex.kernels.plane_encode": 80,
     "kvortex.kernels.plane_decode": 80,
     "kvortex.kernels.lossy_encode": 128,
     "kvortex.kernels.lossy_decode": 80,

@@ -38,15 +38,15 @@ def early16(address):  # type: ignore[no-untyped-def]
     return tuple((ctypes.c_uint32 * 4).from_address(int(address)))
 
 
-@statement("ld.global.u32 $0, [$1];", "l", "r")
+@statement("ld.global.L1::no_allocate.u32 $0, [$1];", "l", "r")
 def early4(address):  # type: ignore[no-untyped-def]
-    """4 bytes, as :func:`early16` loads its own; through L1."""
+    """4 bytes, as :func:`early16` loads its own."""
     return ctypes.c_uint32.from_address(int(address)).value
 
 
 @statement("ld.global.u16 $0, [$1];", "l", "h")
 def early2(address):  # type: ignore[no-untyped-def]
-    """2 bytes, as :func:`early4`."""
+    """2 bytes, as :func:`early4`, of what is read again and again."""
     return ctypes.c_uint16.from_address(int(address)).value
 
 

@@ -58,6 +58,12 @@ def uniform(value):  # type: ignore[no-untyped-def]
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def tiles_of(codec):  # type: ignore[no-untyped-def]
+    """Tiles of a record."""
+    return uint32(uint32(codec[N_PLANES]) * uint32(codec[GROUPS]) * uint32(codec[ACROSS]))
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
 def tail_bytes(entry):  # type: ignore[no-untyped-def]
     """Bytes of a tile's tail by its entry in the table; more than any where no tile has that entry."""
     count = uint32(entry & uint32(0xFFFF))

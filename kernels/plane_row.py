@@ -5,6 +5,8 @@ both there, and a bit above the lower one, which lends where base - 1 - code is 
 
 What a value of the second tier has, 16 bits in shared memory, is how much is to be added to what code 3 alone would be; or, of
 an escape, its exponent, and bits 0 and 2 say so.
+
+What is coded is seen as distances: of both values ``base - 1 - exponent`` in the halves of a word, and FAR instead of a sign.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ uint32: Any = types.uint32
 ESCAPED = 5
 _LOW, _HIGH = 0x7F80, 0x7F800000
 _SIGNS = 0x807F807F
+FAR, AT_BASE = 0x100, 0x1FF
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
@@ -77,3 +80,51 @@ def row_word(codes, bases, three, first, other, signs):  # type: ignore[no-untyp
             word = (word + moved) & 0xFFFFFFFF
     spread = int(signs) & 255 | (int(signs) & 255) << 8 | (int(signs) >> 8 & 255) << 16 | (int(signs) >> 8 & 255) << 24
     return spread & _SIGNS | word & ~_SIGNS & 0xFFFFFFFF
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def distances_from(pair):  # type: ignore[no-untyped-def]
+    """What :func:`distances` takes of the lane's two bases, a byte each."""
+    return uint32((pair & uint32(255)) + uint32(255) + (((pair >> uint32(8)) + uint32(255)) << uint32(16)))
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def distances(word, bases):  # type: ignore[no-untyped-def]
+    """Of a row's two values; AT_BASE is -1."""
+    return uint32(uint32(bases - ((word >> uint32(7)) & uint32(0x00FF00FF))) ^ uint32(FAR * 0x10001))
+
+
+@statement(
+    # 4 and more become ones all along: a sum's upper bit says so, and is repeated
+    "{ .reg .b32 a; and.b32 a, $1, 0x03FC03FC; add.u32 a, a, 0x7FFF7FFF; prmt.b32 a, a, a, 0xBB99;"
+    " lop3.b32 $0, a, $1, 0x00030003, 0xA8; }",
+    "r",
+    "r",
+    pure=True,
+)
+def first_codes(far):  # type: ignore[no-untyped-def]
+    """Codes of the first tier, in bits 0 and 1 of both halves, by :func:`distances`."""
+    return min(int(far) & 0xFFFF, 3) | min(int(far) >> 16, 3) << 16
+
+
+@statement("prmt.b32 $0, $1, $2, 0x5410;", "rr", "r", pure=True)
+def lower_halves(a, b):  # type: ignore[no-untyped-def]
+    return int(a) & 0xFFFF | (int(b) & 0xFFFF) << 16
+
+
+@statement("prmt.b32 $0, $1, $2, 0x7632;", "rr", "r", pure=True)
+def upper_halves(a, b):  # type: ignore[no-untyped-def]
+    return int(a) >> 16 | int(b) >> 16 << 16
+
+
+@statement(
+    "{ .reg .b32 a; shr.u32 a, $1, 8; lop3.b32 a, a, $1, 0x00800080, 0xE4; prmt.b32 $0, a, a, 0x4420; }",
+    "r",
+    "r",
+    pure=True,
+)
+def sign_bytes(word):  # type: ignore[no-untyped-def]
+    """Sign and mantissa of two bf16, a byte each, in the lower half; the upper one is of no use, and the same byte twice."""
+    low, high = (int(word) >> shift & 0xFFFF for shift in (0, 16))
+    low, high = low >> 8 & 128 | low & 127, high >> 8 & 128 | high & 127
+    return low | high << 8 | low << 16 | low << 24
