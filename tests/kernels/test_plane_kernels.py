@@ -55,20 +55,16 @@ def test_a_tile_is_copied_while_another_is_decoded() -> None:
 def test_rows_are_loaded_eight_at_a_time(name: str) -> None:
     """Each into a register of its own, of which nothing is used before the last one was asked for: of the first tile, of its
     other rows, and of the next tile."""
-    lines = [line for line in on_hopper(name).splitlines() if re.search(r"/\*[0-9a-f]{4}\*/", line)]
-    loads = [(at, found[1]) for at, line in enumerate(lines) if (found := re.search(r"\bLDG\.E\.NA (R\d+),", line))]
-    rows = [loads[at : at + 8] for at in range(len(loads) - 7)]
-    eights = 0
-    while rows:
-        first, last = rows[0][0][0], rows[0][-1][0]
-        registers = {register for _, register in rows[0]}
-        places = {at for at, _ in rows[0]}
-        between = " ".join(lines[at] for at in range(first, last) if at not in places)
-        if last - first < 64 and len(registers) == 8 and not set(re.findall(r"\bR\d+\b", between)) & registers:
-            eights += 1
-            rows = rows[8:]
-        else:
-            rows = rows[1:]
+    eights, open_loads = 0, []  # registers that loads are under way to, of which nothing was used
+    for line in on_hopper(name).splitlines():
+        used = re.findall(r"\bR\d+\b", line)
+        loaded = re.search(r"\bLDG\.E\.NA R\d+,", line)
+        if set(used[1:] if loaded else used) & set(open_loads):
+            open_loads = []
+        if loaded:
+            open_loads = [*open_loads, used[0]]
+        eights += len(open_loads) == 8 and bool(loaded)
+        open_loads = open_loads if len(open_loads) < 8 else []
     assert eights >= 3
 
 
