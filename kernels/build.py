@@ -50,8 +50,8 @@ KERNELS = {
     "cachegen_decode": "kvortex.kernels.cachegen_decode",
     "compute": "kvortex.kernels.compute",
 }
-# The most that a CTA of 512 threads can have, that four of them can, that three of 256 can, and that four of 256 can. A decoder
-# of plane has its loads in flight without registers, so that three hide them as well as four would.
+# The most that a CTA of 512 threads can have, that four of them can, that three of 256 can, and that four of 256 can. Coders
+# of plane have loads of the next rows in flight while they work, and need fewer warps for that than registers for these.
 _REGISTERS = {
     "kvortex.kernels.resident": 128,
     "kvortex.kernels.compute": 32,
