@@ -15,7 +15,7 @@ from numba.cuda import types
 
 from kvortex.kernels import plane
 from kvortex.kernels.ahead import ALIGNED, get4, get16, near, put1, put2, put4, put4_where, put_pair, shared_at
-from kvortex.kernels.lane import all_here, early2, early4, load4, store4, store16
+from kvortex.kernels.lane import all_here, early2, early4, load2, load4, store4, store16
 from kvortex.kernels.plane import (
     ACROSS,
     ALL,
@@ -100,26 +100,42 @@ def _marked8(words, bases, r, late, escaped):  # type: ignore[no-untyped-def]
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _entry(late, escaped):  # type: ignore[no-untyped-def]
-    """A tile's entry in the table by its marks; the same in every lane."""
+def _entry(found):  # type: ignore[no-untyped-def]
+    """A tile's entry in the table by what each lane found: values of the second tier, of the third in the upper half."""
+    entry = warp_sum(found)
     # Both halves are at most 1,024, so no sum carries into the upper one.
-    entry = warp_sum(uint32(uint32(cuda.popc(late)) + (uint32(cuda.popc(escaped)) << uint32(16))))
     if tail_bytes(entry) > uint32(MOST_TAIL):
         entry = uint32(RAW_TILE)
     return entry
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def _counted(exponent, base):  # type: ignore[no-untyped-def]
+    """1 for a value of the second tier, and as much in the upper half for one of the third."""
+    below = uint32(base - exponent)
+    found = uint32(0)
+    if uint32(below - uint32(1)) > uint32(2):
+        found = uint32(1)
+        if below != uint32(0) and uint32(below - uint32(4)) > uint32(5):
+            found = uint32(0x10001)
+    return found
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
 def count_tile(codec, tile, block, lane):  # type: ignore[no-untyped-def]
-    """A tile's entry in the table; the same in every lane."""
+    """A tile's entry in the table; the same in every lane. With few registers: for kernels whose work is another."""
     source, step, base = place(codec, tile, block, lane)
-    pair = uint32(early2(base))
-    words = _eight(source, step)
-    more = _eight(source + uint64(8) * uint64(step), step)
-    bases = distances_from(pair)
-    late, escaped = _marked8(words, bases, uint32(0), uint32(0), uint32(0))
-    late, escaped = _marked8(more, bases, uint32(8), late, escaped)
-    return _entry(late, escaped)
+    pair = uint32(load2(base))
+    found = uint32(0)
+    row = uint32(0)
+    while row < uint32(ROWS):
+        word = uint32(load4(source))
+        source += step
+        low = _counted(uint32((word >> uint32(7)) & uint32(255)), uint32(pair & uint32(255)))
+        high = _counted(uint32((word >> uint32(23)) & uint32(255)), uint32(pair >> uint32(8)))
+        found = uint32(found + low + high)
+        row = uint32(row + uint32(1))
+    return _entry(found)
 
 
 def plane_count(staging, pitch, codec, counts, blocks, n_blocks, run):  # type: ignore[no-untyped-def]
@@ -152,7 +168,7 @@ def plane_count(staging, pitch, codec, counts, blocks, n_blocks, run):  # type: 
                 next_pair = uint32(early2(base))
                 next_words = _eight(source, step)
             late, escaped = _marked8(more, bases, uint32(8), late, escaped)
-            entry = _entry(late, escaped)
+            entry = _entry(uint32(uint32(cuda.popc(late)) + (uint32(cuda.popc(escaped)) << uint32(16))))
             if lane == uint32(0):
                 store4(table, entry)
             table += uint64(4)
