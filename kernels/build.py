@@ -50,14 +50,15 @@ KERNELS = {
     "cachegen_decode": "kvortex.kernels.cachegen_decode",
     "compute": "kvortex.kernels.compute",
 }
-# The most that a CTA of 512 threads can have, that four of them can, that three of 256 can, and that four of 256 can.
+# The most that a CTA of 512 threads can have, that four of them can, that three of 256 can, and that four of 256 can. Coders
+# of plane have loads of the next rows in flight while they work, and need fewer warps for that than registers for these.
 _REGISTERS = {
     "kvortex.kernels.resident": 128,
     "kvortex.kernels.compute": 32,
     "kvortex.kernels.coded": 80,
     "kvortex.kernels.coded_read": 80,
-    "kvortex.kernels.plane_encode": 64,
-    "kvortex.kernels.plane_decode": 64,
+    "kvortex.kernels.plane_encode": 80,
+    "kvortex.kernels.plane_decode": 80,
     "kvortex.kernels.lossy_encode": 128,
     "kvortex.kernels.lossy_decode": 80,
     "kvortex.kernels.cachegen_encode": 64,

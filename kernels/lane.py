@@ -1,7 +1,7 @@
 """Loads and stores of one lane: 16 bytes, or 8, 4, 2, 1 where an address is not aligned to more.
 
 ``load*`` are for memory that nobody writes while the kernel runs: ``ld.global.nc``, without allocation in L1, since each
-byte is read once; ``cached*`` are for such memory that is read again and again. ``early16`` is for such memory too, where
+byte is read once; ``cached*`` are for such memory that is read again and again. ``early*`` are for such memory too, where
 several loads are to be in flight before the first word is used: the assembler moves ``.nc`` loads to where their words are
 used, behind stores and other loads' work, and never more than two were in flight; others stay before the stores that follow
 them. ``fresh*`` are for memory that a DMA writes while the kernel runs: ``ld.global.cg``, which never sees a stale line of L1.
@@ -44,6 +44,12 @@ def early_cached16(address):  # type: ignore[no-untyped-def]
     return tuple((ctypes.c_uint32 * 4).from_address(int(address)))
 
 
+@statement("ld.global.L1::no_allocate.u32 $0, [$1];", "l", "r")
+def early4(address):  # type: ignore[no-untyped-def]
+    """4 bytes, as :func:`early16` loads its own."""
+    return ctypes.c_uint32.from_address(int(address)).value
+
+
 @statement("bar.warp.sync 0xffffffff;", "")
 def all_here():  # type: ignore[no-untyped-def]
     """Keeps loads of a whole warp before what follows, where no store does that. All lanes must come to it."""
@@ -83,6 +89,6 @@ def _store(nbytes: int) -> Callable[..., Any]:
 
 load8, load4, load2, load1 = (_load(nbytes, _CONSTANT) for nbytes in (8, 4, 2, 1))
 cached8, cached4, cached2, cached1 = (_load(nbytes, _CACHED) for nbytes in (8, 4, 2, 1))
-early8, early4 = (_load(nbytes, "ld.global") for nbytes in (8, 4))
+early_cached8, early_cached4, early_cached2 = (_load(nbytes, "ld.global") for nbytes in (8, 4, 2))
 fresh8, fresh4, fresh2, fresh1 = (_load(nbytes, _FRESH) for nbytes in (8, 4, 2, 1))
 store8, store4, store2, store1 = (_store(nbytes) for nbytes in (8, 4, 2, 1))

@@ -28,7 +28,7 @@ from kvortex.kernels.eights import (
     value_numbers_3,
 )
 from kvortex.kernels.float32 import number_of, times, whole
-from kvortex.kernels.lane import all_here, early4, early8, early16, early_cached16, load4, load16, store4, store16
+from kvortex.kernels.lane import all_here, early16, early_cached4, early_cached8, early_cached16, load4, load16, store4, store16
 from kvortex.kernels.lossy import ALL, after, form_of, from_half, page_of, part_at, part_bytes, place, rotated, values_of
 from kvortex.kernels.lossy_form import (
     BODY_BYTES,
@@ -79,10 +79,10 @@ def _words(address, bits):  # type: ignore[no-untyped-def]
         a, b, c, d = early16(address)
         e, f, g, h = early16(address + uint64(16))
     elif bits == uint32(3):
-        a, b, c, d = early4(address), early4(address + uint64(4)), early4(address + uint64(8)), none
+        a, b, c, d = early_cached4(address), early_cached4(address + uint64(4)), early_cached4(address + uint64(8)), none
         all_here()  # else both ways become one, where loads of the one wait for those of the other
     else:
-        p, q, r = early8(address), early8(address + uint64(8)), early8(address + uint64(16))
+        p, q, r = early_cached8(address), early_cached8(address + uint64(8)), early_cached8(address + uint64(16))
         a, b, c, d = uint32(p), uint32(p >> uint64(32)), uint32(q), uint32(q >> uint64(32))
         e, f = uint32(r), uint32(r >> uint64(32))
     return a, b, c, d, e, f, g, h
@@ -100,14 +100,14 @@ def _loaded(codec, form, at, key_bits, value, plane_at, lane):  # type: ignore[n
         word = uint32(row * uint32(uint32(2) * across) + uint32(uint32(2) * column + uint32(eighth >> uint32(2))))
         codes = uint32(uint32(64) * each_tiles + uint32(uint32(4) * key_bits) * word)
         words = _words(plane_at + uint64(codes), key_bits)
-        scales = uint64(early8(plane_at + uint64(uint32(uint32(64) * tile + uint32(8) * eighth))))
+        scales = uint64(early_cached8(plane_at + uint64(uint32(uint32(64) * tile + uint32(8) * eighth))))
     else:
         bits, lanes, _ = value
         word = uint32(uint32(32) * tile + lane)
         shift = uint32(cuda.popc(uint32(lanes - uint32(1))))  # lanes are a power of two
         codes = uint32(uint32(uint32(128) * each_tiles >> shift) + uint32(uint32(4) * bits) * word)
         words = _words(plane_at + uint64(codes), bits)
-        scales = uint64(early4(plane_at + uint64(uint32(uint32(4) * uint32(word >> shift)))))
+        scales = uint64(early_cached4(plane_at + uint64(uint32(uint32(4) * uint32(word >> shift)))))
     return words, scales
 
 

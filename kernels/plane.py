@@ -17,7 +17,7 @@ from typing import Any
 from numba import cuda
 from numba.cuda import types
 
-from kvortex.kernels.lane import load4
+from kvortex.kernels.lane import all_here, early4, load4
 from kvortex.kernels.plane_form import (
     ACROSS,
     BASES,
@@ -58,6 +58,12 @@ def uniform(value):  # type: ignore[no-untyped-def]
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def tiles_of(codec):  # type: ignore[no-untyped-def]
+    """Tiles of a record."""
+    return uint32(uint32(codec[N_PLANES]) * uint32(codec[GROUPS]) * uint32(codec[ACROSS]))
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
 def tail_bytes(entry):  # type: ignore[no-untyped-def]
     """Bytes of a tile's tail by its entry in the table; more than any where no tile has that entry."""
     count = uint32(entry & uint32(0xFFFF))
@@ -71,16 +77,40 @@ def tail_bytes(entry):  # type: ignore[no-untyped-def]
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def _added(before, total, entry, i, first):  # type: ignore[no-untyped-def]
+    """Both sums with a tile's tail."""
+    size = tail_bytes(uint32(entry))
+    if i < first:
+        before = uint32(before + size)
+    return before, uint32(total + size)
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
 def tails(table, first, tiles, lane):  # type: ignore[no-untyped-def]
     """Bytes of the tails of ``tiles`` entries at ``table``: before tile ``first``, and of all. The same in every lane."""
     before = uint32(0)
     total = uint32(0)
-    i = uint32(lane)
+    at = uint32(0)
+    while uint32(at + uint32(256)) <= tiles:  # eight loads in flight
+        words = table + uint64(4) * uint64(uint32(at + lane))
+        a, b = early4(words), early4(words + uint64(128))
+        c, d = early4(words + uint64(256)), early4(words + uint64(384))
+        e, f = early4(words + uint64(512)), early4(words + uint64(640))
+        g, h = early4(words + uint64(768)), early4(words + uint64(896))
+        all_here()
+        i = uint32(at + lane)
+        before, total = _added(before, total, a, i, first)
+        before, total = _added(before, total, b, uint32(i + uint32(32)), first)
+        before, total = _added(before, total, c, uint32(i + uint32(64)), first)
+        before, total = _added(before, total, d, uint32(i + uint32(96)), first)
+        before, total = _added(before, total, e, uint32(i + uint32(128)), first)
+        before, total = _added(before, total, f, uint32(i + uint32(160)), first)
+        before, total = _added(before, total, g, uint32(i + uint32(192)), first)
+        before, total = _added(before, total, h, uint32(i + uint32(224)), first)
+        at = uint32(at + uint32(256))
+    i = uint32(at + lane)
     while i < tiles:
-        size = tail_bytes(uint32(load4(table + uint64(4) * uint64(i))))
-        total = uint32(total + size)
-        if i < first:
-            before = uint32(before + size)
+        before, total = _added(before, total, load4(table + uint64(4) * uint64(i)), i, first)
         i = uint32(i + uint32(32))
     return warp_sum(before), warp_sum(total)
 

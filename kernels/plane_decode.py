@@ -4,6 +4,10 @@ A launch decodes a range of tiles, all or some layers of them, and what lies in 
 need, side by side: header and table, the fixed parts of the range, and tails from one common offset on. Of all tiles that
 is the record as it is.
 
+A warp has the next tile copied into shared memory while it decodes one (:mod:`kvortex.kernels.ahead`), its fixed part and its
+tail; of the tiles that it takes at a time, lanes keep table and tails' places. Words of bits, which have a lane's bit each, are
+turned once for eight rows (:mod:`kvortex.kernels.warp_words`), so that a lane finds its own codes in one word.
+
 What a record says is checked before anything is led by it: header, lengths, and every tile's entry against its planes and
 against what lies there. So damaged bytes become a failure of their record and are never followed out of it.
 """
@@ -16,7 +20,23 @@ from numba import cuda
 from numba.cuda import types
 
 from kvortex.kernels import plane
-from kvortex.kernels.lane import load1, load2, load4, load16, store4
+from kvortex.kernels.ahead import (
+    ALIGNED,
+    close_batch,
+    copy4_below,
+    copy16,
+    get1,
+    get2,
+    get4,
+    get16,
+    near,
+    put2,
+    put_pair,
+    shared_at,
+    signed2,
+    wait_for_last_but_one,
+)
+from kvortex.kernels.lane import early_cached2, load4, store4
 from kvortex.kernels.plane import (
     ACROSS,
     ALL,
@@ -36,114 +56,226 @@ from kvortex.kernels.plane import (
     uniform,
     verbatim_at,
 )
-from kvortex.kernels.plane_form import FIXED_BYTES, RAW_ROWS, RAW_TAIL, RAW_TILE, ROWS, SIGN_AT, VALUES
+from kvortex.kernels.plane_form import FIXED_BYTES, RAW_TAIL, RAW_TILE, ROWS, SIGN_AT, VALUES
+from kvortex.kernels.plane_row import ESCAPED, bases_of, late_of, row_word
+from kvortex.kernels.warp_words import summed, turned
 
 uint16, uint32, uint64, int32 = plane.uint16, plane.uint32, plane.uint64, plane.int32
 SIGNATURE: Any = types.void(
     uint64, uint64, types.CPointer(uint64), uint64, types.CPointer(types.int32), int32, int32, int32, int32, int32
 )
+# A warp's shared memory: the second tier's values, and fixed part and tail of two tiles.
+_LATE, _STAGE = 2 * VALUES, FIXED_BYTES + RAW_TAIL
+_WARP = _LATE + 2 * _STAGE
+_SHARED = WARPS * _WARP // 8
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def _told(record, header, lane):  # type: ignore[no-untyped-def]
+    """Whether a header is of this codec, its tables and this shape, and both fields that vary; the same in every lane."""
+    same = True
+    word = uint32(0)
+    if lane < uint32(HEADER_WORDS):
+        offset = uint64(4) * uint64(lane)
+        varies = lane == uint32(STORED_AT) or lane == uint32(USED_AT)
+        word = uint32(load4(record + offset))
+        same = varies or word == uint32(load4(header + offset))
+    ours = uint32(cuda.ballot_sync(ALL, same)) == uint32(0xFFFFFFFF)
+    stored = uint32(cuda.shfl_sync(ALL, int32(word), STORED_AT))
+    return ours, stored, uint32(cuda.shfl_sync(ALL, int32(word), USED_AT))
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
 def is_ours(record, header, lane):  # type: ignore[no-untyped-def]
     """Whether a header is of this codec, its tables and this shape; the same in every lane."""
-    same = True
-    if lane < uint32(HEADER_WORDS):
-        offset = uint64(4) * uint64(lane)
-        varies = lane == uint32(STORED_AT) or lane == uint32(USED_AT)
-        same = varies or uint32(load4(record + offset)) == uint32(load4(header + offset))
-    return uint32(cuda.ballot_sync(ALL, same)) == uint32(0xFFFFFFFF)
+    ours, _, _ = _told(record, header, lane)
+    return ours
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _second_tier(tail, entry, lane, second):  # type: ignore[no-untyped-def]
-    """Puts the second tier into shared memory: how far below the base, or 16 and the exponent. False: it contradicts itself."""
+def _fetch(stage, fixed, tail, size, lane):  # type: ignore[no-untyped-def]
+    """Begins copies of a tile, as one batch."""
+    at = uint64(16) * uint64(lane)
+    copy16(stage + at, fixed + at)
+    copy16(stage + at + uint64(512), fixed + at + uint64(512))
+    if lane < uint32(FIXED_BYTES // 16 - 64):
+        copy16(stage + at + uint64(1024), fixed + at + uint64(1024))
+    at = uint64(4) * uint64(lane)
+    stage += at + uint64(FIXED_BYTES)
+    tail += at
+    copy4_below(stage, tail, uint32(at), size)
+    if size > uint32(128):
+        copy4_below(stage + uint64(128), tail + uint64(128), uint32(at) + uint32(128), size)
+        if size > uint32(256):
+            copy4_below(stage + uint64(256), tail + uint64(256), uint32(at) + uint32(256), size)
+            copy4_below(stage + uint64(384), tail + uint64(384), uint32(at) + uint32(384), size)
+            copy4_below(stage + uint64(512), tail + uint64(512), uint32(at) + uint32(512), size)
+            copy4_below(stage + uint64(640), tail + uint64(640), uint32(at) + uint32(640), size)
+    close_batch()
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def _second_tier(tail, late, entry, lane):  # type: ignore[no-untyped-def]
+    """Puts the second tier's values where rows look for them. False: it contradicts itself."""
     lower = uint32((uint32(1) << lane) - uint32(1))
     groups = uint32(((entry & uint32(0xFFFF)) + uint32(31)) >> uint32(5))
     n_escapes = uint32(entry >> uint32(16))
+    bytes_at = tail + uint64(12) * uint64(groups)
     escapes = uint32(0)
-    group = uint32(0)
-    while group < groups:
-        words = tail + uint64(12) * uint64(group)
-        p = uint32(load4(words))
-        q = uint32(load4(words + uint64(4)))
-        r = uint32(load4(words + uint64(8)))
-        code = uint32(
-            (p >> lane) & uint32(1) | ((q >> lane) & uint32(1)) << uint32(1) | ((r >> lane) & uint32(1)) << uint32(2)
-        )
-        mask = uint32(p & q & r)
-        below = uint32(code + uint32(3))
-        if code == uint32(0):
-            below = uint32(0)
-        if code == uint32(7):
-            k = uint32(escapes + uint32(cuda.popc(uint32(mask & lower))))
-            if k < n_escapes:
-                below = uint32(uint32(16) + uint32(load1(tail + uint64(12) * uint64(groups) + uint64(k))))
-        second[uint32(uint32(32) * group + lane)] = uint16(below)
-        escapes = uint32(escapes + uint32(cuda.popc(mask)))
-        group = uint32(group + uint32(1))
+    words = tail + uint64(4) * uint64(lane)
+    at = late + uint64(2) * uint64(lane)
+    while groups != uint32(0):
+        some = min(groups, uint32(10))  # of so many a lane has its codes in a word
+        bits = uint32(turned(get4(words), lane))
+        words += uint64(120)
+        groups = uint32(groups - some)
+        while some != uint32(0):
+            code = uint32(bits & uint32(7))
+            value = late_of(code)
+            mask = uint32(cuda.ballot_sync(ALL, code == uint32(7)))
+            if mask != uint32(0):
+                k = uint32(escapes + uint32(cuda.popc(uint32(mask & lower))))
+                if code == uint32(7) and k < n_escapes:
+                    value = uint32(uint32(get1(bytes_at + uint64(k))) << uint32(7) | uint32(ESCAPED))
+                escapes = uint32(escapes + uint32(cuda.popc(mask)))
+            put2(at, value)
+            at += uint64(64)
+            bits = uint32(bits >> uint32(3))
+            some = uint32(some - uint32(1))
     return escapes == n_escapes
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _exponent(code, base, late):  # type: ignore[no-untyped-def]
-    exponent = uint32(base - uint32(1) - code)
-    if code == uint32(3):
-        exponent = uint32(base - late)
-        if late >= uint32(16):
-            exponent = uint32(late - uint32(16))
-    return uint32(exponent & uint32(255))
+def _row(target, codes, three, bases, cells, signs, late, lower):  # type: ignore[no-untyped-def]
+    """Writes a row; ``cells``: where of both channels who has code 3, and where in the second tier these begin."""
+    words = get16(cells)
+    first = near(words[1], late) + uint64(2) * uint64(uint32(cuda.popc(uint32(uint32(words[0]) & lower))))
+    other = near(words[3], late) + uint64(2) * uint64(uint32(cuda.popc(uint32(uint32(words[2]) & lower))))
+    store4(target, row_word(codes, bases, three, signed2(first), signed2(other), get2(signs)))
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _row(planes, signs, low_base, high_base, lane, n, second):  # type: ignore[no-untyped-def]
-    """Two values of this lane from a row's four plane words, and how many codes of the second tier are used up now."""
+def _eight_rows(target, step, word, bases, cells, signs, late, lower):  # type: ignore[no-untyped-def]
+    """Writes eight rows, of which a lane has four bits each in a word."""
+    three = uint32(word & (word >> uint32(1)) & uint32(0x55555555))
+    codes = uint32(word & uint32(0xFFFF) | (word << uint32(14)) & uint32(0xFFFF0000))  # of four rows, as exponents lie
+    _row(target, codes << uint32(7), three, bases, cells, signs, late, lower)
+    target += step
+    _row(target, codes << uint32(3), three >> uint32(4), bases, cells + uint64(16), signs + uint64(64), late, lower)
+    target += step
+    _row(target, codes >> uint32(1), three >> uint32(8), bases, cells + uint64(32), signs + uint64(128), late, lower)
+    target += step
+    _row(target, codes >> uint32(5), three >> uint32(12), bases, cells + uint64(48), signs + uint64(192), late, lower)
+    target += step
+    codes = uint32(word >> uint32(16) | (word >> uint32(2)) & uint32(0xFFFF0000))
+    _row(target, codes << uint32(7), three >> uint32(16), bases, cells + uint64(64), signs + uint64(256), late, lower)
+    target += step
+    _row(target, codes << uint32(3), three >> uint32(20), bases, cells + uint64(80), signs + uint64(320), late, lower)
+    target += step
+    _row(target, codes >> uint32(1), three >> uint32(24), bases, cells + uint64(96), signs + uint64(384), late, lower)
+    target += step
+    _row(target, codes >> uint32(5), three >> uint32(28), bases, cells + uint64(112), signs + uint64(448), late, lower)
+    return target + step
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def _tile(stage, late, entry, target, step, pair, lane):  # type: ignore[no-untyped-def]
+    """Writes the tile that lies in shared memory. False: it contradicts itself."""
+    at = uint64(4) * uint64(lane)
+    word = uint32(turned(get4(stage + at), lane))
+    other = uint32(turned(get4(stage + at + uint64(128)), lane))
+    mask = uint32(uint32(get4(stage + at + at)) & uint32(get4(stage + at + at + uint64(4))))
+    count = uint32(cuda.popc(mask))
+    upto = uint32(summed(count, lane))
+    good = _second_tier(stage + uint64(FIXED_BYTES), late, entry, lane)
+    good = good and uint32(cuda.shfl_sync(ALL, int32(upto), 31)) == uint32(entry & uint32(0xFFFF))
+    cuda.syncwarp()  # all have read the words of the first tier, where the cells of rows are to lie
+    put_pair(stage + at + at, mask, late + uint64(2) * uint64(uint32(upto - count)))
+    cuda.syncwarp()
+    bases = bases_of(pair)
     lower = uint32((uint32(1) << lane) - uint32(1))
-    p, q, r, s = uint32(planes[0]), uint32(planes[1]), uint32(planes[2]), uint32(planes[3])
-    low = uint32((p >> lane) & uint32(1) | ((q >> lane) & uint32(1)) << uint32(1))
-    high = uint32((r >> lane) & uint32(1) | ((s >> lane) & uint32(1)) << uint32(1))
-    mask = uint32(p & q)
-    late = uint32(0)
-    if low == uint32(3):
-        late = uint32(second[uint32(n + uint32(cuda.popc(uint32(mask & lower))))])
-    low = _exponent(low, low_base, late)
-    n = uint32(n + uint32(cuda.popc(mask)))
-    mask = uint32(r & s)
-    late = uint32(0)
-    if high == uint32(3):
-        late = uint32(second[uint32(n + uint32(cuda.popc(uint32(mask & lower))))])
-    high = _exponent(high, high_base, late)
-    n = uint32(n + uint32(cuda.popc(mask)))
-    first = (signs & uint32(0x80)) << uint32(8) | low << uint32(7) | signs & uint32(0x7F)
-    other = signs & uint32(0x8000) | high << uint32(7) | (signs >> uint32(8)) & uint32(0x7F)
-    return uint32(first | other << uint32(16)), n
+    signs = stage + uint64(SIGN_AT) + uint64(2) * uint64(lane)
+    target = _eight_rows(target, step, word, bases, stage, signs, late, lower)
+    _eight_rows(target, step, other, bases, stage + uint64(128), signs + uint64(512), late, lower)
+    return good
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _tile(fixed, target, step, pair, lane, second):  # type: ignore[no-untyped-def]
-    """Writes a tile's rows, two at a time; gives how many codes of the second tier it used."""
-    low_base = uint32(pair & uint32(255))
-    high_base = uint32(pair >> uint32(8))
-    odd = uint32(lane & uint32(1))
-    n = uint32(0)
+def _raw_tile(stage, target, step, lane):  # type: ignore[no-untyped-def]
+    at = stage + uint64(4) * uint64(lane)
     row = uint32(0)
     while row < uint32(ROWS):
-        planes = load16(fixed + uint64(16) * uint64(row))
-        more = load16(fixed + uint64(16) * uint64(row) + uint64(16))
-        line = uint64(64) * uint64(row + odd) + uint64(4) * uint64(lane >> uint32(1))
-        word = uint32(load4(fixed + uint64(SIGN_AT) + line))
-        # An even lane has read the first row for its pair, an odd one the second: each gives what the other needs.
-        given = uint32(word >> uint32(16)) if odd == uint32(0) else uint32(word & uint32(0xFFFF))
-        got = uint32(cuda.shfl_xor_sync(ALL, int32(given), 1))
-        mine = uint32(word & uint32(0xFFFF)) if odd == uint32(0) else got
-        theirs = got if odd == uint32(0) else uint32(word >> uint32(16))
-        values, n = _row(planes, mine, low_base, high_base, lane, n, second)
-        store4(target, values)
-        values, n = _row(more, theirs, low_base, high_base, lane, n, second)
-        store4(target + step, values)
-        target += step + step
-        row = uint32(row + uint32(2))
-    return n
+        store4(target, get4(at))
+        target += step
+        at += uint64(128)
+        row = uint32(row + uint32(1))
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def _tiles(codec, block, tile, count, record, fixed_at, tail_at, room, shared, lane):  # type: ignore[no-untyped-def]
+    """Writes up to 32 neighbouring tiles, of whose tails ``room`` bytes lie there at most. False: not all is good."""
+    entry = uint32(0)
+    if lane < count:
+        entry = uint32(load4(record + uint64(4 * HEADER_WORDS) + uint64(4) * uint64(uint32(tile + lane))))
+    size = tail_bytes(entry)
+    where = uint32(uint32(summed(size, lane)) - size)
+    # A tail may be none, or lie elsewhere: its tile is left out.
+    fits = size <= uint32(RAW_TAIL) and where <= room and size <= uint32(room - where)
+    fit = uint32(cuda.ballot_sync(ALL, fits))
+    if not fits:
+        size = uint32(0)
+    where = uint32(where + tail_at)
+    good = fit == uint32(0xFFFFFFFF)
+    across = uint32(codec[ACROSS])
+    column = uint32(tile - tile // across * across)
+    next_target, step, base = place(codec, tile, block, lane)
+    late = shared
+    stage = shared + uint64(_LATE)
+    _fetch(stage, record + uint64(fixed_at), record + uint64(tail_at), uniform(size), lane)
+    next_pair = uint32(early_cached2(base))
+    i = uint32(0)
+    while i < count:
+        target = next_target
+        pair = next_pair
+        this = stage
+        now = uint32(cuda.shfl_sync(ALL, int32(entry), int32(i)))
+        fits = uint32((fit >> i) & uint32(1)) == uint32(1)
+        i = uint32(i + uint32(1))
+        fixed_at = uint32(fixed_at + uint32(FIXED_BYTES))
+        stage = shared + uint64(_LATE) + uint64(_STAGE) * uint64(i & uint32(1))
+        if i < count:
+            column = uint32(column + uint32(1))
+            next_target += uint64(128)
+            base += uint64(64)
+            if column == across:
+                column = uint32(0)
+                next_target, step, base = place(codec, uint32(tile + i), block, lane)
+            tail = record + uint64(uint32(cuda.shfl_sync(ALL, int32(where), int32(i))))
+            _fetch(stage, record + uint64(fixed_at), tail, uint32(cuda.shfl_sync(ALL, int32(size), int32(i))), lane)
+            next_pair = uint32(early_cached2(base))
+        else:
+            close_batch()
+        wait_for_last_but_one()
+        cuda.syncwarp()
+        if fits and now == uint32(RAW_TILE):
+            _raw_tile(this, target, step, lane)
+        elif fits:
+            good = _tile(this, late, now, target, step, pair, lane) and good
+        cuda.syncwarp()
+    return good
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def _verbatim(record, codec, block, tile, last, lane):  # type: ignore[no-untyped-def]
+    """Copies tiles of a record that is kept as it is."""
+    while tile < last:
+        target, step, _ = place(codec, tile, block, lane)
+        source = record + verbatim_at(codec, tile) + uint64(4) * uint64(lane)
+        row = uint32(0)
+        while row < uint32(ROWS):
+            store4(target + uint64(row) * step, load4(source + uint64(row) * step))
+            row = uint32(row + uint32(1))
+        tile = uint32(tile + uint32(1))
 
 
 def plane_decode(  # type: ignore[no-untyped-def]
@@ -165,71 +297,44 @@ def plane_decode(  # type: ignore[no-untyped-def]
         Offset in all records of the first tail byte in staging. With all tiles and ``fixed_bytes`` of the codec what lies there
         is a record as it is, which may also be one that is kept verbatim.
     """
-    all_second = cuda.shared.array((WARPS, VALUES), types.uint16)
-    second = all_second[cuda.threadIdx.x >> 5]
+    all_shared = cuda.shared.array(_SHARED, types.uint64, ALIGNED)
+    shared = uint64(shared_at(all_shared.ctypes.data)) + uint64(_WARP) * uint64(cuda.threadIdx.x >> 5)
     lane = uint32(cuda.threadIdx.x & 31)
     warp = uniform(uint32((cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) >> 5))
     warps = uint32((cuda.gridDim.x * cuda.blockDim.x) >> 5)
     tiles = uint32(uint32(codec[N_PLANES]) * uint32(codec[GROUPS]) * uint32(codec[ACROSS]))
     count = uint32(uint32(end) - uint32(first))
-    runs = uint32((count + uint32(run) - uint32(1)) // uint32(run))
+    each = min(uint32(run), uint32(32))
+    runs = uint32((count + each - uint32(1)) // each)
     head_bytes = uint32(uint32(4 * HEADER_WORDS) + uint32(4) * uint32(codec[TABLE_WORDS]))
     own_bytes = uint32(head_bytes + uint32(FIXED_BYTES) * count)  # in front of the tails in staging
     room = uint32(uint32(pitch) - own_bytes)
     at = warp
     while at < uint32(uint32(n_blocks) * runs):
         b = uint32(at // runs)
-        tile = uint32(uint32(first) + (at - b * runs) * uint32(run))
-        last = min(uint32(tile + uint32(run)), uint32(end))
+        tile = uint32((at - b * runs) * each)  # counted from the first one that is decoded
+        n = min(uint32(count - tile), each)
         record = staging + uint64(b) * pitch
-        good = is_ours(record, codec[HEADER], lane)
-        stored = uniform(uint32(load4(record + uint64(4 * STORED_AT))))
-        used = uniform(uint32(load4(record + uint64(4 * USED_AT))))
-        tail_at = uint32(0)
+        good, stored, used = _told(record, codec[HEADER], lane)
         if stored == uint32(CODED):
             good = good and uint64(own_bytes) <= pitch
             if good:
-                before, total = tails(record + uint64(4 * HEADER_WORDS), tile, tiles, lane)
+                before, total = tails(record + uint64(4 * HEADER_WORDS), uint32(uint32(first) + tile), tiles, lane)
                 fixed_bytes = uint32(head_bytes + uint32(FIXED_BYTES) * tiles)
                 good = uint32(fixed_bytes + total) == used
                 tail_at = uint32(uint32(fixed_bytes + before) - uint32(tails_from))  # before the first one it is beyond all
+                good = good and tail_at <= room
+            if good:
+                fixed_at = uint32(head_bytes + uint32(FIXED_BYTES) * tile)
+                tile = uint32(uint32(first) + tile)
+                left = uint32(room - tail_at)
+                tail_at = uint32(own_bytes + tail_at)
+                good = _tiles(codec, blocks[b], tile, n, record, fixed_at, tail_at, left, shared, lane)
         else:
             verbatim_bytes = uint32(uint32(4 * HEADER_WORDS) + uint32(2 * VALUES) * tiles)
             good = good and stored == uint32(VERBATIM) and used == verbatim_bytes and uint64(used) <= pitch and count == tiles
-        if not good:
-            tile = last
-        fixed = record + uint64(head_bytes) + uint64(FIXED_BYTES) * uint64(uint32(tile - uint32(first)))
-        while tile < last:
-            target, step, base = place(codec, tile, blocks[b], lane)
-            if stored == uint32(VERBATIM):
-                source = record + verbatim_at(codec, tile) + uint64(4) * uint64(lane)
-                row = uint32(0)
-                while row < uint32(ROWS):
-                    store4(target + uint64(row) * step, load4(source + uint64(row) * step))
-                    row = uint32(row + uint32(1))
-            else:
-                entry = uniform(uint32(load4(record + uint64(4 * HEADER_WORDS) + uint64(4) * uint64(tile))))
-                size = tail_bytes(entry)
-                tail = record + uint64(own_bytes) + uint64(tail_at)
-                if size > uint32(RAW_TAIL) or tail_at > room or size > uint32(room - tail_at):
-                    good = False  # this tile's tail is none, or lies elsewhere
-                elif entry == uint32(RAW_TILE):
-                    row = uint32(0)
-                    while row < uint32(ROWS):
-                        begin = fixed + uint64(128) * uint64(row)
-                        if row >= uint32(RAW_ROWS):
-                            begin = tail + uint64(128) * uint64(row - uint32(RAW_ROWS))
-                        store4(target + uint64(row) * step, load4(begin + uint64(4) * uint64(lane)))
-                        row = uint32(row + uint32(1))
-                else:
-                    good = _second_tier(tail, entry, lane, second) and good
-                    cuda.syncwarp()
-                    n = _tile(fixed, target, step, uint32(load2(base)), lane, second)
-                    good = good and n == uint32(entry & uint32(0xFFFF))
-                    cuda.syncwarp()
-                tail_at = uint32(tail_at + size)
-            fixed += uint64(FIXED_BYTES)
-            tile = uint32(tile + uint32(1))
+            if good:
+                _verbatim(record, codec, blocks[b], tile, uint32(tile + n), lane)
         if not good and lane == uint32(0):
             store4(status + uint64(4) * uint64(b), uint32(1))
         at = uint32(at + warps)

@@ -64,7 +64,12 @@ def _half(up: bool) -> Callable[[Words], Words]:
 
 def _permute(a: Words, b: Words, which: Words) -> Words:
     both = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
-    picked = [both >> (np.uint64(8) * (which >> np.uint32(4 * at) & np.uint32(7))) & np.uint64(255) for at in range(4)]
+    picked = []
+    for at in range(4):
+        place = which >> np.uint32(4 * at)
+        byte = both >> (np.uint64(8) * (place & np.uint32(7))) & np.uint64(255)
+        repeated = (byte >> np.uint64(7)) * np.uint64(255)  # the sign, eight times
+        picked.append(np.where(place & np.uint32(8), repeated, byte))
     return sum(byte << np.uint64(8 * at) for at, byte in enumerate(picked)).astype(np.uint32)  # type: ignore[union-attr]
 
 
@@ -125,7 +130,9 @@ _WORD: dict[str, Callable[..., Any]] = {
     "cvt.rp.f16.f32": _half(True),
     "cvt.u32.u16": lambda a: a & np.uint32(0xFFFF),
     "cvt.rn.bf16x2.f32": _brain,
+    "shf.l.wrap.b32": lambda low, high, by: high << (by & np.uint32(31)) | low >> (-by & np.uint32(31)),
     "shfl.sync.bfly.b32": lambda a, flip, clamp, mask: a[LANES ^ int(flip[0])],
+    "shfl.sync.up.b32": lambda a, by, clamp, mask: a[np.maximum(LANES - int(by[0]), 0)],
 }
 
 
@@ -157,6 +164,9 @@ class Machine:
             self._memory(name, rest, live)
             return
         target, *operands = rest.split(", ")
+        if name.startswith("shfl") and "|" in target:  # and whether there is such a lane
+            target, found = target.split("|")
+            self.registers[found] = int(self.value(operands[1])[0]) <= LANES
         with np.errstate(all="ignore"):
             if name in _FLOAT:
                 made = words(_FLOAT[name](*(floats(self.value(each)) for each in operands)))

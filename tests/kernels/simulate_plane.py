@@ -16,7 +16,7 @@ import conftest  # noqa: F401  (makes kvortex.kernels importable)
 from kvortex.codecs.on_device import cells, constants
 from kvortex.digests.host import add_lengths
 from kvortex.digests.keys import kernel_numbers
-from kvortex.kernels import coded, coded_read, plane, plane_decode, plane_encode
+from kvortex.kernels import coded, coded_read, plane, plane_decode, plane_encode, plane_row
 from tests.kernels import warp
 from tests.kernels.plane_cases import CASES, GUARD, PlaneCase, ranged
 from tests.naive_digest import digest
@@ -191,7 +191,7 @@ def run_ranges(case: PlaneCase, edges: list[int]) -> None:
 def main() -> int:
     assert config.ENABLE_CUDASIM
     warnings.filterwarnings("ignore", "overflow encountered", RuntimeWarning)  # sums are modulo 2**64
-    warp.install(plane, plane_encode, plane_decode)
+    warp.install(plane, plane_encode, plane_decode, plane_row)
     for case in CASES:
         run(case)
         print(f"simulated plane: {case.name}", flush=True)

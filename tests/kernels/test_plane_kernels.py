@@ -19,6 +19,7 @@ from kvortex.kernels import build, plane
 from tests.kernels.compiled import compiled, sass
 from tests.kernels.plane_cases import CASES, GUARD, PlaneCase
 from tests.kernels.simulator import Simulated
+from tests.kernels.test_build import on_hopper
 from tests.naive_digest import digest
 
 KERNELS, READERS = ("plane_count", "plane_encode", "plane_decode"), ("read_records", "seal_records")
@@ -31,15 +32,41 @@ def test_in_the_simulator_they_write_what_the_host_writes(simulated: Simulated) 
 
 @pytest.mark.parametrize(("name", "capability"), LEAN)
 def test_the_machine_code_is_lean(name: str, capability: tuple[int, int], tmp_path: Path) -> None:
-    """Nothing in local memory, and four CTAs of 256 threads in the registers of a multiprocessor, or three that digest.
+    """Nothing in local memory, and three CTAs of 256 threads in the registers of a multiprocessor, or four that only count.
 
     Not so before Hopper, where a vote that the compiler does not know to be whole becomes a call, with registers of its own.
     """
     text = sass(compiled(name, capability).code, tmp_path)
     assert not re.findall(r"\b(LDL|STL)\b", text), "registers were spilled to local memory"
-    assert max(map(int, re.findall(r"\bR(\d+)\b", text))) < (80 if name in READERS else 64)
+    assert max(map(int, re.findall(r"\bR(\d+)\b", text))) < (64 if name == "plane_count" else 80)
     assert not re.findall(r"\b(DADD|DMUL|DFMA|I2F\.F64\S*)\b", text), "an index went through floating point of 64 bits"
-    assert name != "plane_decode" or re.search(r"\bLDG\.E\.\S*128", text), "the planes of a row come in one load"
+
+
+def test_a_tile_is_copied_while_another_is_decoded() -> None:
+    """All of its fixed part and the first of its tail in one batch; and who waits lets the last batch be."""
+    text = on_hopper("plane_decode")
+    found = re.findall(r"\b(LDGSTS\.E\.BYPASS\.128|LDGSTS\.E|LDGDEPBAR|DEPBAR\.LE SB0, 0x\w+|STG\.E)\b", text)
+    names = {"LDGSTS.E.BYPASS.128": "C", "LDGSTS.E": "c", "LDGDEPBAR": "B", "DEPBAR.LE SB0, 0x1": "W", "STG.E": "S"}
+    kinds = "".join(names.get(each, "?") for each in found)
+    assert re.search(r"CCCc+B+CCCc+BWS*S{16}", kinds), kinds  # the first tile's; in the loop, the next one's, and rows
+    assert "?" not in kinds and kinds.count("W") == 1
+
+
+@pytest.mark.parametrize("name", ["plane_count", "plane_encode"])
+def test_rows_are_loaded_eight_at_a_time(name: str) -> None:
+    """Each into a register of its own, of which nothing is used before the last one was asked for: of the first tile, of its
+    other rows, and of the next tile."""
+    eights, open_loads = 0, []  # registers that loads are under way to, of which nothing was used
+    for line in on_hopper(name).splitlines():
+        used = re.findall(r"\bR\d+\b", line)
+        loaded = re.search(r"\bLDG\.E\.NA R\d+,", line)
+        if set(used[1:] if loaded else used) & set(open_loads):
+            open_loads = []
+        if loaded:
+            open_loads = [*open_loads, used[0]]
+        eights += len(open_loads) == 8 and bool(loaded)
+        open_loads = open_loads if len(open_loads) < 8 else []
+    assert eights >= 3
 
 
 def test_cells_and_their_refusals() -> None:

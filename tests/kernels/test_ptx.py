@@ -10,16 +10,17 @@ import numpy as np
 import pytest
 
 from kvortex.codecs._lossy import scales
-from kvortex.kernels import bit_planes, eights, float32
+from kvortex.kernels import bit_planes, eights, float32, plane_row, warp_words
 from kvortex.kernels.eights import LEAST_SCALE, ROOTS
 from tests.kernels.ptx_machine import LANES, Machine, floats, words
 
 Rng = np.random.Generator
 PLACES = {"e": 8, "w": 8, "v": 4, "p": 2}
-TOGETHER, MEMORY = ("from_lane", "traded", "scale_codes", "gathered"), ("store_planes",)
+TOGETHER = ("from_lane", "traded", "scale_codes", "gathered", "turned", "summed")
+MEMORY = ("store_planes",)
 STATEMENTS = {
     f"{module.__name__.rsplit('.', 1)[1]}.{name}": function
-    for module in (bit_planes, eights, float32)
+    for module in (bit_planes, eights, float32, plane_row)
     for name, function in vars(module).items()
     if hasattr(function, "ptx") and function.__module__ == module.__name__ and name not in TOGETHER + MEMORY
 }
@@ -50,6 +51,24 @@ def _whole(low: int, high: int) -> Callable[[Rng, int], np.ndarray]:
     return lambda rng, places: rng.integers(low, high, (places, 32)).astype(np.uint32)
 
 
+def _bases(rng: Rng, places: int) -> np.ndarray:
+    pairs = rng.choice([0, 1, 2, 3, 4, 5, 127, 254, 255], (places, 32, 2)).astype(np.uint32)
+    return pairs[..., 0] << np.uint32(7) | pairs[..., 1] << np.uint32(23) | np.uint32(0x8000)
+
+
+def _late(rng: Rng, places: int) -> np.ndarray:
+    """How much is to be added, from 4 to -5 exponents; or an escaped one."""
+    near = 128 * rng.integers(-5, 5, (places, 32))
+    escaped = (rng.integers(0, 256, (places, 32)) << 7 | plane_row.ESCAPED).astype(np.uint16).view(np.int16)
+    return np.where(rng.random((places, 32)) < 0.3, escaped, near).astype(np.int32).view(np.uint32)
+
+
+def _distances(rng: Rng, places: int) -> np.ndarray:
+    near, any_of = rng.integers(0, 6, (2, places, 32)), rng.integers(0, plane_row.AT_BASE + 1, (2, places, 32))
+    low, high = np.where(rng.random((2, places, 32)) < 0.5, near, any_of).astype(np.uint32)
+    return low | high << np.uint32(16)
+
+
 # Arguments that are not of any kind, by statement and place.
 GIVEN: dict[str, dict[int, Callable[[Rng, int], np.ndarray]]] = {
     "bit_planes.few_bit_planes": {0: lambda rng, places: _whole(0, 1 << 32)(rng, places) & np.uint32(0x0F0F0F0F)},
@@ -64,6 +83,8 @@ GIVEN: dict[str, dict[int, Callable[[Rng, int], np.ndarray]]] = {
     "eights.high_codes": {0: _between(-9, 9), 1: _fixed(1), 2: _fixed(8), 3: _fixed(7.5)},
     "eights.value_codes": dict(enumerate([_between(-3, 20)] * 4 + [_fixed(-3), _fixed(11, 3.7)])),
     "eights.key_numbers": {2: _fixed(2**23 + 2048 - 128), 3: _between(0.001, 1), 5: _fixed(2**23)},
+    "plane_row.row_word": {1: _bases, 3: _late, 4: _late},
+    "plane_row.first_codes": {0: _distances},
     "float32.half_down": {0: _between(-65504, 65504)},
     "float32.half_up": {0: _between(0, 70)},
     "float32.whole": {0: _whole(0, 1 << 24)},
@@ -121,6 +142,12 @@ def test_lanes_trade() -> None:
     made = _executed(bit_planes.traded, [given, LANES[None].astype(np.uint32)])
     squares = given.reshape(2, 4, 8, 4)  # four words, four lanes
     assert (made.reshape(2, 4, 8, 4) == squares.swapaxes(1, 3)).all()
+    word = given[:1]
+    bits = np.unpackbits(word[0].view(np.uint8), bitorder="little").reshape(32, 32)
+    turned = _executed(warp_words.turned, [word, LANES[None].astype(np.uint32)])
+    assert (turned[0] == np.packbits(bits.T, bitorder="little").view(np.uint32)).all()
+    summed = _executed(warp_words.summed, [word, LANES[None].astype(np.uint32)])
+    assert (summed[0] == np.cumsum(word[0], dtype=np.uint32)).all()
     flip = np.full((1, 32), 8, np.uint32)
     assert (_executed(eights.from_lane, [given, flip]) == given[:, LANES ^ 8]).all()
 
