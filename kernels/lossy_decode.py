@@ -28,7 +28,7 @@ from kvortex.kernels.eights import (
     value_numbers_3,
 )
 from kvortex.kernels.float32 import number_of, times, whole
-from kvortex.kernels.lane import all_here, early16, early_cached4, early_cached8, early_cached16, load4, load16, store4, store16
+from kvortex.kernels.lane import all_here, early_cached4, early_cached8, early_cached16, load4, load16, store4, store16
 from kvortex.kernels.lossy import ALL, after, form_of, from_half, page_of, part_at, part_bytes, place, rotated, values_of
 from kvortex.kernels.lossy_form import (
     BODY_BYTES,
@@ -74,10 +74,10 @@ def _words(address, bits):  # type: ignore[no-untyped-def]
     none = uint32(0)
     e, f, g, h = none, none, none, none
     if bits == uint32(4):
-        a, b, c, d = early16(address)
+        a, b, c, d = early_cached16(address)
     elif bits == uint32(8):
-        a, b, c, d = early16(address)
-        e, f, g, h = early16(address + uint64(16))
+        a, b, c, d = early_cached16(address)
+        e, f, g, h = early_cached16(address + uint64(16))
     elif bits == uint32(3):
         a, b, c, d = early_cached4(address), early_cached4(address + uint64(4)), early_cached4(address + uint64(8)), none
         all_here()  # else both ways become one, where loads of the one wait for those of the other

@@ -28,7 +28,7 @@ from kvortex.kernels.eights import (
 )
 from kvortex.kernels.flags import mark, take
 from kvortex.kernels.float32 import half_down, half_up, larger, minus, number_of, over, plus, reach, smaller, whole, word_of
-from kvortex.kernels.lane import early16, early_cached16, load4, load16, store4, store8, store16
+from kvortex.kernels.lane import early_cached16, load4, load16, store4, store8, store16
 from kvortex.kernels.lossy import ALL, after, form_of, from_half, page_of, part_at, part_bytes, place, rotated, values_of
 from kvortex.kernels.lossy_form import (
     BODY_BYTES,
@@ -62,12 +62,13 @@ def _loaded(form, at, page, means, lane):  # type: ignore[no-untyped-def]
         row = uint32(uint32(16) * group + uint32(lane >> uint32(3)))
         eighth = uint32(uint32(128) * column + uint32(16) * uint32(lane & uint32(7)))
         source, apart = page + uint64(uint32(row * step + eighth)), uint64(uint32(uint32(4) * step))
-        p, q = early16(source), early16(source + apart)
-        r, s = early16(source + uint64(2) * apart), early16(source + uint64(3) * apart)
+        p, q = early_cached16(source), early_cached16(source + apart)
+        r, s = early_cached16(source + uint64(2) * apart), early_cached16(source + uint64(3) * apart)
         mean = early_cached16(means + uint64(uint32(number * step + eighth)))
     else:
         source = page + uint64(uint32(uint32(2048) * uint32(group * across + column) + uint32(64) * lane))
-        p, q, r, s = early16(source), early16(source + uint64(16)), early16(source + uint64(32)), early16(source + uint64(48))
+        p, q = early_cached16(source), early_cached16(source + uint64(16))
+        r, s = early_cached16(source + uint64(32)), early_cached16(source + uint64(48))
     return p, q, r, s, mean
 
 

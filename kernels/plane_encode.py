@@ -280,6 +280,7 @@ def _write_tail(tail, n, lane, table):  # type: ignore[no-untyped-def]
                 code = _late(uint32(value & uint32(0xFFFF)))
             mask = uint32(cuda.ballot_sync(ALL, code == uint32(7)))
             if mask != uint32(0):
+                cuda.syncwarp()  # a vote orders no memory
                 if code == uint32(7):  # to where values were read already: there are no more escapes than these
                     to = uint32(escapes + uint32(cuda.popc(uint32(mask & lower))))
                     put1(table + uint64(to), uint32((value >> uint32(16)) - (value ^ uint32(FAR))))

@@ -23,7 +23,7 @@ from perf.report import progress
 
 CODECS = ("int8", "k6v4", "k4v4", "k4v3")
 RUNS = (1, 4, 16)  # of 1,024 tiles in a block
-CTAS_EACH = 2  # a multiprocessor, as many as its registers hold
+CTAS_EACH = 6  # a multiprocessor: waves of the two that registers hold of an encoder, or of the three of a decoder
 CHECKED = 16
 NAMES = "lossy_encode", "lossy_decode"
 Bytes = npt.NDArray[np.uint8]

@@ -30,7 +30,7 @@ from perf.report import Report, progress
 
 SHAPE = RecordShape(32, 8, 128)
 RUNS = (4, 16, 64)  # of 1,024 tiles in a block
-CTAS_EACH = 4  # a multiprocessor
+CTAS_EACH = 3  # a multiprocessor, as many as its registers hold
 CHECKED = 8  # blocks whose coded record is compared with the host's
 NAMES = "plane_count", "plane_encode", "plane_decode"
 KEYS = ("kernel", "run")

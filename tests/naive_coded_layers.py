@@ -163,7 +163,7 @@ class NaiveLoad:
 
     def launches(self, chunk: range, strips: list[Strip], pitch: int, first: int, end: int) -> list[list[int]]:
         coder, n, at, made = self.coder, len(chunk), 0, []
-        most = coder.most_ctas[self.busy]
+        most = coder.most_ctas[1]
         for strip in strips:
             if strip.digested is not None and coder._numbers:
                 ctas = min(max(-(-n * -(-(strip.end - strip.digested) // 4096) // 8), 1), most)

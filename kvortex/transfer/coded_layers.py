@@ -253,7 +253,7 @@ class LayeredLoad:
     ) -> tuple[Segment, Int64s]:
         """Of :func:`kvortex.transfer._strips.list_groups`, and where that ends which is digested by then."""
         coder, (fixed, rows) = self._coder, groups
-        bounds, most_ctas = (coder.least, coder.codec.slot_bytes), coder.most_ctas[self._busy]
+        bounds, most_ctas = (coder.least, coder.codec.slot_bytes), coder.most_ctas[1]
         pool = coder._pool.address, coder._pool.slot_bytes, coder._pool.segment_slots
         where = slots, kept, starts, tail, fixed, offsets, done
         chunks, copies, launches, marks, done, nbytes = list_groups(*where, *bounds, rows, pool, most_ctas)

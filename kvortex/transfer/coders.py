@@ -180,6 +180,7 @@ class LossyCoder(_TileCoder):
     decoder = "lossy_decode"
     row_bytes = 8  # a page, and which part of it the record is, int32
     kernels = (*encoders, decoder, *_READERS)
+    ctas_each = 2, 3
     work_bytes = 4  # a counter of who is done with the record; zeros whenever none is being coded
     strips, headed = 1, (False,)
     codec: LossyCodec

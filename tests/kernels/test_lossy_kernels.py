@@ -55,7 +55,7 @@ def ahead(text: str) -> set[str]:
     work = [at for at in range(len(sums) - 59) if sum(sums[at : at + 60]) >= 50]
     found = set()
     for at, step in enumerate(steps[: work[0] + 10]):
-        load = re.match(r"LDG\.E\.NA\.128 (R(\d+))", step)
+        load = re.match(r"LDG\.E\.128 (R(\d+))", step)
         if load:
             own = {f"R{int(load[2]) + k}" for k in range(4)}
             behind = [each for each in steps[at + 1 : work[-1] + 60] if not each.startswith(("LDG", "CS2R"))]
