@@ -1,8 +1,10 @@
 """Digests of a transfer on a GPU: what is sent there ahead of it, and read back behind it.
 
-A transfer has two sums for each record, in VRAM beside its block ids (:mod:`kvortex.memory.ids`): a copy of zeros from pinned
-memory comes before the first kernel, and a copy back before the transfer's last event. The kernels that move bytes add to
-them. Where DMAs alone move the bytes, a kernel reads the pages: beside the copies of a save, behind those of a load.
+A transfer has two sums for each record, in VRAM beside its block ids (:mod:`kvortex.memory.ids`): a copy of both from pinned
+memory, zeros for the sums, comes before the first kernel, and a copy back before the transfer's last event. The kernels that
+move bytes add to them. Where DMAs alone move the bytes, a kernel reads the pages: beside the copies of a save, behind those of
+a load. Short copies among long ones of their way are on the stream of these, ahead of them: the GPU's one engine for a way may
+let those of another stream wait until nothing long is queued any more.
 
 Each of these copies takes a few microseconds, and one block of 2 MiB crosses the link in 44. So in a short transfer every warp
 puts the sums of its piece into pinned memory, from where the host adds them up: nothing is sent, and nothing read back.
@@ -17,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from kvortex.devices.driver import COPY_TO_DEVICE, COPY_TO_HOST, EVENT_RECORD, LAUNCH
+from kvortex.devices.driver import COPY_TO_DEVICE, COPY_TO_HOST, LAUNCH
 from kvortex.devices.native import call
 from kvortex.transfer.plan import Int32s, Int64s, Plan
 
@@ -36,12 +38,9 @@ Sums = npt.NDArray[np.uint64]
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def send(functions, digest):  # type: ignore[no-untyped-def]
-    """Zeros for the sums, and what a kernel that reads needs, on the digests' stream; the first error code."""
-    code = call(functions[COPY_TO_DEVICE], (digest[SENT_TO], digest[SENT_FROM], digest[SENT_BYTES], digest[STREAM]))
-    if not code:
-        code = call(functions[EVENT_RECORD], (digest[EVENT], digest[STREAM]))
-    return code
+def send(functions, digest, stream):  # type: ignore[no-untyped-def]
+    """Block ids, or what a kernel that reads needs in their place, and zeros for the sums; the error code."""
+    return call(functions[COPY_TO_DEVICE], (digest[SENT_TO], digest[SENT_FROM], digest[SENT_BYTES], stream))
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]

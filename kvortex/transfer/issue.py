@@ -236,20 +236,25 @@ def issue(  # type: ignore[no-untyped-def]
     by_turns = len(chunks) > 1 and chunks[0, N_PIECES] == 0 and chunks[1, N_PIECES] > 0  # copies alone, and launches
     split = by_turns and n <= 2  # then all copies are on the first stream
     sends, beside = digests and digest[PIECE_BYTES] == 0, reads and to_host
-    if sends and not error:
-        error = send(functions, digest)
     apart = n > 1 and len(chunks) > 0 and chunks[0, N_PIECES] > 0 and chunks[0, N_COPIES] > 0
     copies_on = lane[COPY_STREAM]
-    early = sends and apart and to_host and not reads
+    early, ahead = sends and apart and to_host and not reads, sends and apart and not to_host
+    sends_beside = sends and not ahead  # ahead of its long copies a load sends on their stream, for which its kernels wait
+    if sends_beside and not error:
+        error = send(functions, digest, digest[STREAM])
+        if not error:
+            error = call(functions[EVENT_RECORD], (digest[EVENT], digest[STREAM]))
     for at in range(used):
         if not error:
             error = follow(functions, streams[(first + at) % n], after)
-        if not error and sends and (by_turns or not reads):
+        if not error and sends_beside and (by_turns or not reads):
             error = call(functions[STREAM_WAIT], (streams[(first + at) % n], digest[EVENT], 0))
     if apart and not to_host and not error:
         error = follow(functions, copies_on, after)
     if not error:
         error = call(functions[EVENT_RECORD], (start, copies_on if apart and not to_host else streams[first % n]))
+    if not error and ahead:
+        error = send(functions, digest, copies_on)
     for c in range(len(chunks)):
         if error:
             break
@@ -307,7 +312,7 @@ def issue(  # type: ignore[no-untyped-def]
         code = follow_stream(functions, behind, copies_on, lane[COPY_EVENT])
         if not last:
             last = code
-    if sends or beside:  # also after an error: what was sent and launched is in memory that is others' after ``done``
+    if sends_beside or beside:  # also after an error: what was sent and launched is in memory that is others' after ``done``
         code = follow_stream(functions, behind, digest[STREAM], digest[EVENT])
         if not last:
             last = code

@@ -68,6 +68,18 @@ def test_what_a_resident_kernel_reads_goes_ahead_of_the_first_copy(gpu: FakeGpu)
     assert copies[0] in before and copies[1] not in before
 
 
+@pytest.mark.parametrize("name", ["staged", "parts", "layers", "coded"])
+def test_what_a_staged_load_sends_goes_ahead_of_its_first_copy(name: str) -> None:
+    lane, plan, recorder = Lane(3, False, 1, digest=digest_of(reads=False, apart=0)), PLANS[name], Recorder()
+    assert lane.issue(recorder, plan) == (0, 0)
+    calls, before = recorder.calls, predecessors(recorder.calls)
+    sent, _ = copies_of_sums(calls)
+    copies = [at for at, call in enumerate(calls) if call.name in WORK and call.stream == COPY_STREAM and at != sent]
+    launches = [at for at, call in enumerate(calls) if call.name == "launch"]
+    assert calls[sent].stream == COPY_STREAM and sent < min(copies)
+    assert launches and all(sent in before[at] for at in launches)
+
+
 @pytest.mark.parametrize("name", ["staged", "parts", "one record", "coded"])
 def test_sums_of_a_staged_save_are_read_back_ahead_of_its_last_copies(name: str) -> None:
     lane, plan, recorder = Lane(3, True, 1, digest=digest_of(reads=False, apart=0)), PLANS[name], Recorder()
