@@ -50,9 +50,13 @@ def early4(address):  # type: ignore[no-untyped-def]
     return ctypes.c_uint32.from_address(int(address)).value
 
 
-@statement("bar.warp.sync 0xffffffff;", "")
+@statement("bar.warp.sync 0xffffffff; // loads", "", together=True)
 def all_here():  # type: ignore[no-untyped-def]
-    """Keeps loads of a whole warp before what follows, where no store does that. All lanes must come to it."""
+    """Keeps loads of a whole warp before what follows, where no store does that. All lanes must come to it.
+
+    From 9.0 on it is no instruction. Before it would be a call, over which every loaded word is kept in a register of its own,
+    more than there are: :mod:`kvortex.kernels.build` leaves it out there.
+    """
 
 
 @statement(f"{_FRESH}.v4.u32 {{$0,$1,$2,$3}}, [$4];", "l", "v")

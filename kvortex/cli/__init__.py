@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             if sys.stderr is not None:
                 sys.stderr.flush()
-        except OSError:  # it was full, and nothing has ended for that
+        except (OSError, ValueError):  # it was full, or somebody has closed it, and nothing has ended for that
             _drop(sys.stderr)
 
 

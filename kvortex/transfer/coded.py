@@ -135,7 +135,8 @@ class DeviceCoder(ABC):
         self.works: list[int] = []
         self._held: list[Any] = []
         self._kernels = {name: kernel(name) for name in self.kernels}
-        save, load = self.ctas_each
+        # Before 9.0 kernels have registers for two (kvortex.kernels.build).
+        save, load = (min(each, 2) if device.compute_capability < (9, 0) else each for each in self.ctas_each)
         self.most_ctas = save * device.multiprocessors, load * device.multiprocessors
 
     def open(self, buffers: int, buffer_bytes: int) -> None:

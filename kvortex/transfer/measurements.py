@@ -85,7 +85,7 @@ def seconds_each(ends: Iterable[float], span: float) -> float:
     """
     ordered = sorted(ends)
     pairs = [last - first for first, last in zip(ordered, ordered[2:], strict=False)]
-    return statistics.median(pairs) / 2 if pairs else max(span, 1e-9) / max(len(ordered), 0.5)
+    return max(statistics.median(pairs) / 2 if pairs else span / max(len(ordered), 0.5), 1e-9)
 
 
 def rank(table: Iterable[Measurement], link: Mapping[Direction, float]) -> tuple[Ranking, ...]:

@@ -13,6 +13,7 @@ import pytest
 
 from kvortex.errors import BuildError
 from kvortex.kernels import build
+from kvortex.transfer import lane
 from tests.kernels.compiled import compiled, sass
 
 ARCHITECTURES = [(8, 0), (8, 6), (9, 0), (10, 0), (12, 0)]
@@ -82,6 +83,13 @@ def test_sums_of_a_piece_leave_in_one_store(name: str) -> None:
     (stored,) = re.findall(r"@!?U?P\d+\s+STG\.E\.64 (\S+), (R\d+)", text)
     assert re.findall(r"\bREDG\.E\.ADD\.64\.STRONG\.GPU (\S+), (R\d+)", text) == [stored]
     assert "MEMBAR" not in text and "ATOM" not in text
+
+
+@pytest.mark.parametrize("capability", ARCHITECTURES)
+@pytest.mark.parametrize("name", [name for name, module in build.KERNELS.items() if module not in build._REGISTERS])
+def test_512_threads_find_registers_where_none_are_set(name: str, capability: tuple[int, int], tmp_path: Path) -> None:
+    most = max(map(int, re.findall(r"\bR(\d+)\b", sass(compiled(name, capability).code, tmp_path))))
+    assert -(-(most + 1) // 8) * 8 * lane.THREADS <= 65536, "a launch would be refused"
 
 
 @pytest.mark.parametrize("name", [name for name in MOVERS if "resident" in name])

@@ -247,6 +247,8 @@ class Crew:
             return
         turn.batch, turn.pages = batch, pages
         with self._lock:
+            if self._closed and batch.stopped is None:
+                batch.stopped = Outcome.FAILED  # there may soon be no thread that takes it back
             (self._ready if batch.stopped is None else self._had).append(turn)
 
     def _begin(self, batch: Batch, why: Outcome | None) -> int:
@@ -312,7 +314,8 @@ class Crew:
         """Gives up what has not begun, and ends the threads; False where one of them does not end in time."""
         with self._lock:
             self._closed = True
-            for batch in list(self._batches):
+            # What is prepared too, while there are threads to take it back.
+            for batch in [*self._batches, *(turn.batch for turn in self._ready)]:
                 self._stop(batch, Outcome.FAILED)
             self._wake(len(self._threads))
         ends = time.monotonic() + timeout

@@ -220,6 +220,50 @@ def test_what_is_prepared_after_its_call_was_given_up_is_not_done(make: Make) ->
     assert became == ["refused"]
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_what_is_prepared_when_a_crew_is_closed_is_given_up(late: bool) -> None:
+    """Before it is closed, or while it is: nobody is left who would take it back when the disk hangs in another's call."""
+    crew, hang, began, prepares, prepared = Crew(1, 1, "test"), *(threading.Event() for _ in range(4))
+    made: list[str] = []
+
+    def hanging(at: int, pages: Pages) -> Turn:
+        def call() -> int:
+            began.set()
+            hang.wait()
+            return 0
+
+        return Turn(call, lambda turn: None)
+
+    def ready(at: int, pages: Pages) -> Turn:
+        def after(turn: Turn) -> None:
+            with pytest.raises(RefusedError):
+                turn.done()
+
+        prepares.set()
+        assert not late or prepared.wait(10)
+        return Turn(lambda: made.append("called") or 0, after)
+
+    one = threading.Thread(target=crew.run, args=(hanging, 1, Call(time.monotonic() + 60)))
+    other = threading.Thread(target=crew.run, args=(ready, 1, Call(time.monotonic() + 60)))
+    one.start()
+    assert began.wait(10)
+    other.start()
+    assert prepares.wait(10)
+    if not late:
+        assert until(lambda: crew._ready)
+    closing = threading.Thread(target=crew.close, args=(0.1,))
+    closing.start()
+    assert until(lambda: crew._closed)
+    prepared.set()
+    other.join(10)
+    assert not other.is_alive() and not made, "it waited for the disk, or something was begun"
+    hang.set()
+    one.join(10)
+    closing.join(10)
+    assert crew.close(5)
+
+
+
 def test_a_turn_that_comes_up_just_as_its_call_is_given_up_is_not_had(make: Make) -> None:
     """Nobody has come to take it back yet."""
     crew, turns, refused = make(1, 1), list[Turn](), list[int]()
