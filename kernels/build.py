@@ -68,7 +68,6 @@ _REGISTERS = {
 _BEFORE_HOPPER = {
     f"kvortex.kernels.{codec}_{way}": 128 for codec in ("plane", "lossy", "cachegen") for way in ("encode", "decode")
 }
-_ALL_HERE = "bar.warp.sync 0xffffffff; // loads"  # of kvortex.kernels.lane, which needs numba.cuda to import
 _MAGIC, _VERSION = b"KVXCUBIN", 2
 _ENTRY_BYTES = struct.Struct("<I")
 _COMPILERS = (
@@ -125,11 +124,13 @@ def compile_kernel(name: str, compute_capability: tuple[int, int]) -> Cubin:
             from cuda.core import Linker, LinkerOptions, ObjectCode
             from numba import cuda
 
+            from kvortex.kernels.lane import all_here
+
             module = importlib.import_module(KERNELS[name])
             signature = module.DIGEST_SIGNATURE if name.endswith("_digest") else module.SIGNATURE
             ptx, _ = cuda.compile_ptx(getattr(module, name), signature, cc=compute_capability)
         if compute_capability < (9, 0):
-            ptx = ptx.replace(_ALL_HERE, "")
+            ptx = ptx.replace(all_here.ptx[0], "")
         entry = _ENTRY.search(ptx)
         if entry is None:
             raise BuildError(f"{name}: the compiler wrote no kernel")

@@ -31,38 +31,29 @@ _U64 = types.uint64
 
 def _mover(get16: Any, get8: Any, get4: Any, get2: Any, get1: Any) -> Callable[..., None]:
     @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+    def get_four(src):  # type: ignore[no-untyped-def]
+        return get16(src), get16(src + _U64(512)), get16(src + _U64(1024)), get16(src + _U64(1536))
+
+    @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+    def put_four(dst, words):  # type: ignore[no-untyped-def]
+        store16(dst, words[0])
+        store16(dst + _U64(512), words[1])
+        store16(dst + _U64(1024), words[2])
+        store16(dst + _U64(1536), words[3])
+
+    @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
     def move(dst, src, nbytes, lane):  # type: ignore[no-untyped-def]
         align = dst | src
         at = _U64(lane)
         if align & _U64(15) == _U64(0):
             at = at * _U64(16)
             while at + _U64(8 * 512) <= nbytes + _U64(lane * 16):  # eight loads in flight: 4 KiB a warp and turn
-                a = get16(src + at)
-                b = get16(src + at + _U64(512))
-                c = get16(src + at + _U64(1024))
-                d = get16(src + at + _U64(1536))
-                e = get16(src + at + _U64(2048))
-                f = get16(src + at + _U64(2560))
-                g = get16(src + at + _U64(3072))
-                h = get16(src + at + _U64(3584))
-                store16(dst + at, a)
-                store16(dst + at + _U64(512), b)
-                store16(dst + at + _U64(1024), c)
-                store16(dst + at + _U64(1536), d)
-                store16(dst + at + _U64(2048), e)
-                store16(dst + at + _U64(2560), f)
-                store16(dst + at + _U64(3072), g)
-                store16(dst + at + _U64(3584), h)
+                first, other = get_four(src + at), get_four(src + at + _U64(2048))
+                put_four(dst + at, first)
+                put_four(dst + at + _U64(2048), other)
                 at += _U64(4096)
             while at + _U64(4 * 512) <= nbytes + _U64(lane * 16):  # four loads in flight: 2 KiB a warp and turn
-                a = get16(src + at)
-                b = get16(src + at + _U64(512))
-                c = get16(src + at + _U64(1024))
-                d = get16(src + at + _U64(1536))
-                store16(dst + at, a)
-                store16(dst + at + _U64(512), b)
-                store16(dst + at + _U64(1024), c)
-                store16(dst + at + _U64(1536), d)
+                put_four(dst + at, get_four(src + at))
                 at += _U64(2048)
             while at + _U64(16) <= nbytes:
                 store16(dst + at, get16(src + at))

@@ -12,12 +12,13 @@ Indices are unsigned, because a signed one costs Numba a comparison and 64-bit a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from numba import cuda
 from numba.cuda import types
 
-from kvortex.kernels.lane import all_here, early4, load4
+from kvortex.kernels.lane import all_here, early4, load4, store4
 from kvortex.kernels.plane_form import (
     ACROSS,
     BASES,
@@ -31,6 +32,7 @@ from kvortex.kernels.plane_form import (
     PLANES,
     RAW_TAIL,
     RAW_TILE,
+    ROWS,
     STORED_AT,
     TABLE_WORDS,
     USED_AT,
@@ -142,9 +144,27 @@ def place(codec, tile, block, lane):  # type: ignore[no-untyped-def]
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def verbatim_at(codec, tile):  # type: ignore[no-untyped-def]
+def _verbatim_at(codec, tile):  # type: ignore[no-untyped-def]
     """Where the first row of a tile lies in a record that is kept as it is, counted from the record's begin."""
     across = uint32(codec[ACROSS])
     high = uint32(tile // across)
     column = uint32(tile - high * across)
     return uint64(64) + uint64(high) * uint64(2048) * uint64(across) + uint64(column) * uint64(128)
+
+
+def verbatim(to_record: bool) -> Callable[..., None]:
+    """A function that copies tiles of a record that is kept as it is, into it or out of it."""
+
+    @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+    def copy(record, codec, block, tile, last, lane):  # type: ignore[no-untyped-def]
+        while tile < last:
+            page, step, _ = place(codec, tile, block, lane)
+            kept = record + _verbatim_at(codec, tile) + uint64(4) * uint64(lane)
+            target, source = (kept, page) if to_record else (page, kept)
+            row = uint32(0)
+            while row < uint32(ROWS):
+                store4(target + uint64(row) * step, load4(source + uint64(row) * step))
+                row = uint32(row + uint32(1))
+            tile = uint32(tile + uint32(1))
+
+    return copy  # type: ignore[no-any-return]

@@ -54,7 +54,6 @@ from kvortex.kernels.plane import (
     tail_bytes,
     tails,
     uniform,
-    verbatim_at,
 )
 from kvortex.kernels.plane_form import FIXED_BYTES, RAW_TAIL, RAW_TILE, ROWS, SIGN_AT, VALUES
 from kvortex.kernels.plane_row import ESCAPED, bases_of, late_of, row_word
@@ -83,6 +82,8 @@ def _told(record, header, lane):  # type: ignore[no-untyped-def]
     ours = uint32(cuda.ballot_sync(ALL, same)) == uint32(0xFFFFFFFF)
     stored = uint32(cuda.shfl_sync(ALL, int32(word), STORED_AT))
     return ours, stored, uint32(cuda.shfl_sync(ALL, int32(word), USED_AT))
+
+_verbatim = plane.verbatim(to_record=False)
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
@@ -263,19 +264,6 @@ def _tiles(codec, block, tile, count, record, fixed_at, tail_at, room, shared, l
             good = _tile(this, late, now, target, step, pair, lane) and good
         cuda.syncwarp()
     return good
-
-
-@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _verbatim(record, codec, block, tile, last, lane):  # type: ignore[no-untyped-def]
-    """Copies tiles of a record that is kept as it is."""
-    while tile < last:
-        target, step, _ = place(codec, tile, block, lane)
-        source = record + verbatim_at(codec, tile) + uint64(4) * uint64(lane)
-        row = uint32(0)
-        while row < uint32(ROWS):
-            store4(target + uint64(row) * step, load4(source + uint64(row) * step))
-            row = uint32(row + uint32(1))
-        tile = uint32(tile + uint32(1))
 
 
 def plane_decode(  # type: ignore[no-untyped-def]

@@ -33,7 +33,6 @@ from kvortex.kernels.plane import (
     tails,
     tiles_of,
     uniform,
-    verbatim_at,
     warp_sum,
 )
 from kvortex.kernels.plane_form import FIXED_BYTES, MOST_TAIL, RAW_TILE, ROWS, SIGN_AT, VALUES
@@ -54,6 +53,7 @@ uint32, uint64, int32 = plane.uint32, plane.uint64, plane.int32
 # A warp's shared memory: values of the second tier, a tile's fixed part, and where in the second tier eight rows' begin.
 _FIXED, _CELLS = 4 * VALUES, 4 * VALUES + FIXED_BYTES
 _WARP = _CELLS + 128
+_verbatim = plane.verbatim(to_record=True)
 _SHARED = WARPS * _WARP // 8
 
 
@@ -316,20 +316,6 @@ def write_header(record, header, stored, used, lane):  # type: ignore[no-untyped
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _verbatim(record, codec, block, tile, count, lane):  # type: ignore[no-untyped-def]
-    """Copies tiles into a record that is kept as it is."""
-    last = uint32(tile + count)
-    while tile < last:
-        source, step, _ = place(codec, tile, block, lane)
-        target = record + verbatim_at(codec, tile) + uint64(4) * uint64(lane)
-        row = uint32(0)
-        while row < uint32(ROWS):
-            store4(target + uint64(row) * step, load4(source + uint64(row) * step))
-            row = uint32(row + uint32(1))
-        tile = uint32(tile + uint32(1))
-
-
-@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
 def _first_raw(fixed, words):  # type: ignore[no-untyped-def]
     """Eight rows of a tile that is kept as it is."""
     store4(fixed, words[0])
@@ -453,7 +439,7 @@ def plane_encode(staging, pitch, codec, counts, blocks, n_blocks, run):  # type:
             if stored == uint32(CODED) and lane < uint32(table_words - tiles):
                 store4(record + uint64(4 * HEADER_WORDS) + uint64(4) * uint64(tiles + lane), uint32(0))
         if stored == uint32(VERBATIM):
-            _verbatim(record, codec, blocks[b], tile, n, lane)
+            _verbatim(record, codec, blocks[b], tile, uint32(tile + n), lane)
         elif stored == uint32(CODED):
             fixed_at = uint32(uint32(4 * HEADER_WORDS) + uint32(4) * table_words + uint32(FIXED_BYTES) * tile)
             tail_at = uint32(fixed_bytes + before)

@@ -163,10 +163,6 @@ class Lane:
         used = self._count if kind == NOTHING and not plan.batch.size else len(self.streams)
         if _is_split(plan):
             used = 2  # copies on the one, kernels on the other, however many others get
-        address = 0
-        if ids is not None:  # over the link each CTA would wait for its ids behind the copies that are on it
-            sent = digest[dg.SUMS_BYTES] and not digest[dg.PIECE_BYTES]
-            address = ids.mirror if sent else ids.address
         return STREAMED, (
             kind,
             self._holder,
@@ -188,7 +184,7 @@ class Lane:
             plan.pitch,
             plan.marks,
             events[2:],
-            address,
+            int(digest[dg.IDS]),
             digest,
             plan.launches,
             self.works[:used],
@@ -218,10 +214,13 @@ class Lane:
         cells = dg.NO_DIGESTS.copy()
         if len(listed) == 1:
             cells[dg.ONLY] = listed[0]
+        # Where kernels find what is listed, and leave sums. What is sent ahead is read from VRAM: over the link each CTA would
+        # wait for its ids behind the copies that are on it.
+        here = ids.address if digesting is None or digesting.apart else ids.mirror
+        cells[dg.IDS] = here + 4 * room.listed
         if digesting is None:
             return cells
         ids.ids[room.sums : room.words] = 0
-        here = ids.address if digesting.apart else ids.mirror  # where kernels find what is listed, and leave sums
         cells[dg.NUMBERS], cells[dg.SUMS_BYTES] = digesting.numbers, 4 * (room.words - room.sums)
         cells[dg.SUMS], cells[dg.SUMS_HOST] = here + 4 * room.sums, ids.address + 4 * room.sums
         cells[dg.RECORD_BYTES] = 4 * dg.SUM_WORDS * max(1, digesting.apart)
@@ -231,7 +230,7 @@ class Lane:
         cells[dg.SENT_BYTES] = 4 * (room.words - room.listed)
         cells[dg.STREAM], cells[dg.EVENT] = self._digest_stream, self._digest_event
         if reading is not None:
-            cells[dg.KERNEL], cells[dg.IDS] = reading.kernel, here + 4 * room.listed
+            cells[dg.KERNEL] = reading.kernel
             cells[dg.TABLE] = reading.table or cells[dg.IDS]
             cells[dg.N_PIECES], cells[dg.N_BLOCKS] = reading.n_pieces, digesting.count
             most, warps = _READING_LAUNCHES * int(self.cells[nogil.MAX_CTAS]), reading.n_pieces * digesting.count

@@ -68,28 +68,30 @@ def test_what_a_resident_kernel_reads_goes_ahead_of_the_first_copy(gpu: FakeGpu)
     assert copies[0] in before and copies[1] not in before
 
 
+def staged(name: str, *, to_host: bool) -> tuple[list[Call], list[int], list[int], list[int]]:
+    """What a plan puts on the GPU; where among it sums are sent and read back, the long copies, and the launches."""
+    lane, recorder = Lane(3, to_host, 1, digest=digest_of(reads=False, apart=0)), Recorder()
+    assert lane.issue(recorder, PLANS[name]) == (0, 0)
+    calls = recorder.calls
+    sums = copies_of_sums(calls)
+    copies = [at for at, call in enumerate(calls) if call.name in WORK and call.stream == COPY_STREAM and at not in sums]
+    return calls, sums, copies, [at for at, call in enumerate(calls) if call.name == "launch"]
+
+
 @pytest.mark.parametrize("name", ["staged", "parts", "layers", "coded"])
 def test_what_a_staged_load_sends_goes_ahead_of_its_first_copy(name: str) -> None:
-    lane, plan, recorder = Lane(3, False, 1, digest=digest_of(reads=False, apart=0)), PLANS[name], Recorder()
-    assert lane.issue(recorder, plan) == (0, 0)
-    calls, before = recorder.calls, predecessors(recorder.calls)
-    sent, _ = copies_of_sums(calls)
-    copies = [at for at, call in enumerate(calls) if call.name in WORK and call.stream == COPY_STREAM and at != sent]
-    launches = [at for at, call in enumerate(calls) if call.name == "launch"]
+    calls, (sent, _), copies, launches = staged(name, to_host=False)
+    before = predecessors(calls)
     assert calls[sent].stream == COPY_STREAM and sent < min(copies)
     assert launches and all(sent in before[at] for at in launches)
 
 
 @pytest.mark.parametrize("name", ["staged", "parts", "one record", "coded"])
 def test_sums_of_a_staged_save_are_read_back_ahead_of_its_last_copies(name: str) -> None:
-    lane, plan, recorder = Lane(3, True, 1, digest=digest_of(reads=False, apart=0)), PLANS[name], Recorder()
-    assert lane.issue(recorder, plan) == (0, 0)
-    calls, before = recorder.calls, predecessors(recorder.calls)
-    _, back = copies_of_sums(calls)
+    calls, (_, back), copies, launches = staged(name, to_host=True)
+    before = predecessors(calls)
     done = next(at for at, call in enumerate(calls) if call.name == "record" and call.arguments[0] == DONE)
-    launches = [at for at, call in enumerate(calls) if call.name == "launch"]
-    copies = [at for at, call in enumerate(calls) if call.name in WORK and call.stream == COPY_STREAM and at != back]
-    last = int(plan.chunks[-1, N_COPIES])
+    last = int(PLANS[name].chunks[-1, N_COPIES])
     assert calls[back].stream == COPY_STREAM and set(launches) <= before[back] and back in before[done]
     assert [at > back for at in copies] == [False] * (len(copies) - last) + [True] * last
 
