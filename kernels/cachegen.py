@@ -17,7 +17,8 @@ from numba import cuda
 from kvortex.kernels import plane
 from kvortex.kernels.cachegen_form import LANES, N_TABLES, ROW, TABLES
 from kvortex.kernels.lane import cached4, load4
-from kvortex.kernels.plane import ALL, HEADER_WORDS, warp_sum
+from kvortex.kernels.plane import HEADER_WORDS, warp_sum
+from kvortex.kernels.warp import ALL
 
 BODY = 4 * HEADER_WORDS
 

@@ -27,9 +27,10 @@ from kvortex.kernels.cachegen_form import (
     TOP,
 )
 from kvortex.kernels.lane import cached1, cached4, load2, load4, store2, store4
-from kvortex.kernels.plane import ACROSS, ALL, CODED, GROUPS, HEADER, N_PLANES, PLANES, STORED_AT, USED_AT, uniform
+from kvortex.kernels.plane import ACROSS, CODED, GROUPS, HEADER, N_PLANES, PLANES, STORED_AT, USED_AT
 from kvortex.kernels.plane_decode import is_ours
 from kvortex.kernels.steps import value_at
+from kvortex.kernels.warp import ALL, uniform
 
 SIGNATURE = cachegen.SIGNATURE
 uint16, uint32, uint64, int32 = cachegen.uint16, cachegen.uint32, cachegen.uint64, cachegen.int32

@@ -29,7 +29,6 @@ from kvortex.kernels.cachegen_form import (
 from kvortex.kernels.lane import cached1, cached4, load2, load4, store2, store4
 from kvortex.kernels.plane import (
     ACROSS,
-    ALL,
     CODED,
     DECLINED,
     GROUPS,
@@ -38,11 +37,11 @@ from kvortex.kernels.plane import (
     PLANES,
     TABLE_WORDS,
     tail_bytes,
-    uniform,
 )
 from kvortex.kernels.plane_encode import count_tile, write_header
 from kvortex.kernels.plane_form import FIXED_BYTES, VALUES
 from kvortex.kernels.steps import quotient, steps_away, whole
+from kvortex.kernels.warp import ALL, uniform
 
 SIGNATURE = cachegen.SIGNATURE
 uint16, uint32, uint64, int32 = cachegen.uint16, cachegen.uint32, cachegen.uint64, cachegen.int32

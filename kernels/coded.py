@@ -15,10 +15,11 @@ from numba.cuda import types
 from kvortex.kernels.digest import add_up, columns_of, digest_read
 from kvortex.kernels.lane import load4, store4, store16
 from kvortex.kernels.plane_form import DECLINED, HEADER_WORDS, STORED_AT, USED_AT
+from kvortex.kernels.shares import answer, ask, leave
 
 CODED_PIECE = 4096  # bytes that a warp takes at a time
 _U32, _U64 = types.uint32, types.uint64
-SIGNATURE: Any = types.void(_U64, _U64, types.int32, types.int32, _U64, _U64, _U64)
+SIGNATURE: Any = types.void(_U64, _U64, types.int32, types.int32, _U64, _U64, _U64, _U64)
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
@@ -44,7 +45,7 @@ def _zero(begin, end, lane):  # type: ignore[no-untyped-def]
         at += _U64(512)
 
 
-def seal_records(staging, pitch, n_pieces, n_blocks, numbers, sums, status):  # type: ignore[no-untyped-def]
+def seal_records(staging, pitch, n_pieces, n_blocks, numbers, sums, status, counter):  # type: ignore[no-untyped-def]
     """Digests records that were just coded, and puts zeros behind them: what an earlier chunk left there leaves with nobody.
 
     Parameters
@@ -62,11 +63,13 @@ def seal_records(staging, pitch, n_pieces, n_blocks, numbers, sums, status):  # 
     status : uint64
         Address of (n_blocks,) uint32, zeros; 1 is written for a record that was declined, of which nothing but the header is
         kept.
+    counter : uint64
+        Of :mod:`kvortex.kernels.shares`.
     """
-    lane = cuda.threadIdx.x & 31
-    at = _U32((cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) >> 5)
+    lane = _U32(cuda.threadIdx.x & 31)
     warps = _U32((cuda.gridDim.x * cuda.blockDim.x) >> 5)
     pieces = _U32(n_pieces)
+    at = answer(ask(counter, lane))
     while at < _U32(_U32(n_blocks) * pieces):
         b = _U32(at // pieces)
         p = _U32(at - b * pieces)
@@ -83,4 +86,5 @@ def seal_records(staging, pitch, n_pieces, n_blocks, numbers, sums, status):  # 
             first, second = digest_read(_U64(0), record + offset, live - offset, lane, offset, columns, numbers)
             add_up(sums + _U64(b) * _U64(16), first, second, lane)
         _zero(record + live, record + end, lane)
-        at = _U32(at + warps)
+        at = answer(ask(counter, lane))  # not sooner: registers would be spilled
+    leave(counter, at, _U32(_U32(n_blocks) * pieces), warps, lane)

@@ -14,13 +14,14 @@ from numba.cuda import types
 
 from kvortex.kernels.coded import CODED_PIECE, used_of
 from kvortex.kernels.digest import add_up, columns_of, digest_read
+from kvortex.kernels.shares import answer, ask, leave
 
 _U32, _U64 = types.uint32, types.uint64
-SIGNATURE: Any = types.void(_U64, _U64, types.int32, _U64, _U64, types.int32, types.int32, types.int32, types.int32)
+SIGNATURE: Any = types.void(_U64, _U64, types.int32, _U64, _U64, types.int32, types.int32, types.int32, types.int32, _U64)
 
 
 def read_records(  # type: ignore[no-untyped-def]
-    staging, pitch, n_blocks, numbers, sums, first, end, shift, headed
+    staging, pitch, n_blocks, numbers, sums, first, end, shift, headed, counter
 ):
     """Digests coded records.
 
@@ -39,13 +40,16 @@ def read_records(  # type: ignore[no-untyped-def]
         Byte ``k`` of a record lies ``k - shift`` bytes behind its begin in staging: a multiple of 16.
     headed : int32
         Not 0 where a record begins with its header there: then no more is read than this says that it uses. Else all is.
+    counter : uint64
+        Of :mod:`kvortex.kernels.shares`.
     """
-    lane = cuda.threadIdx.x & 31
-    at = _U32((cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) >> 5)
+    lane = _U32(cuda.threadIdx.x & 31)
     warps = _U32((cuda.gridDim.x * cuda.blockDim.x) >> 5)
     pieces = _U32(_U32(_U32(max(end, first)) - _U32(first) + _U32(CODED_PIECE - 1)) // _U32(CODED_PIECE))
     columns = columns_of(numbers, _U64(first), lane)  # of every piece: they are multiples of a row apart
+    at = answer(ask(counter, lane))
     while at < _U32(_U32(n_blocks) * pieces):
+        ahead = ask(counter, lane)  # which takes a microsecond, and is here when this piece is read
         b = _U32(at // pieces)
         p = _U32(at - b * pieces)
         record = staging + _U64(b) * pitch
@@ -58,4 +62,5 @@ def read_records(  # type: ignore[no-untyped-def]
             source = record + offset - _U64(shift)
             mine, other = digest_read(_U64(0), source, piece, lane, offset, columns, numbers)
             add_up(sums + _U64(b) * _U64(16), mine, other, lane)
-        at = _U32(at + warps)
+        at = answer(ahead)
+    leave(counter, at, _U32(_U32(n_blocks) * pieces), warps, lane)

@@ -41,11 +41,10 @@ from kvortex.kernels.lossy_form import (
     V_BITS,
     VALUE_BYTES,
 )
-from kvortex.kernels.plane import uniform
+from kvortex.kernels.warp import uniform
 
-SIGNATURE: Any = plane.SIGNATURE
+SIGNATURE: Any = plane.SHARED_SIGNATURE
 uint32, uint64, int32 = types.uint32, types.uint64, types.int32
-ALL: Any = 0xFFFFFFFF
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]

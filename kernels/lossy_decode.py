@@ -29,7 +29,7 @@ from kvortex.kernels.eights import (
 )
 from kvortex.kernels.float32 import number_of, times, whole
 from kvortex.kernels.lane import all_here, early_cached4, early_cached8, early_cached16, load4, load16, store4, store16
-from kvortex.kernels.lossy import ALL, after, form_of, from_half, page_of, part_at, part_bytes, place, rotated, values_of
+from kvortex.kernels.lossy import after, form_of, from_half, page_of, part_at, part_bytes, place, rotated, values_of
 from kvortex.kernels.lossy_form import (
     BODY_BYTES,
     HEADER_BYTES,
@@ -42,11 +42,12 @@ from kvortex.kernels.lossy_form import (
     TILE_BYTES,
     USED_AT,
 )
-from kvortex.kernels.plane import uniform
+from kvortex.kernels.shares import answer, ask, leave
+from kvortex.kernels.warp import ALL, uniform
 
 uint32, uint64, int32 = lossy.uint32, lossy.uint64, lossy.int32
 SIGNATURE: Any = types.void(
-    uint64, uint64, types.CPointer(uint64), uint64, types.CPointer(types.int32), int32, int32, int32, int32
+    uint64, uint64, types.CPointer(uint64), uint64, types.CPointer(types.int32), int32, int32, int32, int32, uint64
 )
 
 
@@ -187,7 +188,7 @@ def _in_front(codec, form, tile, tiles):  # type: ignore[no-untyped-def]
     return begin
 
 
-def lossy_decode(staging, pitch, codec, status, blocks, n_blocks, run, first, end):  # type: ignore[no-untyped-def]
+def lossy_decode(staging, pitch, codec, status, blocks, n_blocks, run, first, end, counter):  # type: ignore[no-untyped-def]
     """Decodes staging into pages.
 
     Parameters
@@ -200,9 +201,10 @@ def lossy_decode(staging, pitch, codec, status, blocks, n_blocks, run, first, en
     first, end : int32
         Range of tiles, of whole planes. Where ``first`` is not 0 no header lies there, and none is looked at: the launch that
         begins with 0 tells. Parts are decoded by launches over all tiles alone.
+    counter : uint64
+        Of :mod:`kvortex.kernels.shares`.
     """
     lane = uint32(cuda.threadIdx.x & 31)
-    warp = uniform(uint32((cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) >> 5))
     warps = uint32((cuda.gridDim.x * cuda.blockDim.x) >> 5)
     form = form_of(codec)
     key_bits, value = uniform(uint32(codec[K_BITS])), values_of(codec)
@@ -215,7 +217,7 @@ def lossy_decode(staging, pitch, codec, status, blocks, n_blocks, run, first, en
         missing = _in_front(codec, form, uint32(first), tiles)
     fits = uint64(uint32(_in_front(codec, form, uint32(end), tiles) - missing)) <= pitch
     whole_range = count == tiles
-    at = warp
+    at = answer(ask(counter, lane))
     while at < uint32(uint32(n_blocks) * runs):
         b = uint32(at // runs)
         tile = uint32(uint32(first) + uint32(at - uint32(b * runs)) * uint32(run))
@@ -256,4 +258,5 @@ def lossy_decode(staging, pitch, codec, status, blocks, n_blocks, run, first, en
                     _key_tile(form, key_bits, codes, own_scales, mean, target, magic, lane)
                 else:
                     _value_tile(value, codes, own_scales, target, magic, lane)
-        at = uint32(at + warps)
+        at = answer(ask(counter, lane))
+    leave(counter, at, uint32(uint32(n_blocks) * runs), warps, lane)

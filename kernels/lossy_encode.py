@@ -29,7 +29,7 @@ from kvortex.kernels.eights import (
 from kvortex.kernels.flags import mark, take
 from kvortex.kernels.float32 import half_down, half_up, larger, minus, number_of, over, plus, reach, smaller, whole, word_of
 from kvortex.kernels.lane import early_cached16, load4, load16, store4, store8, store16
-from kvortex.kernels.lossy import ALL, after, form_of, from_half, page_of, part_at, part_bytes, place, rotated, values_of
+from kvortex.kernels.lossy import after, form_of, from_half, page_of, part_at, part_bytes, place, rotated, values_of
 from kvortex.kernels.lossy_form import (
     BODY_BYTES,
     DECLINED,
@@ -44,7 +44,8 @@ from kvortex.kernels.lossy_form import (
     TILE_BYTES,
     USED_AT,
 )
-from kvortex.kernels.plane import uniform
+from kvortex.kernels.shares import answer, ask, leave
+from kvortex.kernels.warp import ALL, uniform
 
 SIGNATURE = lossy.SIGNATURE
 uint32, uint64, int32 = lossy.uint32, lossy.uint64, lossy.int32
@@ -180,7 +181,7 @@ def _header(codec, record, declined, tiles, lane):  # type: ignore[no-untyped-de
         store4(record + uint64(4) * uint64(lane), word)
 
 
-def lossy_encode(staging, pitch, codec, counts, blocks, n_blocks, run):  # type: ignore[no-untyped-def]
+def lossy_encode(staging, pitch, codec, counts, blocks, n_blocks, run, counter):  # type: ignore[no-untyped-def]
     """Codes pages into staging.
 
     Parameters
@@ -200,16 +201,17 @@ def lossy_encode(staging, pitch, codec, counts, blocks, n_blocks, run):  # type:
     n_blocks : int32
     run : int32
         Tiles that a warp takes at a time, at least 1.
+    counter : uint64
+        Of :mod:`kvortex.kernels.shares`.
     """
     lane = uint32(cuda.threadIdx.x & 31)
-    warp = uniform(uint32((cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) >> 5))
     warps = uint32((cuda.gridDim.x * cuda.blockDim.x) >> 5)
     form, means = form_of(codec), codec[MEANS]
     key_bits, value = uniform(uint32(codec[K_BITS])), values_of(codec)
     tiles = uint32(uint32(codec[N_PLANES]) * form[1])
     runs = uint32(uint32(tiles + uint32(run) - uint32(1)) // uint32(run))
     fits = uint64(uint32(HEADER_BYTES) + uint32(codec[BODY_BYTES])) <= pitch
-    at = warp
+    at = answer(ask(counter, lane))
     while at < uint32(uint32(n_blocks) * runs):
         b = uint32(at // runs)
         tile = uint32(uint32(at - uint32(b * runs)) * uint32(run))
@@ -249,16 +251,17 @@ def lossy_encode(staging, pitch, codec, counts, blocks, n_blocks, run):  # type:
                 else:
                     good = _value_tile(form, group, column, value, w, x, y, z, plane_at, lane) and good
         if part < int32(0):
-            counter = counts + uint64(4) * uint64(b)
+            done = counts + uint64(4) * uint64(b)
             all_good = uint32(cuda.ballot_sync(ALL, good)) == uint32(0xFFFFFFFF)
             before = uint32(0)
             if lane == uint32(0):
                 if not all_good:
-                    mark(counter)
-                before = uint32(take(counter))
+                    mark(done)
+                before = uint32(take(done))
             before = uniform(before)
             if uint32(before & uint32(0x7FFFFFFF)) == uint32(runs - uint32(1)):
                 _header(codec, record, before >> uint32(31) != uint32(0), tiles, lane)
                 if lane == uint32(0):
-                    store4(counter, uint32(0))
-        at = uint32(at + warps)
+                    store4(done, uint32(0))
+        at = answer(ask(counter, lane))
+    leave(counter, at, uint32(uint32(n_blocks) * runs), warps, lane)

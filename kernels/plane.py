@@ -1,9 +1,9 @@
 """What the plane kernels share: who works on what, and the sums over a record's table that say where tails lie.
 
 A launch works on ``n_blocks`` records, the coded one of block ``b`` at ``staging + b * pitch``; both are multiples of 16. A
-warp takes ``run`` neighbouring tiles at a time, sums up the table once for them, and then goes from tail to tail. Any grid
-works; a CTA has at most ``WARPS`` warps. All other numbers come from ``codec``, uint64 in VRAM: see the cells below. Rows of
-planes lie at multiples of 4.
+warp takes ``run`` neighbouring tiles at a time (:mod:`kvortex.kernels.shares`), sums up the table once for them, and then
+goes from tail to tail. Any grid works; a CTA has at most ``WARPS`` warps. All other numbers come from ``codec``, uint64 in
+VRAM: see the cells below. Rows of planes lie at multiples of 4.
 
 Sums are in no order that matters, and nothing is added atomically: a record's bytes are the same in every launch.
 
@@ -40,6 +40,7 @@ from kvortex.kernels.plane_form import (
     VERBATIM,
     WARPS,
 )
+from kvortex.kernels.warp import ALL, uniform
 
 __all__ = [
     "ACROSS", "BASES", "CODED", "DECLINED", "GROUPS", "HEADER", "HEADER_WORDS", "N_PLANES", "PLANES", "STORED_AT",
@@ -50,13 +51,7 @@ uint8, uint16, uint32, uint64, int32 = types.uint8, types.uint16, types.uint32, 
 SIGNATURE: Any = types.void(
     uint64, uint64, types.CPointer(uint64), uint64, types.CPointer(types.int32), types.int32, types.int32
 )
-ALL: Any = 0xFFFFFFFF
-
-
-@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def uniform(value):  # type: ignore[no-untyped-def]
-    """A 32-bit number that is the same in every lane, so that the compiler knows: branches on it divide no warp."""
-    return uint32(cuda.shfl_sync(ALL, int32(value), 0))
+SHARED_SIGNATURE: Any = types.void(*SIGNATURE.args, uint64)  # with a counter of shares
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]

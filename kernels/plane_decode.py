@@ -39,7 +39,6 @@ from kvortex.kernels.ahead import (
 from kvortex.kernels.lane import early_cached2, load4, store4
 from kvortex.kernels.plane import (
     ACROSS,
-    ALL,
     CODED,
     GROUPS,
     HEADER,
@@ -53,15 +52,16 @@ from kvortex.kernels.plane import (
     place,
     tail_bytes,
     tails,
-    uniform,
 )
 from kvortex.kernels.plane_form import FIXED_BYTES, RAW_TAIL, RAW_TILE, ROWS, SIGN_AT, VALUES
 from kvortex.kernels.plane_row import ESCAPED, bases_of, late_of, row_word
+from kvortex.kernels.shares import answer, ask, leave
+from kvortex.kernels.warp import ALL, uniform
 from kvortex.kernels.warp_words import summed, turned
 
 uint16, uint32, uint64, int32 = plane.uint16, plane.uint32, plane.uint64, plane.int32
 SIGNATURE: Any = types.void(
-    uint64, uint64, types.CPointer(uint64), uint64, types.CPointer(types.int32), int32, int32, int32, int32, int32
+    uint64, uint64, types.CPointer(uint64), uint64, types.CPointer(types.int32), int32, int32, int32, int32, int32, uint64
 )
 # A warp's shared memory: the second tier's values, and fixed part and tail of two tiles.
 _LATE, _STAGE = 2 * VALUES, FIXED_BYTES + RAW_TAIL
@@ -267,7 +267,7 @@ def _tiles(codec, block, tile, count, record, fixed_at, tail_at, room, shared, l
 
 
 def plane_decode(  # type: ignore[no-untyped-def]
-    staging, pitch, codec, status, blocks, n_blocks, run, first, end, tails_from
+    staging, pitch, codec, status, blocks, n_blocks, run, first, end, tails_from, counter
 ):
     """Decodes staging into pages.
 
@@ -284,11 +284,12 @@ def plane_decode(  # type: ignore[no-untyped-def]
     tails_from : int32
         Offset in all records of the first tail byte in staging. With all tiles and ``fixed_bytes`` of the codec what lies there
         is a record as it is, which may also be one that is kept verbatim.
+    counter : uint64
+        Of :mod:`kvortex.kernels.shares`.
     """
     all_shared = cuda.shared.array(_SHARED, types.uint64, ALIGNED)
     shared = uint64(shared_at(all_shared.ctypes.data)) + uint64(_WARP) * uint64(cuda.threadIdx.x >> 5)
     lane = uint32(cuda.threadIdx.x & 31)
-    warp = uniform(uint32((cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) >> 5))
     warps = uint32((cuda.gridDim.x * cuda.blockDim.x) >> 5)
     tiles = uint32(uint32(codec[N_PLANES]) * uint32(codec[GROUPS]) * uint32(codec[ACROSS]))
     count = uint32(uint32(end) - uint32(first))
@@ -297,7 +298,7 @@ def plane_decode(  # type: ignore[no-untyped-def]
     head_bytes = uint32(uint32(4 * HEADER_WORDS) + uint32(4) * uint32(codec[TABLE_WORDS]))
     own_bytes = uint32(head_bytes + uint32(FIXED_BYTES) * count)  # in front of the tails in staging
     room = uint32(uint32(pitch) - own_bytes)
-    at = warp
+    at = answer(ask(counter, lane))
     while at < uint32(uint32(n_blocks) * runs):
         b = uint32(at // runs)
         tile = uint32((at - b * runs) * each)  # counted from the first one that is decoded
@@ -325,4 +326,5 @@ def plane_decode(  # type: ignore[no-untyped-def]
                 _verbatim(record, codec, blocks[b], tile, uint32(tile + n), lane)
         if not good and lane == uint32(0):
             store4(status + uint64(4) * uint64(b), uint32(1))
-        at = uint32(at + warps)
+        at = answer(ask(counter, lane))
+    leave(counter, at, uint32(uint32(n_blocks) * runs), warps, lane)

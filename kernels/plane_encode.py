@@ -18,7 +18,6 @@ from kvortex.kernels.ahead import ALIGNED, get4, get16, near, put1, put2, put4, 
 from kvortex.kernels.lane import all_here, early4, early_cached2, load2, load4, store4, store16
 from kvortex.kernels.plane import (
     ACROSS,
-    ALL,
     CODED,
     DECLINED,
     HEADER,
@@ -32,7 +31,6 @@ from kvortex.kernels.plane import (
     tail_bytes,
     tails,
     tiles_of,
-    uniform,
     warp_sum,
 )
 from kvortex.kernels.plane_form import FIXED_BYTES, MOST_TAIL, RAW_TILE, ROWS, SIGN_AT, VALUES
@@ -46,9 +44,11 @@ from kvortex.kernels.plane_row import (
     sign_bytes,
     upper_halves,
 )
+from kvortex.kernels.shares import answer, ask, leave
+from kvortex.kernels.warp import ALL
 from kvortex.kernels.warp_words import summed, turned
 
-SIGNATURE = plane.SIGNATURE
+SIGNATURE = plane.SHARED_SIGNATURE
 uint32, uint64, int32 = plane.uint32, plane.uint64, plane.int32
 # A warp's shared memory: values of the second tier, a tile's fixed part, and where in the second tier eight rows' begin.
 _FIXED, _CELLS = 4 * VALUES, 4 * VALUES + FIXED_BYTES
@@ -138,15 +138,14 @@ def count_tile(codec, tile, block, lane):  # type: ignore[no-untyped-def]
     return _entry(found)
 
 
-def plane_count(staging, pitch, codec, counts, blocks, n_blocks, run):  # type: ignore[no-untyped-def]
+def plane_count(staging, pitch, codec, counts, blocks, n_blocks, run, counter):  # type: ignore[no-untyped-def]
     """The table of every record, into ``counts``. Parameters as of :func:`plane_encode`; ``staging`` is not touched."""
     lane = uint32(cuda.threadIdx.x & 31)
-    warp = uniform(uint32((cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) >> 5))
     warps = uint32((cuda.gridDim.x * cuda.blockDim.x) >> 5)
     across = uint32(codec[ACROSS])
     tiles = tiles_of(codec)
     runs = uint32((tiles + uint32(run) - uint32(1)) // uint32(run))
-    at = warp
+    at = answer(ask(counter, lane))
     while at < uint32(uint32(n_blocks) * runs):
         b = uint32(at // runs)
         tile = uint32((at - b * runs) * uint32(run))
@@ -172,7 +171,8 @@ def plane_count(staging, pitch, codec, counts, blocks, n_blocks, run):  # type: 
             if lane == uint32(0):
                 store4(table, entry)
             table += uint64(4)
-        at = uint32(at + warps)
+        at = answer(ask(counter, lane))
+    leave(counter, at, uint32(uint32(n_blocks) * runs), warps, lane)
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
@@ -387,7 +387,7 @@ def _tiles(codec, block, tile, count, record, table, fixed_at, tail_at, shared, 
         fixed_at = uint32(fixed_at + uint32(FIXED_BYTES))
 
 
-def plane_encode(staging, pitch, codec, counts, blocks, n_blocks, run):  # type: ignore[no-untyped-def]
+def plane_encode(staging, pitch, codec, counts, blocks, n_blocks, run, counter):  # type: ignore[no-untyped-def]
     """Codes pages into staging.
 
     Parameters
@@ -406,15 +406,16 @@ def plane_encode(staging, pitch, codec, counts, blocks, n_blocks, run):  # type:
     n_blocks : int32
     run : int32
         Tiles that a warp takes at a time, at least 1.
+    counter : uint64
+        Of :mod:`kvortex.kernels.shares`.
     """
     all_shared = cuda.shared.array(_SHARED, types.uint64, ALIGNED)
     shared = uint64(shared_at(all_shared.ctypes.data)) + uint64(_WARP) * uint64(cuda.threadIdx.x >> 5)
     lane = uint32(cuda.threadIdx.x & 31)
-    warp = uniform(uint32((cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) >> 5))
     warps = uint32((cuda.gridDim.x * cuda.blockDim.x) >> 5)
     each = min(uint32(run), uint32(32))
     runs = uint32((tiles_of(codec) + each - uint32(1)) // each)
-    at = warp
+    at = answer(ask(counter, lane))
     while at < uint32(uint32(n_blocks) * runs):
         # loaded again for each run, which takes less than registers do that hold it all the while
         tiles = tiles_of(codec)
@@ -444,4 +445,5 @@ def plane_encode(staging, pitch, codec, counts, blocks, n_blocks, run):  # type:
             fixed_at = uint32(uint32(4 * HEADER_WORDS) + uint32(4) * table_words + uint32(FIXED_BYTES) * tile)
             tail_at = uint32(fixed_bytes + before)
             _tiles(codec, blocks[b], tile, n, record, table, fixed_at, tail_at, shared, lane)
-        at = uint32(at + warps)
+        at = answer(ask(counter, lane))
+    leave(counter, at, uint32(uint32(n_blocks) * runs), warps, lane)

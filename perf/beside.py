@@ -56,7 +56,10 @@ def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]]
                 own.callback(one.engine.shutdown)
                 progress(f"{one.name}, beside {LOAD}")
                 try:
-                    rows += rows_of(one, loop, rounds, floor)
+                    for row in rows_of(one, loop, rounds, floor):
+                        told = f"{row['direction']} {row['ratio']:.3f} at {row['slowdown']:.3f}; {row['wrong_bytes']} bytes wrong"
+                        progress(f"{one.name}, beside {LOAD}: {told}")
+                        rows.append(row)
                 except kvortex.TransferError as error:  # it may be too slow beside the loop: the others still count
                     notes.setdefault("failed", {})[one.name] = str(error)
     return device.name, rows, notes

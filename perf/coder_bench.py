@@ -54,6 +54,7 @@ class Bench:
         strides = tuple(2 * int(np.prod(sizes[at + 1 :])) for at in range(4))
         layout = kvortex.KVLayout.from_pointers((self.memory.address, sizes, strides, 2), 1, 0, device=device.name)
         self.fragments = layout.fragments
+        self._counter = self.upload(np.zeros(1, np.uint32))  # of kernels that share work out; others take no notice of it
         self._grid, self._functions = ctas_each * device.multiprocessors, {name: _loaded(device, name) for name in names}
 
     def upload(self, array: npt.NDArray[Any]) -> Any:
@@ -80,7 +81,7 @@ class Bench:
         u64, i32 = ctypes.c_uint64, ctypes.c_int32
         values = (self.staging.address, pitch, form.address, extra.address, ids.address, blocks, run, *span)
         with cu.current(self.device.context) as driver:
-            packed = values, (u64, u64, u64, u64, u64, i32, i32, *[i32] * len(span))
+            packed = (*values, self._counter.address), (u64, u64, u64, u64, u64, i32, i32, *[i32] * len(span), u64)
             launched = driver.cuLaunchKernel(
                 self._functions[name], self._grid, 1, 1, THREADS, 1, 1, 0, self.clock.stream, packed, 0
             )

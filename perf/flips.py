@@ -62,7 +62,9 @@ def in_staging(device: CudaDevice, tries: int) -> int:
     for buffer, data in ((table, pieces), (blocks, ids), (constants, numbers)):
         buffer.write(data)
     sums = device.allocate(16 * RECORDS)
-    launch = (staging.address, table.address, len(pieces), blocks.address, RECORDS, record, -1)
+    counter = device.allocate(4)
+    counter.write(np.zeros(4, np.uint8))
+    launch = (staging.address, table.address, len(pieces), blocks.address, RECORDS, record, -1, counter.address)
     values = (*launch, constants.address, sums.address, 16, 0)
     seen, left = 0, tries
     while left:
@@ -87,7 +89,7 @@ def _run(device: CudaDevice, name: str, sums: Any, values: tuple[int, ...]) -> n
     with cu.current(device.context) as driver:
         module = cu.check(driver.cuModuleLoadData(cubin.code), "cuModuleLoadData")
         kernel = cu.check(driver.cuModuleGetFunction(module, cubin.entry.encode()), "cuModuleGetFunction")
-        kinds = (u64, u64, i32, u64, i32, u64, i32, u64, u64, u64, u64)
+        kinds = (u64, u64, i32, u64, i32, u64, i32, u64, u64, u64, u64, u64)
         cu.check(driver.cuLaunchKernel(kernel, 16, 1, 1, 512, 1, 1, 0, 0, (values, kinds), 0), "cuLaunchKernel")
         cu.check(driver.cuCtxSynchronize(), "cuCtxSynchronize")
         cu.check(driver.cuModuleUnload(module), "cuModuleUnload")

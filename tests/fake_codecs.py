@@ -24,6 +24,7 @@ ENTRIES = {b"plane_count": 0xE1, b"plane_encode": 0xE2, b"plane_decode": 0xE3, b
            b"lossy_encode": 0xE6, b"lossy_decode": 0xE7}  # fmt: skip
 _NAMES = {entry: name.decode() for name, entry in ENTRIES.items()}
 Words = npt.NDArray[np.uint32]
+_SPANS = {"plane_decode": 3, "lossy_decode": 2}  # numbers that say what of each record is decoded
 _BUSY = 0x1234567  # in a counter of a record that is being coded
 
 
@@ -38,7 +39,9 @@ def code(gpu: FakeGpu, call: Call) -> Iterator[str]:
     cells_at, extra, ids, n, run = rest[:5]
     assert run > 0
     kernel = _plane if name.startswith("plane") else _lossy
-    return kernel(gpu, name, staging, pitch, cells_at, extra, ids, n, tuple(rest[5:8]))
+    *span, counter = rest[5 : 5 + _SPANS.get(name, 0) + 1]
+    gpu.array(counter, 1, ctypes.c_uint32)
+    return kernel(gpu, name, staging, pitch, cells_at, extra, ids, n, tuple(span))
 
 
 def _seal(gpu: FakeGpu, staging: int, pitch: int, n_pieces: int, n: int, *where: int) -> Iterator[str]:

@@ -285,8 +285,9 @@ class FakeGpu(FakeDriver):
             self.resident.append(self._serve(call))
             self._pump()
         elif call.name == "launch":
-            staging, table, n_pieces, ids, n_blocks, pitch, only, numbers_at, sums, record, piece = call.parameters
+            staging, table, n_pieces, ids, n_blocks, pitch, only, counter, numbers_at, sums, record, piece = call.parameters
             entry = call.arguments[0]
+            self._reach("a kernel's counter", counter, 4)
             if not (self._reach("a kernel's table", table, 32 * n_pieces) and self._reach("a kernel's ids", ids, 4 * n_blocks)):
                 return
             pieces = np.ctypeslib.as_array((ctypes.c_int64 * (4 * n_pieces)).from_address(table)).reshape(-1, 4)

@@ -12,7 +12,7 @@ from kvortex.codecs.base import HEADER
 from kvortex.codecs.lossy import LossyCodec
 from kvortex.codecs.plane import PlaneCodec
 from kvortex.kernels.plane_form import FIXED_BYTES
-from kvortex.transfer.plan import ABSOLUTE, BUFFER, IDS, LAST, LAUNCH_COLUMNS, STATUS, SUMS, even, ramp
+from kvortex.transfer.plan import ABSOLUTE, BUFFER, COUNTER, IDS, LAST, LAUNCH_COLUMNS, STATUS, SUMS, even, ramp
 
 
 def naive_offsets(codec: PlaneCodec, record: npt.NDArray[np.uint8], edges: list[int], back: bool = False) -> list[int]:
@@ -180,6 +180,7 @@ class NaiveLoad:
         return [*made, self.launch(coder.decoder, ctas, [*head, *((ABSOLUTE, value) for value in span)])]
 
     def launch(self, kernel: str, ctas: int, parameters: list[tuple[int, int]]) -> list[int]:
+        parameters = [*parameters, (COUNTER, 0)]
         row = [self.coder._kernels[kernel], ctas, 256, sum(base << 4 * at for at, (base, _) in enumerate(parameters))]
         row += [value for _, value in parameters]
         return row + [0] * (LAUNCH_COLUMNS - len(row))

@@ -28,6 +28,7 @@ from kvortex.transfer.plan import (
     BUFFER,
     CHUNK_COLUMNS,
     COPY_BYTES,
+    COUNTER,
     CTAS,
     DEVICE_SIDE,
     FIRST,
@@ -208,10 +209,10 @@ class DeviceCoder(ABC):
         return run, np.minimum(most, -(-count * -(-tiles // run) // warps))
 
     def _row(self, kernel: str, ctas: Int64s, threads: int, *parameters: Parameter) -> Int64s:
-        """A launch of each chunk."""
+        """A launch of each chunk, by a kernel whose last parameter is a counter of shares."""
         made = np.zeros((len(ctas), LAUNCH_COLUMNS), np.int64)
         made[:, KERNEL], made[:, CTAS], made[:, THREADS] = self._kernels[kernel], ctas, threads
-        for at, (base, value) in enumerate(parameters):
+        for at, (base, value) in enumerate((*parameters, (COUNTER, 0))):
             made[:, RELATIVE] |= base << 4 * at
             made[:, ARGUMENTS + at] = value
         return made

@@ -29,7 +29,7 @@ from kvortex.transfer.cuda_completion import CudaCompletion, CudaMark, Events
 from kvortex.transfer.cuda_digests import Digests
 from kvortex.transfer.digesting import Digesting, room_for
 from kvortex.transfer.executor import Completion, Direction, Executor, poll
-from kvortex.transfer.issue import NO_STREAM
+from kvortex.transfer.issue import COUNTER_BYTES, NO_STREAM
 from kvortex.transfer.lane import ROW_WORDS, Job, Lane
 from kvortex.transfer.layer_load import LayerLoad
 from kvortex.transfer.layers import Ordered, Sections, group_count, in_order, split_groups
@@ -156,7 +156,7 @@ class CudaExecutor(Executor):
     def _open(self, gpu_budget: int) -> None:
         staged = len(self._fragments) > 0 and self.route is not Route.DIRECT
         depth, pieces = self._depth, self._planner.pieces
-        buffers, table, flags = [0] * (2 * depth), 0, 0
+        buffers, table, flags, counters = [0] * (2 * depth), 0, 0, 0
         kernels = {direction: (0, 0) for direction in Direction}
         self._ids = IdPool(self.device)
         if len(pieces):
@@ -169,9 +169,10 @@ class CudaExecutor(Executor):
         if staged:
             self._staging = StagingRing(self.device, gpu_budget, 2 * depth)
             buffers = self._staging.addresses
-            self._flags = self.device.allocate(2 * 2 * 2 * FLAG_BYTES)  # of each direction's two buffers
+            # Of each direction's two buffers flags, and of each of its streams a counter.
+            self._flags = self.device.allocate(2 * 2 * 2 * FLAG_BYTES + 2 * depth * COUNTER_BYTES)
             self._flags.write(np.zeros(self._flags.nbytes, np.uint8))
-            flags = self._flags.address
+            flags, counters = self._flags.address, self._flags.address + 2 * 2 * 2 * FLAG_BYTES
         works: list[int] | None = None
         if staged and self._codec is not None and self._staging is not None:
             known = self._pool, self._kernel, self._digests.numbers
@@ -197,6 +198,7 @@ class CudaExecutor(Executor):
                 my_flags,
                 table,
                 pieces[:, OFFSET],
+                counters + depth * COUNTER_BYTES * at,
                 None if works is None else works[at * depth : (at + 1) * depth],
             )
 

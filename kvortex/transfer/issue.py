@@ -36,6 +36,7 @@ from kvortex.transfer.plan import (
     ARGUMENTS,
     BUFFER,
     BYTES,
+    COUNTER,
     CTAS,
     FIRST_BLOCK,
     FIRST_LAUNCH,
@@ -53,32 +54,34 @@ from kvortex.transfer.plan import KERNEL as LAUNCH_KERNEL
 from kvortex.transfer.plan import THREADS as LAUNCH_THREADS
 
 # Cells of ``lane``: numbers that stay the same for a direction.
-(CONTEXT, KERNEL, THREADS, MAX_CTAS, TABLE, JOIN_STREAM, CALLER_EVENT, TO_HOST, COPY_STREAM,
- COPY_EVENT) = range(LANE_CELLS := 10)  # fmt: skip
+(CONTEXT, KERNEL, THREADS, MAX_CTAS, TABLE, JOIN_STREAM, CALLER_EVENT, TO_HOST, COPY_STREAM, COPY_EVENT,
+ COUNTERS) = range(LANE_CELLS := 11)  # fmt: skip
 HANDED, COPIED = range(2)  # rows of ``turns``: what is recorded behind kernels, and behind copies
 # Cells of ``outcome``: whether everything was attempted, the first error of the work, the first of the events behind it, and
 # whether it is left for another thread to issue.
 ISSUED, ERROR, LAST, QUEUED = range(OUTCOME_CELLS := 4)
 NO_STREAM = -1  # in the place of the caller's, where only events are waited for
 PIECE_ROW_BYTES = 8 * (BYTES + 1)
+COUNTER_BYTES = 128  # from the counter of one stream's launches to the next one's
 _READS = digesting.KERNEL
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _launch(functions, lane, chunk, ids, digest, buffer, pitch, stream, parameters, pointers):  # type: ignore[no-untyped-def]
+def _launch(functions, lane, chunk, ids, digest, bases, pitch, stream, parameters, pointers):  # type: ignore[no-untyped-def]
     n_pieces, n_blocks = chunk[N_PIECES], chunk[N_BLOCKS]
-    parameters[0] = buffer
+    parameters[0] = bases[BUFFER]
     parameters[1] = lane[TABLE] + chunk[FIRST_PIECE] * PIECE_ROW_BYTES
     parameters[2] = n_pieces
     parameters[3] = ids + chunk[FIRST_BLOCK] * 4
     parameters[4] = n_blocks
     parameters[5] = pitch
     parameters[6] = digest[ONLY]
+    parameters[7] = bases[COUNTER]
     if digest[SUMS_BYTES]:
-        parameters[7] = digest[NUMBERS]
-        parameters[8] = digest[SUMS] + chunk[FIRST_BLOCK] * digest[RECORD_BYTES] + chunk[FIRST_PIECE] * digest[PIECE_BYTES]
-        parameters[9] = digest[RECORD_BYTES]
-        parameters[10] = digest[PIECE_BYTES]
+        parameters[8] = digest[NUMBERS]
+        parameters[9] = digest[SUMS] + chunk[FIRST_BLOCK] * digest[RECORD_BYTES] + chunk[FIRST_PIECE] * digest[PIECE_BYTES]
+        parameters[10] = digest[RECORD_BYTES]
+        parameters[11] = digest[PIECE_BYTES]
     warps = lane[THREADS] // 32
     ctas = min(lane[MAX_CTAS], (n_pieces * n_blocks + warps - 1) // warps)
     return call(
@@ -108,7 +111,7 @@ def _run(  # type: ignore[no-untyped-def]
     """The kernels of a chunk: its launches, or the lane's own kernel; the first error code."""
     if chunk[N_LAUNCHES] > 0:
         return _launch_rows(functions, launches, chunk, bases, stream, parameters, pointers)
-    return _launch(functions, lane, chunk, ids, digest, bases[BUFFER], pitch, stream, parameters, pointers)
+    return _launch(functions, lane, chunk, ids, digest, bases, pitch, stream, parameters, pointers)
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
@@ -178,7 +181,7 @@ def issue(  # type: ignore[no-untyped-def]
         Of :func:`kvortex.devices.driver.functions`.
     lane : (LANE_CELLS,) int64
         Context, kernel, launch shape, piece table, join stream, event for the caller's stream, direction, stream for copies
-        between staging buffers and the host, and the event that joins it.
+        between staging buffers and the host, the event that joins it, and counters of shares, one for each of ``streams``.
     streams, buffers, joins : (s,) int64
         Each stream with its staging buffer and the event that joins it. Kernels of a buffer are on its stream; its copies
         too where there is one buffer alone.
@@ -204,7 +207,7 @@ def issue(  # type: ignore[no-untyped-def]
         Address of the plan's block ids, readable by the GPU.
     digest : (DIGEST_CELLS,) int64
         Of :mod:`kvortex.transfer.digesting`.
-    launches : (l, 15) int64
+    launches : (l, 16) int64
         Of the plan.
     works : (s,) int64
         What else than a staging buffer belongs to each stream; 0 where nothing does.
@@ -264,7 +267,7 @@ def issue(  # type: ignore[no-untyped-def]
         base = chunk[INSTEAD]
         if with_kernel and not base:
             base = buffers[at]
-        bases[BUFFER], bases[WORK] = base, works[at]
+        bases[BUFFER], bases[WORK], bases[COUNTER] = base, works[at], lane[COUNTERS] + COUNTER_BYTES * at
         copying = copies_on if apart else stream
         if apart:  # until the buffer has been emptied
             waits, event = (stream, turns[COPIED, at]) if to_host else (copying, turns[HANDED, at])

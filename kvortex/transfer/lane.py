@@ -29,7 +29,7 @@ RESIDENT_THREADS = 512  # of kvortex.kernels.resident, which needs numba.cuda to
 Job: TypeAlias = "tuple[int, tuple[Any, ...]]"  # of kvortex.transfer.submitting
 _AT_ONCE = 32  # calls of the driver, of a hundred microseconds at most in all, that are not worth waking a thread for
 _FEW_THREADS = 128  # of a CTA that only reads, where there is so little that it is to be spread over all multiprocessors
-_READING_LAUNCHES = 8  # times the CTAs of a launch, for one that only reads: as many as keep the bus of the VRAM busy
+_READING_LAUNCHES = 4  # times the CTAs of a launch, for one that only reads: as many as keep the bus of the VRAM busy
 
 
 def is_short(plan: Plan) -> bool:
@@ -72,6 +72,8 @@ class Lane:
         Address of ``2 * resident.FLAG_BYTES`` bytes of VRAM for each of ``halves``, zeroed.
     table, offsets
         Address of the pieces in VRAM, and their record offsets.
+    counters
+        Address of ``COUNTER_BYTES`` bytes of VRAM for each of ``buffers``, zeroed.
     works
         Addresses of what else belongs to each of ``buffers``; None where nothing does.
 
@@ -94,6 +96,7 @@ class Lane:
         flags: int,
         table: int,
         offsets: Int64s,
+        counters: int,
         works: list[int] | None = None,
     ) -> None:
         self._device = device
@@ -122,7 +125,7 @@ class Lane:
         self.cells[nogil.KERNEL] = kernel
         self.cells[nogil.THREADS] = THREADS
         self.cells[nogil.MAX_CTAS] = ctas
-        self.cells[nogil.TABLE] = table
+        self.cells[nogil.TABLE], self.cells[nogil.COUNTERS] = table, counters
         self.cells[nogil.JOIN_STREAM] = join_stream
         self.cells[nogil.CALLER_EVENT] = caller_event
         self._caller_event = np.array([caller_event], np.int64)

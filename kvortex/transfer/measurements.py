@@ -12,10 +12,10 @@ from kvortex.transfer.executor import Direction
 from kvortex.transfer.routes import Ranking, Route
 
 ENOUGH, BEARABLE = 0.9, 1.03  # of the link's rate, and times a computation's time: beyond, transfers need not be better
-# Of the link's rate: with so much beyond ``ENOUGH`` a route of copy engines is the best one there can be, and with less it
-# counts for so much less: beside models such routes kept up to 0.07 less of the link than beside a calibration's computation,
-# and what digests their blocks is a kernel too.
-_TO_SPARE = 0.06
+# Of the link's rate, by which a route of copy engines counts for less than was measured: beside attention and a model's layers
+# loads of 32 KiB in batches had 0.87 and 0.83 of the link that had 1.0 beside a calibration's computation, strided saves 0.07
+# less, and what digests their blocks is a kernel too (docs/transfers.md).
+_LESS_BESIDE_MODELS = 0.15
 _EQUAL = 0.01  # of the link's rate: less than that comes and goes from run to run
 _ALIKE = 0.02  # of what is missed beside a computation: so much comes and goes too
 # What a kernel that keeps multiprocessors costs beyond what was measured: a calibration's computation is shared out anew among
@@ -91,10 +91,9 @@ def seconds_each(ends: Iterable[float], span: float) -> float:
 def rank(table: Iterable[Measurement], link: Mapping[Direction, float]) -> tuple[Ranking, ...]:
     """Rankings of routes.
 
-    With the GPU idle the fastest one is the best. Beside a computation it is, of long transfers, one without a kernel if that
-    is good enough by far, else the one that comes closest to ``ENOUGH`` of the link at no cost, and of equals none whose
-    kernel keeps multiprocessors; and of the rest the fastest without a kernel, if it is not slow: a kernel would first wait
-    for the model's.
+    With the GPU idle the fastest one is the best. Beside a computation it is, of long transfers, the one that comes closest to
+    ``ENOUGH`` of the link at no cost, and of equals none whose kernel keeps multiprocessors; and of the rest the fastest
+    without a kernel, if it is not slow: a kernel would first wait for the model's.
 
     Parameters
     ----------
@@ -140,13 +139,12 @@ def _soonest(shares: Mapping[Route, float]) -> list[Route]:
 
 
 def _least_cost(beside: Mapping[Route, Measurement], link: float, idle: Mapping[Route, float]) -> list[Route]:
-    def cost(route: Route) -> tuple[int, bool, float, float]:
+    def cost(route: Route) -> tuple[int, float, float]:
         share, slowdown = beside[route].rate / link, beside[route].slowdown or 1.0
-        by_engines = route in COPY_ENGINES_ONLY
-        spares = by_engines and share >= ENOUGH + _TO_SPARE
-        gained = min(share - _TO_SPARE * by_engines, ENOUGH)  # more of the link than enough is no gain
-        paid = slowdown + _KEEPS * (route is Route.RESIDENT) - gained
-        return int(shortfall(share, slowdown) / _ALIKE), not spares, paid, -share
+        if route in COPY_ENGINES_ONLY:
+            share -= _LESS_BESIDE_MODELS
+        paid = slowdown + _KEEPS * (route is Route.RESIDENT) - min(share, ENOUGH)  # more than enough is no gain
+        return int(shortfall(share, slowdown) / _ALIKE), paid, -share
 
     return [*sorted(beside, key=cost), *(route for route in _fastest(idle) if route not in beside)]
 

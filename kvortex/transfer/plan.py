@@ -30,11 +30,11 @@ DEVICE_SIDE, HOST_SIDE, COPY_BYTES, LINES, PITCH, HOST_PITCH = range(COPY_COLUMN
 # Columns of a launch: handle of a kernel, CTAs and threads of each, and its parameters, to each of which one of ``bases`` is
 # added; ``RELATIVE`` has four bits for each that say which.
 KERNEL, CTAS, THREADS, RELATIVE, ARGUMENTS = range(5)
-PARAMETERS = 11
+PARAMETERS = 12
 LAUNCH_COLUMNS = ARGUMENTS + PARAMETERS
-# Bases: nothing, the chunk's staging buffer, what else belongs to that buffer, the plan's ids, and sums and status of its
-# records, all in VRAM.
-ABSOLUTE, BUFFER, WORK, IDS, SUMS, STATUS = range(BASE_CELLS := 6)
+# Bases: nothing, the chunk's staging buffer, what else belongs to that buffer, the plan's ids, sums and status of its records,
+# and the counter of shares of the stream's launches, all in VRAM.
+ABSOLUTE, BUFFER, WORK, IDS, SUMS, STATUS, COUNTER = range(BASE_CELLS := 7)
 
 NONE, FIRST, LAST = range(3)  # chunks that are small
 _DOUBLINGS = 5
@@ -73,7 +73,7 @@ class Plan:
         chunk is one call. Takes the place of ``copies``; (3, 0) where those are used.
     order : (n,) int64
         Of each record of the plan the position in the call; (0,) where that is the same.
-    launches : (l, 15) int64
+    launches : (l, 16) int64
         Of chunks that take more than the lane's own kernel, one behind another on the stream of the chunk's buffer.
     """
 

@@ -141,7 +141,7 @@ def guess(link: float | None, multiprocessors: int) -> Profile:
         streams=2,
         buffers=4,
         buffer_bytes=max(4096, _round(_CHUNK_S * rate)),
-        staged_ctas=max(1, multiprocessors // 4),
+        staged_ctas=max(1, multiprocessors),
         resident_ctas=min(4, most_resident_ctas(multiprocessors)),
         resident_ctas_beside=min(2, most_resident_ctas(multiprocessors)),
         rankings=_guessed_rankings(line, *(_round(seconds * rate) for seconds in (WORTH * _BATCHED_S, _START_S))),
@@ -177,8 +177,7 @@ def _guessed_rankings(line: int, batched: int, little: int) -> tuple[Ranking, ..
     beside = {
         0: ((mapped, resident, staged), (staged, resident)),
         line: ((by_lines, mapped, resident, staged), (staged, by_lines, resident)),
-        2 * line: ((by_lines, mapped, resident, staged), (by_lines, staged, resident)),
-        max(2 * line + 1, batched): ((by_lines, by_copies, mapped, resident, staged), (by_lines, by_copies, staged, resident)),
+        max(line + 1, batched): ((by_lines, by_copies, mapped, resident, staged), (staged, by_lines, by_copies, resident)),
     }
     return tuple(
         Ranking(direction, busy, fragment, nbytes, routes)

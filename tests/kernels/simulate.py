@@ -15,7 +15,9 @@ from numba import cuda
 from numba.cuda.core import config
 
 import conftest  # noqa: F401  (makes kvortex.kernels importable)
-from kvortex.kernels import compute, digest, move, paged, reading, resident
+from kvortex.kernels import compute, digest, move, paged, reading, resident, shares
+from kvortex.kernels import warp as kernels_warp
+from tests.kernels import warp
 from tests.kernels.cases import CASES, GUARD, Case, numbers
 from tests.naive_digest import sums as naive_sums
 
@@ -61,7 +63,9 @@ def run(case: Case, direction: str, grid: int, threads: int, digests: bool = Fal
     # A kernel that knows the only page must not look it up.
     only, listed = (ids[0], ids + np.int32(1000)) if len(ids) == 1 else (np.int32(-1), ids)
     begin, pitch = np.uint64(staging.ctypes.data + GUARD), np.uint64(case.pitch)
-    values = (begin, pieces.reshape(-1), len(pieces), listed, len(ids), pitch, only)
+    counter = np.zeros(1, np.uint32)
+    values = (begin, pieces.reshape(-1), len(pieces), listed, len(ids), pitch, only, np.uint64(counter.ctypes.data))
+    warp.before_launch()
     if digests:
         table, sums = table_of(sum(case.sizes)), np.full((len(ids), 2), 5, np.uint64)
         kernel = cuda.jit(getattr(paged, direction + "_digest"))
@@ -76,6 +80,7 @@ def run(case: Case, direction: str, grid: int, threads: int, digests: bool = Fal
         assert cells[:, :-1].any(2).all() and not cells[:, -1].any(), "each piece has sums of its own"
     else:
         cuda.jit(getattr(paged, direction))[grid, threads](*values)
+    assert not counter.any(), "the next launch would find shares taken"
     if all(pieces[0, :2] % 16 == 0) and case.pitch % 16 == 0:
         assert lanes[0] >= len(ids) * int(pieces[:, 3].sum() // 16), "aligned pages went through narrow lanes"
     if direction == "gather":
@@ -156,6 +161,7 @@ def run_compute(grid: int, threads: int) -> None:
 def main() -> int:
     assert config.ENABLE_CUDASIM
     move.store16 = digest.store16 = counted
+    warp.install(shares, kernels_warp)
     warnings.filterwarnings("ignore", "overflow encountered", RuntimeWarning)  # sums are modulo 2**64
     for case in CASES:
         for direction in ("gather", "scatter"):

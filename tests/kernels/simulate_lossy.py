@@ -13,7 +13,8 @@ from numba.cuda.core import config
 
 import conftest  # noqa: F401  (makes kvortex.kernels importable)
 from kvortex.codecs.on_device_lossy import cells, constants
-from kvortex.kernels import lossy, lossy_decode, lossy_encode, plane
+from kvortex.kernels import lossy, lossy_decode, lossy_encode, plane, shares
+from kvortex.kernels import warp as kernels_warp
 from tests.kernels import warp
 from tests.kernels.lossy_cases import FILL, GUARD, SMALL, LossyCase
 from tests.kernels.simulate_plane import aligned, launch
@@ -108,7 +109,7 @@ def run_ranges(case: LossyCase) -> None:
 def main() -> int:
     assert config.ENABLE_CUDASIM
     warnings.simplefilter("ignore", RuntimeWarning)
-    warp.install(plane, lossy, lossy_encode, lossy_decode)
+    warp.install(plane, lossy, lossy_encode, lossy_decode, shares, kernels_warp)
     for case in SMALL:
         run(case)
         print(f"simulated lossy: {case.name}", flush=True)

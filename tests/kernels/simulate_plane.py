@@ -16,7 +16,8 @@ import conftest  # noqa: F401  (makes kvortex.kernels importable)
 from kvortex.codecs.on_device import cells, constants
 from kvortex.digests.host import add_lengths
 from kvortex.digests.keys import kernel_numbers
-from kvortex.kernels import coded, coded_read, plane, plane_decode, plane_encode, plane_row
+from kvortex.kernels import coded, coded_read, plane, plane_decode, plane_encode, plane_row, shares
+from kvortex.kernels import warp as kernels_warp
 from tests.kernels import warp
 from tests.kernels.plane_cases import CASES, GUARD, PlaneCase, ranged
 from tests.naive_digest import digest
@@ -27,9 +28,16 @@ def aligned(nbytes: int, fill: int) -> np.ndarray:
     return made[-made.ctypes.data % 16 :][:nbytes]
 
 
-def launch(kernel: object, *arguments: object, grid: int = 2, threads: int = 32) -> None:
+def bare_launch(kernel: object, *arguments: object, grid: int = 2, threads: int = 32) -> None:
     warp.before_launch()
     cuda.jit(kernel)[grid, threads](*arguments)  # type: ignore[index]
+
+
+def launch(kernel: object, *arguments: object, grid: int = 2, threads: int = 32) -> None:
+    """With a counter of shares, which kernels leave at 0."""
+    counter = np.zeros(1, np.uint32)
+    bare_launch(kernel, *arguments, counter.ctypes.data, grid=grid, threads=threads)
+    assert not counter.any(), "the next launch would find shares taken"
 
 
 def run(case: PlaneCase) -> None:
@@ -191,7 +199,7 @@ def run_ranges(case: PlaneCase, edges: list[int]) -> None:
 def main() -> int:
     assert config.ENABLE_CUDASIM
     warnings.filterwarnings("ignore", "overflow encountered", RuntimeWarning)  # sums are modulo 2**64
-    warp.install(plane, plane_encode, plane_decode, plane_row)
+    warp.install(plane, plane_encode, plane_decode, plane_row, shares, kernels_warp)
     for case in CASES:
         run(case)
         print(f"simulated plane: {case.name}", flush=True)

@@ -114,6 +114,7 @@ class OnGpu:
             cells(case.codec, case.fragments(self.memory.address), self.upload(constants(case.codec)).address)
         )
         self.words, self.rows = self.upload(np.zeros(self.n, np.uint32)), self.upload(case.rows)
+        self.counter = self.upload(np.zeros(1, np.uint32))
 
     def upload(self, array: np.ndarray) -> Any:
         self.held.append(self.device.allocate(array.nbytes))
@@ -128,12 +129,14 @@ class OnGpu:
         staging, case = self.staging.address + GUARD, self.case
         span = (0, case.codec.tiles) if name == "lossy_decode" else ()
         values = (staging, case.pitch, self.form.address, self.words.address, self.rows.address, self.n, case.run, *span)
+        values = (*values, self.counter.address)
         with cu.current(self.device.context) as driver:
             module = cu.check(driver.cuModuleLoadData(cubin.code), "cuModuleLoadData")
             kernel = cu.check(driver.cuModuleGetFunction(module, cubin.entry.encode()), "cuModuleGetFunction")
-            kinds = (u64, u64, u64, u64, u64, i32, i32, *[i32] * len(span))
+            kinds = (u64, u64, u64, u64, u64, i32, i32, *[i32] * len(span), u64)
             cu.check(driver.cuLaunchKernel(kernel, grid, 1, 1, 256, 1, 1, 0, 0, (values, kinds), 0), "cuLaunchKernel")
             cu.check(driver.cuCtxSynchronize(), "cuCtxSynchronize")
+        assert not self.counter.read().any(), "the next launch would find shares taken"
 
     def encoded(self, grid: int) -> np.ndarray:
         """Staging after an encoding, without its guards."""

@@ -77,15 +77,19 @@ def test_against_the_reference(case: Case, direction: str, digests: str) -> None
     table.write(pieces)
     ids.write(np.array(case.blocks, np.int32))
     only = case.blocks[0] if len(case.blocks) == 1 else -1
-    values = (stage.address + GUARD, table.address, len(pieces), ids.address, len(case.blocks), case.pitch, only)
+    counter = device.allocate(4)
+    counter.write(np.zeros(4, np.uint8))
+    of_records = ids.address, len(case.blocks), case.pitch, only
+    values = (stage.address + GUARD, table.address, len(pieces), *of_records, counter.address)
     u64, i32 = ctypes.c_uint64, ctypes.c_int32
-    kinds = (u64, u64, i32, u64, i32, u64, i32)
+    kinds = (u64, u64, i32, u64, i32, u64, i32, u64)
     if digests != "none":
         found = Sums(device, len(case.blocks), sum(case.sizes), len(pieces) if digests == "apart" else 0)
         launch(device, direction + "_digest", (3, 128), (*values, *found.values), (*kinds, *found.kinds))
         assert found.read() == case.sums(memory if direction == "gather" else case.scattered(memory, staging))
     else:
         launch(device, direction, (3, 128), values, kinds)
+    assert not counter.read().any(), "the next launch would find shares taken"
     if direction == "gather":
         np.testing.assert_array_equal(stage.read(), case.gathered(memory, staging))
         np.testing.assert_array_equal(pages.read(), memory)

@@ -107,6 +107,7 @@ def test_on_a_gpu_they_write_what_the_host_writes(case: PlaneCase) -> None:
 
     memory, staging = upload(case.memory), upload(np.full(n * case.pitch + 2 * GUARD, 0xA5, np.uint8))
     form = upload(cells(case.codec, case.fragments(memory.address), upload(constants(case.codec)).address))
+    counter = upload(np.zeros(1, np.uint32))
     counts, status, ids = upload(np.zeros(n * case.tiles, np.uint32)), upload(np.zeros(n, np.uint32)), upload(case.blocks)
 
     def launch(name: str, extra: Any, sums: Any = None) -> None:
@@ -127,8 +128,10 @@ def test_on_a_gpu_they_write_what_the_host_writes(case: PlaneCase) -> None:
             elif name == "seal_records":
                 values = (start, case.pitch, pieces, n, numbers.address, sums.address, extra.address)
                 kinds = (u64, u64, i32, i32, u64, u64, u64)
-            cu.check(driver.cuLaunchKernel(kernel, 3, 1, 1, 64, 1, 1, 0, 0, (values, kinds), 0), "cuLaunchKernel")
+            packed = (*values, counter.address), (*kinds, u64)
+            cu.check(driver.cuLaunchKernel(kernel, 3, 1, 1, 64, 1, 1, 0, 0, packed, 0), "cuLaunchKernel")
             cu.check(driver.cuCtxSynchronize(), "cuCtxSynchronize")
+        assert not counter.read().any(), "the next launch would find shares taken"
 
     launch("plane_count", counts)
     launch("plane_encode", counts)

@@ -41,7 +41,7 @@ from tests.transfer.plans import HOST, fragments_of
 from tests.transfer.recorder import Recorder
 
 CONTEXT, KERNEL, THREADS, TABLE, JOIN_STREAM, CALLER_EVENT = 0xC0, 0xF0, 64, 0x7AB1E000, 0x5000, 0xE000
-COPY_STREAM, COPY_EVENT = 0x5CC00, 0xECC00
+COPY_STREAM, COPY_EVENT, COUNTERS = 0x5CC00, 0xECC00, 0xC0C000
 CALLER, START, DONE, IDS, MARK = 0x5CA11, 0xE111, 0xE222, 0x1D5000, 0xE30000
 IDS_IN_VRAM, SUMS, STATUS = 0x1D6000, 0x50000, 0x57A700
 SLOT_BYTES, PIECE_BYTES = 128, 16
@@ -75,6 +75,7 @@ class Lane:
         self.cells[nogil.CALLER_EVENT] = CALLER_EVENT
         self.cells[nogil.TO_HOST] = self.to_host
         self.cells[nogil.COPY_STREAM], self.cells[nogil.COPY_EVENT] = COPY_STREAM, COPY_EVENT
+        self.cells[nogil.COUNTERS] = COUNTERS
 
     def issue(self, recorder: Recorder, plan: Plan) -> tuple[int, int]:
         """The two codes."""
@@ -87,7 +88,7 @@ class Lane:
         marks = MARK + np.arange(len(plan.marks), dtype=np.int64)
         table = (plan.chunks, plan.copies, plan.batch, plan.pitch, plan.marks, marks)
         digest = NO_DIGESTS if self.digest is None else self.digest
-        rows = plan.launches, self.works, np.array([0, 0, 0, IDS_IN_VRAM, SUMS, STATUS], np.int64)
+        rows = plan.launches, self.works, np.array([0, 0, 0, IDS_IN_VRAM, SUMS, STATUS, 0], np.int64)
         last = (*rows, parameters, pointers, scratch, outcome)
         nogil.issue(recorder.functions, *fixed, START, DONE, *table, IDS, digest, *last)
         assert outcome[nogil.ISSUED] == 1

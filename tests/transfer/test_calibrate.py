@@ -46,6 +46,7 @@ class Invented(Machine):
     ctas: int = 1
     ctas_beside: int = 1
     staged_ctas: int = 1
+    staged_beside: float = 0.95
     split_s: float = 1e-3
     broken: Route | None = None
     without: tuple[Route, ...] = ()
@@ -83,7 +84,7 @@ class Invented(Machine):
         if route is Route.RESIDENT:
             return (rate if profile.resident_ctas_beside >= self.ctas_beside else 0.3 * rate), 1.2
         if route is Route.STAGED:
-            return 0.95 * rate, 1.0 if profile.staged_ctas <= self.staged_ctas else 1.1
+            return self.staged_beside * rate, 1.0 if profile.staged_ctas <= self.staged_ctas else 1.1
         return rate, 1.0
 
     def check(self, profile: Profile, fragment_bytes: int, route: Route) -> None:
@@ -113,7 +114,7 @@ def test_numbers_follow_what_was_measured() -> None:
 
 def test_numbers_of_launches_beside_a_computation() -> None:
     assert found_on(ctas_beside=2, staged_ctas=16).resident_ctas_beside == 2
-    assert found_on(staged_ctas=64).staged_ctas == 32, "of those that are as good one that is soon over"
+    assert found_on(staged_ctas=64).staged_ctas == 64, "of those that are as good one that is soon over"
     assert found_on(staged_ctas=16).staged_ctas == 16 and found_on(staged_ctas=8).staged_ctas == 8
 
 
@@ -148,8 +149,10 @@ def test_routes_of_an_idle_gpu() -> None:
 def test_routes_beside_a_computation() -> None:
     profile = found_on(line_s=100e-9, batched_s=300e-9)
     assert route(profile, 4096, 256 * MIB, True) is Route.STAGED, "lines of 4 KiB take a third of the time for nothing"
+    assert route(profile, 32 << 10, 256 * MIB, True) is Route.STAGED
+    profile = found_on(line_s=100e-9, batched_s=300e-9, staged_beside=0.5)
     assert route(profile, 32 << 10, 256 * MIB, True) is Route.STRIDED
-    short = found_on(line_s=1e-6, batched_s=300e-9)
+    short = found_on(line_s=1e-6, batched_s=300e-9, staged_beside=0.5)
     assert route(short, 128 << 10, 256 * MIB, True) is Route.BATCHED
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from kvortex.devices import driver as cu
 from kvortex.transfer import digesting as dg
-from kvortex.transfer.issue import COPIED, HANDED
+from kvortex.transfer.issue import COPIED, COUNTER_BYTES, HANDED
 from kvortex.transfer.plan import (
     FIRST_BLOCK,
     FIRST_COPY,
@@ -28,6 +28,7 @@ from tests.transfer.issuing import (
     CALLER_EVENT,
     CONTEXT,
     COPY_STREAM,
+    COUNTERS,
     DONE,
     IDS,
     IDS_IN_VRAM,
@@ -71,7 +72,7 @@ def work_of(lane: Lane, plan: Plan) -> list[Call]:
     for at, chunk in enumerate(plan.chunks.tolist()):
         k = (lane.turn + at) % lane.count
         stream, base = int(lane.streams[k]), chunk[INSTEAD] or (int(lane.buffers[k]) if chunk[N_PIECES] else 0)
-        copies = []
+        copies, counter = [], COUNTERS + COUNTER_BYTES * k  # launches of a stream follow one another, and share one
         if plan.batch.size:
             calls.append(batch_of(lane.to_host, plan.batch[:, chunk[FIRST_COPY] : chunk[FIRST_COPY] + chunk[N_COPIES]], stream))
             continue
@@ -80,12 +81,12 @@ def work_of(lane: Lane, plan: Plan) -> list[Call]:
         launches = []
         if chunk[N_LAUNCHES]:
             for row in plan.launches[chunk[FIRST_LAUNCH] : chunk[FIRST_LAUNCH] + chunk[N_LAUNCHES]].tolist():
-                bases = (base, int(lane.works[k]), 0, IDS_IN_VRAM, SUMS, STATUS, 0, 0, 0, 0, 0)
+                bases = (base, int(lane.works[k]), 0, IDS_IN_VRAM, SUMS, STATUS, counter, 0, 0, 0, 0, 0)
                 values = tuple(value + added for value, added in zip(row[4:], bases, strict=True))
                 launches.append(Call("launch", (row[0], row[1], 1, 1, row[2], 1, 1, 0, stream, 0, 0), values))
         elif chunk[N_PIECES]:
             table, ids = TABLE + 32 * chunk[FIRST_PIECE], IDS + 4 * chunk[FIRST_BLOCK]
-            values = (base, table, chunk[N_PIECES], ids, chunk[N_BLOCKS], plan.pitch, -1, 0, 0, 0, 0)
+            values = (base, table, chunk[N_PIECES], ids, chunk[N_BLOCKS], plan.pitch, -1, counter, 0, 0, 0, 0)
             ctas = min(lane.max_ctas, -(-chunk[N_PIECES] * chunk[N_BLOCKS] // (THREADS // 32)))
             launches = [Call("launch", (KERNEL, ctas, 1, 1, THREADS, 1, 1, 0, stream, 0, 0), values)]
         calls += launches + copies if lane.to_host else copies + launches
@@ -224,7 +225,8 @@ def test_each_launch_knows_where_its_sums_belong(name: str, to_host: bool, apart
     launches = [at for at, call in enumerate(calls) if call.name == "launch"]
     for at, chunk in zip(launches, plan.chunks.tolist(), strict=True):
         first = SUMS + 16 * (apart * chunk[FIRST_BLOCK] + chunk[FIRST_PIECE] if apart else chunk[FIRST_BLOCK])
-        assert calls[at].parameters[6:] == (-1, NUMBERS, first, 16 * max(1, apart), 16 if apart else 0)
+        only, _, *digests = calls[at].parameters[6:]
+        assert (only, *digests) == (-1, NUMBERS, first, 16 * max(1, apart), 16 if apart else 0)
     sums = copies_of_sums(calls)
     done = next(at for at, call in enumerate(calls) if call.name == "record" and call.arguments[0] == DONE)
     if apart:

@@ -124,7 +124,7 @@ def test_what_is_read_is_what_was_copied(name: str, to_host: bool, count: int, t
         assert (JOIN_STREAM in meets) == (not to_host and not apart), "but where sums come back, which copy the other way"
     for at, chunk in zip(kernels, plan.chunks[1::2].tolist(), strict=True):
         first = SUMS + 16 * (apart * chunk[FIRST_BLOCK] + chunk[FIRST_PIECE] if apart else chunk[FIRST_BLOCK])
-        assert calls[at].parameters[8] == first
+        assert calls[at].parameters[9] == first
     if not apart:
         sent, back = sums
         assert all(sent in before[at] and at in before[back] for at in (read, *kernels)) and back in before[done]
