@@ -50,13 +50,14 @@ KERNELS = {
     "cachegen_decode": "kvortex.kernels.cachegen_decode",
     "compute": "kvortex.kernels.compute",
 }
-# The most that a CTA of 512 threads can have, that four of them can, that three of 256 can, and that four of 256 can. Coders
+# The most that a CTA of 512 threads can have, that four of them can, that two, three and four of 256 can. Coders
 # of plane have loads of the next rows in flight while they work, and need fewer warps for that than registers for these.
 _REGISTERS = {
+    "kvortex.kernels.paged": 128,
     "kvortex.kernels.resident": 128,
     "kvortex.kernels.compute": 32,
-    "kvortex.kernels.coded": 80,
-    "kvortex.kernels.coded_read": 80,
+    "kvortex.kernels.coded": 96,
+    "kvortex.kernels.coded_read": 96,
     "kvortex.kernels.plane_encode": 80,
     "kvortex.kernels.plane_decode": 80,
     "kvortex.kernels.lossy_encode": 128,
@@ -67,7 +68,7 @@ _REGISTERS = {
 # Before Hopper a vote in a loop is a call where the compiler does not see that warps are whole: registers for two CTAs of 256.
 _BEFORE_HOPPER = {
     f"kvortex.kernels.{codec}_{way}": 128 for codec in ("plane", "lossy", "cachegen") for way in ("encode", "decode")
-}
+} | {"kvortex.kernels.coded": 128, "kvortex.kernels.coded_read": 128}
 _MAGIC, _VERSION = b"KVXCUBIN", 2
 _ENTRY_BYTES = struct.Struct("<I")
 _COMPILERS = (

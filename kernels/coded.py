@@ -12,7 +12,7 @@ from typing import Any
 from numba import cuda
 from numba.cuda import types
 
-from kvortex.kernels.digest import add_up, columns_of, digest_read
+from kvortex.kernels.digest import add_up, digest_read
 from kvortex.kernels.lane import load4, store4, store16
 from kvortex.kernels.plane_form import DECLINED, HEADER_WORDS, STORED_AT, USED_AT
 from kvortex.kernels.shares import answer, ask, leave
@@ -82,8 +82,7 @@ def seal_records(staging, pitch, n_pieces, n_blocks, numbers, sums, status, coun
         end = min(offset + _U64(CODED_PIECE), pitch)
         live = max(offset, min(used, end))
         if sums != _U64(0) and offset < live:
-            columns = columns_of(numbers, _U64(0), lane)
-            first, second = digest_read(_U64(0), record + offset, live - offset, lane, offset, columns, numbers)
+            first, second = digest_read(_U64(0), record + offset, live - offset, lane, offset, None, numbers)
             add_up(sums + _U64(b) * _U64(16), first, second, lane)
         _zero(record + live, record + end, lane)
         at = answer(ask(counter, lane))  # not sooner: registers would be spilled

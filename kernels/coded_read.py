@@ -13,7 +13,7 @@ from numba import cuda
 from numba.cuda import types
 
 from kvortex.kernels.coded import CODED_PIECE, used_of
-from kvortex.kernels.digest import add_up, columns_of, digest_read
+from kvortex.kernels.digest import add_up, digest_read
 from kvortex.kernels.shares import answer, ask, leave
 
 _U32, _U64 = types.uint32, types.uint64
@@ -46,7 +46,6 @@ def read_records(  # type: ignore[no-untyped-def]
     lane = _U32(cuda.threadIdx.x & 31)
     warps = _U32((cuda.gridDim.x * cuda.blockDim.x) >> 5)
     pieces = _U32(_U32(_U32(max(end, first)) - _U32(first) + _U32(CODED_PIECE - 1)) // _U32(CODED_PIECE))
-    columns = columns_of(numbers, _U64(first), lane)  # of every piece: they are multiples of a row apart
     at = answer(ask(counter, lane))
     while at < _U32(_U32(n_blocks) * pieces):
         ahead = ask(counter, lane)  # which takes a microsecond, and is here when this piece is read
@@ -60,7 +59,7 @@ def read_records(  # type: ignore[no-untyped-def]
             live = min(offset + _U64(CODED_PIECE), last)
             piece = (live - offset) & _U64(0x7FFFFFFF)  # 32 bits, as the compiler sees: else registers are spilled
             source = record + offset - _U64(shift)
-            mine, other = digest_read(_U64(0), source, piece, lane, offset, columns, numbers)
+            mine, other = digest_read(_U64(0), source, piece, lane, offset, None, numbers)
             add_up(sums + _U64(b) * _U64(16), mine, other, lane)
         at = answer(ahead)
     leave(counter, at, _U32(_U32(n_blocks) * pieces), warps, lane)

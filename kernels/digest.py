@@ -1,8 +1,10 @@
 """Digests of records (:mod:`kvortex.digests.keys`) while a warp moves or reads a piece of one.
 
 Each thread has two 64-bit sums. A warp goes 512 bytes, a row, with each of its 16-byte steps, so a thread stays in the same
-four columns, whose numbers it keeps in registers; of each row it reads the two numbers. Where addresses or the offset in the
-record allow only narrower lanes, parts of words are added by themselves.
+four columns. It adds up words times their row's numbers, a sum for each column and half, and multiplies these by the columns'
+numbers when a piece ends: two multiplications a word and half in the loop, of 32 bits by 32, and none of 64 by 64. The upper
+halves of rows' numbers have sums of 32 bits to themselves, which join the others in the end: carries would cost an addition
+each. Where addresses or the offset in the record allow only narrower lanes, parts of words are added by themselves.
 
 ``numbers`` is the address of a table in VRAM: ``C`` (the halves of each column side by side), then ``R``.
 """
@@ -37,7 +39,7 @@ from kvortex.kernels.lane import (
 )
 from kvortex.kernels.ptx import statement
 
-_U64 = types.uint64
+_U32, _U64 = types.uint32, types.uint64
 _ROWS_AT = _U64(128 * 16)  # where R begins in the table
 _lock = threading.Lock()  # of the simulator's threads
 
@@ -46,6 +48,19 @@ _lock = threading.Lock()  # of the simulator's threads
 def _pair(address):  # type: ignore[no-untyped-def]
     """Two numbers of the table, which nobody writes."""
     return tuple((ctypes.c_uint64 * 2).from_address(int(address)))
+
+
+@statement("ld.global.v4.u32 {$0,$1,$2,$3}, [$4];", "l", "v")
+def _row_of(address):  # type: ignore[no-untyped-def]
+    """Two numbers of the table as words, the lower one of each first. A plain load: others are moved to the front of a piece,
+    where registers run out."""
+    return tuple((ctypes.c_uint32 * 4).from_address(int(address)))
+
+
+@statement("mad.wide.u32 $0, $1, $2, $3;", "rrl", "l", pure=True)
+def _plus_product(word, other, total):  # type: ignore[no-untyped-def]
+    """``total`` and all 64 bits of a product of two words: one instruction, of which the compiler would make three."""
+    return (int(total) + int(word) * int(other)) & 0xFFFFFFFFFFFFFFFF
 
 
 @statement("prmt.b32 $0, $1, 0, 0x0123;", "r", "r", pure=True)
@@ -101,11 +116,39 @@ def columns_of(numbers, offset, lane):  # type: ignore[no-untyped-def]
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _add16(first, second, words, row, c):  # type: ignore[no-untyped-def]
-    a = c[0] * _U64(words[0]) + c[2] * _U64(words[1]) + c[4] * _U64(words[2]) + c[6] * _U64(words[3])
-    b = c[1] * _U64(_turned(words[0])) + c[3] * _U64(_turned(words[1]))
-    b += c[5] * _U64(_turned(words[2])) + c[7] * _U64(_turned(words[3]))
-    return first + row[0] * a, second + row[1] * b
+def _nothing():  # type: ignore[no-untyped-def]
+    """Sums of four columns: of both halves by the lower words of rows' numbers, then by the upper words."""
+    none, zero = _U64(0), _U32(0)
+    return none, none, none, none, none, none, none, none, zero, zero, zero, zero, zero, zero, zero, zero
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def _row16(s, words, row):  # type: ignore[no-untyped-def]
+    """Adds the lane's 16 bytes of a row, whose two numbers are the four words ``row``."""
+    p, q, r, t = _U32(words[0]), _U32(words[1]), _U32(words[2]), _U32(words[3])
+    low, high = _U32(row[0]), _U32(row[1])
+    a, b = _plus_product(low, p, s[0]), _plus_product(low, q, s[1])
+    c, d = _plus_product(low, r, s[2]), _plus_product(low, t, s[3])
+    i, j, k, l = _U32(s[8] + high * p), _U32(s[9] + high * q), _U32(s[10] + high * r), _U32(s[11] + high * t)  # noqa: E741
+    p, q, r, t = _U32(_turned(p)), _U32(_turned(q)), _U32(_turned(r)), _U32(_turned(t))
+    low, high = _U32(row[2]), _U32(row[3])
+    e, f = _plus_product(low, p, s[4]), _plus_product(low, q, s[5])
+    g, h = _plus_product(low, r, s[6]), _plus_product(low, t, s[7])
+    m, n, o, u = _U32(s[12] + high * p), _U32(s[13] + high * q), _U32(s[14] + high * r), _U32(s[15] + high * t)
+    return a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, u
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def _joined(low, high):  # type: ignore[no-untyped-def]
+    return low + (_U64(high) << _U64(32))
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def _both(s, c):  # type: ignore[no-untyped-def]
+    """The thread's two sums, of those of its columns and their numbers."""
+    first = c[0] * _joined(s[0], s[8]) + c[2] * _joined(s[1], s[9]) + c[4] * _joined(s[2], s[10]) + c[6] * _joined(s[3], s[11])
+    second = c[1] * _joined(s[4], s[12]) + c[3] * _joined(s[5], s[13])
+    return first, second + c[5] * _joined(s[6], s[14]) + c[7] * _joined(s[7], s[15])
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
@@ -117,22 +160,19 @@ def _add(first, second, value, offset, numbers):  # type: ignore[no-untyped-def]
     return first + row[0] * (column[0] * word), second + row[1] * (column[1] * _U64(_turned(word)))
 
 
-def _digester(get16: Any, get8: Any, get4: Any, get2: Any, get1: Any, write: bool) -> Callable[..., Any]:
+def _digester(get16: Any, get8: Any, get4: Any, get2: Any, get1: Any, write: bool, held: bool) -> Callable[..., Any]:
     @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-    def four(dst, words, rows, first, second, c):  # type: ignore[no-untyped-def]
-        p, q, r, s = _pair(rows), _pair(rows + _U64(16)), _pair(rows + _U64(32)), _pair(rows + _U64(48))
+    def four(dst, words, rows, s):  # type: ignore[no-untyped-def]
+        n, p, q, r = _row_of(rows), _row_of(rows + _U64(16)), _row_of(rows + _U64(32)), _row_of(rows + _U64(48))
         if write:
             store16(dst, words[0])
             store16(dst + _U64(512), words[1])
             store16(dst + _U64(1024), words[2])
             store16(dst + _U64(1536), words[3])
-        first, second = _add16(first, second, words[0], p, c)
-        first, second = _add16(first, second, words[1], q, c)
-        first, second = _add16(first, second, words[2], r, c)
-        return _add16(first, second, words[3], s, c)
+        return _row16(_row16(_row16(_row16(s, words[0], n), words[1], p), words[2], q), words[3], r)
 
     @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-    def move(dst, src, nbytes, lane, offset, c, numbers):  # type: ignore[no-untyped-def]
+    def move(dst, src, nbytes, lane, offset, columns, numbers):  # type: ignore[no-untyped-def]
         first, second = _U64(0), _U64(0)
         align = src | offset
         if write:
@@ -141,6 +181,7 @@ def _digester(get16: Any, get8: Any, get4: Any, get2: Any, get1: Any, write: boo
         if align & _U64(15) == _U64(0):
             at = at * _U64(16)
             rows = numbers + _ROWS_AT + ((offset + at) >> _U64(9)) * _U64(16)
+            s = _nothing()
             while at + _U64(8 * 512) <= nbytes + _U64(lane * 16):  # eight loads in flight: 4 KiB a warp and turn
                 a = get16(src + at), get16(src + at + _U64(512)), get16(src + at + _U64(1024)), get16(src + at + _U64(1536))
                 b = (
@@ -151,24 +192,27 @@ def _digester(get16: Any, get8: Any, get4: Any, get2: Any, get1: Any, write: boo
                 )
                 if not write:
                     all_here()
-                first, second = four(dst + at, a, rows, first, second, c)
-                first, second = four(dst + at + _U64(2048), b, rows + _U64(64), first, second, c)
+                s = four(dst + at + _U64(2048), b, rows + _U64(64), four(dst + at, a, rows, s))
                 at += _U64(4096)
                 rows += _U64(128)
             while at + _U64(4 * 512) <= nbytes + _U64(lane * 16):  # four loads in flight: 2 KiB a warp and turn
                 a = get16(src + at), get16(src + at + _U64(512)), get16(src + at + _U64(1024)), get16(src + at + _U64(1536))
                 if not write:
                     all_here()
-                first, second = four(dst + at, a, rows, first, second, c)
+                s = four(dst + at, a, rows, s)
                 at += _U64(2048)
                 rows += _U64(64)
             while at + _U64(16) <= nbytes:
-                words, row = get16(src + at), _pair(rows)
+                words, row = get16(src + at), _row_of(rows)
                 if write:
                     store16(dst + at, words)
-                first, second = _add16(first, second, words, row, c)
+                s = _row16(s, words, row)
                 at += _U64(512)
                 rows += _U64(16)
+            if held:
+                first, second = _both(s, columns)
+            else:
+                first, second = _both(s, columns_of(numbers, offset, lane))
             at = (nbytes & ~_U64(15)) + _U64(lane)
         elif align & _U64(7) == _U64(0):
             at = at * _U64(8)
@@ -210,7 +254,9 @@ def _digester(get16: Any, get8: Any, get4: Any, get2: Any, get1: Any, write: boo
 
 
 _CONSTANT, _FRESH = (early16, load8, load4, load2, load1), (fresh16, fresh8, fresh4, fresh2, fresh1)
-# The counterparts of those in kvortex.kernels.move, which also give a thread's two sums; and one that only reads.
-digest_move: Any = _digester(*_CONSTANT, write=True)
-digest_move_fresh: Any = _digester(*_FRESH, write=True)
-digest_read: Any = _digester(*_CONSTANT, write=False)
+# The counterparts of those in kvortex.kernels.move, which also give a thread's two sums; and one that only reads. The first
+# one is given what :func:`columns_of` gives; the others, which have no registers for that, None, and ask when a piece ends.
+digest_move_held: Any = _digester(*_CONSTANT, write=True, held=True)
+digest_move: Any = _digester(*_CONSTANT, write=True, held=False)
+digest_move_fresh: Any = _digester(*_FRESH, write=True, held=False)
+digest_read: Any = _digester(*_CONSTANT, write=False, held=False)

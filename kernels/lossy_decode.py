@@ -219,6 +219,7 @@ def lossy_decode(staging, pitch, codec, status, blocks, n_blocks, run, first, en
     whole_range = count == tiles
     at = answer(ask(counter, lane))
     while at < uint32(uint32(n_blocks) * runs):
+        ahead_at = ask(counter, lane)
         b = uint32(at // runs)
         tile = uint32(uint32(first) + uint32(at - uint32(b * runs)) * uint32(run))
         last = min(uint32(tile + uint32(run)), uint32(end))
@@ -258,5 +259,5 @@ def lossy_decode(staging, pitch, codec, status, blocks, n_blocks, run, first, en
                     _key_tile(form, key_bits, codes, own_scales, mean, target, magic, lane)
                 else:
                     _value_tile(value, codes, own_scales, target, magic, lane)
-        at = answer(ask(counter, lane))
+        at = answer(ahead_at)
     leave(counter, at, uint32(uint32(n_blocks) * runs), warps, lane)

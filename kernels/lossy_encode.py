@@ -213,6 +213,7 @@ def lossy_encode(staging, pitch, codec, counts, blocks, n_blocks, run, counter):
     fits = uint64(uint32(HEADER_BYTES) + uint32(codec[BODY_BYTES])) <= pitch
     at = answer(ask(counter, lane))
     while at < uint32(uint32(n_blocks) * runs):
+        ahead_at = ask(counter, lane)
         b = uint32(at // runs)
         tile = uint32(uint32(at - uint32(b * runs)) * uint32(run))
         last = min(uint32(tile + uint32(run)), tiles)
@@ -263,5 +264,5 @@ def lossy_encode(staging, pitch, codec, counts, blocks, n_blocks, run, counter):
                 _header(codec, record, before >> uint32(31) != uint32(0), tiles, lane)
                 if lane == uint32(0):
                     store4(done, uint32(0))
-        at = answer(ask(counter, lane))
+        at = answer(ahead_at)
     leave(counter, at, uint32(uint32(n_blocks) * runs), warps, lane)

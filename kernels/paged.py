@@ -18,7 +18,7 @@ from typing import Any
 from numba import cuda
 from numba.cuda import types
 
-from kvortex.kernels.digest import columns_of, digest_move, settle
+from kvortex.kernels.digest import columns_of, digest_move_held, settle
 from kvortex.kernels.move import move
 from kvortex.kernels.shares import answer, ask, leave
 
@@ -74,7 +74,7 @@ def _walker(to_staging: bool, digests: bool) -> Callable[..., None]:
                     if offset & _U64(511) != within:
                         within = offset & _U64(511)
                         columns = columns_of(numbers, within, lane)
-                    first, second = digest_move(dst, src, nbytes, lane, offset, columns, numbers)
+                    first, second = digest_move_held(dst, src, nbytes, lane, offset, columns, numbers)
                     settle(sums + _U64(b) * record_bytes + _U64(p) * piece_bytes, first, second, lane, piece_bytes)
                 else:
                     move(dst, src, nbytes, lane)

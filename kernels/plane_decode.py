@@ -300,6 +300,7 @@ def plane_decode(  # type: ignore[no-untyped-def]
     room = uint32(uint32(pitch) - own_bytes)
     at = answer(ask(counter, lane))
     while at < uint32(uint32(n_blocks) * runs):
+        ahead_at = ask(counter, lane)
         b = uint32(at // runs)
         tile = uint32((at - b * runs) * each)  # counted from the first one that is decoded
         n = min(uint32(count - tile), each)
@@ -326,5 +327,5 @@ def plane_decode(  # type: ignore[no-untyped-def]
                 _verbatim(record, codec, blocks[b], tile, uint32(tile + n), lane)
         if not good and lane == uint32(0):
             store4(status + uint64(4) * uint64(b), uint32(1))
-        at = answer(ask(counter, lane))
+        at = answer(ahead_at)
     leave(counter, at, uint32(uint32(n_blocks) * runs), warps, lane)

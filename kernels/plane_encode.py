@@ -147,6 +147,7 @@ def plane_count(staging, pitch, codec, counts, blocks, n_blocks, run, counter): 
     runs = uint32((tiles + uint32(run) - uint32(1)) // uint32(run))
     at = answer(ask(counter, lane))
     while at < uint32(uint32(n_blocks) * runs):
+        ahead_at = ask(counter, lane)
         b = uint32(at // runs)
         tile = uint32((at - b * runs) * uint32(run))
         last = min(uint32(tile + uint32(run)), tiles)
@@ -171,7 +172,7 @@ def plane_count(staging, pitch, codec, counts, blocks, n_blocks, run, counter): 
             if lane == uint32(0):
                 store4(table, entry)
             table += uint64(4)
-        at = answer(ask(counter, lane))
+        at = answer(ahead_at)
     leave(counter, at, uint32(uint32(n_blocks) * runs), warps, lane)
 
 
@@ -417,6 +418,7 @@ def plane_encode(staging, pitch, codec, counts, blocks, n_blocks, run, counter):
     runs = uint32((tiles_of(codec) + each - uint32(1)) // each)
     at = answer(ask(counter, lane))
     while at < uint32(uint32(n_blocks) * runs):
+        ahead_at = ask(counter, lane)
         # loaded again for each run, which takes less than registers do that hold it all the while
         tiles = tiles_of(codec)
         table_words = uint32(codec[TABLE_WORDS])
@@ -445,5 +447,5 @@ def plane_encode(staging, pitch, codec, counts, blocks, n_blocks, run, counter):
             fixed_at = uint32(uint32(4 * HEADER_WORDS) + uint32(4) * table_words + uint32(FIXED_BYTES) * tile)
             tail_at = uint32(fixed_bytes + before)
             _tiles(codec, blocks[b], tile, n, record, table, fixed_at, tail_at, shared, lane)
-        at = answer(ask(counter, lane))
+        at = answer(ahead_at)
     leave(counter, at, uint32(uint32(n_blocks) * runs), warps, lane)

@@ -7,7 +7,7 @@ from typing import Any
 from numba import cuda
 from numba.cuda import types
 
-from kvortex.kernels.digest import columns_of, digest_read, settle
+from kvortex.kernels.digest import digest_read, settle
 
 BUFFER_PIECE = 4096  # bytes that a warp takes at a time
 _U64 = types.uint64
@@ -40,8 +40,7 @@ def read_pages(  # type: ignore[no-untyped-def]
             block = blocks[b]
         page = pieces[4 * p] + _U64(block) * pieces[4 * p + 1]
         offset = pieces[4 * p + 2]
-        columns = columns_of(numbers, offset, lane)
-        first, second = digest_read(_U64(0), page, pieces[4 * p + 3], lane, offset, columns, numbers)
+        first, second = digest_read(_U64(0), page, pieces[4 * p + 3], lane, offset, None, numbers)
         settle(sums + _U64(b) * record_bytes + _U64(p) * piece_bytes, first, second, lane, piece_bytes)
         b += skip_b
         p += skip_p
@@ -74,12 +73,11 @@ def read_buffers(  # type: ignore[no-untyped-def]
     p = warp - b * n_pieces
     skip_b = warps // n_pieces
     skip_p = warps - skip_b * n_pieces
-    columns = columns_of(numbers, _U64(0), lane)
     while b < n_blocks:
         offset, nbytes = _U64(p) * _U64(BUFFER_PIECE), buffers[2 * b + 1]
         if offset < nbytes:
             piece = min(nbytes - offset, _U64(BUFFER_PIECE))
-            first, second = digest_read(_U64(0), buffers[2 * b] + offset, piece, lane, offset, columns, numbers)
+            first, second = digest_read(_U64(0), buffers[2 * b] + offset, piece, lane, offset, None, numbers)
             settle(sums + _U64(b) * record_bytes + _U64(p) * piece_bytes, first, second, lane, piece_bytes)
         b += skip_b
         p += skip_p

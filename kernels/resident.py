@@ -16,7 +16,7 @@ from typing import Any
 from numba import cuda
 from numba.cuda import types
 
-from kvortex.kernels.digest import add_up, columns_of, digest_move, digest_move_fresh
+from kvortex.kernels.digest import add_up, digest_move, digest_move_fresh
 from kvortex.kernels.flags import behind, nap, raise_flag
 from kvortex.kernels.move import move, move_fresh
 
@@ -27,7 +27,7 @@ ROW_CELLS = 8
 STAGING, FIRST_BLOCK, N_BLOCKS, FIRST_PIECE, N_PIECES, READY, READY_VALUE, DONE = range(ROW_CELLS)
 _NAP_NS = 200
 
-_U64 = types.uint64
+_U32, _U64 = types.uint32, types.uint64
 SIGNATURE: Any = types.void(
     types.CPointer(_U64), types.int32, types.CPointer(_U64), types.CPointer(types.int32), _U64
 )
@@ -39,23 +39,20 @@ DIGEST_SIGNATURE: Any = types.void(*SIGNATURE.args, _U64, _U64)
 def _server(to_staging: bool, digests: bool) -> Callable[..., None]:
     @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
     def serve(rows, n_chunks, pieces, blocks, pitch, numbers, sums):  # type: ignore[no-untyped-def]
-        lane = cuda.threadIdx.x & 31
-        warp = (cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) >> 5
-        warps = (cuda.gridDim.x * cuda.blockDim.x) >> 5
-        if digests:
-            within = _U64(0)
-            columns = columns_of(numbers, within, lane)
+        lane = _U32(cuda.threadIdx.x & 31)
+        warp = _U32((cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) >> 5)
+        warps = _U32((cuda.gridDim.x * cuda.blockDim.x) >> 5)
         chunk = 0
         while chunk < n_chunks:
             row = ROW_CELLS * chunk
             while behind(rows[row + READY], rows[row + READY_VALUE]):
                 nap(_NAP_NS)
             staging, first_block, first_piece = rows[row + STAGING], rows[row + FIRST_BLOCK], rows[row + FIRST_PIECE]
-            n_blocks, n_pieces = types.int32(rows[row + N_BLOCKS]), types.int32(rows[row + N_PIECES])
-            b = warp // n_pieces
-            p = warp - b * n_pieces
-            skip_b = warps // n_pieces  # steps by addition: a division a piece would cost as much as its copy
-            skip_p = warps - skip_b * n_pieces
+            n_blocks, n_pieces = _U32(rows[row + N_BLOCKS]), _U32(rows[row + N_PIECES])
+            b = _U32(warp // n_pieces)
+            p = _U32(warp - b * n_pieces)
+            skip_b = _U32(warps // n_pieces)  # steps by addition: a division a piece would cost as much as its copy
+            skip_p = _U32(warps - skip_b * n_pieces)
             while b < n_blocks:
                 at = 4 * (first_piece + _U64(p))
                 record = first_block + _U64(b)
@@ -63,23 +60,20 @@ def _server(to_staging: bool, digests: bool) -> Callable[..., None]:
                 offset, nbytes = pieces[at + 2], pieces[at + 3]
                 part = staging + _U64(b) * pitch + offset
                 if digests:
-                    if offset & _U64(511) != within:
-                        within = offset & _U64(511)
-                        columns = columns_of(numbers, within, lane)
                     if to_staging:
-                        first, second = digest_move(part, page, nbytes, lane, offset, columns, numbers)
+                        first, second = digest_move(part, page, nbytes, lane, offset, None, numbers)
                     else:
-                        first, second = digest_move_fresh(page, part, nbytes, lane, offset, columns, numbers)
+                        first, second = digest_move_fresh(page, part, nbytes, lane, offset, None, numbers)
                     add_up(sums + record * _U64(16), first, second, lane)
                 elif to_staging:
                     move(part, page, nbytes, lane)
                 else:
                     move_fresh(page, part, nbytes, lane)
-                b += skip_b
-                p += skip_p
+                b = _U32(b + skip_b)
+                p = _U32(p + skip_p)
                 if p >= n_pieces:
-                    p -= n_pieces
-                    b += 1
+                    p = _U32(p - n_pieces)
+                    b = _U32(b + _U32(1))
             raise_flag(rows[row + DONE])
             chunk += 1
 

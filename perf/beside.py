@@ -20,7 +20,7 @@ import kvortex
 from kvortex.devices.cuda import CudaDevice
 from kvortex.errors import DeviceUnavailableError
 from perf.coded_pages import SHAPE, WAYS, Coded, Pages, engines
-from perf.compute import STAGING_BYTES, beside
+from perf.compute import STAGING_BYTES, beside, told
 from perf.flow import tickets
 from perf.loads import Loop
 from perf.pages import moved
@@ -57,8 +57,7 @@ def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]]
                 progress(f"{one.name}, beside {LOAD}")
                 try:
                     for row in rows_of(one, loop, rounds, floor):
-                        told = f"{row['direction']} {row['ratio']:.3f} at {row['slowdown']:.3f}; {row['wrong_bytes']} bytes wrong"
-                        progress(f"{one.name}, beside {LOAD}: {told}")
+                        progress(f"{one.name}, beside {LOAD}: {told(row)}")
                         rows.append(row)
                 except kvortex.TransferError as error:  # it may be too slow beside the loop: the others still count
                     notes.setdefault("failed", {})[one.name] = str(error)

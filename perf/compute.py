@@ -51,14 +51,18 @@ def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]]
         for fragment_bytes in FRAGMENT_BYTES:
             for route in ROUTES:
                 for row in _rows(device, loop, rounds, name, fragment_bytes, route, payload, floor):
-                    told = f"{row['direction']} {row['ratio']:.3f} at {row['slowdown']:.3f}; {row['wrong_bytes']} bytes wrong"
-                    progress(f"{name}, fragments of {fragment_bytes >> 10} KiB, {route}: {told}")
+                    progress(f"{name}, fragments of {fragment_bytes >> 10} KiB, {route}: {told(row)}")
                     rows.append(row)
     raw.close()
     notes = {"payload_bytes": payload, "gpu_pool_size_bytes": STAGING_BYTES, "staging_buffers": BUFFERS}
     notes |= {"loop_seconds": seconds, "rounds": rounds}
     notes["unit"] = "GB/s of payload"
     return device.name, rows, notes
+
+
+def told(row: dict[str, Any]) -> str:
+    """A row while the others are still measured."""
+    return f"{row['direction']} {row['ratio']:.3f} at {row['slowdown']:.3f}; {row['wrong_bytes']} bytes wrong"
 
 
 def _copy(raw: RawCopy, to_host: bool) -> int:

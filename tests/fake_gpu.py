@@ -97,6 +97,7 @@ class FakeGpu(FakeDriver):
         self.event_code = 0
         self.capturing: dict[int, str] = {}
         self.resident: list[Iterator[str]] = []
+        self.counters: dict[int, int] = {}  # of shares, and on which stream they are
         self.memory: dict[int, HostBuffer] = {}
         self.registered: dict[int, int] = {}
         self.wild: list[str] = []
@@ -174,7 +175,8 @@ class FakeGpu(FakeDriver):
         return Result(1), 0, 0
 
     def _give(self, address: int, *_: Any) -> tuple[Result]:
-        del self.memory[address]
+        gone = self.memory.pop(address)
+        self.counters = {at: on for at, on in self.counters.items() if not 0 <= at - address < gone.nbytes}
         return (Result(0),)
 
     def _move(self, target: int, source: int, nbytes: int) -> tuple[Result]:
@@ -288,6 +290,7 @@ class FakeGpu(FakeDriver):
             staging, table, n_pieces, ids, n_blocks, pitch, only, counter, numbers_at, sums, record, piece = call.parameters
             entry = call.arguments[0]
             self._reach("a kernel's counter", counter, 4)
+            assert self.counters.setdefault(counter, call.stream) == call.stream, "launches that share work may overlap"
             if not (self._reach("a kernel's table", table, 32 * n_pieces) and self._reach("a kernel's ids", ids, 4 * n_blocks)):
                 return
             pieces = np.ctypeslib.as_array((ctypes.c_int64 * (4 * n_pieces)).from_address(table)).reshape(-1, 4)

@@ -15,6 +15,7 @@ from kvortex.transfer.layers import cut_layers, cut_sections, group_layers, in_o
 from kvortex.transfer.plan import (
     ARGUMENTS,
     BUFFER,
+    COUNTER,
     FIRST_LAUNCH,
     LAUNCH_COLUMNS,
     N_COPIES,
@@ -145,6 +146,7 @@ def coded(n: int = 9, streams: int = 3) -> Plan:
     launches = np.zeros((2 * count, LAUNCH_COLUMNS), np.int64)
     launches[:, :RELATIVE] = np.arange(2 * count)[:, None] + (0xF100, 5, 96)
     launches[:, RELATIVE] = BUFFER | WORK << 4 | 0 << 8 | IDS_BASE << 12 | SUMS_BASE << 16 | STATUS_BASE << 20
+    launches[:, RELATIVE] |= COUNTER << 24
     launches[:, ARGUMENTS:] = 1000 * np.arange(2 * count)[:, None] + np.arange(PARAMETERS)
     return dataclasses.replace(plan, launches=launches)
 

@@ -55,13 +55,13 @@ def test_what_is_guessed_beside_a_computing_model() -> None:
     assert of(4 * KIB, MUCH, True, deep=True, resident=False) is of(4 * KIB, MUCH, True, resident=False) is Route.STAGED
     assert of(18 * KIB, MUCH, True, strided=True) is Route.STRIDED
     assert of(18 * KIB, MUCH, True, strided=True, deep=True) is Route.STAGED
-    assert of(32 * KIB, MUCH, True, strided=True, deep=True) is Route.STRIDED
+    assert of(32 * KIB, MUCH, True, strided=True, deep=True) is Route.STAGED, "copy engines lose more beside models"
 
 
 def test_when_batches_are_guessed_to_be_best() -> None:
-    for deep in (False, True):
-        assert of(64 * KIB, MUCH, True, batched=True, deep=deep) is Route.BATCHED, "long, and nowhere evenly spaced"
-        assert of(64 * KIB, MUCH, True, batched=True, strided=True, deep=deep) is Route.STRIDED
+    assert of(64 * KIB, MUCH, True, batched=True) is Route.BATCHED, "long, and nowhere evenly spaced"
+    assert of(64 * KIB, MUCH, True, batched=True, strided=True) is Route.STRIDED
+    assert of(64 * KIB, MUCH, True, batched=True, strided=True, deep=True) is Route.STAGED
     assert of(64 * KIB, 1 << 20, True, batched=True) is Route.BATCHED
     assert of(64 * KIB, MUCH, True) is of(64 * KIB - 1, MUCH, True, batched=True) is Route.RESIDENT
     assert of(64 * KIB, MUCH, False, batched=True) is Route.RESIDENT
