@@ -148,8 +148,6 @@ class CudaExecutor(Executor):
             raise ConfigError(f"transfer_route = 'resident': its kernel would wait for ever, since {why}; use 'auto'")
         try:
             self._open(gpu_budget)
-            staged = self._depth * self._staging.buffer_bytes if self._staging is not None else 0
-            self._deep = self._profile.is_deep(staged)
             self._table_of_routes = tabulate(profile.rankings, self._ability())
         except BaseException:
             self.close()
@@ -171,8 +169,8 @@ class CudaExecutor(Executor):
         if staged:
             self._staging = StagingRing(self.device, gpu_budget, 2 * depth)
             buffers = self._staging.addresses
-            # Of each direction's two buffers flags, and of each of its streams, of two kinds, a counter.
-            self._flags = self.device.allocate(2 * 2 * 2 * FLAG_BYTES + 2 * 2 * depth * COUNTER_BYTES)
+            # Of each direction's two buffers flags, and of each of its streams a counter.
+            self._flags = self.device.allocate(2 * 2 * 2 * FLAG_BYTES + 2 * depth * COUNTER_BYTES)
             self._flags.write(np.zeros(self._flags.nbytes, np.uint8))
             flags, counters = self._flags.address, self._flags.address + 2 * 2 * 2 * FLAG_BYTES
         works: list[int] | None = None
@@ -200,7 +198,7 @@ class CudaExecutor(Executor):
                 my_flags,
                 table,
                 pieces[:, OFFSET],
-                counters + 2 * depth * COUNTER_BYTES * at,
+                counters + depth * COUNTER_BYTES * at,
                 None if works is None else works[at * depth : (at + 1) * depth],
             )
 
@@ -218,6 +216,7 @@ class CudaExecutor(Executor):
         return [buffers[0], buffers[0] + half] if half else buffers[:1]
 
     def _ability(self) -> Ability:
+        staged = self._depth * self._staging.buffer_bytes if self._staging is not None else 0
         cut = self._planner.cut
         return Ability(
             fragment_bytes=int(self._layer_offsets[-1]) // max(1, len(self._fragments)),
@@ -225,7 +224,7 @@ class CudaExecutor(Executor):
             split=cut.balanced and cut.rectangle_bytes >= self._profile.copy_bytes,
             batched=self._batches,
             resident=resident_kernels_can_run(self.device),
-            deep=self._deep,
+            deep=self._profile.is_deep(staged),
         )
 
     def _kernel(self, name: str) -> int:
@@ -254,7 +253,7 @@ class CudaExecutor(Executor):
                 layered = self._coder.layered(blocks, slots, busy, parts, self._layer_offsets, self._profile.least)
                 if layered is not None:
                     return self._coded_layers(self._coder, layered, caller, mark)
-            plan = self._patiently(self._coder.plan(direction, blocks, slots, busy, parts), busy and not in_groups)
+            plan = self._coder.plan(direction, blocks, slots, busy, parts)
             return self._prepare_coded(self._coder, direction, plan, caller, mark, in_groups)
         assert parts is None, "parts of blocks are a codec's"
         table = self._table_of_routes
@@ -277,8 +276,6 @@ class CudaExecutor(Executor):
             digests = self._digesting(route, blocks, 0, len(self._planner.pieces)), self._sizes(blocks)
             return CudaCompletion(self, direction, plan, caller, route, sections.group_of, *digests, mark)
         plan, edges = self._plan(direction, route, blocks, slots, busy), np.array([0, len(self._planner.pieces)])
-        if route is Route.STAGED:
-            plan = self._patiently(plan, busy and not in_groups)
         if route is Route.SPLIT:  # both kernels read which blocks they are from one list
             blocks = plan.ids.astype(np.int64)
         if in_groups:  # the other routes take all layers at once
@@ -365,11 +362,6 @@ class CudaExecutor(Executor):
         except BaseException:
             first.cancel()
             raise
-
-    def _patiently(self, plan: Plan, beside_compute: bool) -> Plan:
-        """A plan of which nobody waits for a part, as it is to be beside a model: where staging buffers are deep, so that the
-        link is busy until a kernel of it ends."""
-        return dataclasses.replace(plan, patient=True) if beside_compute and self._deep else plan
 
     def _layer_ctas(self, route: Route, busy: bool) -> int:
         """Of a resident kernel, and 0 of other routes."""

@@ -12,8 +12,8 @@ from kvortex.transfer.issue import ERROR, ISSUED, hand_over, issue
 from kvortex.transfer.resident import issue_resident
 
 # What keeps the next chunk out of a staging buffer that is in use: nothing, since none is used; the order of the buffer's
-# stream; flags; the order of another stream of the buffer, whose kernels let those of models go first.
-NOTHING, STREAMS, FLAGS, PATIENT = range(4)
+# stream; flags.
+NOTHING, STREAMS, FLAGS = range(3)
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
@@ -36,7 +36,7 @@ def issue_holding(kind, holder, streams, joins, arguments):  # type: ignore[no-u
     Parameters
     ----------
     kind : int
-        ``STREAMS`` or ``PATIENT``, or ``NOTHING`` where no staging buffer is used.
+        ``STREAMS``, or ``NOTHING`` where no staging buffer is used.
     holder : (1,) int64
         Who had the staging buffers last; gets ``kind``.
     streams, joins : (s,) int64

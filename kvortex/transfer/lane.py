@@ -17,7 +17,7 @@ from kvortex.transfer import resident
 from kvortex.transfer.digesting import Digesting
 from kvortex.transfer.dma import SCRATCH_CELLS
 from kvortex.transfer.executor import Direction
-from kvortex.transfer.holding import FLAGS, NOTHING, PATIENT, STREAMS
+from kvortex.transfer.holding import FLAGS, NOTHING, STREAMS
 from kvortex.transfer.plan import BASE_CELLS, IDS, INSTEAD, N_PIECES, PARAMETERS, STATUS, SUMS, Int64s, Plan
 from kvortex.transfer.submitting import RESIDENT, STREAMED, Submitter
 
@@ -42,9 +42,7 @@ def _kind(plan: Plan) -> int:
     """Of :mod:`kvortex.transfer.holding`."""
     if plan.ctas:
         return FLAGS
-    if not len(plan.chunks) or not plan.chunks[0, N_PIECES] or plan.chunks[0, INSTEAD]:
-        return NOTHING
-    return PATIENT if plan.patient else STREAMS
+    return STREAMS if len(plan.chunks) and plan.chunks[0, N_PIECES] and not plan.chunks[0, INSTEAD] else NOTHING
 
 
 def _is_split(plan: Plan) -> bool:
@@ -75,7 +73,7 @@ class Lane:
     table, offsets
         Address of the pieces in VRAM, and their record offsets.
     counters
-        Address of twice ``COUNTER_BYTES`` bytes of VRAM for each of ``buffers``, zeroed.
+        Address of ``COUNTER_BYTES`` bytes of VRAM for each of ``buffers``, zeroed.
     works
         Addresses of what else belongs to each of ``buffers``; None where nothing does.
 
@@ -113,13 +111,11 @@ class Lane:
             raise
         *streams, kernel_stream, self.copy_stream, flag_stream, self._digest_stream, join_stream = self._streams
         joins, others = self._events[: len(streams)], self._events[len(streams) :][:5]
-        each = len(buffers)
         kernel_event, copy_event, flag_event, caller_event, self._digest_event = others
         self._all = np.array([[*streams, kernel_stream, self.copy_stream], [*joins, kernel_event, copy_event]], np.int64)
-        self.streams, self.joins = self._all[:, :each]
-        self._patient = self._all[:, each : 2 * each]  # streams and their events, of kernels that let those of models go first
+        self.streams, self.joins = self._all[:, : len(streams)]
         self._copying = self._all[:, -1:]
-        self._handing = np.array(self._events[len(streams) + 5 :], np.int64).reshape(2, each)
+        self._handing = np.array(self._events[len(streams) + 5 :], np.int64).reshape(2, -1)
         self._count = count
         self.buffers, self.offsets = np.array(buffers, np.int64), np.ascontiguousarray(offsets)
         self.works = np.zeros_like(self.buffers) if works is None else np.array(works, np.int64)
@@ -135,11 +131,9 @@ class Lane:
         self._caller_event = np.array([caller_event], np.int64)
         self.cells[nogil.TO_HOST] = direction is Direction.SAVE
         self.cells[nogil.COPY_STREAM], self.cells[nogil.COPY_EVENT] = self.copy_stream, copy_event
-        self._patient_cells = self.cells.copy()
-        self._patient_cells[nogil.COUNTERS] += each * nogil.COUNTER_BYTES
         self._ring = np.array([kernel_stream, kernel_event, resident_kernel, 0, flags, flag_stream, flag_event], np.int64)
         self._filled = np.zeros((2, len(halves)), np.int64)
-        self._turns = {kind: np.zeros(1, np.int64) for kind in (NOTHING, STREAMS, FLAGS, PATIENT)}
+        self._turns = {kind: np.zeros(1, np.int64) for kind in (NOTHING, STREAMS, FLAGS)}
         self._holder = np.array([NOTHING], np.int64)  # of the staging buffers
         self._parameters = np.zeros(max(PARAMETERS, resident.PARAMETERS), np.int64)
         self._pointers = self._parameters.ctypes.data + 8 * np.arange(len(self._parameters), dtype=np.int64)
@@ -172,16 +166,15 @@ class Lane:
         used = self._count if kind == NOTHING and not plan.batch.size else len(self.streams)
         if _is_split(plan):
             used = 2  # copies on the one, kernels on the other, however many others get
-        streams, joins = self._patient if kind == PATIENT else (self.streams, self.joins)
         return STREAMED, (
             kind,
             self._holder,
             *self._all,
             functions,
-            self._patient_cells if kind == PATIENT else self.cells,
-            streams[:used],
+            self.cells,
+            self.streams[:used],
             self.buffers[:used],
-            joins[:used],
+            self.joins[:used],
             np.ascontiguousarray(self._handing[:, :used]),
             self._turns[kind],
             caller,
@@ -313,15 +306,14 @@ class Lane:
         with cu.current(self._device.context) as driver:
             low, high = cu.check(driver.cuCtxGetStreamPriorityRange(), "cuCtxGetStreamPriorityRange")
             # High priority: a short gather must not queue behind a model's kernels. Loads before saves,
-            # since a model waits for them. (A smaller number is a higher priority.) Of patient ones the lowest: what room a
-            # CTA of a model leaves goes to the next CTA of that kernel, and not to a gather.
+            # since a model waits for them. (A smaller number is a higher priority.)
             priority = min(high + 1, low) if behind else high
-            for at in range(2 * count + 5):
+            for _ in range(count + 5):
                 # Non-blocking: not ordered with the legacy default stream but through events.
-                flags, mine = driver.CUstream_flags.CU_STREAM_NON_BLOCKING, low if count <= at < 2 * count else priority
-                self._streams.append(int(cu.check(driver.cuStreamCreateWithPriority(flags, mine), "cuStreamCreate")))
+                flags = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
+                self._streams.append(int(cu.check(driver.cuStreamCreateWithPriority(flags, priority), "cuStreamCreate")))
             no_timing = driver.CUevent_flags.CU_EVENT_DISABLE_TIMING
-            for _ in range(4 * count + 5):
+            for _ in range(3 * count + 5):
                 self._events.append(int(cu.check(driver.cuEventCreate(no_timing), "cuEventCreate")))
 
     @property

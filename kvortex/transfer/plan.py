@@ -73,8 +73,6 @@ class Plan:
         chunk is one call. Takes the place of ``copies``; (3, 0) where those are used.
     order : (n,) int64
         Of each record of the plan the position in the call; (0,) where that is the same.
-    patient
-        Whether kernels that serve staging buffers let those of models go first, for which these must be deep.
     launches : (l, 16) int64
         Of chunks that take more than the lane's own kernel, one behind another on the stream of the chunk's buffer.
     """
@@ -89,7 +87,6 @@ class Plan:
     batch: Int64s = field(default_factory=lambda: np.empty((3, 0), np.int64))
     order: Int64s = field(default_factory=lambda: np.empty(0, np.int64))
     launches: Int64s = field(default_factory=lambda: np.empty((0, LAUNCH_COLUMNS), np.int64))
-    patient: bool = False
 
 
 def split_pieces(fragments: Int64s, piece_bytes: int = PIECE_BYTES) -> Int64s:
