@@ -20,7 +20,7 @@ from kvortex.devices import driver as cu
 from kvortex.devices.host import HostBuffer
 from kvortex.digests.host import numbers, sum_part
 from kvortex.digests.keys import kernel_numbers
-from kvortex.transfer import cuda as executor
+from kvortex.kernels import build
 from tests import fake_codecs
 from tests.fake_driver import FakeDriver, Result, installed
 from tests.transfer.recorder import Call, Recorder
@@ -313,7 +313,7 @@ def ids_of(address: int, count: int, only: int) -> list[int]:
 def fake_gpu(monkeypatch: pytest.MonkeyPatch, made: FakeGpu | None = None) -> Iterator[FakeGpu]:
     """Makes ``cuda:0`` a :class:`FakeGpu`, which must not have been made to reach beyond its memory."""
     monkeypatch.setattr("kvortex.transfer.lane._AT_ONCE", 1 << 62)  # or what was issued could not be looked at at once
-    monkeypatch.setattr(executor.build, "load", lambda name, _: SimpleNamespace(code=b"", entry=name))
+    monkeypatch.setattr(build, "load", lambda name, _: SimpleNamespace(code=b"", entry=name))
     if made is not None and made.lazy:  # who naps keeps it from its work
         monkeypatch.setattr("kvortex.transfer.executor._LONGEST_NAP_S", 1e-5)
     with installed(FakeGpu() if made is None else made) as gpu:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,30 +15,29 @@ from kvortex.devices import asking
 from kvortex.devices import driver as cu
 from kvortex.devices.cuda import CudaDevice
 from kvortex.devices.streams import cuda_stream_handle
-from kvortex.errors import ArgumentError, ConfigError, DeviceError, TransferTimeoutError
-from kvortex.kernels import build
+from kvortex.errors import ArgumentError, ConfigError, DeviceError
 from kvortex.memory.arena import SLOT_ALIGNMENT
-from kvortex.memory.ids import IdBuffer, IdPool
+from kvortex.memory.ids import IdPool
 from kvortex.memory.staging import StagingRing
 from kvortex.transfer._layers import load_compiled as load_layers
 from kvortex.transfer.coded_layers import LayeredCoder, LayeredLoad
 from kvortex.transfer.coders import coder_for
-from kvortex.transfer.cuda_completion import CudaCompletion, CudaMark, Events
+from kvortex.transfer.cuda_completion import CudaCompletion, CudaMark
 from kvortex.transfer.cuda_digests import Digests
-from kvortex.transfer.digesting import Digesting, room_for
-from kvortex.transfer.executor import Completion, Direction, Executor, poll
+from kvortex.transfer.digesting import Digesting
+from kvortex.transfer.executor import Completion, Direction
 from kvortex.transfer.issue import COUNTER_BYTES, NO_STREAM
-from kvortex.transfer.lane import ROW_WORDS, Job, Lane
+from kvortex.transfer.lane import Lane
 from kvortex.transfer.layer_load import LayerLoad
 from kvortex.transfer.layers import Ordered, Sections, group_count, in_order, split_groups
 from kvortex.transfer.layerwise import LayerSave
+from kvortex.transfer.lending import Lender
 from kvortex.transfer.plan import FIRST, LAST, NONE, OFFSET, Int64s, Plan, Pool, plan_direct
 from kvortex.transfer.planner import AT_ONCE, Planner
 from kvortex.transfer.profile import Profile, most_resident_ctas
 from kvortex.transfer.resident import FLAG_BYTES
 from kvortex.transfer.routes import Ability, Route, choose, tabulate
 
-_CLOSE_S = 10.0
 LAYER_CTAS = 4  # times the CTAs of a resident kernel, for layers that a model waits for: nothing else hides their scatter
 
 
@@ -67,7 +64,7 @@ def _allocations(device: CudaDevice, fragments: Int64s, num_blocks: int) -> Int6
     return found
 
 
-class CudaExecutor(Executor):
+class CudaExecutor(Lender):
     """Moves blocks through staging buffers, or by DMA alone where a record is one long contiguous piece.
 
     Parameters
@@ -115,7 +112,7 @@ class CudaExecutor(Executor):
         digests: bool = False,
         codec: Codec | None = None,
     ) -> None:
-        self.device = device
+        super().__init__(device)
         self._codec = codec
         self._coder: LayeredCoder | None = None
         self.beside_compute = beside_compute
@@ -124,18 +121,11 @@ class CudaExecutor(Executor):
             pool = dataclasses.replace(pool, segment_slots=1)
         self._profile, self._pool, self._count = profile, pool, profile.streams
         self._fragments, self._layer_offsets = fragments, layer_offsets
-        asking.load_compiled()
         load_layers()
-        self._functions = cu.functions().copy()  # which compiled code knows as an array like all others
-        self._events = Events(device)
-        self._guard = threading.RLock()
-        self._ids: IdPool | None = None
         self._staging: StagingRing | None = None
         self._table: Any = None
         self._flags: Any = None
-        self._module: Any = None
         self._digests = Digests(digests)
-        self._lanes: dict[Direction, Lane] = {}
         self._depth = max(self._count, profile.buffers)
         lie = _allocations(device, fragments, num_blocks)
         self._planner = Planner(fragments, layer_offsets, lie, device.max_pitch, pool, self._count, self._depth)
@@ -226,13 +216,6 @@ class CudaExecutor(Executor):
             resident=resident_kernels_can_run(self.device),
             deep=self._profile.is_deep(staged),
         )
-
-    def _kernel(self, name: str) -> int:
-        cubin = build.load(name, self.device.compute_capability)
-        with cu.current(self.device.context) as driver:
-            module = cu.check(driver.cuModuleLoadData(cubin.code), f"cuModuleLoadData of {name}")
-            self._module = [*(self._module or []), module]
-            return int(cu.check(driver.cuModuleGetFunction(module, cubin.entry.encode()), f"cuModuleGetFunction of {name}"))
 
     def prepare_blocks(
         self,
@@ -407,94 +390,8 @@ class CudaExecutor(Executor):
         if status:
             raise ArgumentError("the stream is being captured into a CUDA graph; a transfer cannot be part of one")
 
-    def lend(self, plan: Plan, digesting: Digesting | None) -> tuple[Int64s, IdBuffer | None]:
-        """Events of a plan (start, end, one a mark), and room for what kernels read and the sums that they make, until
-        :meth:`recycle`."""
-        events: list[int] = []
-        try:
-            with self._guard:
-                for _ in range(2 + len(plan.marks)):
-                    events.append(self._events.take())
-            ids = None
-            if words := room_for(plan, digesting, ROW_WORDS).words:
-                assert self._ids is not None
-                ids = self._ids.take(words)
-        except BaseException:
-            with self._guard:
-                for event in events:
-                    self._events.give(event)
-            raise
-        return np.array(events, np.int64), ids
-
-    def lend_event(self) -> int:
-        """One more event, until :meth:`recycle`."""
-        with self._guard:
-            return self._events.take()
-
-    def job(
-        self,
-        direction: Direction,
-        plan: Plan,
-        caller: int,
-        after: Int64s,
-        events: Int64s,
-        ids: IdBuffer | None,
-        digesting: Digesting | None,
-        outcome: Int64s,
-    ) -> Job:
-        """What :meth:`submit` takes. See :meth:`kvortex.transfer.lane.Lane.job`."""
-        return self._lanes[direction].job(self._functions, plan, caller, after, events, ids, digesting, outcome)
-
-    def issue(self, direction: Direction, job: Job) -> bool:
-        """Puts a plan on the streams of its direction, if nobody else puts one there just now."""
-        return self._lanes[direction].issue(job)
-
-    def leave(self, direction: Direction, job: Job) -> None:
-        """Leaves that to a thread."""
-        self._lanes[direction].leave(job)
-
-    def record(self, event: int, stream: int) -> int:
-        """Records an event on a caller's stream; the driver's code."""
-        return self._ask(cu.EVENT_RECORD, event, stream)
-
-    def query_event(self, event: int) -> int:
-        """0 when an event has passed, else the code that says otherwise."""
-        return self._ask(cu.EVENT_QUERY, event)
-
-    def query_streams(self, direction: Direction) -> int:
-        """0 when nothing of a direction runs any more, else the code that says otherwise."""
-        return next((code for stream in self._lanes[direction].every_stream if (code := self._ask(cu.STREAM_QUERY, stream))), 0)
-
-    def elapsed(self, start: int, done: int) -> float:
-        """Seconds between two events that have passed; 0.0 where the driver cannot say."""
-        milliseconds = np.zeros(1, np.float32)
-        code = self._ask(cu.EVENT_ELAPSED, milliseconds.ctypes.data, start, done)
-        return 0.0 if code else float(milliseconds[0]) * 1e-3
-
-    def _ask(self, which: int, a: int, b: int = 0, c: int = 0) -> int:
-        return asking.ask(self._functions, int(self.device.context), which, a, b, c)
-
-    def recycle(self, events: list[int], ids: IdBuffer | None) -> None:
-        """Takes back what a finished transfer used."""
-        with self._guard:
-            for event in events:
-                self._events.give(event)
-        if ids is not None and self._ids is not None:
-            self._ids.give(ids)
-
-    def _is_idle(self) -> bool:
-        return all(self.query_streams(direction) != asking.NOT_READY for direction in self._lanes)
-
     def close(self) -> None:
-        # Behind the last transfer there may still be flags to write, which no transfer waits for.
-        if not poll(self._is_idle, time.monotonic() + _CLOSE_S):
-            raise TransferTimeoutError(f"work of a closed engine did not end within {_CLOSE_S} s")
-        for lane in self._lanes.values():
-            lane.close()
-        self._lanes.clear()
-        self._events.close()
-        if self._ids is not None:
-            self._ids.close()
+        super().close()
         if self._staging is not None:
             self._staging.close()
         if self._coder is not None:
@@ -504,7 +401,3 @@ class CudaExecutor(Executor):
             if buffer is not None:
                 with contextlib.suppress(DeviceError):
                     buffer.free()
-        with contextlib.suppress(DeviceError), cu.current(self.device.context) as driver:
-            for module in self._module or []:
-                driver.cuModuleUnload(module)
-        self._module = None
