@@ -15,7 +15,7 @@ from numba.cuda import types
 from kvortex.kernels.digest import add_up, digest_read
 from kvortex.kernels.lane import load4, store4, store16
 from kvortex.kernels.plane_form import DECLINED, HEADER_WORDS, STORED_AT, USED_AT
-from kvortex.kernels.shares import answer, ask, leave
+from kvortex.kernels.shares import answer, ask, asker_of, leave
 
 CODED_PIECE = 4096  # bytes that a warp takes at a time
 _U32, _U64 = types.uint32, types.uint64
@@ -69,7 +69,8 @@ def seal_records(staging, pitch, n_pieces, n_blocks, numbers, sums, status, coun
     lane = _U32(cuda.threadIdx.x & 31)
     warps = _U32((cuda.gridDim.x * cuda.blockDim.x) >> 5)
     pieces = _U32(n_pieces)
-    at = answer(ask(counter, lane))
+    asker = asker_of(_U32(_U32(n_blocks) * pieces), warps, lane)
+    at = answer(ask(counter, asker, _U32((cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) >> 5)))
     while at < _U32(_U32(n_blocks) * pieces):
         b = _U32(at // pieces)
         p = _U32(at - b * pieces)
@@ -85,5 +86,5 @@ def seal_records(staging, pitch, n_pieces, n_blocks, numbers, sums, status, coun
             first, second = digest_read(_U64(0), record + offset, live - offset, lane, offset, None, numbers)
             add_up(sums + _U64(b) * _U64(16), first, second, lane)
         _zero(record + live, record + end, lane)
-        at = answer(ask(counter, lane))  # not sooner: registers would be spilled
-    leave(counter, at, _U32(_U32(n_blocks) * pieces), warps, lane)
+        at = answer(ask(counter, asker, _U32(at + warps)))
+    leave(counter, at, _U32(_U32(n_blocks) * pieces), warps, asker)

@@ -14,7 +14,7 @@ from numba.cuda import types
 
 from kvortex.kernels.coded import CODED_PIECE, used_of
 from kvortex.kernels.digest import add_up, digest_read
-from kvortex.kernels.shares import answer, ask, leave
+from kvortex.kernels.shares import answer, ask, asker_of, leave
 
 _U32, _U64 = types.uint32, types.uint64
 SIGNATURE: Any = types.void(_U64, _U64, types.int32, _U64, _U64, types.int32, types.int32, types.int32, types.int32, _U64)
@@ -46,9 +46,10 @@ def read_records(  # type: ignore[no-untyped-def]
     lane = _U32(cuda.threadIdx.x & 31)
     warps = _U32((cuda.gridDim.x * cuda.blockDim.x) >> 5)
     pieces = _U32(_U32(_U32(max(end, first)) - _U32(first) + _U32(CODED_PIECE - 1)) // _U32(CODED_PIECE))
-    at = answer(ask(counter, lane))
+    asker = asker_of(_U32(_U32(n_blocks) * pieces), warps, lane)
+    at = answer(ask(counter, asker, _U32((cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) >> 5)))
     while at < _U32(_U32(n_blocks) * pieces):
-        ahead = ask(counter, lane)  # which takes a microsecond, and is here when this piece is read
+        ahead = ask(counter, asker, _U32(at + warps))
         b = _U32(at // pieces)
         p = _U32(at - b * pieces)
         record = staging + _U64(b) * pitch
@@ -62,4 +63,4 @@ def read_records(  # type: ignore[no-untyped-def]
             mine, other = digest_read(_U64(0), source, piece, lane, offset, None, numbers)
             add_up(sums + _U64(b) * _U64(16), mine, other, lane)
         at = answer(ahead)
-    leave(counter, at, _U32(_U32(n_blocks) * pieces), warps, lane)
+    leave(counter, at, _U32(_U32(n_blocks) * pieces), warps, asker)

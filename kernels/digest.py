@@ -22,6 +22,7 @@ from numba.cuda import types
 from kvortex.kernels.lane import (
     all_here,
     early16,
+    early_cached16,
     fresh1,
     fresh2,
     fresh4,
@@ -41,6 +42,9 @@ from kvortex.kernels.ptx import statement
 
 _U32, _U64 = types.uint32, types.uint64
 _ROWS_AT = _U64(128 * 16)  # where R begins in the table
+# Both numbers of a row as words, the lower one of each first. Loads through the constant path are moved to the front of a
+# piece, where registers run out.
+_row_of: Any = early_cached16
 _lock = threading.Lock()  # of the simulator's threads
 
 
@@ -48,13 +52,6 @@ _lock = threading.Lock()  # of the simulator's threads
 def _pair(address):  # type: ignore[no-untyped-def]
     """Two numbers of the table, which nobody writes."""
     return tuple((ctypes.c_uint64 * 2).from_address(int(address)))
-
-
-@statement("ld.global.v4.u32 {$0,$1,$2,$3}, [$4];", "l", "v")
-def _row_of(address):  # type: ignore[no-untyped-def]
-    """Two numbers of the table as words, the lower one of each first. A plain load: others are moved to the front of a piece,
-    where registers run out."""
-    return tuple((ctypes.c_uint32 * 4).from_address(int(address)))
 
 
 @statement("mad.wide.u32 $0, $1, $2, $3;", "rrl", "l", pure=True)

@@ -42,7 +42,7 @@ from kvortex.kernels.lossy_form import (
     TILE_BYTES,
     USED_AT,
 )
-from kvortex.kernels.shares import answer, ask, leave
+from kvortex.kernels.shares import answer, ask, asker_of, leave
 from kvortex.kernels.warp import ALL, uniform
 
 uint32, uint64, int32 = lossy.uint32, lossy.uint64, lossy.int32
@@ -217,9 +217,10 @@ def lossy_decode(staging, pitch, codec, status, blocks, n_blocks, run, first, en
         missing = _in_front(codec, form, uint32(first), tiles)
     fits = uint64(uint32(_in_front(codec, form, uint32(end), tiles) - missing)) <= pitch
     whole_range = count == tiles
-    at = answer(ask(counter, lane))
+    asker = asker_of(uint32(uint32(n_blocks) * runs), warps, lane)
+    at = answer(ask(counter, asker, uint32((cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) >> 5)))
     while at < uint32(uint32(n_blocks) * runs):
-        ahead_at = ask(counter, lane)
+        ahead_at = ask(counter, asker, uint32(at + warps))
         b = uint32(at // runs)
         tile = uint32(uint32(first) + uint32(at - uint32(b * runs)) * uint32(run))
         last = min(uint32(tile + uint32(run)), uint32(end))
@@ -260,4 +261,4 @@ def lossy_decode(staging, pitch, codec, status, blocks, n_blocks, run, first, en
                 else:
                     _value_tile(value, codes, own_scales, target, magic, lane)
         at = answer(ahead_at)
-    leave(counter, at, uint32(uint32(n_blocks) * runs), warps, lane)
+    leave(counter, at, uint32(uint32(n_blocks) * runs), warps, asker)

@@ -20,7 +20,7 @@ from numba.cuda import types
 
 from kvortex.kernels.digest import columns_of, digest_move_held, settle
 from kvortex.kernels.move import move
-from kvortex.kernels.shares import answer, ask, leave
+from kvortex.kernels.shares import answer, ask, asker_of, leave
 
 MAX_BLOCKS = 2048  # block ids of one launch: 8 KiB of shared memory
 SHARES, MOST_RUN = 8, 16  # shares of each warp at least, if there are so many pieces, and pieces of a share
@@ -45,7 +45,8 @@ def _walker(to_staging: bool, digests: bool) -> Callable[..., None]:
         pieces_each, total = _U32(n_pieces), _U32(_U32(n_blocks) * _U32(n_pieces))
         run = min(max(_U32(total // _U32(warps * _U32(SHARES))), _U32(1)), _U32(MOST_RUN))
         shares = _U32(_U32(total + run - _U32(1)) // run)
-        ahead = ask(counter, lane)
+        asker = asker_of(shares, warps, lane)
+        ahead = ask(counter, asker, _U32((cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) >> 5))
         if only < 0:
             i = cuda.threadIdx.x
             while i < n_blocks:
@@ -57,7 +58,7 @@ def _walker(to_staging: bool, digests: bool) -> Callable[..., None]:
             columns = columns_of(numbers, within, lane)
         share = answer(ahead)
         while share < shares:
-            ahead = ask(counter, lane)  # which takes a microsecond, and is here when these pieces are moved
+            ahead = ask(counter, asker, _U32(share + warps))
             at = _U32(share * run)
             b = _U32(at // pieces_each)
             p = _U32(at - b * pieces_each)
@@ -84,7 +85,7 @@ def _walker(to_staging: bool, digests: bool) -> Callable[..., None]:
                     p = _U32(0)
                     b = _U32(b + _U32(1))
             share = answer(ahead)
-        leave(counter, share, shares, warps, lane)
+        leave(counter, share, shares, warps, asker)
 
     return walk  # type: ignore[no-any-return]
 

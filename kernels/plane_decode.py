@@ -55,7 +55,7 @@ from kvortex.kernels.plane import (
 )
 from kvortex.kernels.plane_form import FIXED_BYTES, RAW_TAIL, RAW_TILE, ROWS, SIGN_AT, VALUES
 from kvortex.kernels.plane_row import ESCAPED, bases_of, late_of, row_word
-from kvortex.kernels.shares import answer, ask, leave
+from kvortex.kernels.shares import answer, ask, asker_of, leave
 from kvortex.kernels.warp import ALL, uniform
 from kvortex.kernels.warp_words import summed, turned
 
@@ -298,9 +298,10 @@ def plane_decode(  # type: ignore[no-untyped-def]
     head_bytes = uint32(uint32(4 * HEADER_WORDS) + uint32(4) * uint32(codec[TABLE_WORDS]))
     own_bytes = uint32(head_bytes + uint32(FIXED_BYTES) * count)  # in front of the tails in staging
     room = uint32(uint32(pitch) - own_bytes)
-    at = answer(ask(counter, lane))
+    asker = asker_of(uint32(uint32(n_blocks) * runs), warps, lane)
+    at = answer(ask(counter, asker, uint32((cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) >> 5)))
     while at < uint32(uint32(n_blocks) * runs):
-        ahead_at = ask(counter, lane)
+        ahead_at = ask(counter, asker, uint32(at + warps))
         b = uint32(at // runs)
         tile = uint32((at - b * runs) * each)  # counted from the first one that is decoded
         n = min(uint32(count - tile), each)
@@ -328,4 +329,4 @@ def plane_decode(  # type: ignore[no-untyped-def]
         if not good and lane == uint32(0):
             store4(status + uint64(4) * uint64(b), uint32(1))
         at = answer(ahead_at)
-    leave(counter, at, uint32(uint32(n_blocks) * runs), warps, lane)
+    leave(counter, at, uint32(uint32(n_blocks) * runs), warps, asker)

@@ -2,11 +2,12 @@
 
 A launch beside a model gets multiprocessors one after another, as the model's kernels leave them. Were its work dealt out
 before, the CTA that came last would do its part when all others have ended, and the model's next kernel would wait for
-that. So each warp takes the next share from a counter, one ahead of what it works on; who comes when all are taken
-leaves at once.
+that. So each warp takes the next share from a counter, and asks for it while it works on the one before; who comes when all
+are taken has nothing to do. Where there are no more than two shares for each warp they are dealt out: asking takes a
+microsecond.
 
-Each warp finds once that nothing is left, and the last one to find that puts the counter back: it is 0 before a launch and
-behind it, and launches that share a counter follow one another on one stream.
+Each warp that asks finds once that nothing is left, and the last one to find that puts the counter back: it is 0 before a
+launch and behind it, and launches that share a counter follow one another on one stream.
 """
 
 from __future__ import annotations
@@ -21,19 +22,31 @@ from kvortex.kernels.lane import store4
 from kvortex.kernels.ptx import statement
 from kvortex.kernels.warp import uint32, uniform
 
+_NOBODY = 32  # in the place of a lane, where nobody asks
 _lock = threading.Lock()  # of the simulator's threads
 
 
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def asker_of(shares, warps, lane):  # type: ignore[no-untyped-def]
+    """What :func:`ask` is told of who asks: the lane, or nobody where shares are few and dealt out."""
+    asker = lane
+    if shares <= uint32(warps + warps):
+        asker = uint32(_NOBODY)
+    return asker
+
+
+# Not ``add``: the assembler adds up over a warp what it can, and its lanes then wait for the answer at once.
 @statement(
-    "{ .reg .pred p; .reg .u32 t; mov.u32 t, 0; setp.eq.u32 p, $2, 0; @p atom.relaxed.gpu.global.add.u32 t, [$1], 1; "
-    "mov.u32 $0, t; }",
-    "lr",
+    "{ .reg .pred p; .reg .u32 t; mov.u32 t, $3; setp.eq.u32 p, $2, 0; "
+    "@p atom.relaxed.gpu.global.inc.u32 t, [$1], 0xfffffffe; mov.u32 $0, t; }",
+    "lrr",
     "r",
 )
-def ask(counter, lane):  # type: ignore[no-untyped-def]
-    """Lane 0 takes the next share of the 32-bit number at ``counter``: :func:`answer` of it is the same in all lanes."""
-    if int(lane) != 0:
-        return 0
+def ask(counter, asker, dealt):  # type: ignore[no-untyped-def]
+    """Takes the next share of the 32-bit number at ``counter``, or the one that is ``dealt`` to this warp: :func:`answer` of it
+    is the same in all lanes."""
+    if int(asker) != 0:
+        return int(dealt)
     cell = ctypes.c_uint32.from_address(int(counter))
     with _lock:
         cell.value = cell.value + 1
@@ -44,7 +57,7 @@ answer: Any = uniform
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def leave(counter, share, shares, warps, lane):  # type: ignore[no-untyped-def]
+def leave(counter, share, shares, warps, asker):  # type: ignore[no-untyped-def]
     """For a warp whose ``share`` is none of ``shares``, which it does not ask for again."""
-    if share == uint32(shares + warps - uint32(1)) and lane == uint32(0):
+    if share == uint32(shares + warps - uint32(1)) and asker == uint32(0):
         store4(counter, uint32(0))

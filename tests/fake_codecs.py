@@ -24,7 +24,6 @@ ENTRIES = {b"plane_count": 0xE1, b"plane_encode": 0xE2, b"plane_decode": 0xE3, b
            b"lossy_encode": 0xE6, b"lossy_decode": 0xE7}  # fmt: skip
 _NAMES = {entry: name.decode() for name, entry in ENTRIES.items()}
 Words = npt.NDArray[np.uint32]
-_SPANS = {"plane_decode": 3, "lossy_decode": 2}  # numbers that say what of each record is decoded
 _BUSY = 0x1234567  # in a counter of a record that is being coded
 
 
@@ -32,15 +31,15 @@ def code(gpu: FakeGpu, call: Call) -> Iterator[str]:
     """A kernel of a codec; it stops behind each record."""
     name, (staging, pitch, *rest) = _NAMES[call.arguments[0]], call.parameters
     assert staging % 16 == pitch % 16 == 0
+    count = {"seal_records": 5, "read_records": 7, "plane_decode": 8, "lossy_decode": 7}.get(name, 5)  # before the counter
+    gpu.check_counter(rest[count], call.stream)
     if name == "seal_records":
-        return _seal(gpu, staging, pitch, *rest[:5])
+        return _seal(gpu, staging, pitch, *rest[:count])
     if name == "read_records":
-        return _read(gpu, staging, pitch, *rest[:7])
-    cells_at, extra, ids, n, run = rest[:5]
+        return _read(gpu, staging, pitch, *rest[:count])
+    cells_at, extra, ids, n, run, *span = rest[:count]
     assert run > 0
     kernel = _plane if name.startswith("plane") else _lossy
-    *span, counter = rest[5 : 5 + _SPANS.get(name, 0) + 1]
-    gpu.array(counter, 1, ctypes.c_uint32)
     return kernel(gpu, name, staging, pitch, cells_at, extra, ids, n, tuple(span))
 
 

@@ -256,6 +256,12 @@ class FakeGpu(FakeDriver):
                     where = sums + b * record + p * piece
                     self.digest(base + block * stride, nbytes, offset, numbers_at, where, piece)
 
+    def check_counter(self, counter: int, stream: int) -> None:
+        """Of shares of a launch, which leaves it as it was."""
+        if self._reach("a kernel's counter", counter, 4):
+            assert not ctypes.c_uint32.from_address(counter).value, "shares would be left out"
+        assert self.counters.setdefault(counter, stream) == stream, "launches that share work may overlap"
+
     def array(self, address: int, count: int, kind: Any) -> Any:
         if not self._reach("a kernel's numbers", address, count * ctypes.sizeof(kind)):
             return np.zeros(count, kind)
@@ -289,8 +295,7 @@ class FakeGpu(FakeDriver):
         elif call.name == "launch":
             staging, table, n_pieces, ids, n_blocks, pitch, only, counter, numbers_at, sums, record, piece = call.parameters
             entry = call.arguments[0]
-            self._reach("a kernel's counter", counter, 4)
-            assert self.counters.setdefault(counter, call.stream) == call.stream, "launches that share work may overlap"
+            self.check_counter(counter, call.stream)
             if not (self._reach("a kernel's table", table, 32 * n_pieces) and self._reach("a kernel's ids", ids, 4 * n_blocks)):
                 return
             pieces = np.ctypeslib.as_array((ctypes.c_int64 * (4 * n_pieces)).from_address(table)).reshape(-1, 4)

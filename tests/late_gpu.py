@@ -179,7 +179,8 @@ class LateGpu(FakeGpu):
         yield "whole"
 
     def _gather(self, call: Call) -> Iterator[str]:
-        staging, table, n_pieces, ids, n_blocks, pitch, only, _, numbers_at, sums, record, piece = call.parameters
+        staging, table, n_pieces, ids, n_blocks, pitch, only, counter, numbers_at, sums, record, piece = call.parameters
+        self.check_counter(counter, call.stream)
         entry = call.arguments[0]
         pieces: Any = np.ctypeslib.as_array((ctypes.c_int64 * (4 * n_pieces)).from_address(table)).reshape(-1, 4).tolist()
         for b, block in enumerate(ids_of(ids, n_blocks, only)):

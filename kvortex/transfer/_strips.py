@@ -40,6 +40,8 @@ _READ_PITCH, _READ_COUNT, _READ_SUMS, _READ_FIRST, _READ_END, _READ_SHIFT = (ARG
 _PITCH, _STATUS, _IDS, _COUNT, _RUN, _TILE, _LAST_TILE, _TAILS = (ARGUMENTS + at for at in (1, 3, 4, 5, 6, 7, 8, 9))
 _ALIGNED = 64  # bytes; strips begin and end at multiples of that, as the parts of a record's front do
 _WARP = 32
+# Compiled with columns of plan.py, of which Numba's cache does not see a change: see holding.py. Last: launches of 12
+# parameters.
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]

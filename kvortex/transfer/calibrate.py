@@ -27,7 +27,8 @@ PAYLOADS = (1 << 20, 4 << 20, 16 << 20)  # or one record, if that is more; and t
 COPY_BYTES = (64 << 10, 128 << 10, 256 << 10, 512 << 10, 1 << 20)
 STREAMS, RESIDENT_CTAS, BESIDE_CTAS = (1, 2, 3), (1, 2, 3, 4, 6, 8), (1, 2, 4)
 CHUNK_PARTS = (1, 2, 4)  # of the staging buffer that is guessed; of equals the longest, which both ways at once need
-STAGED_PARTS = (1, 2, 4, 8)  # of the multiprocessors, for a launch; of equals one that is soon over: CTAs that come late leave
+# Of the multiprocessors, for a launch; of equals the most, which are soon over: who comes late has nothing to do.
+STAGED_PARTS = (1, 2, 4, 8)
 ROUNDS = 5
 STEPS = 3 + 2 * len(FRAGMENT_BYTES)  # that ``tell`` hears of
 _EQUAL, _HOPELESS = 0.002, 0.5  # of the best rate: as good, and not worth another round

@@ -124,8 +124,9 @@ class DeviceCoder(ABC):
     """
 
     kernels: ClassVar[tuple[str, ...]]
-    # CTAs a multiprocessor, of a save and of a load: as many as find room at once. A third more made a wave of their own, in
-    # which two thirds of the GPU had nothing to do: 1,631 and not 1,918 GB/s of blocks by k4v3 were decoded (an H200).
+    # CTAs a multiprocessor, of a save and of a load: as many as find room at once, of kernels that code. A third more made a
+    # wave of their own, in which two thirds of the GPU had nothing to do: 1,631 and not 1,918 GB/s of blocks by k4v3 were
+    # decoded (an H200).
     ctas_each: ClassVar[tuple[int, int]] = (3, 3)
     work_bytes = 0  # of each record of a chunk
 

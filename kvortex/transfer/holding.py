@@ -14,6 +14,9 @@ from kvortex.transfer.resident import issue_resident
 # What keeps the next chunk out of a staging buffer that is in use: nothing, since none is used; the order of the buffer's
 # stream; flags.
 NOTHING, STREAMS, FLAGS = range(3)
+# Numba's cache asks whether this file has changed, and not whether issue.py, resident.py or constants of plan.py have, which
+# are compiled into it: who changes these changes a line here, in submitting.py and in _strips.py too. Last: launches of 12
+# parameters.
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]

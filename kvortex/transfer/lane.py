@@ -66,8 +66,7 @@ class Lane:
     halves
         The same memory as a resident kernel uses it.
     ctas
-        Most CTAs of a launch that serves one buffer, or none. The rest of the GPU stays with a model, and one launch for each
-        buffer may run at a time.
+        Most CTAs of a launch that serves one buffer, or none. One launch for each buffer may run at a time.
     flags
         Address of ``2 * resident.FLAG_BYTES`` bytes of VRAM for each of ``halves``, zeroed.
     table, offsets

@@ -13,8 +13,9 @@ from kvortex.transfer.routes import Ranking, Route
 
 ENOUGH, BEARABLE = 0.9, 1.03  # of the link's rate, and times a computation's time: beyond, transfers need not be better
 # Of the link's rate, by which a route of copy engines counts for less than was measured: beside attention and a model's layers
-# loads of 32 KiB in batches had 0.87 and 0.83 of the link that had 1.0 beside a calibration's computation, strided saves 0.07
-# less, and what digests their blocks is a kernel too (docs/transfers.md).
+# loads of 32 KiB in batches had 0.87 and 0.83 of the link that had 1.0 beside a calibration's computation. Strided saves had
+# 0.07 less; they count for as little, since what digests their blocks is a kernel too and spares a model little
+# (docs/transfers.md).
 _LESS_BESIDE_MODELS = 0.15
 _EQUAL = 0.01  # of the link's rate: less than that comes and goes from run to run
 _ALIKE = 0.02  # of what is missed beside a computation: so much comes and goes too
@@ -93,7 +94,8 @@ def rank(table: Iterable[Measurement], link: Mapping[Direction, float]) -> tuple
 
     With the GPU idle the fastest one is the best. Beside a computation it is, of long transfers, the one that comes closest to
     ``ENOUGH`` of the link at no cost, and of equals none whose kernel keeps multiprocessors; and of the rest the fastest
-    without a kernel, if it is not slow: a kernel would first wait for the model's.
+    without a kernel, if it is not slow: a kernel would first wait for the model's. What copy engines have of the link beside a
+    computation counts for ``_LESS_BESIDE_MODELS`` less.
 
     Parameters
     ----------

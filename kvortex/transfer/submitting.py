@@ -26,6 +26,8 @@ from kvortex.transfer.holding import issue_holding, issue_resident_holding
 from kvortex.transfer.issue import QUEUED
 from kvortex.transfer.plan import Int64s
 
+# Compiled with all that holding.py calls, of which Numba's cache does not see a change: see there. Last: launches of 12
+# parameters.
 _CAPACITY = 256  # plans that wait
 _ROW_WORDS = 256
 _STOP, STREAMED, RESIDENT = range(3)  # what a row's first word says

@@ -100,6 +100,7 @@ CASES = [
     Case("more turns than one", [0], [6160], 6160, [1, 0]),
     Case("a page of several pieces", [0, 40000], [10000, 10000], 10000, [0, 2], piece_bytes=4096),
     Case("every warp has many", [i * 4096 for i in range(9)], [512] * 9, 512, [7, 1, 2, 3, 6, 5, 4, 0]),
+    Case("shares of several pieces, and a rest", [i * 4096 for i in range(7)], [64] * 7, 64, [*range(30, -1, -1)]),
     Case("sizes differ", [0, 4096, 8192, 16384], [16, 1600, 48, 4080], 32768, [1, 0, 2]),
     Case("8-byte lanes", [8, 5000], [1000, 1000], 1000, [2, 0]),
     Case("4-byte lanes", [4, 5000], [740, 740], 740, [0, 3]),

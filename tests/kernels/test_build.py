@@ -19,6 +19,8 @@ from tests.kernels.compiled import compiled, sass
 ARCHITECTURES = [(8, 0), (8, 6), (9, 0), (10, 0), (12, 0)]
 MOVERS = [name for name in build.KERNELS if "gather" in name or "scatter" in name]
 READERS = ["read_pages", "read_buffers"]
+SHARING = [*(name for name in MOVERS if "resident" not in name), "plane_count", "plane_encode", "plane_decode", "lossy_encode",
+           "lossy_decode", "read_records"]  # fmt: skip
 
 
 @pytest.fixture
@@ -90,6 +92,17 @@ def test_sums_of_a_piece_leave_in_one_store(name: str) -> None:
     assert re.findall(r"\bREDG\.E\.ADD\.64\.STRONG\.GPU (\S+), (R\d+)", text) == [stored]
     assert "MEMBAR" not in text
     assert len(re.findall(r"\bATOMG?\b", text)) == (0 if name in READERS else 2), "sums by atomics that give something back"
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_who_asks_for_a_share_does_not_wait_for_it(name: str) -> None:
+    """Of additions of 1 by several lanes the assembler makes one, whose answer is dealt out by a shuffle right behind it."""
+    text = on_hopper(name)
+    asked = [at.end() for at in re.finditer(r"\bATOMG\.E\.INC\S* PT, (R\d+)", text)]
+    assert len(asked) == 2, "one before the loop, one in it"
+    (register,) = re.findall(r"ATOMG\.E\.INC\S* PT, (R\d+)", text[asked[1] - 40 : asked[1]])
+    behind = re.split(r"\n", text[asked[1] :], maxsplit=12)[1:12]
+    assert not any(re.search(rf"\bSHFL\S* .*, {register}, ", line) for line in behind), behind
 
 
 @pytest.mark.parametrize("capability", ARCHITECTURES)
