@@ -30,7 +30,7 @@ from kvortex.kernels.lane import cached1, cached4, load2, load4, store2, store4
 from kvortex.kernels.plane import ACROSS, CODED, GROUPS, HEADER, N_PLANES, PLANES, STORED_AT, USED_AT
 from kvortex.kernels.plane_decode import is_ours
 from kvortex.kernels.steps import value_at
-from kvortex.kernels.warp import ALL, uniform
+from kvortex.kernels.warp import ALL, uniform, warp_of_grid, warps_of_grid
 
 SIGNATURE = cachegen.SIGNATURE
 uint16, uint32, uint64, int32 = cachegen.uint16, cachegen.uint32, cachegen.uint64, cachegen.int32
@@ -174,8 +174,8 @@ def cachegen_decode(staging, pitch, codec, status, blocks, n_blocks, run):  # ty
     more = uint32(uint32(PLANES) + uint32(2) * uint32(codec[N_PLANES]))
     bring_tables(codec, more, tables)
     lane = uint32(cuda.threadIdx.x & 31)
-    warp = uniform(uint32((cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) >> 5))
-    warps = uint32((cuda.gridDim.x * cuda.blockDim.x) >> 5)
+    warp = uniform(warp_of_grid())
+    warps = warps_of_grid()
     streams = uint32(codec[more + uint32(STREAMS)])
     per = uint32(codec[more + uint32(STREAM_PLANES)])
     least = uint32(uint32(BODY) + uint32(8) * streams)

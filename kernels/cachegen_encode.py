@@ -41,7 +41,7 @@ from kvortex.kernels.plane import (
 from kvortex.kernels.plane_encode import count_tile, write_header
 from kvortex.kernels.plane_form import FIXED_BYTES, VALUES
 from kvortex.kernels.steps import quotient, steps_away, whole
-from kvortex.kernels.warp import ALL, uniform
+from kvortex.kernels.warp import ALL, uniform, warp_of_grid, warps_of_grid
 
 SIGNATURE = cachegen.SIGNATURE
 uint16, uint32, uint64, int32 = cachegen.uint16, cachegen.uint32, cachegen.uint64, cachegen.int32
@@ -126,8 +126,8 @@ def cachegen_count(staging, pitch, codec, counts, blocks, n_blocks, run):  # typ
     more = uint32(uint32(PLANES) + uint32(2) * uint32(codec[N_PLANES]))
     bring_tables(codec, more, tables)
     lane = uint32(cuda.threadIdx.x & 31)
-    warp = uniform(uint32((cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) >> 5))
-    warps = uint32((cuda.gridDim.x * cuda.blockDim.x) >> 5)
+    warp = uniform(warp_of_grid())
+    warps = warps_of_grid()
     streams = uint32(codec[more + uint32(STREAMS)])
     per = uint32(codec[more + uint32(STREAM_PLANES)])
     at = warp
@@ -180,8 +180,8 @@ def cachegen_encode(staging, pitch, codec, counts, blocks, n_blocks, run):  # ty
     more = uint32(uint32(PLANES) + uint32(2) * uint32(codec[N_PLANES]))
     bring_tables(codec, more, tables)
     lane = uint32(cuda.threadIdx.x & 31)
-    warp = uniform(uint32((cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) >> 5))
-    warps = uint32((cuda.gridDim.x * cuda.blockDim.x) >> 5)
+    warp = uniform(warp_of_grid())
+    warps = warps_of_grid()
     streams = uint32(codec[more + uint32(STREAMS)])
     per = uint32(codec[more + uint32(STREAM_PLANES)])
     at = warp

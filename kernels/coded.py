@@ -15,7 +15,7 @@ from numba.cuda import types
 from kvortex.kernels.digest import add_up, digest_read
 from kvortex.kernels.lane import load4, store4, store16
 from kvortex.kernels.plane_form import DECLINED, HEADER_WORDS, STORED_AT, USED_AT
-from kvortex.kernels.shares import answer, ask, asker_of, leave
+from kvortex.kernels.shares import answer, ask_first, ask_next, asker_of, leave
 
 CODED_PIECE = 4096  # bytes that a warp takes at a time
 _U32, _U64 = types.uint32, types.uint64
@@ -67,11 +67,11 @@ def seal_records(staging, pitch, n_pieces, n_blocks, numbers, sums, status, coun
         Of :mod:`kvortex.kernels.shares`.
     """
     lane = _U32(cuda.threadIdx.x & 31)
-    warps = _U32((cuda.gridDim.x * cuda.blockDim.x) >> 5)
     pieces = _U32(n_pieces)
-    asker = asker_of(_U32(_U32(n_blocks) * pieces), warps, lane)
-    at = answer(ask(counter, asker, _U32((cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) >> 5)))
-    while at < _U32(_U32(n_blocks) * pieces):
+    shares = _U32(_U32(n_blocks) * pieces)
+    asker = asker_of(shares, lane)
+    at = answer(ask_first(counter, asker))
+    while at < shares:
         b = _U32(at // pieces)
         p = _U32(at - b * pieces)
         record = staging + _U64(b) * pitch
@@ -86,5 +86,5 @@ def seal_records(staging, pitch, n_pieces, n_blocks, numbers, sums, status, coun
             first, second = digest_read(_U64(0), record + offset, live - offset, lane, offset, None, numbers)
             add_up(sums + _U64(b) * _U64(16), first, second, lane)
         _zero(record + live, record + end, lane)
-        at = answer(ask(counter, asker, _U32(at + warps)))
-    leave(counter, at, _U32(_U32(n_blocks) * pieces), warps, asker)
+        at = answer(ask_next(counter, asker, at))
+    leave(counter, at, shares, asker)

@@ -14,7 +14,7 @@ from numba.cuda import types
 
 from kvortex.kernels.coded import CODED_PIECE, used_of
 from kvortex.kernels.digest import add_up, digest_read
-from kvortex.kernels.shares import answer, ask, asker_of, leave
+from kvortex.kernels.shares import answer, ask_first, ask_next, asker_of, leave
 
 _U32, _U64 = types.uint32, types.uint64
 SIGNATURE: Any = types.void(_U64, _U64, types.int32, _U64, _U64, types.int32, types.int32, types.int32, types.int32, _U64)
@@ -44,12 +44,12 @@ def read_records(  # type: ignore[no-untyped-def]
         Of :mod:`kvortex.kernels.shares`.
     """
     lane = _U32(cuda.threadIdx.x & 31)
-    warps = _U32((cuda.gridDim.x * cuda.blockDim.x) >> 5)
     pieces = _U32(_U32(_U32(max(end, first)) - _U32(first) + _U32(CODED_PIECE - 1)) // _U32(CODED_PIECE))
-    asker = asker_of(_U32(_U32(n_blocks) * pieces), warps, lane)
-    at = answer(ask(counter, asker, _U32((cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) >> 5)))
-    while at < _U32(_U32(n_blocks) * pieces):
-        ahead = ask(counter, asker, _U32(at + warps))
+    shares = _U32(_U32(n_blocks) * pieces)
+    asker = asker_of(shares, lane)
+    at = answer(ask_first(counter, asker))
+    while at < shares:
+        ahead = ask_next(counter, asker, at)
         b = _U32(at // pieces)
         p = _U32(at - b * pieces)
         record = staging + _U64(b) * pitch
@@ -63,4 +63,4 @@ def read_records(  # type: ignore[no-untyped-def]
             mine, other = digest_read(_U64(0), source, piece, lane, offset, None, numbers)
             add_up(sums + _U64(b) * _U64(16), mine, other, lane)
         at = answer(ahead)
-    leave(counter, at, _U32(_U32(n_blocks) * pieces), warps, asker)
+    leave(counter, at, shares, asker)

@@ -19,25 +19,8 @@ from typing import Any
 from numba import cuda
 from numba.cuda import types
 
-from kvortex.kernels.lane import (
-    all_here,
-    early16,
-    early_cached16,
-    fresh1,
-    fresh2,
-    fresh4,
-    fresh8,
-    fresh16,
-    load1,
-    load2,
-    load4,
-    load8,
-    store1,
-    store2,
-    store4,
-    store8,
-    store16,
-)
+from kvortex.kernels.lane import all_here, early_cached16, store1, store2, store4, store8, store16
+from kvortex.kernels.move import CONSTANT, FRESH, four_of, put_four
 from kvortex.kernels.ptx import statement
 
 _U32, _U64 = types.uint32, types.uint64
@@ -157,15 +140,14 @@ def _add(first, second, value, offset, numbers):  # type: ignore[no-untyped-def]
     return first + row[0] * (column[0] * word), second + row[1] * (column[1] * _U64(_turned(word)))
 
 
-def _digester(get16: Any, get8: Any, get4: Any, get2: Any, get1: Any, write: bool, held: bool) -> Callable[..., Any]:
+def _digester(get16: Any, get8: Any, get4: Any, get2: Any, get1: Any, *, write: bool, held: bool) -> Callable[..., Any]:
+    get_four = four_of(get16)
+
     @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
     def four(dst, words, rows, s):  # type: ignore[no-untyped-def]
         n, p, q, r = _row_of(rows), _row_of(rows + _U64(16)), _row_of(rows + _U64(32)), _row_of(rows + _U64(48))
         if write:
-            store16(dst, words[0])
-            store16(dst + _U64(512), words[1])
-            store16(dst + _U64(1024), words[2])
-            store16(dst + _U64(1536), words[3])
+            put_four(dst, words)
         return _row16(_row16(_row16(_row16(s, words[0], n), words[1], p), words[2], q), words[3], r)
 
     @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
@@ -180,20 +162,14 @@ def _digester(get16: Any, get8: Any, get4: Any, get2: Any, get1: Any, write: boo
             rows = numbers + _ROWS_AT + ((offset + at) >> _U64(9)) * _U64(16)
             s = _nothing()
             while at + _U64(8 * 512) <= nbytes + _U64(lane * 16):  # eight loads in flight: 4 KiB a warp and turn
-                a = get16(src + at), get16(src + at + _U64(512)), get16(src + at + _U64(1024)), get16(src + at + _U64(1536))
-                b = (
-                    get16(src + at + _U64(2048)),
-                    get16(src + at + _U64(2560)),
-                    get16(src + at + _U64(3072)),
-                    get16(src + at + _U64(3584)),
-                )
+                a, b = get_four(src + at), get_four(src + at + _U64(2048))
                 if not write:
                     all_here()
                 s = four(dst + at + _U64(2048), b, rows + _U64(64), four(dst + at, a, rows, s))
                 at += _U64(4096)
                 rows += _U64(128)
             while at + _U64(4 * 512) <= nbytes + _U64(lane * 16):  # four loads in flight: 2 KiB a warp and turn
-                a = get16(src + at), get16(src + at + _U64(512)), get16(src + at + _U64(1024)), get16(src + at + _U64(1536))
+                a = get_four(src + at)
                 if not write:
                     all_here()
                 s = four(dst + at, a, rows, s)
@@ -250,10 +226,9 @@ def _digester(get16: Any, get8: Any, get4: Any, get2: Any, get1: Any, write: boo
     return move  # type: ignore[no-any-return]
 
 
-_CONSTANT, _FRESH = (early16, load8, load4, load2, load1), (fresh16, fresh8, fresh4, fresh2, fresh1)
 # The counterparts of those in kvortex.kernels.move, which also give a thread's two sums; and one that only reads. The first
 # one is given what :func:`columns_of` gives; the others, which have no registers for that, None, and ask when a piece ends.
-digest_move_held: Any = _digester(*_CONSTANT, write=True, held=True)
-digest_move: Any = _digester(*_CONSTANT, write=True, held=False)
-digest_move_fresh: Any = _digester(*_FRESH, write=True, held=False)
-digest_read: Any = _digester(*_CONSTANT, write=False, held=False)
+digest_move_held: Any = _digester(*CONSTANT, write=True, held=True)
+digest_move: Any = _digester(*CONSTANT, write=True, held=False)
+digest_move_fresh: Any = _digester(*FRESH, write=True, held=False)
+digest_read: Any = _digester(*CONSTANT, write=False, held=False)

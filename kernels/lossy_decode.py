@@ -42,7 +42,7 @@ from kvortex.kernels.lossy_form import (
     TILE_BYTES,
     USED_AT,
 )
-from kvortex.kernels.shares import answer, ask, asker_of, leave
+from kvortex.kernels.shares import answer, ask_first, ask_next, asker_of, leave
 from kvortex.kernels.warp import ALL, uniform
 
 uint32, uint64, int32 = lossy.uint32, lossy.uint64, lossy.int32
@@ -205,7 +205,6 @@ def lossy_decode(staging, pitch, codec, status, blocks, n_blocks, run, first, en
         Of :mod:`kvortex.kernels.shares`.
     """
     lane = uint32(cuda.threadIdx.x & 31)
-    warps = uint32((cuda.gridDim.x * cuda.blockDim.x) >> 5)
     form = form_of(codec)
     key_bits, value = uniform(uint32(codec[K_BITS])), values_of(codec)
     magic = number_of(uint32(uint32(0x4B000000) + uint32(key_bits >> uint32(8))))  # 2**23: no codec has that many bits
@@ -217,10 +216,11 @@ def lossy_decode(staging, pitch, codec, status, blocks, n_blocks, run, first, en
         missing = _in_front(codec, form, uint32(first), tiles)
     fits = uint64(uint32(_in_front(codec, form, uint32(end), tiles) - missing)) <= pitch
     whole_range = count == tiles
-    asker = asker_of(uint32(uint32(n_blocks) * runs), warps, lane)
-    at = answer(ask(counter, asker, uint32((cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) >> 5)))
-    while at < uint32(uint32(n_blocks) * runs):
-        ahead_at = ask(counter, asker, uint32(at + warps))
+    shares = uint32(uint32(n_blocks) * runs)
+    asker = asker_of(shares, lane)
+    at = answer(ask_first(counter, asker))
+    while at < shares:
+        ahead_at = ask_next(counter, asker, at)
         b = uint32(at // runs)
         tile = uint32(uint32(first) + uint32(at - uint32(b * runs)) * uint32(run))
         last = min(uint32(tile + uint32(run)), uint32(end))
@@ -261,4 +261,4 @@ def lossy_decode(staging, pitch, codec, status, blocks, n_blocks, run, first, en
                 else:
                     _value_tile(value, codes, own_scales, target, magic, lane)
         at = answer(ahead_at)
-    leave(counter, at, uint32(uint32(n_blocks) * runs), warps, asker)
+    leave(counter, at, shares, asker)

@@ -44,7 +44,7 @@ from kvortex.kernels.lossy_form import (
     TILE_BYTES,
     USED_AT,
 )
-from kvortex.kernels.shares import answer, ask, asker_of, leave
+from kvortex.kernels.shares import answer, ask_first, ask_next, asker_of, leave
 from kvortex.kernels.warp import ALL, uniform
 
 SIGNATURE = lossy.SIGNATURE
@@ -205,16 +205,16 @@ def lossy_encode(staging, pitch, codec, counts, blocks, n_blocks, run, counter):
         Of :mod:`kvortex.kernels.shares`.
     """
     lane = uint32(cuda.threadIdx.x & 31)
-    warps = uint32((cuda.gridDim.x * cuda.blockDim.x) >> 5)
     form, means = form_of(codec), codec[MEANS]
     key_bits, value = uniform(uint32(codec[K_BITS])), values_of(codec)
     tiles = uint32(uint32(codec[N_PLANES]) * form[1])
     runs = uint32(uint32(tiles + uint32(run) - uint32(1)) // uint32(run))
     fits = uint64(uint32(HEADER_BYTES) + uint32(codec[BODY_BYTES])) <= pitch
-    asker = asker_of(uint32(uint32(n_blocks) * runs), warps, lane)
-    at = answer(ask(counter, asker, uint32((cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) >> 5)))
-    while at < uint32(uint32(n_blocks) * runs):
-        ahead_at = ask(counter, asker, uint32(at + warps))
+    shares = uint32(uint32(n_blocks) * runs)
+    asker = asker_of(shares, lane)
+    at = answer(ask_first(counter, asker))
+    while at < shares:
+        ahead_at = ask_next(counter, asker, at)
         b = uint32(at // runs)
         tile = uint32(uint32(at - uint32(b * runs)) * uint32(run))
         last = min(uint32(tile + uint32(run)), tiles)
@@ -266,4 +266,4 @@ def lossy_encode(staging, pitch, codec, counts, blocks, n_blocks, run, counter):
                 if lane == uint32(0):
                     store4(done, uint32(0))
         at = answer(ahead_at)
-    leave(counter, at, uint32(uint32(n_blocks) * runs), warps, asker)
+    leave(counter, at, shares, asker)

@@ -29,17 +29,27 @@ from kvortex.kernels.lane import (
 _U64 = types.uint64
 
 
-def _mover(get16: Any, get8: Any, get4: Any, get2: Any, get1: Any) -> Callable[..., None]:
+def four_of(get16: Any) -> Callable[..., Any]:
+    """A lane's 16 bytes of four rows, in flight together; a row is 512 bytes."""
+
     @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
     def get_four(src):  # type: ignore[no-untyped-def]
         return get16(src), get16(src + _U64(512)), get16(src + _U64(1024)), get16(src + _U64(1536))
 
-    @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-    def put_four(dst, words):  # type: ignore[no-untyped-def]
-        store16(dst, words[0])
-        store16(dst + _U64(512), words[1])
-        store16(dst + _U64(1024), words[2])
-        store16(dst + _U64(1536), words[3])
+    return get_four  # type: ignore[no-any-return]
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def put_four(dst, words):  # type: ignore[no-untyped-def]
+    """The reverse."""
+    store16(dst, words[0])
+    store16(dst + _U64(512), words[1])
+    store16(dst + _U64(1024), words[2])
+    store16(dst + _U64(1536), words[3])
+
+
+def _mover(get16: Any, get8: Any, get4: Any, get2: Any, get1: Any) -> Callable[..., None]:
+    get_four = four_of(get16)
 
     @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
     def move(dst, src, nbytes, lane):  # type: ignore[no-untyped-def]
@@ -84,7 +94,7 @@ def _mover(get16: Any, get8: Any, get4: Any, get2: Any, get1: Any) -> Callable[.
     return move  # type: ignore[no-any-return]
 
 
-_CONSTANT, _FRESH = (early16, load8, load4, load2, load1), (fresh16, fresh8, fresh4, fresh2, fresh1)
+CONSTANT, FRESH = (early16, load8, load4, load2, load1), (fresh16, fresh8, fresh4, fresh2, fresh1)
 # From memory that nobody writes while the kernel runs; and from memory that a DMA writes while it runs.
-move: Any = _mover(*_CONSTANT)
-move_fresh: Any = _mover(*_FRESH)
+move: Any = _mover(*CONSTANT)
+move_fresh: Any = _mover(*FRESH)

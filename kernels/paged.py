@@ -20,7 +20,8 @@ from numba.cuda import types
 
 from kvortex.kernels.digest import columns_of, digest_move_held, settle
 from kvortex.kernels.move import move
-from kvortex.kernels.shares import answer, ask, asker_of, leave
+from kvortex.kernels.shares import answer, ask_first, ask_next, asker_of, leave
+from kvortex.kernels.warp import warps_of_grid
 
 MAX_BLOCKS = 2048  # block ids of one launch: 8 KiB of shared memory
 SHARES, MOST_RUN = 8, 16  # shares of each warp at least, if there are so many pieces, and pieces of a share
@@ -41,12 +42,11 @@ def _walker(to_staging: bool, digests: bool) -> Callable[..., None]:
     ):
         ids = cuda.shared.array(MAX_BLOCKS, types.int32)
         lane = _U32(cuda.threadIdx.x & 31)
-        warps = _U32((cuda.gridDim.x * cuda.blockDim.x) >> 5)
         pieces_each, total = _U32(n_pieces), _U32(_U32(n_blocks) * _U32(n_pieces))
-        run = min(max(_U32(total // _U32(warps * _U32(SHARES))), _U32(1)), _U32(MOST_RUN))
+        run = min(max(_U32(total // _U32(warps_of_grid() * _U32(SHARES))), _U32(1)), _U32(MOST_RUN))
         shares = _U32(_U32(total + run - _U32(1)) // run)
-        asker = asker_of(shares, warps, lane)
-        ahead = ask(counter, asker, _U32((cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) >> 5))
+        asker = asker_of(shares, lane)
+        ahead = ask_first(counter, asker)
         if only < 0:
             i = cuda.threadIdx.x
             while i < n_blocks:
@@ -58,7 +58,7 @@ def _walker(to_staging: bool, digests: bool) -> Callable[..., None]:
             columns = columns_of(numbers, within, lane)
         share = answer(ahead)
         while share < shares:
-            ahead = ask(counter, asker, _U32(share + warps))
+            ahead = ask_next(counter, asker, share)
             at = _U32(share * run)
             b = _U32(at // pieces_each)
             p = _U32(at - b * pieces_each)
@@ -85,7 +85,7 @@ def _walker(to_staging: bool, digests: bool) -> Callable[..., None]:
                     p = _U32(0)
                     b = _U32(b + _U32(1))
             share = answer(ahead)
-        leave(counter, share, shares, warps, asker)
+        leave(counter, share, shares, asker)
 
     return walk  # type: ignore[no-any-return]
 

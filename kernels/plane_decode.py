@@ -55,7 +55,7 @@ from kvortex.kernels.plane import (
 )
 from kvortex.kernels.plane_form import FIXED_BYTES, RAW_TAIL, RAW_TILE, ROWS, SIGN_AT, VALUES
 from kvortex.kernels.plane_row import ESCAPED, bases_of, late_of, row_word
-from kvortex.kernels.shares import answer, ask, asker_of, leave
+from kvortex.kernels.shares import answer, ask_first, ask_next, asker_of, leave
 from kvortex.kernels.warp import ALL, uniform
 from kvortex.kernels.warp_words import summed, turned
 
@@ -66,6 +66,7 @@ SIGNATURE: Any = types.void(
 # A warp's shared memory: the second tier's values, and fixed part and tail of two tiles.
 _LATE, _STAGE = 2 * VALUES, FIXED_BYTES + RAW_TAIL
 _WARP = _LATE + 2 * _STAGE
+_verbatim = plane.verbatim(to_record=False)
 _SHARED = WARPS * _WARP // 8
 
 
@@ -82,8 +83,6 @@ def _told(record, header, lane):  # type: ignore[no-untyped-def]
     ours = uint32(cuda.ballot_sync(ALL, same)) == uint32(0xFFFFFFFF)
     stored = uint32(cuda.shfl_sync(ALL, int32(word), STORED_AT))
     return ours, stored, uint32(cuda.shfl_sync(ALL, int32(word), USED_AT))
-
-_verbatim = plane.verbatim(to_record=False)
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
@@ -290,7 +289,6 @@ def plane_decode(  # type: ignore[no-untyped-def]
     all_shared = cuda.shared.array(_SHARED, types.uint64, ALIGNED)
     shared = uint64(shared_at(all_shared.ctypes.data)) + uint64(_WARP) * uint64(cuda.threadIdx.x >> 5)
     lane = uint32(cuda.threadIdx.x & 31)
-    warps = uint32((cuda.gridDim.x * cuda.blockDim.x) >> 5)
     tiles = uint32(uint32(codec[N_PLANES]) * uint32(codec[GROUPS]) * uint32(codec[ACROSS]))
     count = uint32(uint32(end) - uint32(first))
     each = min(uint32(run), uint32(32))
@@ -298,10 +296,11 @@ def plane_decode(  # type: ignore[no-untyped-def]
     head_bytes = uint32(uint32(4 * HEADER_WORDS) + uint32(4) * uint32(codec[TABLE_WORDS]))
     own_bytes = uint32(head_bytes + uint32(FIXED_BYTES) * count)  # in front of the tails in staging
     room = uint32(uint32(pitch) - own_bytes)
-    asker = asker_of(uint32(uint32(n_blocks) * runs), warps, lane)
-    at = answer(ask(counter, asker, uint32((cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) >> 5)))
-    while at < uint32(uint32(n_blocks) * runs):
-        ahead_at = ask(counter, asker, uint32(at + warps))
+    shares = uint32(uint32(n_blocks) * runs)
+    asker = asker_of(shares, lane)
+    at = answer(ask_first(counter, asker))
+    while at < shares:
+        ahead_at = ask_next(counter, asker, at)
         b = uint32(at // runs)
         tile = uint32((at - b * runs) * each)  # counted from the first one that is decoded
         n = min(uint32(count - tile), each)
@@ -329,4 +328,4 @@ def plane_decode(  # type: ignore[no-untyped-def]
         if not good and lane == uint32(0):
             store4(status + uint64(4) * uint64(b), uint32(1))
         at = answer(ahead_at)
-    leave(counter, at, uint32(uint32(n_blocks) * runs), warps, asker)
+    leave(counter, at, shares, asker)

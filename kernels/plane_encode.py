@@ -44,7 +44,7 @@ from kvortex.kernels.plane_row import (
     sign_bytes,
     upper_halves,
 )
-from kvortex.kernels.shares import answer, ask, asker_of, leave
+from kvortex.kernels.shares import answer, ask_first, ask_next, asker_of, leave
 from kvortex.kernels.warp import ALL
 from kvortex.kernels.warp_words import summed, turned
 
@@ -141,14 +141,14 @@ def count_tile(codec, tile, block, lane):  # type: ignore[no-untyped-def]
 def plane_count(staging, pitch, codec, counts, blocks, n_blocks, run, counter):  # type: ignore[no-untyped-def]
     """The table of every record, into ``counts``. Parameters as of :func:`plane_encode`; ``staging`` is not touched."""
     lane = uint32(cuda.threadIdx.x & 31)
-    warps = uint32((cuda.gridDim.x * cuda.blockDim.x) >> 5)
     across = uint32(codec[ACROSS])
     tiles = tiles_of(codec)
     runs = uint32((tiles + uint32(run) - uint32(1)) // uint32(run))
-    asker = asker_of(uint32(uint32(n_blocks) * runs), warps, lane)
-    at = answer(ask(counter, asker, uint32((cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) >> 5)))
-    while at < uint32(uint32(n_blocks) * runs):
-        ahead_at = ask(counter, asker, uint32(at + warps))
+    shares = uint32(uint32(n_blocks) * runs)
+    asker = asker_of(shares, lane)
+    at = answer(ask_first(counter, asker))
+    while at < shares:
+        ahead_at = ask_next(counter, asker, at)
         b = uint32(at // runs)
         tile = uint32((at - b * runs) * uint32(run))
         last = min(uint32(tile + uint32(run)), tiles)
@@ -174,7 +174,7 @@ def plane_count(staging, pitch, codec, counts, blocks, n_blocks, run, counter): 
                 store4(table, entry)
             table += uint64(4)
         at = answer(ahead_at)
-    leave(counter, at, uint32(uint32(n_blocks) * runs), warps, asker)
+    leave(counter, at, shares, asker)
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
@@ -414,13 +414,13 @@ def plane_encode(staging, pitch, codec, counts, blocks, n_blocks, run, counter):
     all_shared = cuda.shared.array(_SHARED, types.uint64, ALIGNED)
     shared = uint64(shared_at(all_shared.ctypes.data)) + uint64(_WARP) * uint64(cuda.threadIdx.x >> 5)
     lane = uint32(cuda.threadIdx.x & 31)
-    warps = uint32((cuda.gridDim.x * cuda.blockDim.x) >> 5)
     each = min(uint32(run), uint32(32))
     runs = uint32((tiles_of(codec) + each - uint32(1)) // each)
-    asker = asker_of(uint32(uint32(n_blocks) * runs), warps, lane)
-    at = answer(ask(counter, asker, uint32((cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) >> 5)))
-    while at < uint32(uint32(n_blocks) * runs):
-        ahead_at = ask(counter, asker, uint32(at + warps))
+    shares = uint32(uint32(n_blocks) * runs)
+    asker = asker_of(shares, lane)
+    at = answer(ask_first(counter, asker))
+    while at < shares:
+        ahead_at = ask_next(counter, asker, at)
         # loaded again for each run, which takes less than registers do that hold it all the while
         tiles = tiles_of(codec)
         table_words = uint32(codec[TABLE_WORDS])
@@ -450,4 +450,4 @@ def plane_encode(staging, pitch, codec, counts, blocks, n_blocks, run, counter):
             tail_at = uint32(fixed_bytes + before)
             _tiles(codec, blocks[b], tile, n, record, table, fixed_at, tail_at, shared, lane)
         at = answer(ahead_at)
-    leave(counter, at, uint32(uint32(n_blocks) * runs), warps, asker)
+    leave(counter, at, shares, asker)

@@ -19,6 +19,7 @@ from numba.cuda import types
 from kvortex.kernels.digest import add_up, digest_move, digest_move_fresh
 from kvortex.kernels.flags import behind, nap, raise_flag
 from kvortex.kernels.move import move, move_fresh
+from kvortex.kernels.warp import warp_of_grid, warps_of_grid
 
 THREADS = 512  # with 128 registers each, and 4 KiB of loads in flight in each warp
 ROW_CELLS = 8
@@ -40,8 +41,7 @@ def _server(to_staging: bool, digests: bool) -> Callable[..., None]:
     @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
     def serve(rows, n_chunks, pieces, blocks, pitch, numbers, sums):  # type: ignore[no-untyped-def]
         lane = _U32(cuda.threadIdx.x & 31)
-        warp = _U32((cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) >> 5)
-        warps = _U32((cuda.gridDim.x * cuda.blockDim.x) >> 5)
+        warp, warps = warp_of_grid(), warps_of_grid()
         chunk = 0
         while chunk < n_chunks:
             row = ROW_CELLS * chunk

@@ -20,17 +20,17 @@ from numba import cuda
 
 from kvortex.kernels.lane import store4
 from kvortex.kernels.ptx import statement
-from kvortex.kernels.warp import uint32, uniform
+from kvortex.kernels.warp import uint32, uniform, warp_of_grid, warps_of_grid
 
 _NOBODY = 32  # in the place of a lane, where nobody asks
 _lock = threading.Lock()  # of the simulator's threads
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def asker_of(shares, warps, lane):  # type: ignore[no-untyped-def]
-    """What :func:`ask` is told of who asks: the lane, or nobody where shares are few and dealt out."""
+def asker_of(shares, lane):  # type: ignore[no-untyped-def]
+    """Who asks: the lane, or nobody where shares are few and dealt out."""
     asker = lane
-    if shares <= uint32(warps + warps):
+    if shares <= uint32(warps_of_grid() + warps_of_grid()):
         asker = uint32(_NOBODY)
     return asker
 
@@ -42,7 +42,7 @@ def asker_of(shares, warps, lane):  # type: ignore[no-untyped-def]
     "lrr",
     "r",
 )
-def ask(counter, asker, dealt):  # type: ignore[no-untyped-def]
+def _ask(counter, asker, dealt):  # type: ignore[no-untyped-def]
     """Takes the next share of the 32-bit number at ``counter``, or the one that is ``dealt`` to this warp: :func:`answer` of it
     is the same in all lanes."""
     if int(asker) != 0:
@@ -53,11 +53,23 @@ def ask(counter, asker, dealt):  # type: ignore[no-untyped-def]
         return (cell.value - 1) & 0xFFFFFFFF
 
 
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def ask_first(counter, asker):  # type: ignore[no-untyped-def]
+    """For a warp's first share, which :func:`answer` gives."""
+    return _ask(counter, asker, warp_of_grid())
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def ask_next(counter, asker, share):  # type: ignore[no-untyped-def]
+    """For the one behind ``share``, once for each that a warp has."""
+    return _ask(counter, asker, uint32(share + warps_of_grid()))
+
+
 answer: Any = uniform
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def leave(counter, share, shares, warps, asker):  # type: ignore[no-untyped-def]
+def leave(counter, share, shares, asker):  # type: ignore[no-untyped-def]
     """For a warp whose ``share`` is none of ``shares``, which it does not ask for again."""
-    if share == uint32(shares + warps - uint32(1)) and asker == uint32(0):
+    if share == uint32(shares + warps_of_grid() - uint32(1)) and asker == uint32(0):
         store4(counter, uint32(0))

@@ -160,9 +160,10 @@ class CudaExecutor(Lender):
             self._staging = StagingRing(self.device, gpu_budget, 2 * depth)
             buffers = self._staging.addresses
             # Of each direction's two buffers flags, and of each of its streams a counter.
-            self._flags = self.device.allocate(2 * 2 * 2 * FLAG_BYTES + 2 * depth * COUNTER_BYTES)
+            flags_bytes = 2 * 2 * 2 * FLAG_BYTES
+            self._flags = self.device.allocate(flags_bytes + 2 * depth * COUNTER_BYTES)
             self._flags.write(np.zeros(self._flags.nbytes, np.uint8))
-            flags, counters = self._flags.address, self._flags.address + 2 * 2 * 2 * FLAG_BYTES
+            flags, counters = self._flags.address, self._flags.address + flags_bytes
         works: list[int] | None = None
         if staged and self._codec is not None and self._staging is not None:
             known = self._pool, self._kernel, self._digests.numbers

@@ -20,6 +20,7 @@ from kvortex.devices.native import call, release
 from kvortex.transfer import digesting
 from kvortex.transfer.digesting import (
     EVENT,
+    IDS,
     NUMBERS,
     ONLY,
     PIECE_BYTES,
@@ -67,12 +68,12 @@ _READS = digesting.KERNEL
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _launch(functions, lane, chunk, ids, digest, bases, pitch, stream, parameters, pointers):  # type: ignore[no-untyped-def]
+def _launch(functions, lane, chunk, digest, bases, pitch, stream, parameters, pointers):  # type: ignore[no-untyped-def]
     n_pieces, n_blocks = chunk[N_PIECES], chunk[N_BLOCKS]
     parameters[0] = bases[BUFFER]
     parameters[1] = lane[TABLE] + chunk[FIRST_PIECE] * PIECE_ROW_BYTES
     parameters[2] = n_pieces
-    parameters[3] = ids + chunk[FIRST_BLOCK] * 4
+    parameters[3] = digest[IDS] + chunk[FIRST_BLOCK] * 4
     parameters[4] = n_blocks
     parameters[5] = pitch
     parameters[6] = digest[ONLY]
@@ -106,12 +107,12 @@ def _launch_rows(functions, launches, chunk, bases, stream, parameters, pointers
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def _run(  # type: ignore[no-untyped-def]
-    functions, lane, launches, chunk, ids, digest, bases, pitch, stream, parameters, pointers
+    functions, lane, launches, chunk, digest, bases, pitch, stream, parameters, pointers
 ):
     """The kernels of a chunk: its launches, or the lane's own kernel; the first error code."""
     if chunk[N_LAUNCHES] > 0:
         return _launch_rows(functions, launches, chunk, bases, stream, parameters, pointers)
-    return _launch(functions, lane, chunk, ids, digest, bases, pitch, stream, parameters, pointers)
+    return _launch(functions, lane, chunk, digest, bases, pitch, stream, parameters, pointers)
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
@@ -168,7 +169,7 @@ def follow(functions, stream, events):  # type: ignore[no-untyped-def]
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def issue(  # type: ignore[no-untyped-def]
     functions, lane, streams, buffers, joins, turns, turn, caller, after, start, done, chunks, copies, batch, pitch, marks,
-    events, ids, digest, launches, works, bases, parameters, pointers, scratch, outcome,
+    events, digest, launches, works, bases, parameters, pointers, scratch, outcome,
 ):
     """Puts a plan on its streams, after the caller's and before ``done``.
 
@@ -203,10 +204,8 @@ def issue(  # type: ignore[no-untyped-def]
         Of the plan.
     events : (g,) int64
         Each is recorded when everything up to its mark has been issued.
-    ids : int
-        Address of the plan's block ids, readable by the GPU.
     digest : (DIGEST_CELLS,) int64
-        Of :mod:`kvortex.transfer.digesting`.
+        Of :mod:`kvortex.transfer.digesting`; says where the plan's block ids are, also where nothing is digested.
     launches : (l, 16) int64
         Of the plan.
     works : (s,) int64
@@ -273,7 +272,7 @@ def issue(  # type: ignore[no-untyped-def]
             waits, event = (stream, turns[COPIED, at]) if to_host else (copying, turns[HANDED, at])
             error = call(functions[STREAM_WAIT], (waits, event, 0))
         if not error and to_host and with_kernel:
-            error = _run(functions, lane, launches, chunk, ids, digest, bases, pitch, stream, parameters, pointers)
+            error = _run(functions, lane, launches, chunk, digest, bases, pitch, stream, parameters, pointers)
         if not error and apart and to_host:
             error = follow_stream(functions, copying, stream, turns[HANDED, at])
             # Before the last copies, when all kernels are through: behind them it would wait for the next transfer's copies,
@@ -293,7 +292,7 @@ def issue(  # type: ignore[no-untyped-def]
         elif not error and apart:
             error = follow_stream(functions, stream, copying, turns[COPIED, at])
         if not error and not to_host and with_kernel:
-            error = _run(functions, lane, launches, chunk, ids, digest, bases, pitch, stream, parameters, pointers)
+            error = _run(functions, lane, launches, chunk, digest, bases, pitch, stream, parameters, pointers)
             if not error and apart:
                 error = call(functions[EVENT_RECORD], (turns[HANDED, at], stream))
         while not error and mark < len(marks) and marks[mark] == c + 1:

@@ -186,7 +186,6 @@ class Lane:
             plan.pitch,
             plan.marks,
             events[2:],
-            int(digest[dg.IDS]),
             digest,
             plan.launches,
             self.works[:used],

@@ -141,7 +141,7 @@ def guess(link: float | None, multiprocessors: int) -> Profile:
         streams=2,
         buffers=4,
         buffer_bytes=max(4096, _round(_CHUNK_S * rate)),
-        staged_ctas=max(1, multiprocessors),
+        staged_ctas=multiprocessors,
         resident_ctas=min(4, most_resident_ctas(multiprocessors)),
         resident_ctas_beside=min(2, most_resident_ctas(multiprocessors)),
         rankings=_guessed_rankings(line, *(_round(seconds * rate) for seconds in (WORTH * _BATCHED_S, _START_S))),

@@ -99,7 +99,7 @@ def _like(shape: str) -> tuple[Any, ...]:
 
 
 # In front of the arguments of ``issue`` and ``issue_resident``, those of ``issue_holding`` and ``issue_resident_holding``.
-_STREAMED_LIKE = _like("i111" + "1111121i1ii222i11i12111111")
+_STREAMED_LIKE = _like("i111" + "1111121i1ii222i1112111111")
 _RESIDENT_LIKE = _like("111" + "111i111121i1ii22i1121121111")
 _NOTHING = _like("1")
 

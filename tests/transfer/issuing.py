@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from kvortex.transfer import digesting as dg
 from kvortex.transfer import issue as nogil
 from kvortex.transfer.coded import plan_coded
-from kvortex.transfer.digesting import NO_DIGESTS
 from kvortex.transfer.dma import SCRATCH_CELLS
 from kvortex.transfer.layers import cut_layers, cut_sections, group_layers, in_order, plan_layers
 from kvortex.transfer.plan import (
@@ -88,10 +88,11 @@ class Lane:
         fixed = (self.cells, self.streams, self.buffers, self.joins, self.turns, turn, caller, np.array(after, np.int64))
         marks = MARK + np.arange(len(plan.marks), dtype=np.int64)
         table = (plan.chunks, plan.copies, plan.batch, plan.pitch, plan.marks, marks)
-        digest = NO_DIGESTS if self.digest is None else self.digest
+        digest = (dg.NO_DIGESTS if self.digest is None else self.digest).copy()
+        digest[dg.IDS] = IDS
         rows = plan.launches, self.works, np.array([0, 0, 0, IDS_IN_VRAM, SUMS, STATUS, 0], np.int64)
         last = (*rows, parameters, pointers, scratch, outcome)
-        nogil.issue(recorder.functions, *fixed, START, DONE, *table, IDS, digest, *last)
+        nogil.issue(recorder.functions, *fixed, START, DONE, *table, digest, *last)
         assert outcome[nogil.ISSUED] == 1
         pushed = len(recorder.calls) > 1
         assert turn[0] == ((self.turn + len(plan.chunks)) % self.count if pushed else self.turn)

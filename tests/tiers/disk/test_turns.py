@@ -263,7 +263,6 @@ def test_what_is_prepared_when_a_crew_is_closed_is_given_up(late: bool) -> None:
     assert crew.close(5)
 
 
-
 def test_a_turn_that_comes_up_just_as_its_call_is_given_up_is_not_had(make: Make) -> None:
     """Nobody has come to take it back yet."""
     crew, turns, refused = make(1, 1), list[Turn](), list[int]()
