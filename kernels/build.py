@@ -56,8 +56,8 @@ _REGISTERS = {
     "kvortex.kernels.paged": 128,
     "kvortex.kernels.resident": 128,
     "kvortex.kernels.compute": 32,
-    "kvortex.kernels.coded": 96,
-    "kvortex.kernels.coded_read": 96,
+    "kvortex.kernels.coded": 128,
+    "kvortex.kernels.coded_read": 128,
     "kvortex.kernels.plane_encode": 80,
     "kvortex.kernels.plane_decode": 80,
     "kvortex.kernels.lossy_encode": 128,
@@ -68,7 +68,7 @@ _REGISTERS = {
 # Before Hopper a vote in a loop is a call where the compiler does not see that warps are whole: registers for two CTAs of 256.
 _BEFORE_HOPPER = {
     f"kvortex.kernels.{codec}_{way}": 128 for codec in ("plane", "lossy", "cachegen") for way in ("encode", "decode")
-} | {"kvortex.kernels.coded": 128, "kvortex.kernels.coded_read": 128}
+}
 _MAGIC, _VERSION = b"KVXCUBIN", 2
 _ENTRY_BYTES = struct.Struct("<I")
 _COMPILERS = (

@@ -15,9 +15,9 @@ from numba.cuda import types
 from kvortex.kernels.digest import add_up, digest_read
 from kvortex.kernels.lane import load4, store4, store16
 from kvortex.kernels.plane_form import DECLINED, HEADER_WORDS, STORED_AT, USED_AT
-from kvortex.kernels.shares import answer, ask_first, ask_next, asker_of, leave
+from kvortex.kernels.shares import answer, ask_first, ask_next, asker_of, leave, run_of, shares_of
 
-CODED_PIECE = 4096  # bytes that a warp takes at a time
+CODED_PIECE = 4096  # bytes that a warp takes so many of at a time
 _U32, _U64 = types.uint32, types.uint64
 SIGNATURE: Any = types.void(_U64, _U64, types.int32, types.int32, _U64, _U64, _U64, _U64)
 
@@ -67,23 +67,25 @@ def seal_records(staging, pitch, n_pieces, n_blocks, numbers, sums, status, coun
         Of :mod:`kvortex.kernels.shares`.
     """
     lane = _U32(cuda.threadIdx.x & 31)
-    pieces = _U32(n_pieces)
-    shares = _U32(_U32(n_blocks) * pieces)
+    run = run_of(_U32(_U32(n_blocks) * _U32(n_pieces)))
+    runs = shares_of(_U32(n_pieces), run)  # of a record
+    shares = _U32(_U32(n_blocks) * runs)
     asker = asker_of(shares, lane)
     at = answer(ask_first(counter, asker))
     while at < shares:
-        b = _U32(at // pieces)
-        p = _U32(at - b * pieces)
+        b = _U32(at // runs)
+        r = _U32(at - b * runs)
         record = staging + _U64(b) * pitch
-        offset, used = _U64(p) * _U64(CODED_PIECE), used_of(record, pitch)
+        offset, used = _U64(_U32(r * run)) * _U64(CODED_PIECE), used_of(record, pitch)
         if _U32(load4(record + _U64(4 * STORED_AT))) == _U32(DECLINED):
             used = _U64(4 * HEADER_WORDS)
-            if p == _U32(0) and lane == 0:
+            if r == _U32(0) and lane == 0:
                 store4(status + _U64(b) * _U64(4), _U32(1))
-        end = min(offset + _U64(CODED_PIECE), pitch)
+        end = min(offset + _U64(run) * _U64(CODED_PIECE), pitch)
         live = max(offset, min(used, end))
         if sums != _U64(0) and offset < live:
-            first, second = digest_read(_U64(0), record + offset, live - offset, lane, offset, None, numbers)
+            piece = (live - offset) & _U64(0x7FFFFFFF)  # 32 bits, as the compiler sees: else registers are spilled
+            first, second = digest_read(_U64(0), record + offset, piece, lane, offset, None, numbers)
             add_up(sums + _U64(b) * _U64(16), first, second, lane)
         _zero(record + live, record + end, lane)
         at = answer(ask_next(counter, asker, at))

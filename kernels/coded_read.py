@@ -14,7 +14,7 @@ from numba.cuda import types
 
 from kvortex.kernels.coded import CODED_PIECE, used_of
 from kvortex.kernels.digest import add_up, digest_read
-from kvortex.kernels.shares import answer, ask_first, ask_next, asker_of, leave
+from kvortex.kernels.shares import answer, ask_first, ask_next, asker_of, leave, run_of, shares_of
 
 _U32, _U64 = types.uint32, types.uint64
 SIGNATURE: Any = types.void(_U64, _U64, types.int32, _U64, _U64, types.int32, types.int32, types.int32, types.int32, _U64)
@@ -45,19 +45,21 @@ def read_records(  # type: ignore[no-untyped-def]
     """
     lane = _U32(cuda.threadIdx.x & 31)
     pieces = _U32(_U32(_U32(max(end, first)) - _U32(first) + _U32(CODED_PIECE - 1)) // _U32(CODED_PIECE))
-    shares = _U32(_U32(n_blocks) * pieces)
+    run = run_of(_U32(_U32(n_blocks) * pieces))
+    runs = shares_of(pieces, run)  # of a record
+    shares = _U32(_U32(n_blocks) * runs)
     asker = asker_of(shares, lane)
     at = answer(ask_first(counter, asker))
     while at < shares:
         ahead = ask_next(counter, asker, at)
-        b = _U32(at // pieces)
-        p = _U32(at - b * pieces)
+        b = _U32(at // runs)
+        r = _U32(at - b * runs)
         record = staging + _U64(b) * pitch
-        offset, last = _U64(_U32(_U32(first) + p * _U32(CODED_PIECE))), _U64(end)
+        offset, last = _U64(_U32(_U32(first) + r * run * _U32(CODED_PIECE))), _U64(end)
         if headed != 0:
             last = used_of(record, last)
         if offset < last:
-            live = min(offset + _U64(CODED_PIECE), last)
+            live = min(offset + _U64(run) * _U64(CODED_PIECE), last)
             piece = (live - offset) & _U64(0x7FFFFFFF)  # 32 bits, as the compiler sees: else registers are spilled
             source = record + offset - _U64(shift)
             mine, other = digest_read(_U64(0), source, piece, lane, offset, None, numbers)

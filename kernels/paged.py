@@ -20,11 +20,9 @@ from numba.cuda import types
 
 from kvortex.kernels.digest import columns_of, digest_move_held, settle
 from kvortex.kernels.move import move
-from kvortex.kernels.shares import answer, ask_first, ask_next, asker_of, leave
-from kvortex.kernels.warp import warps_of_grid
+from kvortex.kernels.shares import answer, ask_first, ask_next, asker_of, leave, run_of, shares_of
 
 MAX_BLOCKS = 2048  # block ids of one launch: 8 KiB of shared memory
-SHARES, MOST_RUN = 8, 16  # shares of each warp at least, if there are so many pieces, and pieces of a share
 
 _U64 = types.uint64
 _I32 = types.int32
@@ -43,8 +41,8 @@ def _walker(to_staging: bool, digests: bool) -> Callable[..., None]:
         ids = cuda.shared.array(MAX_BLOCKS, types.int32)
         lane = _U32(cuda.threadIdx.x & 31)
         pieces_each, total = _U32(n_pieces), _U32(_U32(n_blocks) * _U32(n_pieces))
-        run = min(max(_U32(total // _U32(warps_of_grid() * _U32(SHARES))), _U32(1)), _U32(MOST_RUN))
-        shares = _U32(_U32(total + run - _U32(1)) // run)
+        run = run_of(total)
+        shares = shares_of(total, run)
         asker = asker_of(shares, lane)
         ahead = ask_first(counter, asker)
         if only < 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -44,40 +45,60 @@ def make(name: str) -> Callable[[], Any]:
 
 
 class Loop:
-    """Passes of a load without a pause on a stream of default priority, cut into four spans by events.
+    """Passes of a load without a pause on a stream of default priority, cut into spans by events.
 
     Clocks follow temperature and power from one moment to the next, so what a span costs more than others shows only between
-    neighbours.
+    neighbours; and a GPU that was idle runs faster than one that has come to the end of its power, so the first span is no
+    one's neighbour. A driver takes a thousand launches before it makes who launches wait: so passes are put on the stream as
+    others end, by each call of :meth:`running`, ``AHEAD_S`` before their turn.
     """
 
-    BEFORE, BESIDE, DRAIN, AFTER = range(SPANS := 4)
+    WARM, BEFORE, BESIDE, DRAIN, AFTER = range(SPANS := 5)
+    AHEAD_S = 0.1
 
     def __init__(self, name: str, seconds: float) -> None:
         self._torch = foreign.torch()
         self._run, self._stream = make(name), self._torch.cuda.Stream()
-        self._edges = [self._torch.cuda.Event(enable_timing=True) for _ in range(self.SPANS + 1)]
+        self._edges = [self._event() for _ in range(self.SPANS + 1)]
+        self._behind = [self._event() for _ in range(4)]  # passes that are on the stream
         self.passes = 4  # of a span
         self.start()
-        self.seconds()
-        self.start()
-        self.passes = max(4, round(self.passes * seconds / self.seconds()[self.BEFORE]))
+        one = self.seconds()[self.AFTER] / self.passes
+        self._behind = [self._event() for _ in range(max(4, round(self.AHEAD_S / one)))]
+        self.passes = max(4, round(seconds / one))
+
+    def _event(self) -> Any:
+        return self._torch.cuda.Event(enable_timing=True)
 
     def start(self) -> None:
-        """Puts all spans on the stream."""
+        """Begins with the first span."""
+        self._put = 0
         with self._torch.no_grad(), self._torch.cuda.stream(self._stream):
             self._run()
-            for edge in self._edges[:-1]:
-                edge.record()
-                for _ in range(self.passes):
-                    self._run()
-            self._edges[-1].record()
+            self._edges[0].record()
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Puts passes on the stream, as many as are to be there."""
+        count = len(self._behind)
+        with self._torch.no_grad(), self._torch.cuda.stream(self._stream):
+            while self._put < self.SPANS * self.passes and (self._put < count or self._behind[self._put % count].query()):
+                if self._put >= count and self._behind[(self._put - 1) % count].query():
+                    raise RuntimeError("a load had nothing left to do: who measured with it did not ask it often enough")
+                self._run()
+                self._behind[self._put % count].record()
+                self._put += 1
+                if self._put % self.passes == 0:
+                    self._edges[self._put // self.passes].record()
 
     def running(self, span: int) -> bool:
-        """Whether passes of a span, or of one before it, are left."""
-        return not self._edges[span + 1].query()
+        """Whether passes of a span, or of one before it, are left. To be asked every ``AHEAD_S`` at least."""
+        self._go_on()
+        return self._put < (span + 1) * self.passes or not self._edges[span + 1].query()
 
     def seconds(self) -> list[float]:
         """Waits for the end; the time of each span."""
-        self._edges[-1].synchronize()
+        while self.running(self.SPANS - 1):
+            time.sleep(1e-4)
         pairs = zip(self._edges[:-1], self._edges[1:], strict=True)
         return [float(first.elapsed_time(last)) * 1e-3 for first, last in pairs]

@@ -13,11 +13,13 @@ from numba import cuda
 from numba.cuda.core import config
 
 import conftest  # noqa: F401  (makes kvortex.kernels importable)
+from kvortex.codecs.base import HEADER_BYTES
 from kvortex.codecs.on_device import cells, constants
 from kvortex.digests.host import add_lengths
 from kvortex.digests.keys import kernel_numbers
 from kvortex.kernels import coded, coded_read, plane, plane_decode, plane_encode, plane_row, shares
 from kvortex.kernels import warp as kernels_warp
+from kvortex.kernels.plane_form import CODED, DECLINED, STORED_AT, USED_AT
 from tests.kernels import warp
 from tests.kernels.plane_cases import CASES, GUARD, PlaneCase, ranged
 from tests.naive_digest import digest
@@ -94,6 +96,19 @@ def run_sealed(start: int, rows: np.ndarray, sizes: np.ndarray) -> None:
     launch(coded_read.read_records, start, pitch, n, numbers.ctypes.data, again.ctypes.data, 0, pitch, 0, 1)
     assert (again[kept] == sums[kept]).all() and (again[~kept] != sums[~kept]).all()
     rows[:] = whole
+
+
+def run_shares() -> None:
+    """Records of so many pieces that a warp takes several at a time, and each record's last share has fewer."""
+    sizes = np.array([10 * 4096 + 512, -1, 5 * 4096 + 1003, 64, 8 * 4096])
+    staging = aligned(len(sizes) * (10 * 4096 + 512) + 2 * GUARD, 0xA5)
+    rows = staging[GUARD:-GUARD].reshape(len(sizes), -1)
+    rows[:] = np.random.default_rng(4).integers(0, 256, rows.shape)
+    heads = rows[:, :HEADER_BYTES].view(np.uint32)
+    heads[:, STORED_AT], heads[:, USED_AT + 1] = np.where(sizes < 0, DECLINED, CODED), 0
+    heads[:, USED_AT] = np.abs(sizes)
+    run_sealed(staging.ctypes.data + GUARD, rows, sizes)
+    assert (staging[:GUARD] == 0xA5).all() and (staging[-GUARD:] == 0xA5).all()
 
 
 def run_damaged(case: PlaneCase) -> None:
@@ -203,6 +218,8 @@ def main() -> int:
     for case in CASES:
         run(case)
         print(f"simulated plane: {case.name}", flush=True)
+    run_shares()
+    print("simulated plane: shares of several pieces", flush=True)
     run_damaged(CASES[0])
     run_roomy(CASES[0])
     print("simulated plane: damaged records", flush=True)

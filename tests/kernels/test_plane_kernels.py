@@ -27,7 +27,7 @@ LEAN = [*itertools.product(KERNELS, [(9, 0), (10, 0)]), *itertools.product(READE
 
 
 def test_in_the_simulator_they_write_what_the_host_writes(simulated: Simulated) -> None:
-    assert simulated("simulate_plane").count("simulated plane: ") == len(CASES) + 2
+    assert simulated("simulate_plane").count("simulated plane: ") == len(CASES) + 3
 
 
 @pytest.mark.parametrize(("name", "capability"), LEAN)
