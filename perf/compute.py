@@ -1,40 +1,66 @@
 """How fast do blocks move while the GPU computes, and what does that cost the computation?
 
 A loop of passes runs on a stream of default priority, without a pause. In one span of it blocks are saved, or loaded, two
-transfers at a time; the rate is that of what ended meanwhile, but for the first few, which fill staging buffers. The slowdown
-is the time of this span against the mean of the spans before and after, where nothing moves; clocks wander by a percent or
-two from span to span, so rounds are many. What is asked is the cost to a loop without an end, on a GPU that has come to the end
-of its power: a span ahead brings it there, and a span is as long as several of the transfers, so that those with which it
-begins and ends count for little. Contiguous DMAs of random bytes, one behind the other beside the same loop, are what the ratio
-is of; ``raw_slowdown`` is what these cost, and shows how well any slowdown can be told.
+transfers at a time, and in the spans before and after nothing moves (:mod:`perf.turns`). What is asked is the cost to a loop
+without an end, on a GPU that has come to the end of its power: a span ahead brings it there, and a span is as long as several
+of the transfers, so that those with which it begins and ends count for little. Contiguous DMAs of random bytes, one behind
+the other beside the same loop, are what ``ratio`` is to; ``raw_slowdown`` is what these cost, and ``slowdown_range`` the least
+and the most of all rounds: they show how well any slowdown can be told.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Iterator
+import contextlib
 from typing import Any
 
 import kvortex
 from kvortex.devices.cuda import CudaDevice
 from kvortex.errors import DeviceUnavailableError
-from perf.flow import copies, tickets
+from perf.flow import tickets
 from perf.loads import LOADS, Loop
-from perf.pages import Pages, moved
+from perf.pages import Ids, Pages, moved
 from perf.raw import RawCopy
 from perf.report import Report, progress
+from perf.turns import Mover, Turns, raw_mover
 
 FRAGMENT_BYTES = (4 << 10, 18 << 10, 32 << 10)
 ROUTES = ("auto",)  # transfer_route
-_NAP_S = 1e-4
-PRIMING = 3  # transfers that are not counted
 # All buffers of a direction but one must last the link for longer than a kernel of 7 ms keeps that one; and a kernel that
 # serves one should end within the last wave of a product, as a longer buffer's does not.
 STAGING_BYTES, BUFFERS = 5 << 28, 5
 KEYS = ("load", "fragment_kib", "route", "direction")
 BETTER = {"rate": "higher", "ratio": "higher", "slowdown": "lower"}
 COLUMNS = (*KEYS, *BETTER, "raw_rate", "raw_slowdown", "wrong_bytes")
+WAYS = ("save", "load")
+
+
+class _Blocks:
+    """Blocks of fragments of one length, and an engine that moves them by a route."""
+
+    def __init__(self, device: CudaDevice, fragment_bytes: int, route: str, payload: int) -> None:
+        staging = {"gpu_pool_size_bytes": STAGING_BYTES, "staging_buffers": BUFFERS}
+        self._pages = Pages(device, fragment_bytes, payload, sets=3, transfer_route=route, beside_compute=True, **staging)
+        self.wrong_bytes = self._pages.round_trip()
+        self._source, self._target = self._pages.halves()
+        self._saved: Ids = self._pages.keys()
+        self.close = self._pages.close
+
+    def save(self) -> kvortex.Ticket:
+        """Starts a save by keys that are new."""
+        return self._pages.engine.save_blocks(self._pages.keys(), self._source)
+
+    def load(self) -> kvortex.Ticket:
+        """Starts a load of what :meth:`save_again` saved."""
+        return self._pages.engine.load_blocks(self._saved, self._target)
+
+    def save_again(self) -> None:
+        """Before loads: other saves have evicted what was to be loaded."""
+        self._saved = self._pages.keys()
+        moved(self._pages.engine.save_blocks(self._saved, self._source))
+
+    def movers(self) -> tuple[Mover, Mover]:
+        """Of saves and of loads."""
+        return Mover(tickets(self.save)), Mover(tickets(self.load), self.save_again)
 
 
 def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]], dict[str, Any]]:
@@ -42,86 +68,46 @@ def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]]
     device = kvortex.open_device(device_name)
     if not isinstance(device, CudaDevice):
         raise DeviceUnavailableError("this measurement needs a GPU")
-    payload, seconds, rounds = (32 << 20, 0.05, 1) if quick else (512 << 20, 0.2, 6)
+    payload, seconds, rounds = (32 << 20, 0.05, 1) if quick else (512 << 20, 0.2, 5)
+    notes: dict[str, Any] = {"payload_bytes": payload, "gpu_pool_size_bytes": STAGING_BYTES, "staging_buffers": BUFFERS}
+    notes |= {"loop_seconds": seconds, "rounds": rounds, "unit": "GB/s of payload"}
     rows = []
-    raw = RawCopy(device, payload)
-    notes: dict[str, Any] = {"raw_wrong_bytes": raw.wrong_bytes()}  # from here on its bytes are random
-    for name in LOADS:
-        loop = Loop(name, seconds)
-        floor = {to_host: beside_copies(loop, rounds, raw, to_host=to_host) for to_host in (True, False)}
+    with contextlib.ExitStack() as stack:
+        raw = RawCopy(device, payload)
+        stack.callback(raw.close)
+        notes["raw_wrong_bytes"] = raw.wrong_bytes()  # from here on its bytes are random
+        kinds = {}
         for fragment_bytes in FRAGMENT_BYTES:
             for route in ROUTES:
-                for row in _rows(device, loop, rounds, name, fragment_bytes, route, payload, floor):
-                    progress(f"{name}, fragments of {fragment_bytes >> 10} KiB, {route}: {told(row)}")
-                    rows.append(row)
-    raw.close()
-    notes |= {"payload_bytes": payload, "gpu_pool_size_bytes": STAGING_BYTES, "staging_buffers": BUFFERS}
-    notes |= {"loop_seconds": seconds, "rounds": rounds}
-    notes["unit"] = "GB/s of payload"
+                progress(f"fragments of {fragment_bytes >> 10} KiB, {route}")
+                kinds[fragment_bytes, route] = _Blocks(device, fragment_bytes, route, payload)
+                stack.callback(kinds[fragment_bytes, route].close)
+        for name in LOADS:
+            found: dict[Any, Mover] = {(None, way): raw_mover(raw, to_host=way == "save") for way in WAYS}
+            for kind, blocks in kinds.items():
+                found |= zip([(kind, way) for way in WAYS], blocks.movers(), strict=True)
+            turns = Turns(found)
+            turns.run(Loop(name, seconds), rounds, name)
+            for key, why in turns.failed.items():
+                notes.setdefault("failed", {})[f"{name}, {key}"] = why
+            for (kind, way), mover in found.items():
+                if kind is not None and (kind, way) not in turns.failed and (None, way) not in turns.failed:
+                    row = {"load": name, "fragment_kib": kind[0] >> 10, "route": kind[1], "direction": way}
+                    rows.append(row | figures(mover, found[None, way]) | {"wrong_bytes": kinds[kind].wrong_bytes})
+                    progress(f"{name}, fragments of {kind[0] >> 10} KiB, {kind[1]}: {told(rows[-1])}")
     return device.name, rows, notes
 
 
+def figures(mover: Mover, raw: Mover) -> dict[str, Any]:
+    """What one mover came to, beside contiguous DMAs."""
+    made = {"rate": mover.rate, "ratio": mover.rate / raw.rate, "slowdown": mover.slowdown}
+    made |= {"raw_rate": raw.rate, "raw_slowdown": raw.slowdown}
+    return made | {"slowdown_range": [min(mover.slowdowns), max(mover.slowdowns)]}
+
+
 def told(row: dict[str, Any]) -> str:
-    """A row while the others are still measured."""
+    """A row while others are still measured."""
     return f"{row['direction']} {row['ratio']:.3f} at {row['slowdown']:.3f}; {row['wrong_bytes']} bytes wrong"
-
-
-def _rows(
-    device: CudaDevice, loop: Loop, rounds: int, load: str, fragment_bytes: int, route: str, payload: int, floor: Any
-) -> Iterator[dict[str, Any]]:
-    staging = {"gpu_pool_size_bytes": STAGING_BYTES, "staging_buffers": BUFFERS}
-    pages = Pages(device, fragment_bytes, payload, sets=3, transfer_route=route, beside_compute=True, **staging)
-    wrong = pages.round_trip()
-    source, target = pages.halves()
-    known = pages.keys()
-    moved(pages.engine.save_blocks(known, source))
-    for direction in ("save", "load"):
-        start = {
-            "save": lambda: pages.engine.save_blocks(pages.keys(), source),
-            "load": lambda: pages.engine.load_blocks(known, target),
-        }[direction]
-        flow = tickets(start)
-        rate, slowdown = beside(loop, rounds, flow, flow.drain)
-        raw_rate, raw_slowdown = floor[direction == "save"]
-        row = {"load": load, "fragment_kib": fragment_bytes >> 10, "route": route, "direction": direction}
-        row |= {"rate": rate, "ratio": rate / raw_rate, "slowdown": slowdown, "raw_rate": raw_rate}
-        yield row | {"raw_slowdown": raw_slowdown, "wrong_bytes": wrong}
-        if direction == "save":  # the saves have evicted them
-            moved(pages.engine.save_blocks(known := pages.keys(), source))
-    pages.close()
-
-
-def beside(
-    loop: Loop, rounds: int, move: Callable[[], int], finish: Callable[[], object] = lambda: None
-) -> tuple[float, float]:
-    """GB/s of ``move``, which gives the bytes that it has seen arrive, beside the loop; and what that costs the loop."""
-    slowdowns, rates = [], []
-    for _ in range(rounds):
-        loop.start()
-        while loop.running(Loop.BEFORE):
-            time.sleep(_NAP_S)
-        for _ in range(PRIMING):  # what counts is how it goes on
-            move()
-            loop.running(Loop.BESIDE)
-        nbytes, began = 0, time.perf_counter()
-        ended = began
-        while loop.running(Loop.BESIDE):
-            nbytes += move()
-            ended = time.perf_counter()
-        finish()
-        if not loop.running(Loop.DRAIN):
-            raise kvortex.TransferError("transfers did not end soon enough behind the computation that they were measured with")
-        times = loop.seconds()
-        slowdowns.append(2 * times[Loop.BESIDE] / (times[Loop.BEFORE] + times[Loop.AFTER]))
-        rates.append(nbytes / (ended - began) / 1e9 if nbytes else 0.0)
-    return statistics.median(rates), statistics.median(slowdowns)
-
-
-def beside_copies(loop: Loop, rounds: int, raw: RawCopy, *, to_host: bool) -> tuple[float, float]:
-    """:func:`beside` of contiguous DMAs, one behind the other without a gap."""
-    raw.seconds(to_host=to_host)  # compiled now, and not beside the loop
-    flow = copies(raw, to_host=to_host)
-    return beside(loop, rounds, flow, flow.drain)
 
 
 def draw(axes: Any, report: Report) -> None:

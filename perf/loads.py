@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from kvortex.errors import TransferError
 from perf import foreign
 
 LOADS = ("gemm", "sdpa", "prefill")
@@ -84,7 +85,7 @@ class Loop:
         with self._torch.no_grad(), self._torch.cuda.stream(self._stream):
             while self._put < self.SPANS * self.passes and (self._put < count or self._behind[self._put % count].query()):
                 if self._put >= count and self._behind[(self._put - 1) % count].query():
-                    raise RuntimeError("a load had nothing left to do: who measured with it did not ask it often enough")
+                    raise TransferError("a load had nothing left to do: what was measured with it takes too long")
                 self._run()
                 self._behind[self._put % count].record()
                 self._put += 1

@@ -9,20 +9,22 @@ from typing import Any
 
 import pytest
 
-from perf import foreign, loads
-from perf.compute import beside
+from kvortex.errors import TransferError
+from perf import foreign, loads, turns
+from perf.flow import TwoInFlight
 from perf.loads import Loop
+from perf.turns import Mover, Turns, beside
 
 PASS_S = 0.01
 
 
 class _Gpu:
     """One stream: passes one after another, each of ``PASS_S``; time goes on when told, or when somebody asks and ``step`` says
-    by how much."""
+    by how much. Each pass takes longer than the one before by ``drift`` of that."""
 
     def __init__(self) -> None:
-        self.now = self.end = self.step = 0.0
-        self.most = 0
+        self.now = self.end = self.step = self.drift = 0.0
+        self.most, self.length = 0, PASS_S
         self.events: list[Any] = []
 
     def delay(self, seconds: float) -> None:
@@ -33,7 +35,8 @@ class _Gpu:
                 event.at += seconds
 
     def run(self) -> None:
-        self.end = max(self.end, self.now) + PASS_S
+        self.length += self.drift * PASS_S
+        self.end = max(self.end, self.now) + self.length
         self.most = max(self.most, round((self.end - self.now) / PASS_S))
 
     def event(self, *, enable_timing: bool) -> Any:
@@ -64,7 +67,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Gpu]:
     cuda = SimpleNamespace(Stream=object, Event=fake.event, stream=lambda _: context())
     monkeypatch.setattr(foreign, "torch", lambda: SimpleNamespace(cuda=cuda, no_grad=context))
     monkeypatch.setattr(loads, "make", lambda name: fake.run)
-    monkeypatch.setattr(loads.time, "sleep", lambda seconds: setattr(fake, "now", fake.now + seconds))
+    time = SimpleNamespace(sleep=lambda seconds: setattr(fake, "now", fake.now + seconds), perf_counter=lambda: fake.now)
+    for module in (loads, turns):
+        monkeypatch.setattr(module, "time", time)
     yield fake
 
 
@@ -85,21 +90,47 @@ def test_a_loop_that_was_left_alone_too_long_says_so(gpu: _Gpu) -> None:
     loop = Loop("any", 0.5)
     loop.start()
     gpu.now += 2 * Loop.AHEAD_S
-    with pytest.raises(RuntimeError, match="nothing left to do"):
+    with pytest.raises(TransferError, match="nothing left to do"):
         loop.running(Loop.WARM)
+
+
+def _flow(gpu: _Gpu, seconds: float, taken: float, nbytes: int = 1000) -> TwoInFlight:
+    """Transfers of so many seconds each, that take the GPU for some of them."""
+
+    def wait() -> int:
+        gpu.now += seconds
+        gpu.delay(taken)
+        return nbytes
+
+    return TwoInFlight(lambda: (lambda: True, wait))
 
 
 def test_what_costs_a_loop_time_is_told_from_its_neighbours(gpu: _Gpu) -> None:
     """Transfers that take a tenth of the GPU, in the span that they are in and no other."""
-    loop, ended = Loop("any", 0.5), []
+    loop = Loop("any", 0.5)
     gpu.step = 1e-5
+    rate, slowdown = beside(loop, _flow(gpu, 0.02, 0.002))
+    assert slowdown == pytest.approx(1.11, abs=0.02) and rate == pytest.approx(1000 / 0.02 / 1e9, rel=0.05)
+    assert beside(loop, _flow(gpu, 0.02, 0.0))[1] == pytest.approx(1, abs=1e-3)
 
-    def move() -> int:
-        gpu.now += 0.02
-        gpu.delay(0.002)
-        ended.append(gpu.now)
-        return 1000
 
-    rate, slowdown = beside(loop, 2, move)
-    assert slowdown == pytest.approx(1.11, abs=0.02)
-    assert len(ended) >= 2 * 20 and rate > 0
+def test_clocks_that_fall_steadily_are_no_cost(gpu: _Gpu) -> None:
+    loop = Loop("any", 0.5)
+    gpu.step, gpu.drift = 1e-5, 1e-3
+    assert beside(loop, _flow(gpu, 0.02, 0.0))[1] == pytest.approx(1, abs=2e-3)
+
+
+def test_all_take_turns_and_who_is_too_slow_takes_no_more(gpu: _Gpu) -> None:
+    loop, order = Loop("any", 0.5), []
+    gpu.step = 1e-5
+    movers = {
+        "fast": Mover(_flow(gpu, 0.02, 0.0), lambda: order.append("fast")),
+        "slow": Mover(_flow(gpu, 0.09, 0.0, nbytes=0), lambda: order.append("slow")),
+        "last": Mover(_flow(gpu, 0.01, 0.0), lambda: order.append("last")),
+    }
+    every = Turns(movers)
+    every.run(loop, 3, "any")
+    assert order == ["fast", "slow", "last", "fast", "last", "fast", "last"]
+    assert list(every.failed) == ["slow"] and "did not end soon enough" in every.failed["slow"]
+    assert len(movers["fast"].rates) == len(movers["last"].slowdowns) == 3 and not movers["slow"].rates
+    assert movers["last"].rate == pytest.approx(2 * movers["fast"].rate, rel=0.05)
