@@ -4,8 +4,8 @@ A loop of passes runs on a stream of default priority, without a pause. In one s
 transfers at a time, and in the spans before and after nothing moves (:mod:`perf.turns`). What is asked is the cost to a loop
 without an end, on a GPU that has come to the end of its power: a span ahead brings it there, and a span is as long as several
 of the transfers, so that those with which it begins and ends count for little. Contiguous DMAs of random bytes, one behind
-the other beside the same loop, are what ``ratio`` is to; ``raw_slowdown`` is what these cost, and ``slowdown_range`` the least
-and the most of all rounds: they show how well any slowdown can be told.
+the other beside the same loop, are what ``ratio`` is to; ``raw_slowdown`` is what these cost, and ``slowdown_least`` and
+``slowdown_most`` are those of all rounds: they show how well any slowdown can be told.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def figures(mover: Mover, raw: Mover) -> dict[str, Any]:
     """What one mover came to, beside contiguous DMAs."""
     made = {"rate": mover.rate, "ratio": mover.rate / raw.rate, "slowdown": mover.slowdown}
     made |= {"raw_rate": raw.rate, "raw_slowdown": raw.slowdown}
-    return made | {"slowdown_range": [min(mover.slowdowns), max(mover.slowdowns)]}
+    return made | {"slowdown_least": min(mover.slowdowns), "slowdown_most": max(mover.slowdowns)}
 
 
 def told(row: dict[str, Any]) -> str:
