@@ -113,7 +113,7 @@ class Putting:
                 whole = False
                 try:
                     slab.wrote(turn.done(), size)
-                    whole = True
+                    store.unsynced = whole = True
                 except OSError as error:
                     store.failed(error)
                     self.outcomes[row] = Outcome.FULL if error.errno in _FULL else Outcome.FAILED
@@ -133,7 +133,6 @@ class Putting:
 
         begun, why = self.crew.run(step, len(new), self.call)
         self.outcomes[mine[begun:]] = why
-        store.unsynced = True
 
     def _settle(self, rows: Int64s, slots: Int64s, good: Flags, bad: Flags, once: npt.NDArray[np.uint8]) -> None:
         index, mine = self.store.index, slots >= 0

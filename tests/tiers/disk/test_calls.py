@@ -177,6 +177,7 @@ def test_an_interrupted_call_leaves_nothing_behind(tmp_path: Path, name: str) ->
         assert gate.open.is_set(), "it came back while a thread used its buffers"
         assert_whole(tier)
         assert sum(blocks.found(tier)) == (8 if name == "preadv" else 1), "what was prepared and not begun is not written"
+        assert tier._store.unsynced, "what was written is to be flushed, however the call ended"
 
 
 @pytest.mark.parametrize("why", ["deadline", "cancelled"])
