@@ -1,7 +1,8 @@
 """Makes ``kvortex.kernels`` importable from the checkout, installed or not.
 
 It lies in ``kernels/``, and only an installation maps it into the package. ``python -m pytest`` puts the checkout first
-on the path, where ``kvortex/`` hides an installed copy and has no ``kernels`` of its own.
+on the path, where ``kvortex/`` hides an installed copy and has no ``kernels`` of its own; and where another checkout is
+installed, its kernels would be taken for this one's.
 """
 
 from __future__ import annotations
@@ -22,5 +23,8 @@ def _map_kernels(folder: Path) -> None:
     kvortex.kernels = module
 
 
-if importlib.util.find_spec("kvortex.kernels") is None:
-    _map_kernels(Path(__file__).parent / "kernels")
+_HERE = Path(__file__).resolve().parent
+_found = importlib.util.find_spec("kvortex.kernels")
+_of_here = Path(str(kvortex.__file__)).resolve().parents[1] == _HERE
+if _found is None or (_of_here and Path(str(_found.origin)).resolve().parent != _HERE / "kernels"):
+    _map_kernels(_HERE / "kernels")

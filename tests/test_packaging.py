@@ -30,6 +30,13 @@ def lines(text: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith("#")]
 
 
+def test_what_is_tested_is_this_checkout() -> None:
+    """And not the kernels of another one that is installed."""
+    for name, folder in (("kvortex", ROOT / "kvortex"), ("kvortex.kernels", ROOT / "kernels")):
+        module = importlib.import_module(name)
+        assert Path(str(module.__file__)).resolve().parent == folder
+
+
 def packages_in_tree() -> list[str]:
     found = []
     for folder, package in ((ROOT / "kvortex", "kvortex"), (ROOT / "kernels", "kvortex.kernels")):
