@@ -1,6 +1,6 @@
 """Executes the PTX of a statement on a CPU, for a warp in lock step: what it does beside what its Python body says.
 
-Straight-line texts with predicates, and no more instructions than :mod:`kvortex.kernels.eights` and its neighbours have. A
+Straight-line texts with predicates, and no more instructions than statements of :mod:`kvortex.kernels` have. A
 register is 32 words or, of addresses, 64-bit numbers, a lane each.
 """
 
@@ -106,6 +106,7 @@ _FLOAT: dict[str, Callable[..., Any]] = {
 }
 _WORD: dict[str, Callable[..., Any]] = {
     "mov.b32": lambda a: a,
+    "mov.u32": lambda a: a,
     "mov.b64": lambda a: a,
     "shl.b32": _shifted(True),
     "shr.u32": _shifted(False),
@@ -115,11 +116,18 @@ _WORD: dict[str, Callable[..., Any]] = {
     "add.u32": np.add,
     "sub.u32": np.subtract,
     "max.u32": np.maximum,
+    "add.u64": np.add,
+    "mul.wide.u32": lambda a, b: a.astype(np.uint64) * b,
+    "mad.wide.u32": lambda a, b, c: a.astype(np.uint64) * b + c,
     "setp.gt.u32": np.greater,
+    "setp.ge.u32": np.greater_equal,
+    "setp.ne.and.u64": lambda a, b, p: (a != b) & p,
+    "setp.eq.and.u64": lambda a, b, p: (a == b) & p,
     "setp.eq.u32": np.equal,
     "setp.ne.u32": np.not_equal,
     "selp.u32": lambda a, b, p: np.where(p, a, b),
     "selp.b32": lambda a, b, p: np.where(p, a, b),
+    "selp.b64": lambda a, b, p: np.where(p, a, b),
     "prmt.b32": _permute,
     "lop3.b32": _table,
     "or.b32": np.bitwise_or,
@@ -150,6 +158,9 @@ class Machine:
                 self._execute(line)
 
     def value(self, name: str) -> Any:
+        if name[0] == "{":  # the lower word of 64 bits, and the upper one
+            low, high = (self.registers[each].astype(np.uint64) for each in name[1:-1].split(","))
+            return low | high << np.uint64(32)
         if re.fullmatch(r"0f[0-9A-F]{8}", name):
             return np.full(32, int(name[2:], 16), np.uint32)
         return np.full(32, int(name, 0), np.uint32) if name[0].isdigit() else self.registers[name]
@@ -159,7 +170,10 @@ class Machine:
         if line[0] == "@":
             guard, line = line[1:].split(" ", 1)
             live = self.registers[guard]
-        name, rest = line.split(" ", 1)
+        name, rest = re.sub(r"\{(\w+), (\w+)\}", r"{\1,\2}", line).split(" ", 1)
+        if name.startswith(("red.", "atom.")):
+            self._atomic(name, rest, live)
+            return
         if name.startswith(("ld.", "st.")):
             self._memory(name, rest, live)
             return
@@ -172,16 +186,32 @@ class Machine:
                 made = words(_FLOAT[name](*(floats(self.value(each)) for each in operands)))
             else:
                 made = _WORD[name](*(self.value(each) for each in operands))
+        if target[0] == "{":
+            low, high = target[1:-1].split(",")
+            self.registers[low], self.registers[high] = made.astype(np.uint32), (made >> np.uint64(32)).astype(np.uint32)
+            return
         self.registers[target] = made if live.all() else np.where(live, made, self.registers[target])
+
+    def _atomic(self, name: str, rest: str, live: npt.NDArray[np.bool_]) -> None:
+        """By one lane after another: an addition, or an increment that says what was there."""
+        *target, at, operand = rest.split(", ")
+        kind = ctypes.c_uint64 if name.endswith(".u64") else ctypes.c_uint32
+        for lane in LANES[live]:
+            cell = kind.from_address(int(self.registers[at[1:-1]][lane]))
+            before, given = cell.value, int(self.value(operand)[lane])
+            cell.value = before + given if ".add." in name else 0 if before >= given else before + 1
+            for each in target:
+                self.registers[each] = np.where(LANES == lane, np.uint32(before), self.registers[each])
 
     def _memory(self, name: str, rest: str, live: npt.NDArray[np.bool_]) -> None:
         found = re.search(r"\[(\S+?)(?:\+(\d+))?\]", rest)
         assert found is not None
         names = re.findall(r"[$\w]+", rest.replace(found[0], ""))
+        kind, number = (ctypes.c_uint64, np.uint64) if name.endswith(".u64") else (ctypes.c_uint32, np.uint32)
         for lane in LANES[live]:
-            cells = (ctypes.c_uint32 * len(names)).from_address(int(self.registers[found[1]][lane]) + int(found[2] or 0))
+            cells = (kind * len(names)).from_address(int(self.registers[found[1]][lane]) + int(found[2] or 0))
             for at, each in enumerate(names):
                 if name.startswith("st."):
                     cells[at] = int(self.registers[each][lane])
                 else:
-                    self.registers[each] = np.where(LANES == lane, np.uint32(cells[at]), self.registers[each])
+                    self.registers[each] = np.where(LANES == lane, number(cells[at]), self.registers.get(each, number(0)))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kvortex.codecs._lossy import scales
-from kvortex.kernels import bit_planes, eights, float32, plane_row, warp_words
+from kvortex.kernels import bit_planes, digest, eights, float32, plane_row, shares, warp_words
 from kvortex.kernels.eights import LEAST_SCALE, ROOTS
 from tests.kernels.ptx_machine import LANES, Machine, floats, words
 
@@ -184,3 +184,49 @@ def test_planes_of_bits_in_memory(bits: int) -> None:
     stored = {"$0": places, "$1": number} | {f"${2 + at}": row for at, row in enumerate(before)}
     Machine(stored).run(bit_planes.store_planes.ptx[0])  # type: ignore[attr-defined]
     assert (memory[:, :bits] == before.T[:, :bits]).all() and not memory[:, bits:].any()
+
+
+def _on_a_warp(function: Any, *arguments: Any) -> dict[str, Any]:
+    """The registers that a statement leaves; arguments are (32,) or numbers, 64 bits wide where their letter says so."""
+    text, letters, result = function.ptx
+    count = {"d": 2, "": 0}.get(result, 1)
+    kinds = {"l": np.uint64, "r": np.uint32}
+    given = [np.broadcast_to(np.array(each, kinds[letter]), 32) for each, letter in zip(arguments, letters, strict=True)]
+    machine = Machine({f"${count + at}": row for at, row in enumerate(given)})
+    machine.run(text)
+    return machine.registers
+
+
+@pytest.mark.parametrize("how", ["add_up", "settle", "settle alone"])
+def test_sums_of_a_warp_come_to_memory_once(how: str) -> None:
+    rng = np.random.default_rng(2)
+    first, second = rng.integers(0, 1 << 64, (2, 32), np.uint64)
+    cells = rng.integers(0, 1 << 64, 4, np.uint64)
+    before, alone = cells.copy(), [how == "settle alone"] * (how != "add_up")
+    _on_a_warp(getattr(digest, how.split()[0]), cells.ctypes.data + 8, first, second, LANES, *alone)
+    sums = np.array([first.sum(), second.sum()])  # modulo 2**64
+    wanted = sums if any(alone) else sums + before[1:3]
+    assert (cells[1:3] == wanted).all() and (cells[[0, 3]] == before[[0, 3]]).all()
+
+
+def test_numbers_of_digests() -> None:
+    rng = np.random.default_rng(3)
+    word, other = rng.integers(0, 1 << 32, (2, 32), np.uint32)
+    total = rng.integers(0, 1 << 64, 32, np.uint64)
+    plus = _on_a_warp(digest._plus_product, word, other, total)["$0"].tolist()
+    assert plus == [digest._plus_product(*each) for each in zip(word.tolist(), other.tolist(), total.tolist(), strict=True)]
+    turned = _on_a_warp(digest._turned, word)["$0"].tolist()
+    assert turned == [digest._turned(each) for each in word.tolist()] == word.byteswap().tolist()
+    table = rng.integers(0, 1 << 64, 64, np.uint64)
+    pair = _on_a_warp(digest._pair, table.ctypes.data + 16 * LANES)
+    assert (np.stack([pair["$0"], pair["$1"]], 1).reshape(-1) == table).all()
+
+
+@pytest.mark.parametrize("asker", [0, 32])
+def test_one_lane_asks_for_a_share_or_none(asker: int) -> None:
+    """0: each lane is itself, and the first one asks; 32: they are dealt out."""
+    counter = np.array([7, 41, 9], np.uint32)
+    who = LANES if asker == 0 else np.full(32, asker)
+    found = _on_a_warp(shares._ask, counter.ctypes.data + 4, who, 1000 + LANES)["$0"]
+    assert found[0] == (41 if asker == 0 else 1000) and (found[1:] == 1001 + np.arange(31)).all()
+    assert counter.tolist() == [7, 42 if asker == 0 else 41, 9]
