@@ -17,7 +17,7 @@ from kvortex.kernels.lane import load4, store4, store16
 from kvortex.kernels.plane_form import DECLINED, HEADER_WORDS, STORED_AT, USED_AT
 from kvortex.kernels.shares import answer, ask_first, ask_next, asker_of, leave, run_of, shares_of
 
-CODED_PIECE = 4096  # bytes that a warp takes so many of at a time
+CODED_PIECE = 4096  # bytes; a warp takes one or more pieces of a record at a time
 _U32, _U64 = types.uint32, types.uint64
 SIGNATURE: Any = types.void(_U64, _U64, types.int32, types.int32, _U64, _U64, _U64, _U64)
 
@@ -83,10 +83,10 @@ def seal_records(staging, pitch, n_pieces, n_blocks, numbers, sums, status, coun
                 store4(status + _U64(b) * _U64(4), _U32(1))
         end = min(offset + _U64(run) * _U64(CODED_PIECE), pitch)
         live = max(offset, min(used, end))
+        _zero(record + live, record + end, lane)  # ahead of the digest, behind which its addresses would be spilled
         if sums != _U64(0) and offset < live:
-            piece = (live - offset) & _U64(0x7FFFFFFF)  # 32 bits, as the compiler sees: else registers are spilled
+            piece = (live - offset) & _U64(0x7FFFFFFF)  # 32 bits, as the compiler sees
             first, second = digest_read(_U64(0), record + offset, piece, lane, offset, None, numbers)
             add_up(sums + _U64(b) * _U64(16), first, second, lane)
-        _zero(record + live, record + end, lane)
         at = answer(ask_next(counter, asker, at))
     leave(counter, at, shares, asker)

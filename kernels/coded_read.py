@@ -60,7 +60,7 @@ def read_records(  # type: ignore[no-untyped-def]
             last = used_of(record, last)
         if offset < last:
             live = min(offset + _U64(run) * _U64(CODED_PIECE), last)
-            piece = (live - offset) & _U64(0x7FFFFFFF)  # 32 bits, as the compiler sees: else registers are spilled
+            piece = (live - offset) & _U64(0x7FFFFFFF)  # 32 bits, as the compiler sees
             source = record + offset - _U64(shift)
             mine, other = digest_read(_U64(0), source, piece, lane, offset, None, numbers)
             add_up(sums + _U64(b) * _U64(16), mine, other, lane)
