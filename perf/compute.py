@@ -4,8 +4,9 @@ A loop of passes runs on a stream of default priority, without a pause. In one s
 transfers at a time, and in the spans before and after nothing moves (:mod:`perf.turns`). What is asked is the cost to a loop
 without an end, on a GPU that has come to the end of its power: a span ahead brings it there, and a span is as long as several
 of the transfers, so that those with which it begins and ends count for little. Contiguous DMAs of random bytes, one behind
-the other beside the same loop, are what ``ratio`` is to; ``raw_slowdown`` is what these cost, and ``slowdown_least`` and
-``slowdown_most`` are those of all rounds: they show how well any slowdown can be told.
+the other beside the same loop, are what ``ratio`` is to; ``raw_slowdown`` is what these cost. ``slowdown_least`` and
+``slowdown_most`` are those of all rounds, also of the DMAs: they show how well any slowdown can be told. ``wrong_bytes`` are
+those of a round trip ahead, and in all pages behind each load's last turn.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ ROUTES = ("auto",)  # transfer_route
 STAGING_BYTES, BUFFERS = 5 << 28, 5
 KEYS = ("load", "fragment_kib", "route", "direction")
 BETTER = {"rate": "higher", "ratio": "higher", "slowdown": "lower"}
-COLUMNS = (*KEYS, *BETTER, "raw_rate", "raw_slowdown", "wrong_bytes")
+COLUMNS = (*KEYS, *BETTER, "slowdown_least", "slowdown_most", "raw_rate", "raw_slowdown", "wrong_bytes")
 WAYS = ("save", "load")
 
 
@@ -41,6 +42,7 @@ class _Blocks:
         staging = {"gpu_pool_size_bytes": STAGING_BYTES, "staging_buffers": BUFFERS}
         self._pages = Pages(device, fragment_bytes, payload, sets=3, transfer_route=route, beside_compute=True, **staging)
         self.wrong_bytes = self._pages.round_trip()
+        self._before = self._pages.memory.read()
         self._source, self._target = self._pages.halves()
         self._saved: Ids = self._pages.keys()
         self.close = self._pages.close
@@ -57,6 +59,11 @@ class _Blocks:
         """Before loads: other saves have evicted what was to be loaded."""
         self._saved = self._pages.keys()
         moved(self._pages.engine.save_blocks(self._saved, self._source))
+
+    def check(self) -> None:
+        """Behind loads: adds to ``wrong_bytes`` what the last one did not bring, or changed elsewhere."""
+        after = self._pages.memory.read()
+        self.wrong_bytes += self._pages.wrong_bytes(self._before, after, self._source, self._target)
 
     def movers(self) -> tuple[Mover, Mover]:
         """Of saves and of loads."""
@@ -88,8 +95,12 @@ def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]]
                 found |= zip([(kind, way) for way in WAYS], blocks.movers(), strict=True)
             turns = Turns(found)
             turns.run(Loop(name, seconds), rounds, name)
-            for key, why in turns.failed.items():
-                notes.setdefault("failed", {})[f"{name}, {key}"] = why
+            for (kind, way), why in turns.failed.items():
+                what = f"{kind[0] >> 10} KiB, {kind[1]}" if kind else "one DMA"
+                notes.setdefault("failed", {})[f"{name}, {what}, {way}"] = why
+            for kind, blocks in kinds.items():
+                if (kind, "load") not in turns.failed:
+                    blocks.check()
             for (kind, way), mover in found.items():
                 if kind is not None and (kind, way) not in turns.failed and (None, way) not in turns.failed:
                     row = {"load": name, "fragment_kib": kind[0] >> 10, "route": kind[1], "direction": way}
@@ -102,7 +113,8 @@ def figures(mover: Mover, raw: Mover) -> dict[str, Any]:
     """What one mover came to, beside contiguous DMAs."""
     made = {"rate": mover.rate, "ratio": mover.rate / raw.rate, "slowdown": mover.slowdown}
     made |= {"raw_rate": raw.rate, "raw_slowdown": raw.slowdown}
-    return made | {"slowdown_least": min(mover.slowdowns), "slowdown_most": max(mover.slowdowns)}
+    made |= {"slowdown_least": min(mover.slowdowns), "slowdown_most": max(mover.slowdowns)}
+    return made | {"raw_slowdown_least": min(raw.slowdowns), "raw_slowdown_most": max(raw.slowdowns)}
 
 
 def told(row: dict[str, Any]) -> str:

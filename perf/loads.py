@@ -61,8 +61,8 @@ class Loop:
         self._torch = foreign.torch()
         self._run, self._stream = make(name), self._torch.cuda.Stream()
         self._edges = [self._event() for _ in range(self.SPANS + 1)]
-        self._behind = [self._event() for _ in range(4)]  # passes that are on the stream
         self.passes = 4  # of a span
+        self._behind = [self._event() for _ in range(4 * self.SPANS)]  # passes that are on the stream
         self.start()
         one = self.seconds()[self.AFTER] / self.passes
         self._behind = [self._event() for _ in range(max(4, round(self.AHEAD_S / one)))]

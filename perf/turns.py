@@ -88,8 +88,8 @@ class Turns(Generic[_K]):
             progress(f"beside {name}, round {at + 1} of {rounds}")
             for key, mover in self.movers.items():
                 if key not in self.failed:
-                    mover.prepare()
                     try:
+                        mover.prepare()
                         rate, slowdown = beside(loop, mover.flow)
                     except TransferError as error:
                         self.failed[key] = str(error)

@@ -13,7 +13,7 @@ from kvortex.errors import TransferError
 from perf import foreign, loads, turns
 from perf.flow import TwoInFlight
 from perf.loads import Loop
-from perf.turns import Mover, Turns, beside
+from perf.turns import PRIMING, Mover, Turns, beside
 
 PASS_S = 0.01
 
@@ -109,9 +109,41 @@ def test_what_costs_a_loop_time_is_told_from_its_neighbours(gpu: _Gpu) -> None:
     """Transfers that take a tenth of the GPU, in the span that they are in and no other."""
     loop = Loop("any", 0.5)
     gpu.step = 1e-5
-    rate, slowdown = beside(loop, _flow(gpu, 0.02, 0.002))
+    flow = _flow(gpu, 0.02, 0.002)
+    rate, slowdown = beside(loop, flow)
+    assert not flow._running, "what runs on would cost the spans behind"
     assert slowdown == pytest.approx(1.11, abs=0.02) and rate == pytest.approx(1000 / 0.02 / 1e9, rel=0.05)
     assert beside(loop, _flow(gpu, 0.02, 0.0))[1] == pytest.approx(1, abs=1e-3)
+
+
+def test_the_first_transfers_do_not_count(gpu: _Gpu) -> None:
+    """They find buffers empty, or full."""
+    loop, ended = Loop("any", 0.5), []
+    gpu.step = 1e-5
+
+    def wait() -> int:
+        ended.append(gpu.now)
+        gpu.now += 1e-4 if len(ended) < PRIMING else 0.02
+        return 10**6 if len(ended) < PRIMING else 1000
+
+    rate, _ = beside(loop, TwoInFlight(lambda: (lambda: True, wait)))
+    assert rate == pytest.approx(1000 / 0.02 / 1e9, rel=0.05)
+
+
+def test_transfers_that_end_too_late_are_told(gpu: _Gpu) -> None:
+    """And nothing of them runs on."""
+    loop = Loop("any", 0.05)
+    gpu.step = 1e-5
+    began = gpu.now
+
+    def wait() -> int:
+        gpu.now += 0.08 if gpu.now > began + 2.8 * 0.05 else 0.005
+        return 1000
+
+    flow = TwoInFlight(lambda: (lambda: True, wait))
+    with pytest.raises(TransferError, match="did not end soon enough"):
+        beside(loop, flow)
+    assert not flow._running
 
 
 def test_clocks_that_fall_steadily_are_no_cost(gpu: _Gpu) -> None:
@@ -134,3 +166,14 @@ def test_all_take_turns_and_who_is_too_slow_takes_no_more(gpu: _Gpu) -> None:
     assert list(every.failed) == ["slow"] and "did not end soon enough" in every.failed["slow"]
     assert len(movers["fast"].rates) == len(movers["last"].slowdowns) == 3 and not movers["slow"].rates
     assert movers["last"].rate == pytest.approx(2 * movers["fast"].rate, rel=0.05)
+
+
+def test_who_cannot_prepare_takes_no_more_turns_either(gpu: _Gpu) -> None:
+    def broken() -> None:
+        raise TransferError("no block was saved")
+
+    gpu.step = 1e-5
+    movers = {"broken": Mover(_flow(gpu, 0.02, 0.0), broken), "good": Mover(_flow(gpu, 0.02, 0.0))}
+    every = Turns(movers)
+    every.run(Loop("any", 0.5), 2, "any")
+    assert every.failed == {"broken": "no block was saved"} and len(movers["good"].rates) == 2
