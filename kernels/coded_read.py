@@ -12,7 +12,7 @@ from typing import Any
 from numba import cuda
 from numba.cuda import types
 
-from kvortex.kernels.coded import CODED_PIECE, used_of
+from kvortex.kernels.coded import CODED_PIECE, READ_SHARES, used_of
 from kvortex.kernels.digest import add_up, digest_read
 from kvortex.kernels.shares import answer, ask_first, ask_next, asker_of, leave, run_of, shares_of
 
@@ -45,7 +45,7 @@ def read_records(  # type: ignore[no-untyped-def]
     """
     lane = _U32(cuda.threadIdx.x & 31)
     pieces = _U32(_U32(_U32(max(end, first)) - _U32(first) + _U32(CODED_PIECE - 1)) // _U32(CODED_PIECE))
-    run = run_of(_U32(_U32(n_blocks) * pieces))
+    run = run_of(_U32(_U32(n_blocks) * pieces), _U32(READ_SHARES))
     runs = shares_of(pieces, run)  # of a record
     shares = _U32(_U32(n_blocks) * runs)
     asker = asker_of(shares, lane)

@@ -162,6 +162,7 @@ def main() -> int:
     assert config.ENABLE_CUDASIM
     move.store16 = digest.store16 = counted
     warp.install(shares, kernels_warp)
+    paged.MOST_SHARES = 16  # so that there are shares of several pieces, too
     warnings.filterwarnings("ignore", "overflow encountered", RuntimeWarning)  # sums are modulo 2**64
     for case in CASES:
         for direction in ("gather", "scatter"):

@@ -46,5 +46,5 @@ def _run(name: str) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "NUMBA_ENABLE_CUDASIM": "1"},
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=900,  # the longest takes two to three minutes of a CPU, which others may use too
     )
