@@ -12,7 +12,7 @@ from typing import Any
 from numba import cuda
 from numba.cuda import types
 
-from kvortex.kernels.digest import add_up, digest_read
+from kvortex.kernels.digest import add_up, digest_aligned
 from kvortex.kernels.lane import load4, store4, store16
 from kvortex.kernels.plane_form import DECLINED, HEADER_WORDS, STORED_AT, USED_AT
 from kvortex.kernels.shares import MOST_SHARES, answer, ask_first, ask_next, asker_of, leave, run_of, shares_of
@@ -87,7 +87,7 @@ def seal_records(staging, pitch, n_pieces, n_blocks, numbers, sums, status, coun
         _zero(record + live, record + end, lane)  # ahead of the digest, behind which its addresses would be spilled
         if sums != _U64(0) and offset < live:
             piece = (live - offset) & _U64(0x7FFFFFFF)  # 32 bits, as the compiler sees
-            first, second = digest_read(_U64(0), record + offset, piece, lane, offset, None, numbers)
+            first, second = digest_aligned(_U64(0), record + offset, piece, lane, offset, None, numbers)
             add_up(sums + _U64(b) * _U64(16), first, second, lane)
         at = answer(ask_next(counter, asker, at))
     leave(counter, at, shares, asker)

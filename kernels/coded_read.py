@@ -13,7 +13,7 @@ from numba import cuda
 from numba.cuda import types
 
 from kvortex.kernels.coded import CODED_PIECE, READ_SHARES, used_of
-from kvortex.kernels.digest import add_up, digest_read
+from kvortex.kernels.digest import add_up, digest_aligned
 from kvortex.kernels.shares import answer, ask_first, ask_next, asker_of, leave, run_of, shares_of
 
 _U32, _U64 = types.uint32, types.uint64
@@ -62,7 +62,7 @@ def read_records(  # type: ignore[no-untyped-def]
             live = min(offset + _U64(run) * _U64(CODED_PIECE), last)
             piece = (live - offset) & _U64(0x7FFFFFFF)  # 32 bits, as the compiler sees
             source = record + offset - _U64(shift)
-            mine, other = digest_read(_U64(0), source, piece, lane, offset, None, numbers)
+            mine, other = digest_aligned(_U64(0), source, piece, lane, offset, None, numbers)
             add_up(sums + _U64(b) * _U64(16), mine, other, lane)
         at = answer(ahead)
     leave(counter, at, shares, asker)

@@ -140,7 +140,9 @@ def _add(first, second, value, offset, numbers):  # type: ignore[no-untyped-def]
     return first + row[0] * (column[0] * word), second + row[1] * (column[1] * _U64(_turned(word)))
 
 
-def _digester(get16: Any, get8: Any, get4: Any, get2: Any, get1: Any, *, write: bool, held: bool) -> Callable[..., Any]:
+def _digester(
+    get16: Any, get8: Any, get4: Any, get2: Any, get1: Any, *, write: bool, held: bool, aligned: bool = False
+) -> Callable[..., Any]:
     get_four = four_of(get16)
 
     @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
@@ -153,7 +155,9 @@ def _digester(get16: Any, get8: Any, get4: Any, get2: Any, get1: Any, *, write: 
     @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
     def move(dst, src, nbytes, lane, offset, columns, numbers):  # type: ignore[no-untyped-def]
         first, second = _U64(0), _U64(0)
-        align = src | offset
+        align = _U64(0)
+        if not aligned:
+            align = src | offset
         if write:
             align = align | dst
         at = _U64(lane)
@@ -228,7 +232,9 @@ def _digester(get16: Any, get8: Any, get4: Any, get2: Any, get1: Any, *, write: 
 
 # The counterparts of those in kvortex.kernels.move, which also give a thread's two sums; and one that only reads. The first
 # one is given what :func:`columns_of` gives; the others, which have no registers for that, None, and ask when a piece ends.
+# ``digest_aligned`` reads what begins at multiples of 16, in memory and in the record: narrower lanes would cost registers.
 digest_move_held: Any = _digester(*CONSTANT, write=True, held=True)
 digest_move: Any = _digester(*CONSTANT, write=True, held=False)
 digest_move_fresh: Any = _digester(*FRESH, write=True, held=False)
 digest_read: Any = _digester(*CONSTANT, write=False, held=False)
+digest_aligned: Any = _digester(*CONSTANT, write=False, held=False, aligned=True)
