@@ -271,12 +271,16 @@ def test_owners_in_threads_of_their_own(monkeypatch: pytest.MonkeyPatch, seed: i
         cache = cache_of()
         with engine_of(cache) as engine:
             models = [Model(gpu, cache, engine, number, {}) for number in range(OWNERS)]
-            threads = [threading.Thread(target=collections.deque, args=(model.live(40), 0)) for model in models]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join(60)
-            assert all(poll(ticket.done, time.monotonic() + 5) for model in models for ticket in model.tickets)
-            gpu.finish()
-            assert not gpu.left and not any(model.wrong for model in models)
-            assert sum(model.checked for model in models) > 100 and sum(model.in_parts for model in models) > 5
+            for _ in range(5):  # how many of their blocks are still there to be loaded is chance, and a matter of who is fast
+                threads = [threading.Thread(target=collections.deque, args=(model.live(40), 0)) for model in models]
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join(60)
+                assert all(poll(ticket.done, time.monotonic() + 5) for model in models for ticket in model.tickets)
+                gpu.finish()
+                assert not gpu.left and not any(model.wrong for model in models)
+                seen = sum(model.checked for model in models), sum(model.in_parts for model in models)
+                if seen[0] > 100 and seen[1] > 5:
+                    return
+            raise AssertionError(f"{seen}: too little was loaded for this to say anything")
