@@ -15,7 +15,7 @@ from numba.cuda import types
 from kvortex.kernels.digest import add_up, digest_aligned
 from kvortex.kernels.lane import load4, store4, store16
 from kvortex.kernels.plane_form import DECLINED, HEADER_WORDS, STORED_AT, USED_AT
-from kvortex.kernels.shares import MOST_SHARES, answer, ask_first, ask_next, asker_of, leave, run_of, shares_of
+from kvortex.kernels.shares import MOST_SHARES, answer, ask_first, ask_next, asker_of, ceil_div, leave
 
 CODED_PIECE = 4096  # bytes; a warp takes one or more pieces of a record at a time
 READ_SHARES = MOST_SHARES // 2  # what only reads is through in half the time
@@ -68,8 +68,8 @@ def seal_records(staging, pitch, n_pieces, n_blocks, numbers, sums, status, coun
         Of :mod:`kvortex.kernels.shares`.
     """
     lane = _U32(cuda.threadIdx.x & 31)
-    run = run_of(_U32(_U32(n_blocks) * _U32(n_pieces)), _U32(READ_SHARES))
-    runs = shares_of(_U32(n_pieces), run)  # of a record
+    run = ceil_div(_U32(_U32(n_blocks) * _U32(n_pieces)), _U32(READ_SHARES))
+    runs = ceil_div(_U32(n_pieces), run)  # of a record
     shares = _U32(_U32(n_blocks) * runs)
     asker = asker_of(shares, lane)
     at = answer(ask_first(counter, asker))

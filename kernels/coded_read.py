@@ -14,7 +14,7 @@ from numba.cuda import types
 
 from kvortex.kernels.coded import CODED_PIECE, READ_SHARES, used_of
 from kvortex.kernels.digest import add_up, digest_aligned
-from kvortex.kernels.shares import answer, ask_first, ask_next, asker_of, leave, run_of, shares_of
+from kvortex.kernels.shares import answer, ask_first, ask_next, asker_of, ceil_div, leave
 
 _U32, _U64 = types.uint32, types.uint64
 SIGNATURE: Any = types.void(_U64, _U64, types.int32, _U64, _U64, types.int32, types.int32, types.int32, types.int32, _U64)
@@ -44,9 +44,9 @@ def read_records(  # type: ignore[no-untyped-def]
         Of :mod:`kvortex.kernels.shares`.
     """
     lane = _U32(cuda.threadIdx.x & 31)
-    pieces = _U32(_U32(_U32(max(end, first)) - _U32(first) + _U32(CODED_PIECE - 1)) // _U32(CODED_PIECE))
-    run = run_of(_U32(_U32(n_blocks) * pieces), _U32(READ_SHARES))
-    runs = shares_of(pieces, run)  # of a record
+    pieces = ceil_div(_U32(_U32(max(end, first)) - _U32(first)), _U32(CODED_PIECE))
+    run = ceil_div(_U32(_U32(n_blocks) * pieces), _U32(READ_SHARES))
+    runs = ceil_div(pieces, run)  # of a record
     shares = _U32(_U32(n_blocks) * runs)
     asker = asker_of(shares, lane)
     at = answer(ask_first(counter, asker))

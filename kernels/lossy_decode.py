@@ -42,7 +42,7 @@ from kvortex.kernels.lossy_form import (
     TILE_BYTES,
     USED_AT,
 )
-from kvortex.kernels.shares import answer, ask_first, ask_next, asker_of, leave
+from kvortex.kernels.shares import answer, ask_first, ask_next, asker_of, ceil_div, leave
 from kvortex.kernels.warp import ALL, uniform
 
 uint32, uint64, int32 = lossy.uint32, lossy.uint64, lossy.int32
@@ -210,7 +210,7 @@ def lossy_decode(staging, pitch, codec, status, blocks, n_blocks, run, first, en
     magic = number_of(uint32(uint32(0x4B000000) + uint32(key_bits >> uint32(8))))  # 2**23: no codec has that many bits
     tiles = uint32(uint32(codec[N_PLANES]) * form[1])
     count = uint32(uint32(end) - uint32(first))
-    runs = uint32(uint32(count + uint32(run) - uint32(1)) // uint32(run))
+    runs = ceil_div(count, uint32(run))
     missing = uint32(0)
     if uint32(first) > uint32(0):
         missing = _in_front(codec, form, uint32(first), tiles)

@@ -44,7 +44,7 @@ from kvortex.kernels.lossy_form import (
     TILE_BYTES,
     USED_AT,
 )
-from kvortex.kernels.shares import answer, ask_first, ask_next, asker_of, leave
+from kvortex.kernels.shares import answer, ask_first, ask_next, asker_of, ceil_div, leave
 from kvortex.kernels.warp import ALL, uniform
 
 SIGNATURE = lossy.SIGNATURE
@@ -208,7 +208,7 @@ def lossy_encode(staging, pitch, codec, counts, blocks, n_blocks, run, counter):
     form, means = form_of(codec), codec[MEANS]
     key_bits, value = uniform(uint32(codec[K_BITS])), values_of(codec)
     tiles = uint32(uint32(codec[N_PLANES]) * form[1])
-    runs = uint32(uint32(tiles + uint32(run) - uint32(1)) // uint32(run))
+    runs = ceil_div(tiles, uint32(run))
     fits = uint64(uint32(HEADER_BYTES) + uint32(codec[BODY_BYTES])) <= pitch
     shares = uint32(uint32(n_blocks) * runs)
     asker = asker_of(shares, lane)

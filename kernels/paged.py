@@ -20,7 +20,7 @@ from numba.cuda import types
 
 from kvortex.kernels.digest import columns_of, digest_move_held, settle
 from kvortex.kernels.move import move
-from kvortex.kernels.shares import MOST_SHARES, answer, ask_first, ask_next, asker_of, leave, run_of, shares_of
+from kvortex.kernels.shares import MOST_SHARES, answer, ask_first, ask_next, asker_of, ceil_div, leave
 
 MAX_BLOCKS = 2048  # block ids of one launch: 8 KiB of shared memory
 
@@ -41,8 +41,8 @@ def _walker(to_staging: bool, digests: bool) -> Callable[..., None]:
         ids = cuda.shared.array(MAX_BLOCKS, types.int32)
         lane = _U32(cuda.threadIdx.x & 31)
         pieces_each, total = _U32(n_pieces), _U32(_U32(n_blocks) * _U32(n_pieces))
-        run = run_of(total, _U32(MOST_SHARES))
-        shares = shares_of(total, run)
+        run = ceil_div(total, _U32(MOST_SHARES))
+        shares = ceil_div(total, run)
         asker = asker_of(shares, lane)
         ahead = ask_first(counter, asker)
         if only < 0:

@@ -30,15 +30,9 @@ _lock = threading.Lock()  # of the simulator's threads
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def run_of(total, most):  # type: ignore[no-untyped-def]
-    """Pieces of a share, where a launch is to have ``most`` shares at most, or a piece more of each record."""
-    return uint32(uint32(total + most - uint32(1)) // most)
-
-
-@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def shares_of(total, run):  # type: ignore[no-untyped-def]
-    """How many shares that makes."""
-    return uint32(uint32(total + run - uint32(1)) // run)
+def ceil_div(total, each):  # type: ignore[no-untyped-def]
+    """How many shares of ``each`` pieces there are, the last of which may have fewer; or pieces of each of so many shares."""
+    return uint32(uint32(total + each - uint32(1)) // each)
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]

@@ -18,14 +18,14 @@ from typing import Any
 import kvortex
 from kvortex.devices.cuda import CudaDevice
 from kvortex.errors import DeviceUnavailableError
-from perf.coded_pages import SHAPE, WAYS, Coded, Pages, engines
-from perf.compute import STAGING_BYTES, figures, told
+from perf.coded_pages import SHAPE, Coded, Pages, engines
+from perf.compute import STAGING_BYTES, told
 from perf.flow import tickets
 from perf.loads import Loop
 from perf.pages import moved
 from perf.raw import RawCopy
 from perf.report import Report, progress
-from perf.turns import Mover, Turns, raw_mover
+from perf.turns import Mover, Turns, raw_movers
 
 LOAD = "prefill"
 TURNS = 5  # of each engine alone
@@ -48,7 +48,7 @@ def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]]
         raw = RawCopy(device, blocks * SHAPE.raw_bytes)
         stack.callback(raw.close)
         notes["raw_wrong_bytes"] = raw.wrong_bytes()  # from here on its bytes are random
-        movers: dict[Any, Mover] = {(None, way): raw_mover(raw, to_host=way == "save") for way in WAYS}
+        movers: dict[Any, Mover] = dict(raw_movers(raw))
         coded: dict[str, Coded] = {}
         failed: dict[str, str] = {}
         for one in engines(pages, STAGING_BYTES >> 20, notes, sets=3):
@@ -67,7 +67,7 @@ def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]]
         failed |= {f"{name or 'one DMA'}, {way}": why for (name, way), why in turns.failed.items()}
         rows = []
         for name, one in coded.items():
-            ways = [way for way in WAYS if not {(name, way), (None, way)} & set(turns.failed)]
+            ways = turns.ended(name)
             try:
                 wrong = _wrong_bytes(one) if ways else 0
             except kvortex.TransferError as error:
@@ -75,7 +75,7 @@ def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]]
                 continue
             for way in ways:
                 row = {"codec": name, "direction": way, "alone": one.rate(way), "wrong_bytes": wrong}
-                row |= figures(movers[name, way], movers[None, way])
+                row |= turns.figures(name, way)
                 rows.append(row | {"of_alone": row["rate"] / row["alone"]})
                 progress(f"{name}, beside {LOAD}: {told(rows[-1])}")
         if failed:

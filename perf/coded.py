@@ -20,7 +20,8 @@ import numpy as np
 
 import kvortex
 from kvortex.devices.cuda import CudaDevice
-from perf.coded_pages import SHAPE, WAYS, Coded, Pages, engines
+from perf.coded_pages import SHAPE, Coded, Pages, engines
+from perf.pages import WAYS
 from perf.raw import RawCopy
 from perf.report import Report, progress
 

@@ -17,11 +17,10 @@ from kvortex.codecs import CODECS, calibrate, make_codec
 from kvortex.codecs.base import HEADER
 from kvortex.devices import Device
 from kvortex.errors import ConfigError
-from perf.pages import Ids, moved
+from perf.pages import WAYS, Ids, moved
 from perf.plane import SHAPE, realistic
 
 DISTINCT, LEARNT, CHECKED = 32, 12, 8  # blocks: that are drawn, that tables are of, and that are held to the codec's own calls
-WAYS = ("save", "load")
 Bytes = npt.NDArray[np.uint8]
 
 

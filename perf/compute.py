@@ -19,10 +19,10 @@ from kvortex.devices.cuda import CudaDevice
 from kvortex.errors import DeviceUnavailableError
 from perf.flow import tickets
 from perf.loads import LOADS, Loop
-from perf.pages import Ids, Pages, moved
+from perf.pages import WAYS, Ids, Pages, moved
 from perf.raw import RawCopy
 from perf.report import Report, progress
-from perf.turns import Mover, Turns, raw_mover
+from perf.turns import Mover, Turns, raw_movers
 
 FRAGMENT_BYTES = (4 << 10, 18 << 10, 32 << 10)
 ROUTES = ("auto",)  # transfer_route
@@ -32,7 +32,6 @@ STAGING_BYTES, BUFFERS = 5 << 28, 5
 KEYS = ("load", "fragment_kib", "route", "direction")
 BETTER = {"rate": "higher", "ratio": "higher", "slowdown": "lower"}
 COLUMNS = (*KEYS, *BETTER, "slowdown_least", "slowdown_most", "raw_rate", "raw_slowdown", "wrong_bytes")
-WAYS = ("save", "load")
 
 
 class _Blocks:
@@ -90,7 +89,7 @@ def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]]
                 kinds[fragment_bytes, route] = _Blocks(device, fragment_bytes, route, payload)
                 stack.callback(kinds[fragment_bytes, route].close)
         for name in LOADS:
-            found: dict[Any, Mover] = {(None, way): raw_mover(raw, to_host=way == "save") for way in WAYS}
+            found: dict[Any, Mover] = dict(raw_movers(raw))
             for kind, blocks in kinds.items():
                 found |= zip([(kind, way) for way in WAYS], blocks.movers(), strict=True)
             turns = Turns(found)
@@ -101,20 +100,11 @@ def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]]
             for kind, blocks in kinds.items():
                 if (kind, "load") not in turns.failed:
                     blocks.check()
-            for (kind, way), mover in found.items():
-                if kind is not None and (kind, way) not in turns.failed and (None, way) not in turns.failed:
+                for way in turns.ended(kind):
                     row = {"load": name, "fragment_kib": kind[0] >> 10, "route": kind[1], "direction": way}
-                    rows.append(row | figures(mover, found[None, way]) | {"wrong_bytes": kinds[kind].wrong_bytes})
+                    rows.append(row | turns.figures(kind, way) | {"wrong_bytes": blocks.wrong_bytes})
                     progress(f"{name}, fragments of {kind[0] >> 10} KiB, {kind[1]}: {told(rows[-1])}")
     return device.name, rows, notes
-
-
-def figures(mover: Mover, raw: Mover) -> dict[str, Any]:
-    """What one mover came to, beside contiguous DMAs."""
-    made = {"rate": mover.rate, "ratio": mover.rate / raw.rate, "slowdown": mover.slowdown}
-    made |= {"raw_rate": raw.rate, "raw_slowdown": raw.slowdown}
-    made |= {"slowdown_least": min(mover.slowdowns), "slowdown_most": max(mover.slowdowns)}
-    return made | {"raw_slowdown_least": min(raw.slowdowns), "raw_slowdown_most": max(raw.slowdowns)}
 
 
 def told(row: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ import kvortex
 from kvortex.devices import Device
 
 LAYERS = 32
+WAYS = ("save", "load")
 Ids = npt.NDArray[np.int64]
 
 

@@ -13,17 +13,17 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any
 
 from kvortex.errors import TransferError
 from perf.flow import TwoInFlight, copies
 from perf.loads import Loop
+from perf.pages import WAYS
 from perf.raw import RawCopy
 from perf.report import progress
 
 PRIMING = 3  # transfers that are not counted
 _NAP_S = 1e-4
-_K = TypeVar("_K")
 
 
 @dataclass
@@ -58,20 +58,23 @@ class Mover:
         return statistics.median(self.slowdowns)
 
 
-def raw_mover(raw: RawCopy, *, to_host: bool) -> Mover:
-    """Contiguous DMAs, one behind the other without a gap."""
-    raw.seconds(to_host=to_host)  # compiled now, and not beside the loop
-    return Mover(copies(raw, to_host=to_host))
+def raw_movers(raw: RawCopy) -> dict[tuple[None, str], Mover]:
+    """Contiguous DMAs each way, one behind the other without a gap: what all kinds of movers are compared with."""
+    movers = {}
+    for way in WAYS:
+        raw.seconds(to_host=way == "save")  # compiled now, and not beside the loop
+        movers[None, way] = Mover(copies(raw, to_host=way == "save"))
+    return movers
 
 
 @dataclass
-class Turns(Generic[_K]):
+class Turns:
     """Movers that take turns beside a loop.
 
     Parameters
     ----------
     movers
-        By what tells them apart.
+        By their kind and way.
 
     Attributes
     ----------
@@ -79,8 +82,8 @@ class Turns(Generic[_K]):
         Why one takes no more turns: it may be too slow beside the loop, and the others still count.
     """
 
-    movers: Mapping[_K, Mover]
-    failed: dict[_K, str] = field(default_factory=dict)
+    movers: Mapping[tuple[Any, str], Mover]
+    failed: dict[tuple[Any, str], str] = field(default_factory=dict)
 
     def run(self, loop: Loop, rounds: int, name: str) -> None:
         """So many turns of each, beside a load with that name."""
@@ -96,6 +99,18 @@ class Turns(Generic[_K]):
                     else:
                         mover.rates.append(rate)
                         mover.slowdowns.append(slowdown)
+
+    def ended(self, kind: Any) -> list[str]:
+        """Ways of a kind that there are :meth:`figures` of."""
+        return [way for way in WAYS if (kind, way) not in self.failed and (None, way) not in self.failed]
+
+    def figures(self, kind: Any, way: str) -> dict[str, Any]:
+        """What one mover came to, beside contiguous DMAs."""
+        mover, raw = self.movers[kind, way], self.movers[None, way]
+        made = {"rate": mover.rate, "ratio": mover.rate / raw.rate, "slowdown": mover.slowdown}
+        made |= {"raw_rate": raw.rate, "raw_slowdown": raw.slowdown}
+        made |= {"slowdown_least": min(mover.slowdowns), "slowdown_most": max(mover.slowdowns)}
+        return made | {"raw_slowdown_least": min(raw.slowdowns), "raw_slowdown_most": max(raw.slowdowns)}
 
 
 def beside(loop: Loop, flow: TwoInFlight) -> tuple[float, float]:
