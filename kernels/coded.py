@@ -15,7 +15,7 @@ from numba.cuda import types
 from kvortex.kernels.digest import add_up, digest_aligned
 from kvortex.kernels.lane import load4, store4, store16
 from kvortex.kernels.plane_form import DECLINED, HEADER_WORDS, STORED_AT, USED_AT
-from kvortex.kernels.shares import MOST_SHARES, answer, ask_first, ask_next, asker_of, ceil_div, leave
+from kvortex.kernels.shares import MOST_SHARES, answer, ask_next, asker_of, ceil_div, first_share, leave
 
 CODED_PIECE = 4096  # bytes; a warp takes one or more pieces of a record at a time
 READ_SHARES = MOST_SHARES // 2  # what only reads is through in half the time
@@ -72,7 +72,7 @@ def seal_records(staging, pitch, n_pieces, n_blocks, numbers, sums, status, coun
     runs = ceil_div(_U32(n_pieces), run)  # of a record
     shares = _U32(_U32(n_blocks) * runs)
     asker = asker_of(shares, lane)
-    at = answer(ask_first(counter, asker))
+    at = first_share(cuda.shared.array(1, types.uint32), counter, asker)
     while at < shares:
         b = _U32(at // runs)
         r = _U32(at - b * runs)

@@ -14,7 +14,7 @@ from numba.cuda import types
 
 from kvortex.kernels.coded import CODED_PIECE, READ_SHARES, used_of
 from kvortex.kernels.digest import add_up, digest_aligned
-from kvortex.kernels.shares import answer, ask_first, ask_next, asker_of, ceil_div, leave
+from kvortex.kernels.shares import answer, ask_next, asker_of, ceil_div, first_share, leave
 
 _U32, _U64 = types.uint32, types.uint64
 SIGNATURE: Any = types.void(_U64, _U64, types.int32, _U64, _U64, types.int32, types.int32, types.int32, types.int32, _U64)
@@ -49,7 +49,7 @@ def read_records(  # type: ignore[no-untyped-def]
     runs = ceil_div(pieces, run)  # of a record
     shares = _U32(_U32(n_blocks) * runs)
     asker = asker_of(shares, lane)
-    at = answer(ask_first(counter, asker))
+    at = first_share(cuda.shared.array(1, types.uint32), counter, asker)
     while at < shares:
         ahead = ask_next(counter, asker, at)
         b = _U32(at // runs)

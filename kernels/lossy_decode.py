@@ -42,7 +42,7 @@ from kvortex.kernels.lossy_form import (
     TILE_BYTES,
     USED_AT,
 )
-from kvortex.kernels.shares import answer, ask_first, ask_next, asker_of, ceil_div, leave
+from kvortex.kernels.shares import answer, ask_next, asker_of, ceil_div, first_share, leave
 from kvortex.kernels.warp import ALL, uniform
 
 uint32, uint64, int32 = lossy.uint32, lossy.uint64, lossy.int32
@@ -218,7 +218,7 @@ def lossy_decode(staging, pitch, codec, status, blocks, n_blocks, run, first, en
     whole_range = count == tiles
     shares = uint32(uint32(n_blocks) * runs)
     asker = asker_of(shares, lane)
-    at = answer(ask_first(counter, asker))
+    at = first_share(cuda.shared.array(1, types.uint32), counter, asker)
     while at < shares:
         ahead_at = ask_next(counter, asker, at)
         b = uint32(at // runs)

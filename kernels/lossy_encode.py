@@ -7,6 +7,7 @@ that is found by a counter for each record in VRAM. The counters are zeros befor
 from __future__ import annotations
 
 from numba import cuda
+from numba.cuda import types
 
 from kvortex.kernels import lossy
 from kvortex.kernels.bit_planes import bit_planes, bytes_turned, few_bit_planes, store_planes, traded
@@ -44,7 +45,7 @@ from kvortex.kernels.lossy_form import (
     TILE_BYTES,
     USED_AT,
 )
-from kvortex.kernels.shares import answer, ask_first, ask_next, asker_of, ceil_div, leave
+from kvortex.kernels.shares import answer, ask_next, asker_of, ceil_div, first_share, leave
 from kvortex.kernels.warp import ALL, uniform
 
 SIGNATURE = lossy.SIGNATURE
@@ -212,7 +213,7 @@ def lossy_encode(staging, pitch, codec, counts, blocks, n_blocks, run, counter):
     fits = uint64(uint32(HEADER_BYTES) + uint32(codec[BODY_BYTES])) <= pitch
     shares = uint32(uint32(n_blocks) * runs)
     asker = asker_of(shares, lane)
-    at = answer(ask_first(counter, asker))
+    at = first_share(cuda.shared.array(1, types.uint32), counter, asker)
     while at < shares:
         ahead_at = ask_next(counter, asker, at)
         b = uint32(at // runs)

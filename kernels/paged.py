@@ -20,7 +20,7 @@ from numba.cuda import types
 
 from kvortex.kernels.digest import columns_of, digest_move_held, settle
 from kvortex.kernels.move import move
-from kvortex.kernels.shares import MOST_SHARES, answer, ask_first, ask_next, asker_of, ceil_div, leave
+from kvortex.kernels.shares import MOST_SHARES, answer, ask_next, asker_of, ceil_div, first_share, leave
 
 MAX_BLOCKS = 2048  # block ids of one launch: 8 KiB of shared memory
 
@@ -44,17 +44,15 @@ def _walker(to_staging: bool, digests: bool) -> Callable[..., None]:
         run = ceil_div(total, _U32(MOST_SHARES))
         shares = ceil_div(total, run)
         asker = asker_of(shares, lane)
-        ahead = ask_first(counter, asker)
         if only < 0:
             i = cuda.threadIdx.x
             while i < n_blocks:
                 ids[i] = blocks[i]
                 i += cuda.blockDim.x
-            cuda.syncthreads()
+        share = first_share(cuda.shared.array(1, types.uint32), counter, asker)  # behind which all warps see the ids
         if digests:
             within = _U64(0)
             columns = columns_of(numbers, within, lane)
-        share = answer(ahead)
         while share < shares:
             ahead = ask_next(counter, asker, share)
             at = _U32(share * run)

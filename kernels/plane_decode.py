@@ -55,7 +55,7 @@ from kvortex.kernels.plane import (
 )
 from kvortex.kernels.plane_form import FIXED_BYTES, RAW_TAIL, RAW_TILE, ROWS, SIGN_AT, VALUES
 from kvortex.kernels.plane_row import ESCAPED, bases_of, late_of, row_word
-from kvortex.kernels.shares import answer, ask_first, ask_next, asker_of, leave
+from kvortex.kernels.shares import answer, ask_next, asker_of, first_share, leave
 from kvortex.kernels.warp import ALL, uniform
 from kvortex.kernels.warp_words import summed, turned
 
@@ -298,7 +298,7 @@ def plane_decode(  # type: ignore[no-untyped-def]
     room = uint32(uint32(pitch) - own_bytes)
     shares = uint32(uint32(n_blocks) * runs)
     asker = asker_of(shares, lane)
-    at = answer(ask_first(counter, asker))
+    at = first_share(all_shared, counter, asker)
     while at < shares:
         ahead_at = ask_next(counter, asker, at)
         b = uint32(at // runs)

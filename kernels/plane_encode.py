@@ -44,7 +44,7 @@ from kvortex.kernels.plane_row import (
     sign_bytes,
     upper_halves,
 )
-from kvortex.kernels.shares import answer, ask_first, ask_next, asker_of, leave
+from kvortex.kernels.shares import answer, ask_next, asker_of, first_share, leave
 from kvortex.kernels.warp import ALL
 from kvortex.kernels.warp_words import summed, turned
 
@@ -146,7 +146,7 @@ def plane_count(staging, pitch, codec, counts, blocks, n_blocks, run, counter): 
     runs = uint32((tiles + uint32(run) - uint32(1)) // uint32(run))
     shares = uint32(uint32(n_blocks) * runs)
     asker = asker_of(shares, lane)
-    at = answer(ask_first(counter, asker))
+    at = first_share(cuda.shared.array(1, types.uint32), counter, asker)
     while at < shares:
         ahead_at = ask_next(counter, asker, at)
         b = uint32(at // runs)
@@ -418,7 +418,7 @@ def plane_encode(staging, pitch, codec, counts, blocks, n_blocks, run, counter):
     runs = uint32((tiles_of(codec) + each - uint32(1)) // each)
     shares = uint32(uint32(n_blocks) * runs)
     asker = asker_of(shares, lane)
-    at = answer(ask_first(counter, asker))
+    at = first_share(all_shared, counter, asker)
     while at < shares:
         ahead_at = ask_next(counter, asker, at)
         # loaded again for each run, which takes less than registers do that hold it all the while

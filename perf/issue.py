@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from kvortex.devices.driver import CTX_POP, CTX_PUSH, EVENT_RECORD
 from kvortex.devices.native import call
+from kvortex.jit import njit
 
 CONTEXT, STREAM, FIRST, LAST, POPPED = range(CLOCK_CELLS := 5)  # cells of a :class:`perf.clock.CudaClock`
 TARGETS, SOURCES, SIZES = range(TABLE_ROWS := 3)  # rows of a table of copies
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def copy_each(functions, clock, which, table):  # type: ignore[no-untyped-def]
     """One call of the driver a copy.
 
@@ -45,7 +45,7 @@ def copy_each(functions, clock, which, table):  # type: ignore[no-untyped-def]
     return code if code else last
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def copy_batch(functions, clock, batch, with_fail_index, table, attributes):  # type: ignore[no-untyped-def]
     """All copies in one call of ``cuMemcpyBatchAsync``, whose address is ``batch``; otherwise as :func:`copy_each`.
 

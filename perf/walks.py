@@ -7,9 +7,9 @@ import time
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from kvortex.index._memory import zeros
+from kvortex.jit import njit
 
 LINE_BYTES = 64
 _CELLS = LINE_BYTES // 8
@@ -17,7 +17,7 @@ _CELLS = LINE_BYTES // 8
 Cells = npt.NDArray[np.int64]
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _gather(lines: Cells, at: Cells) -> int:
     """Sum of a word of each line that is named: as many misses at once as the processor can have."""
     total = 0
@@ -26,7 +26,7 @@ def _gather(lines: Cells, at: Cells) -> int:
     return total
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _chase(lines: Cells, start: int, steps: int) -> int:
     """Follows a chain from line to line: one miss at a time."""
     at = start
@@ -35,7 +35,7 @@ def _chase(lines: Cells, start: int, steps: int) -> int:
     return at
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def reckon(steps: int) -> int:
     """Arithmetic in registers without the GIL: what other programs leave of the processor."""
     x = 1

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
     "errors": 0,
     "config": 0,
+    "jit": 0,
     "kernels": 0,
     "arguments": 1,
     "devices": 1,

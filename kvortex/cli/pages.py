@@ -6,10 +6,10 @@ from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from kvortex.devices import Device, DeviceBuffer
 from kvortex.devices.host import HostBuffer
+from kvortex.jit import njit
 from kvortex.keys import KeyArray
 from kvortex.layout import KVLayout, TensorSpec
 
@@ -22,14 +22,14 @@ _ODD = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio: its multiples are 
 _MIX = np.uint64(0xBF58476D1CE4E5B9)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def _mixed(word):  # type: ignore[no-untyped-def]
     """The first half of SplitMix64's finalizer: bits that lie together go apart."""
     word = (word ^ (word >> np.uint64(30))) * _MIX
     return word ^ (word >> np.uint64(27))
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def _seed(key, layer, side):  # type: ignore[no-untyped-def]
     """What one fragment's words start from: all 32 bytes of the key, the layer, and K or V."""
     seed = _mixed(np.uint64(2 * layer + side + 1) * _ODD)
@@ -38,7 +38,7 @@ def _seed(key, layer, side):  # type: ignore[no-untyped-def]
     return seed
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def _fill(image, block_ids, keys, layer):  # type: ignore[no-untyped-def]
     """Writes the pages of one layer: ``image`` (2, blocks, words) uint64, ``keys`` (n, 4) uint64."""
     for i in range(block_ids.size):
@@ -48,7 +48,7 @@ def _fill(image, block_ids, keys, layer):  # type: ignore[no-untyped-def]
                 page[at] = _mixed(seed + np.uint64(at) * _ODD)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def _count(page, seed):  # type: ignore[no-untyped-def]
     """Bytes of one fragment that are wrong."""
     wrong = 0
@@ -60,7 +60,7 @@ def _count(page, seed):  # type: ignore[no-untyped-def]
     return wrong
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def _wrong(image, block_ids, keys, layer):  # type: ignore[no-untyped-def]
     """Bytes of one layer's pages that are not what :func:`_fill` writes."""
     wrong = 0

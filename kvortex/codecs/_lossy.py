@@ -11,7 +11,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
+
+from kvortex.jit import njit
 
 GROUP = 16  # tokens that share a scale of K
 SCALE_ZERO = 128  # the scale that is 1
@@ -30,7 +31,7 @@ def scales() -> Any:
     return np.ldexp(roots[at & 3], at >> 2).astype(np.float32)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _half_down(value: Any, cell: Any, bits: Any) -> Any:
     """The largest fp16 that is not above a float32 of at most 65,504 in size, as bits."""
     cell[0] = abs(value)
@@ -45,14 +46,14 @@ def _half_down(value: Any, cell: Any, bits: Any) -> Any:
     return half
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _half_up(value: Any, cell: Any, bits: Any) -> Any:
     """The smallest fp16 that is not below a float32 from 0 to 65,504, as bits."""
     half = np.uint32(_half_down(value, cell, bits))
     return half + np.uint32(1) if _from_half(half, cell, bits) < value else half
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _from_half(half: Any, cell: Any, bits: Any) -> Any:
     """The float32 of a finite fp16."""
     size = np.uint32(half) & np.uint32(0x7FFF)
@@ -64,7 +65,7 @@ def _from_half(half: Any, cell: Any, bits: Any) -> Any:
     return -number if half & 0x8000 else number
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _rotate(row: Any, at: int, dim: int, factor: Any) -> None:
     """The orthonormal Sylvester-Hadamard transform of ``row[at:at + dim]``, in place; its own inverse."""
     half = 1
@@ -78,7 +79,7 @@ def _rotate(row: Any, at: int, dim: int, factor: Any) -> None:
         row[k] *= factor
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _pack(codes: Any, bits: int, out: Any, at: int, scratch: Any, scratch64: Any) -> Any:
     """Writes a row's codes as bit planes to ``out[at:]``; gives the place behind."""
     for group in range(len(codes) // 32):
@@ -94,7 +95,7 @@ def _pack(codes: Any, bits: int, out: Any, at: int, scratch: Any, scratch64: Any
     return at
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _unpack(codes: Any, bits: int, coded: Any, at: int) -> Any:
     """The reverse of :func:`_pack`."""
     for group in range(len(codes) // 32):
@@ -108,7 +109,7 @@ def _unpack(codes: Any, bits: int, coded: Any, at: int) -> Any:
     return at
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _encode_k(plane: Any, mean: Any, bits: int, table: Any, out: Any, at: int, work: Any) -> Any:
     """A K plane (tokens, channels) of float32 to ``out[at:]``: the place behind, or -1 where a scale would have to clip."""
     tokens, channels = plane.shape
@@ -145,7 +146,7 @@ def _encode_k(plane: Any, mean: Any, bits: int, table: Any, out: Any, at: int, w
     return code_at
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _decode_k(plane: Any, mean: Any, bits: int, table: Any, coded: Any, at: int, work: Any) -> Any:
     tokens, channels = plane.shape
     codes, step = work[1], work[5]
@@ -163,7 +164,7 @@ def _decode_k(plane: Any, mean: Any, bits: int, table: Any, coded: Any, at: int,
     return code_at
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _encode_v(plane: Any, dim: int, bits: int, factor: Any, out: Any, at: int, work: Any) -> Any:
     """A V plane likewise; ``factor`` is 1 / sqrt(dim), or 0 for no rotation."""
     tokens, channels = plane.shape
@@ -196,7 +197,7 @@ def _encode_v(plane: Any, dim: int, bits: int, factor: Any, out: Any, at: int, w
     return code_at
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _decode_v(plane: Any, dim: int, bits: int, factor: Any, coded: Any, at: int, work: Any) -> Any:
     tokens, channels = plane.shape
     codes, cell, cell_bits = work[1], work[6], work[7]
@@ -217,7 +218,7 @@ def _decode_v(plane: Any, dim: int, bits: int, factor: Any, coded: Any, at: int,
     return code_at
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _work(channels: int) -> Any:
     cell, scratch = np.zeros(1, np.float32), np.zeros(32, np.uint8)
     return (
@@ -232,7 +233,7 @@ def _work(channels: int) -> Any:
     )
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def encode_lossy(values: Any, out: Any, is_key: Any, mean: Any, form: Any, factor: Any, table: Any, coded: Any) -> None:
     """Bodies of records.
 
@@ -274,7 +275,7 @@ def encode_lossy(values: Any, out: Any, is_key: Any, mean: Any, form: Any, facto
             coded[record] = at >= 0
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def decode_lossy(coded: Any, values: Any, is_key: Any, mean: Any, form: Any, factor: Any, table: Any, wanted: Any) -> None:
     """The reverse, for the records that are ``wanted``, (n,) bool. Results are rounded to the nearest bf16, ties to even."""
     n, planes, tokens, channels = values.shape

@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from kvortex.codecs.base import CODED, DECLINED, HEADER_BYTES, VERBATIM
+from kvortex.jit import njit
 from kvortex.kernels.plane_form import (
     CHANNELS,
     FIXED_WORDS,
@@ -38,7 +38,7 @@ def _spread() -> Any:
 _SPREAD = _spread()
 
 
-@njit(nogil=True, cache=True, inline="always")
+@njit(nogil=True, inline="always")
 def _packed(bits: Any, at: int) -> Any:
     """32 bytes of 0 or 1 from word ``at`` of a view of eight bytes a word, as 32 bits."""
     word = np.uint32((bits[at] * _GATHER) >> _BYTE)
@@ -47,7 +47,7 @@ def _packed(bits: Any, at: int) -> Any:
     return word | np.uint32((bits[at + 3] * _GATHER) >> _BYTE) << np.uint32(24)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _encode_tile(values: Any, at: int, step: int, base: Any, tile: Any, scratch: Any) -> Any:
     """Codes the tile whose first value is ``values[at]``, rows ``step`` apart, into ``tile``: fixed part and tail.
 
@@ -110,7 +110,7 @@ def _encode_tile(values: Any, at: int, step: int, base: Any, tile: Any, scratch:
     return count | (n_escapes << 16)
 
 
-@njit(nogil=True, cache=True, inline="always")
+@njit(nogil=True, inline="always")
 def _tail_bytes(entry: Any) -> Any:
     """Bytes of a tile's tail by its entry in the table; -1 where no tile has that entry."""
     if entry == RAW_TILE:
@@ -122,7 +122,7 @@ def _tail_bytes(entry: Any) -> Any:
     return tail if tail <= MOST_TAIL else -1
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def encode_plane(values: Any, out: Any, header: Any, base: Any, form: Any, sizes: Any) -> None:
     """See :meth:`kvortex.codecs.base.Codec.encode_into`.
 
@@ -180,7 +180,7 @@ def encode_plane(values: Any, out: Any, header: Any, base: Any, form: Any, sizes
         out[record, 7] = np.uint32((4 * at) >> 32)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _decode_tile(tile: Any, entry: int, values: Any, at: int, step: int, base: Any, second: Any, spread: Any) -> Any:
     """The reverse of :func:`_encode_tile`; False where the planes contradict the entry."""
     if entry == RAW_TILE:
@@ -232,7 +232,7 @@ def _decode_tile(tile: Any, entry: int, values: Any, at: int, step: int, base: A
     return n == count
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def decode_plane(coded: Any, values: Any, header: Any, base: Any, form: Any, spread: Any, good: Any) -> None:
     """See :meth:`kvortex.codecs.base.Codec.decode_into`; parameters as of :func:`encode_plane`.
 

@@ -16,7 +16,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
+
+from kvortex.jit import njit
 
 LANES = 32
 PROBABILITY_BITS = 14
@@ -26,7 +27,7 @@ _SHIFT, _MASK = np.uint64(PROBABILITY_BITS), np.uint64((1 << PROBABILITY_BITS) -
 _LEAST, _WORD = np.uint64(LEAST_STATE), np.uint64(16)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _quantize(values: Any, first: int, last: int, mean: Any, step: Any, steps: Any) -> Any:
     """Steps of the values of planes ``first`` to ``last``; False where one is not finite or too far away."""
     at = 0
@@ -44,7 +45,7 @@ def _quantize(values: Any, first: int, last: int, mean: Any, step: Any, steps: A
     return True
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _encode_stream(
     steps: Any, first: int, tokens: int, kinds: Any, most: Any, starts: Any, words: Any, escapes: Any, states: Any
 ) -> Any:
@@ -71,7 +72,7 @@ def _encode_stream(
     return n_words, n_escapes
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def encode_ranges(
     values: Any,
     out: Any,
@@ -136,7 +137,7 @@ def encode_ranges(
         sizes[record] = end
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _pack(line: Any, at: int, halves: Any, count: int) -> None:
     """The last ``count`` of an array of 16 bits, two a word."""
     begin = len(halves) - count
@@ -147,12 +148,12 @@ def _pack(line: Any, at: int, halves: Any, count: int) -> None:
         line[at + k // 2] = word
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _half(line: Any, at: int, k: int) -> Any:
     return (line[at + k // 2] >> np.uint32(16 * (k & 1))) & np.uint32(0xFFFF)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _decode_stream(
     line: Any,
     at: int,
@@ -214,7 +215,7 @@ def _decode_stream(
     return word == n_words and escape == n_escapes
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def decode_ranges(
     coded: Any,
     used: Any,

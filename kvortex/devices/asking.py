@@ -11,11 +11,11 @@ from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from kvortex.devices.driver import CAPTURE_MODE, CTX_GET, CTX_SET, STREAM_CAPTURING
 from kvortex.devices.native import call
 from kvortex.devices.threads import busy_address
+from kvortex.jit import njit
 
 NOT_READY = 600  # CUDA_ERROR_NOT_READY
 CAPTURE_IMPLICIT = 906  # CUDA_ERROR_STREAM_CAPTURE_IMPLICIT
@@ -24,7 +24,7 @@ _SAVED, _MODE, _STATUS = range(_CELLS := 3)
 Functions: TypeAlias = npt.NDArray[np.int64]
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def ask_relaxed(functions, which, a, b, c, mode):  # type: ignore[no-untyped-def]
     """Asks in the context that is current, so that a graph which another thread captures goes on; ``mode`` is (1,) int64, of
     nothing that outlives the call."""
@@ -36,7 +36,7 @@ def ask_relaxed(functions, which, a, b, c, mode):  # type: ignore[no-untyped-def
     return code
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def _ask(functions, context, which, a, b, c, cells):  # type: ignore[no-untyped-def]
     code = call(functions[CTX_GET], (cells[_SAVED:].ctypes.data,))
     if code:
@@ -52,7 +52,7 @@ def _ask(functions, context, which, a, b, c, cells):  # type: ignore[no-untyped-
     return code
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def _ask_capture(functions, context, stream, cells):  # type: ignore[no-untyped-def]
     return _ask(functions, context, STREAM_CAPTURING, stream, cells[_STATUS:].ctypes.data, 0, cells)
 

@@ -12,12 +12,13 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
 from kvortex.devices.native import call
 from kvortex.digests._rows import sum_rows
 from kvortex.digests.keys import ROW_BYTES, Numbers, columns, lengths, rows
+from kvortex.jit import njit
 
 _PAIR = 8  # bytes of two words
 _COPY_BYTES = 8192  # what is copied before it is digested: it is in the nearest cache then
@@ -82,7 +83,7 @@ def _more(typingctx: Any, total: Any, a: Any, b: Any) -> Any:
     return total(total, a, b), lambda context, builder, signature, given: builder.add(given[0], builder.mul(given[1], given[2]))
 
 
-@njit(nogil=True, cache=True, inline="always")  # type: ignore[untyped-decorator]
+@njit(nogil=True, inline="always")
 def _sum_pairs(pairs, words, first, count, lows, highs):  # type: ignore[no-untyped-def]
     """Both halves' sums over ``count`` pairs of a row, the first of which is its ``first``-th. ``pairs`` and ``words`` are
     pointers to the same bytes."""
@@ -102,7 +103,7 @@ def _sum_pairs(pairs, words, first, count, lows, highs):  # type: ignore[no-unty
     return a + (np.uint64(a_high) << np.uint64(32)), b + (np.uint64(b_high) << np.uint64(32))
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def _sum_bytes(address, nbytes, offset, c, r):  # type: ignore[no-untyped-def]
     """A few bytes of a record from ``offset`` on, one at a time: a part of a word counts by itself."""
     first, second = np.uint64(0), np.uint64(0)
@@ -115,7 +116,7 @@ def _sum_bytes(address, nbytes, offset, c, r):  # type: ignore[no-untyped-def]
     return first, second
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def sum_part(address, nbytes, offset, c, lows, highs, r):  # type: ignore[no-untyped-def]
     """What a part of a record adds to both halves of its digest, without what its length adds.
 
@@ -150,7 +151,7 @@ def sum_part(address, nbytes, offset, c, lows, highs, r):  # type: ignore[no-unt
     return first + a, second + b
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def add_part(address, nbytes, offset, sums, fixed):  # type: ignore[no-untyped-def]
     """Adds what :func:`sum_part` gives to ``sums``, (2,) uint64; ``fixed`` is of :func:`numbers`."""
     c, lows, highs, r = fixed
@@ -159,7 +160,7 @@ def add_part(address, nbytes, offset, sums, fixed):  # type: ignore[no-untyped-d
     sums[1] += second
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def copy_part(memcpy, target, source, nbytes, of_source, offset, c, lows, highs, r):  # type: ignore[no-untyped-def]
     """Copies a part of a record, and gives what :func:`sum_part` does, of its source or its target: bytes that are in the
     nearest cache, since they were just copied."""
@@ -174,7 +175,7 @@ def copy_part(memcpy, target, source, nbytes, of_source, offset, c, lows, highs,
     return first, second
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def _digest_all(addresses, sizes, c, lows, highs, r, length, out):  # type: ignore[no-untyped-def]
     for at in range(addresses.size):
         first, second = sum_part(addresses[at], sizes[at], 0, c, lows, highs, r)

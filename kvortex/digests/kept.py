@@ -10,15 +10,15 @@ import functools
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from kvortex.digests.keys import DIGEST_BYTES
+from kvortex.jit import njit
 
 Digests = npt.NDArray[np.uint8]
 Int64s = npt.NDArray[np.int64]
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit()
 def _keep(once, slots, digests, kept):  # type: ignore[no-untyped-def]
     if once[0]:
         return False
@@ -27,7 +27,7 @@ def _keep(once, slots, digests, kept):  # type: ignore[no-untyped-def]
     return True
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit()
 def _compare(once, slots, digests, kept, wrong):  # type: ignore[no-untyped-def]
     if once[0]:
         return False

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from kvortex.index._ghosts import is_whole
 from kvortex.index._hash import ROW_BITS, ROW_MASK, find, fingerprint, tag_of
 from kvortex.index._lines import DOOMED, FREE, PINS, RESERVED, RESIDENT, SIZE, STATE
 from kvortex.index.core import N_ABSENT, N_FREE, N_PINNED, N_RESERVED, Table
 from kvortex.index.policies import damage
+from kvortex.jit import njit
 
 PROBLEMS = (
     "",
@@ -26,7 +26,7 @@ PROBLEMS = (
 )
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def first_problem(t: Table) -> tuple[int, int]:
     """(index into PROBLEMS, slot, bucket or position); (0, 0) where all is well."""
     capacity = t.stack.size

@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from numba import njit
 from numba.core.options import DefaultOptions
+
+from kvortex.jit import njit
 
 _F = TypeVar("_F", bound=Callable[..., object])
 
@@ -33,5 +34,5 @@ def inlined(function: _F) -> _F:
 def _njit(function: _F, options: dict[str, bool]) -> _F:
     # Neither option is in Numba's manual. Without them all is slower, and otherwise the same.
     known = {name: value for name, value in options.items() if hasattr(DefaultOptions, name)}
-    made: _F = njit(nogil=True, cache=True, **known)(function)
+    made: _F = njit(nogil=True, **known)(function)
     return made

@@ -15,12 +15,12 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from kvortex.index._atomics import prefetch
 from kvortex.index._compiled import compiled
 from kvortex.index._hash import ROW_BITS, ROW_MASK, Buckets, home, insert, new_buckets, remove, tag_of
 from kvortex.index._memory import zeros
+from kvortex.jit import njit
 
 MARK_BITS = 8
 MOST_MARK = (1 << MARK_BITS) - 1
@@ -126,7 +126,7 @@ def take_oldest(g: Ghosts, ring: int) -> None:
     take(g, ring, row)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def is_whole(g: Ghosts) -> bool:
     """Whether rings, lengths and buckets agree. O(rows)."""
     prints, links, buckets, head = g.prints, g.links, g.buckets, g.head

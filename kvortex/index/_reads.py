@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from kvortex.devices.native import release
 from kvortex.index._atomics import fence_acquire, load, load_item, store_item
 from kvortex.index._compiled import compiled
 from kvortex.index._hash import GROUP, Buckets, find_group
 from kvortex.index._lines import RESIDENT, STATE, Shorts, Words
+from kvortex.jit import njit
 
 ATTEMPTS = 3
 Sequence = npt.NDArray[np.int64]
@@ -40,7 +40,7 @@ def end_write(sequence: Sequence) -> None:
     store_item(sequence, 0, sequence[0] + 1)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def lookup(sequence: Sequence, buckets: Buckets, words: Words, shorts: Shorts, keys: Words, found: Found) -> bool:
     """Fill ``found`` with which keys are resident; False where writers were too busy, and ``found`` means nothing."""
     prints, slots = np.empty(GROUP, np.int64), np.empty(GROUP, np.int64)
@@ -56,7 +56,7 @@ def lookup(sequence: Sequence, buckets: Buckets, words: Words, shorts: Shorts, k
     return False
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def match(sequence: Sequence, buckets: Buckets, words: Words, shorts: Shorts, keys: Words) -> int:
     """Length of the leading run of resident keys; -1 where writers were too busy."""
     prints, slots = np.empty(GROUP, np.int64), np.empty(GROUP, np.int64)

@@ -27,7 +27,6 @@ from __future__ import annotations
 from typing import ClassVar, Protocol
 
 import numpy as np
-from numba import njit
 
 from kvortex.index import arc, lfu, lru, s3fifo
 from kvortex.index._compiled import compiled, inlined
@@ -38,6 +37,7 @@ from kvortex.index.arc import ARC
 from kvortex.index.lfu import LFU
 from kvortex.index.lru import LRU
 from kvortex.index.s3fifo import S3FIFO
+from kvortex.jit import njit
 
 
 class Policy(Protocol):
@@ -199,7 +199,7 @@ def forget(order: Order, slot: int) -> None:
             arc.leave(order, slot)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def damage(order: Order) -> int:
     """First slot at which the state contradicts the lines, or -1.
 

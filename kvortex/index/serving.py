@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from kvortex.errors import ArgumentError, IndexStateError
 from kvortex.index import core
@@ -17,12 +16,13 @@ from kvortex.index._lines import Words
 from kvortex.index._reads import match
 from kvortex.index.core import ANY_LENGTH, NEW, OK, Slots, Table
 from kvortex.index.table import BlockIndex
+from kvortex.jit import njit
 from kvortex.keys import KeyArray
 
 Flags = npt.NDArray[np.bool_]
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _serve(
     t: Table, words: Words, starts: Slots, stored: Flags, most: int, prints: Slots, rows: Rows, hits: Slots
 ) -> tuple[int, int]:

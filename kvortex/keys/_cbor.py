@@ -7,8 +7,8 @@ is stored with all the bytes that it could have, and what follows overwrites tho
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from kvortex.jit import njit
 from kvortex.keys._bytes import store_big_endian
 from kvortex.keys._sha256 import Bytes
 
@@ -18,14 +18,14 @@ NULL = 0xF6
 LONGEST_HEAD = 9  # bytes
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def copy(target: Bytes, at: int, source: Bytes, begin: int, end: int) -> None:
     """``source[begin:end]`` to ``target`` from ``at`` on. Slices would do it too, and compile for seconds."""
     for p in range(begin, end):
         target[at + p - begin] = source[p]
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def write_head(buffer: Bytes, at: int, major: int, number: int) -> int:
     """A major type with its argument from 0 to 2**63 - 1, in as few bytes as it fits in."""
     # Branches on the size of random tokens are mispredicted every other time, and cost as much as the hash.
@@ -36,7 +36,7 @@ def write_head(buffer: Bytes, at: int, major: int, number: int) -> int:
     return at + 1 + size
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def write_integer(buffer: Bytes, at: int, number: int) -> int:
     """An integer of 64 bits."""
     if number >= 0:
@@ -44,7 +44,7 @@ def write_integer(buffer: Bytes, at: int, number: int) -> int:
     return write_head(buffer, at, NEGATIVE, ~number)  # type: ignore[no-any-return,unused-ignore]
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def write_string(buffer: Bytes, at: int, major: int, data: Bytes, begin: int, end: int) -> int:
     """``data[begin:end]`` as ``BYTES``, or as ``TEXT``, whose UTF-8 it must then be."""
     at = write_head(buffer, at, major, end - begin)

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from kvortex.errors import KVortexError
+from kvortex.jit import njit
 from kvortex.keys._cbor import ARRAY, BYTES, LONGEST_HEAD, NULL, UNSIGNED, copy, write_head, write_integer
 from kvortex.keys._sha256 import PADDING, Bytes, State, compress, digest, digest_in_place, start, write_padding, write_state
 
@@ -44,7 +44,7 @@ class Rules(NamedTuple):
     ahead: int  # tokens behind a block that its hash covers too
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def extremes(tokens: Tokens) -> tuple[int, int]:
     """The smallest and the largest, and 0 among them."""
     low = high = 0
@@ -54,7 +54,7 @@ def extremes(tokens: Tokens) -> tuple[int, int]:
     return low, high
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def hash_chain(tokens: Tokens, block_size: int, parent: Bytes, out: Bytes, hardware: bool) -> None:
     """``out[i] = SHA-256(out[i - 1] || block i as little-endian uint32)`` for as many blocks as ``out`` (n, 32) has rows."""
     length = KEY + 4 * block_size
@@ -71,7 +71,7 @@ def hash_chain(tokens: Tokens, block_size: int, parent: Bytes, out: Bytes, hardw
         write_state(state, keys, KEY * row)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def hash_rows(prefix: Bytes, rows: Bytes, out: Bytes, hardware: bool) -> None:
     """``out[i] = SHA-256(prefix || rows[i])``."""
     first, length = len(prefix), len(prefix) + rows.shape[1]
@@ -86,7 +86,7 @@ def hash_rows(prefix: Bytes, rows: Bytes, out: Bytes, hardware: bool) -> None:
         write_state(state, keys, KEY * row)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def hash_alike(
     tokens: Tokens, block_size: int, parent: Bytes, extras: Bytes, split: int, ahead: int, out: Bytes, hardware: bool
 ) -> None:
@@ -113,7 +113,7 @@ def hash_alike(
         write_state(state, buffer, head)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def hash_placed(
     tokens: Tokens,
     begin: int,
@@ -151,7 +151,7 @@ def hash_placed(
         place = behind_inputs(content.spans, rules, begin + first, begin + behind, place)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def require(buffer: Bytes, at: int, count: int) -> None:
     """Raises rather than let ``count`` bytes at ``at``, and what a message ends in behind them, leave the buffer.
 
@@ -161,7 +161,7 @@ def require(buffer: Bytes, at: int, count: int) -> None:
         raise KVortexError("a block's message is longer than the buffer made for it: a defect of kvortex, please report it")
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def write_parent(buffer: Bytes, parent: Bytes) -> int:
     """The beginning of a block's CBOR, up to the hash of the block before; gives the place of that hash."""
     head = write_head(buffer, write_head(buffer, _ZERO, ARRAY, _TRIPLE), BYTES, _KEY)
@@ -169,14 +169,14 @@ def write_parent(buffer: Bytes, parent: Bytes) -> int:
     return head  # type: ignore[no-any-return,unused-ignore]
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def write_bytes(buffer: Bytes, at: int, data: Bytes) -> int:
     """All of ``data``, as it is."""
     copy(buffer, at, data, _ZERO, len(data))
     return at + len(data)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def write_tokens(buffer: Bytes, at: int, tokens: Tokens, begin: int, end: int) -> int:
     """``tokens[begin:end]``, without the head of an array."""
     for t in range(begin, end):
@@ -184,7 +184,7 @@ def write_tokens(buffer: Bytes, at: int, tokens: Tokens, begin: int, end: int) -
     return at
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def write_extra_keys(
     buffer: Bytes,
     at: int,
@@ -221,7 +221,7 @@ def write_extra_keys(
     return at
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def behind_inputs(spans: Spans, rules: Rules, begin: int, end: int, place: int) -> int:
     """The first input that may count for the block behind ``begin`` to ``end``, if ``place`` is that for this one."""
     _, place = count_inputs(spans, rules.late, begin, end + rules.ahead, place)
@@ -230,7 +230,7 @@ def behind_inputs(spans: Spans, rules: Rules, begin: int, end: int, place: int) 
     return place
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def count_inputs(spans: Spans, late: int, begin: int, end: int, place: int) -> tuple[int, int]:
     """Multimodal inputs of the block from ``begin`` to ``end``, ``place`` and later ones, and the first that is left behind it.
 
@@ -249,7 +249,7 @@ def count_inputs(spans: Spans, late: int, begin: int, end: int, place: int) -> t
     return count, place
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def write_embeds(
     buffer: Bytes, at: int, embeds: Bytes, rules: Rules, begin: int, end: int, scratch: Bytes, state: State, hardware: bool
 ) -> int:
@@ -266,7 +266,7 @@ def write_embeds(
     return at + length
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def write_part(buffer: Bytes, at: int, content: Content, part: int) -> int:
     """One piece of a Content's text."""
     begin = content.ends[part - 1] if part else 0

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from kvortex.jit import njit
 from kvortex.keys import _sha_ni
 from kvortex.keys._bytes import store_big_endian
 from kvortex.keys._constants import INITIAL_STATE, ROUND_CONSTANTS
@@ -23,13 +23,13 @@ _K = np.array(ROUND_CONSTANTS, np.uint32)
 _ZERO = np.int64(0)  # functions are compiled anew for each literal that they are called with
 
 
-@njit(nogil=True, cache=True, inline="always")
+@njit(nogil=True, inline="always")
 def rotated(x: int, count: int) -> np.uint32:
     """A uint32 rotated to the right."""
     return np.uint32((x >> count) | (x << (32 - count)))
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def compress_plainly(state: State, data: Bytes, at: int, blocks: int) -> None:
     """As :func:`kvortex.keys._sha_ni.compress`, on any CPU."""
     w = np.empty(64, np.uint32)
@@ -59,7 +59,7 @@ def compress_plainly(state: State, data: Bytes, at: int, blocks: int) -> None:
         state[7] += h
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def compress(state: State, data: Bytes, at: int, blocks: int, hardware: bool) -> None:
     """Takes ``blocks`` (at least 1) times 64 bytes of ``data`` from ``at`` on into the state."""
     if hardware:
@@ -68,14 +68,14 @@ def compress(state: State, data: Bytes, at: int, blocks: int, hardware: bool) ->
         compress_plainly(state, data, at, blocks)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def start(state: State) -> None:
     """The state before the first block of a message."""
     for k in range(8):
         state[k] = _INITIAL[k]
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def write_padding(buffer: Bytes, begin: int, end: int, length: int) -> int:
     """Ends the message of ``length`` bytes whose last part is ``buffer[begin:end]``; gives the blocks that part has now."""
     blocks = (end - begin + 9 + BLOCK - 1) // BLOCK
@@ -87,14 +87,14 @@ def write_padding(buffer: Bytes, begin: int, end: int, length: int) -> int:
     return blocks
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def write_state(state: State, out: Bytes, at: int) -> None:
     """The state as a digest, to ``out[at : at + 32]``."""
     for k in range(4):
         store_big_endian(out, at + 8 * k, np.uint64(state[2 * k]) << np.uint64(32) | np.uint64(state[2 * k + 1]))
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def digest_in_place(buffer: Bytes, begin: int, end: int, state: State, out: Bytes, at: int, hardware: bool) -> None:
     """SHA-256 of ``buffer[begin:end]`` to ``out[at : at + 32]``; overwrites up to ``PADDING`` bytes behind the message."""
     blocks = write_padding(buffer, begin, end, end - begin)
@@ -103,7 +103,7 @@ def digest_in_place(buffer: Bytes, begin: int, end: int, state: State, out: Byte
     write_state(state, out, at)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def digest(data: Bytes, at: int, length: int, scratch: Bytes, state: State, out: Bytes, to: int, hardware: bool) -> None:
     """SHA-256 of ``data[at : at + length]``, which stays as it is, to ``out[to : to + 32]``; ``scratch`` has 128 bytes."""
     whole = length // BLOCK

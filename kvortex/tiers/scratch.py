@@ -10,10 +10,10 @@ from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from kvortex.devices.native import call, memcpy_address
 from kvortex.digests.host import add_lengths, numbers
+from kvortex.jit import njit
 from kvortex.tiers.base import Digests, Int64s
 from kvortex.transfer import copies
 from kvortex.transfer.copies import copy_buffers
@@ -88,7 +88,7 @@ def copy_digested(sources: Int64s, targets: Int64s, nbytes: int) -> Digests:
     return add_lengths(sums, sizes)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def _clear(memset, addresses, sizes):  # type: ignore[no-untyped-def]
     for at in range(len(addresses)):
         call(memset, (addresses[at], 0, sizes[at]))

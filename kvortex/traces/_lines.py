@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from kvortex.jit import njit
 from kvortex.traces._naming import CALL, LAST_TIME, LINES, LOST_CALLS, Names, Numbers, is_new, name
 from kvortex.traces._ring import CHECK, COUNT, KIND, LOST, SAVE, TAIL, TIME, Ring, give_back, is_ready
 
@@ -40,13 +40,13 @@ def room(keys: int) -> int:
     return _PER_LINE + _PER_KEY * keys
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _put(out: Text, at: int, text: Text) -> int:
     out[at : at + text.size] = text
     return at + text.size
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _put_number(out: Text, at: int, number: int) -> int:
     digits, rest = 1, number // 10
     while rest > 0:
@@ -57,7 +57,7 @@ def _put_number(out: Text, at: int, number: int) -> int:
     return at + digits
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _put_ids(out: Text, at: int, ids: Numbers) -> int:
     for i in range(ids.size):
         if i > 0:
@@ -67,7 +67,7 @@ def _put_ids(out: Text, at: int, ids: Numbers) -> int:
     return at
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def write_lines(ring: Ring, names: Names, opening: Text, block_size: int, out: Text) -> tuple[int, int]:
     """Takes calls from the ring, as many as ``out`` has room for, and writes their lines there; (bytes, calls)."""
     rows, counters = ring.rows, names.counters

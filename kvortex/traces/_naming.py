@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from kvortex.index._hash import Buckets, find, fingerprint, insert, new_buckets, remove, tag_of
+from kvortex.jit import njit
 from kvortex.traces._ring import CHECK, LOAD, Rows
 
 Numbers = npt.NDArray[np.int64]
@@ -51,7 +51,7 @@ def new_names(capacity: int) -> Names:
     )
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def name(names: Names, rows: Rows, row: int) -> int:
     """Entry of a key, a new one where it is not known."""
     tag = tag_of(fingerprint(rows, row))
@@ -69,7 +69,7 @@ def name(names: Names, rows: Rows, row: int) -> int:
     return entry
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _entry(names: Names) -> int:
     """An entry that nothing is in any more; never one that the call of this moment has named."""
     counters, flags = names.counters, names.flags
@@ -86,7 +86,7 @@ def _entry(names: Names) -> int:
     return int(hand)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def is_new(names: Names, entry: int, kind: int) -> bool:
     """Whether a key of this call belongs into a line of its own: nothing written so far accounts for it.
 

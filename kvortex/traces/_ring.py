@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from kvortex.jit import njit
 from kvortex.traces._atomics import compare_and_set, exchange, fetch_add
 
 Rows = npt.NDArray[np.int64]
@@ -43,7 +43,7 @@ def new_ring(rows: int) -> Ring:
     return Ring(np.zeros((rows, 4), np.int64), np.zeros(rows, np.int64), np.zeros(_MARKS, np.int64))
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def push(ring: Ring, words: Rows, kind: int, time: int) -> bool:
     """Appends a call; False, and counted, where the reader is too far behind."""
     rows, ready, marks = ring.rows, ring.ready, ring.marks
@@ -67,19 +67,19 @@ def push(ring: Ring, words: Rows, kind: int, time: int) -> bool:
     return True
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def is_ready(ring: Ring, tail: int) -> bool:
     """Whether the call that begins with that row is there as a whole."""
     return bool(fetch_add(ring.ready, tail & (ring.ready.size - 1), 0) == tail + 1)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def give_back(ring: Ring, tail: int) -> None:
     """The reader is done with all rows before that one."""
     exchange(ring.marks, TAIL, tail)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def shut(ring: Ring) -> None:
     """Refuses all calls from now on, and counts those that wait with those that it refuses. Once, by the reader."""
     rows, marks = ring.rows, ring.marks

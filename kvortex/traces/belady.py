@@ -6,14 +6,14 @@ import heapq
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from kvortex.jit import njit
 from kvortex.traces.format import Trace
 
 _NEVER = np.iinfo(np.int64).max
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _min(blocks: npt.NDArray[np.int64], free: npt.NDArray[np.bool_], distinct: int, capacity: int) -> int:
     """Hits of MIN with bypass on ``blocks`` ((n,) numbers below ``distinct``), one reference after another.
 

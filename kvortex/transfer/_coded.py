@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 
 import numpy as np
-from numba import njit
 
+from kvortex.jit import njit
 from kvortex.kernels.plane_form import MOST_TAIL, RAW_TAIL, RAW_TILE, VALUES
 
 _AHEAD, _LINE = 32, 16  # records, and words of a line of a cache
 
 
-@njit(nogil=True, cache=True, inline="always")  # type: ignore[untyped-decorator]
+@njit(nogil=True, inline="always")
 def _any_tails(words, table, first, end):  # type: ignore[no-untyped-def]
     """Bytes of the tails of some tiles; entries that no tile has count as none, and are told where they are decoded."""
     size = np.uint32(0)
@@ -27,7 +27,7 @@ def _any_tails(words, table, first, end):  # type: ignore[no-untyped-def]
     return size
 
 
-@njit(nogil=True, cache=True, inline="always")  # type: ignore[untyped-decorator]
+@njit(nogil=True, inline="always")
 def _coded_tails(words, table, first, end):  # type: ignore[no-untyped-def]
     """The same where all tiles are coded, and whether they are: in two thirds of the time."""
     size, values, wrong, longest = np.uint32(0), np.uint32(0), np.uint32(0), np.uint32(0)
@@ -44,13 +44,13 @@ def _coded_tails(words, table, first, end):  # type: ignore[no-untyped-def]
     return np.uint32(size << np.uint32(2)), good
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def _tails(words, table, first, end):  # type: ignore[no-untyped-def]
     size, good = _coded_tails(words, table, first, end)
     return size if good else np.uint32(_any_tails(words, table, first, end))
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def tail_offsets(words, slot_words, slots, table_at, used_at, tiles, edges, most, offsets):  # type: ignore[no-untyped-def]
     """Where in records of the plane code the tails of some tiles begin, as their tables say, and end, as their headers do.
 

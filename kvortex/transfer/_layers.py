@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 
 import numpy as np
-from numba import njit
 
+from kvortex.jit import njit
 from kvortex.transfer.plan import (
     CHUNK_COLUMNS,
     COPY_BYTES,
@@ -25,7 +25,7 @@ from kvortex.transfer.plan import (
 )
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def list_sections(  # type: ignore[no-untyped-def]
     slots, per_chunk, segment_slots, address, slot_bytes, first_pieces, offsets, nbytes, pitch
 ):

@@ -8,8 +8,8 @@ from __future__ import annotations
 import functools
 
 import numpy as np
-from numba import njit
 
+from kvortex.jit import njit
 from kvortex.transfer.coded import MOST_RUN, READ_PIECE
 from kvortex.transfer.plan import (
     ARGUMENTS,
@@ -40,11 +40,9 @@ _READ_PITCH, _READ_COUNT, _READ_SUMS, _READ_FIRST, _READ_END, _READ_SHIFT = (ARG
 _PITCH, _STATUS, _IDS, _COUNT, _RUN, _TILE, _LAST_TILE, _TAILS = (ARGUMENTS + at for at in (1, 3, 4, 5, 6, 7, 8, 9))
 _ALIGNED = 64  # bytes; strips begin and end at multiples of that, as the parts of a record's front do
 _WARP = 32
-# Compiled with columns of plan.py, of which Numba's cache does not see a change: see holding.py. Last: launches of 12
-# parameters.
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def _strips_of(fixed, offsets, g, first, end, done, least, most, strips):  # type: ignore[no-untyped-def]
     """Strips of a group in a chunk of records ``first`` to ``end``; where those end that differ from record to record."""
     strips[:] = fixed[g]
@@ -61,7 +59,7 @@ def _strips_of(fixed, offsets, g, first, end, done, least, most, strips):  # typ
     return last[END]
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def _pitch_of(strips):  # type: ignore[no-untyped-def]
     pitch = 0
     for k in range(len(strips)):
@@ -69,7 +67,7 @@ def _pitch_of(strips):  # type: ignore[no-untyped-def]
     return pitch
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def pitch_of_all(fixed, offsets, least, most):  # type: ignore[no-untyped-def]
     """Bytes of a record in a staging buffer, in the first group, if all were in one chunk. See :func:`list_groups`."""
     strips = np.empty(fixed.shape[1:], np.int64)
@@ -77,7 +75,7 @@ def pitch_of_all(fixed, offsets, least, most):  # type: ignore[no-untyped-def]
     return _pitch_of(strips)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def part_chunks(fixed, offsets, starts, records, done, least, most, buffer_bytes):  # type: ignore[no-untyped-def]
     """First records of parts of chunks, each of which fits into a staging buffer in every group, and the chunk of each part.
 
@@ -104,7 +102,7 @@ def part_chunks(fixed, offsets, starts, records, done, least, most, buffer_bytes
     return made, of
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def _list_copies(slots, breaks, first, end, strips, pitch, pool, copies, at):  # type: ignore[no-untyped-def]
     """A copy of each strip for each run of neighbours; how many copies there are by now, and bytes of these."""
     address, slot_bytes, _ = pool
@@ -129,7 +127,7 @@ def _list_copies(slots, breaks, first, end, strips, pitch, pool, copies, at):  #
     return at, nbytes
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def _list_launches(rows, varies, first, count, strips, pitch, most_ctas, launches):  # type: ignore[no-untyped-def]
     """Launches that digest the last strips of a chunk, and one that decodes."""
     reads = len(rows) - 1
@@ -154,7 +152,7 @@ def _list_launches(rows, varies, first, count, strips, pitch, most_ctas, launche
         row[_TAILS] = strips[len(strips) - 1, BEGIN]
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def list_groups(  # type: ignore[no-untyped-def]
     slots, kept, starts, tail, fixed, offsets, done, least, most, rows, pool, most_ctas
 ):

@@ -18,7 +18,7 @@ from kvortex.transfer.bench import FRAGMENTS, Bench
 from kvortex.transfer.cuda import launches_block
 from kvortex.transfer.executor import Direction
 from kvortex.transfer.measurements import Measurement, first_of_the_best, least_short, long_enough, rank
-from kvortex.transfer.profile import KERNEL_S, Profile, guess, most_resident_ctas
+from kvortex.transfer.profile import KERNEL_S, STAGED_CTAS_EACH, Profile, guess, most_resident_ctas
 from kvortex.transfer.routes import OVER_THE_LINK, Route
 
 FRAGMENT_BYTES = (4 << 10, 16 << 10, 32 << 10, 128 << 10)
@@ -27,7 +27,7 @@ PAYLOADS = (1 << 20, 4 << 20, 16 << 20)  # or one record, if that is more; and t
 COPY_BYTES = (64 << 10, 128 << 10, 256 << 10, 512 << 10, 1 << 20)
 STREAMS, RESIDENT_CTAS, BESIDE_CTAS = (1, 2, 3), (1, 2, 3, 4, 6, 8), (1, 2, 4)
 CHUNK_PARTS = (1, 2, 4)  # of the staging buffer that is guessed; of equals the longest, which both ways at once need
-# Of the multiprocessors, for a launch; of equals the most, which are soon over: who comes late has nothing to do.
+# Of as many CTAs as there may be, for a launch; of equals the most, which are soon over: who comes late has nothing to do.
 STAGED_PARTS = (1, 2, 4, 8)
 ROUNDS = 5
 STEPS = 3 + 2 * len(FRAGMENT_BYTES)  # that ``tell`` hears of
@@ -175,7 +175,8 @@ def _best_launches_beside(machine: Machine, profile: Profile, link: dict[Directi
         most = most_resident_ctas(machine.multiprocessors)
         few = [replace(profile, resident_ctas_beside=ctas) for ctas in BESIDE_CTAS if ctas <= most]
         profile = least_short({shape: cost(shape, Route.RESIDENT) for shape in few})
-    parts = [replace(profile, staged_ctas=max(1, machine.multiprocessors // part)) for part in STAGED_PARTS]
+    most_staged = STAGED_CTAS_EACH * machine.multiprocessors
+    parts = [replace(profile, staged_ctas=max(1, most_staged // part)) for part in STAGED_PARTS]
     return least_short({shape: cost(shape, Route.STAGED) for shape in parts})
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from kvortex.codecs import Codec
 from kvortex.codecs._lossy import decode_lossy, encode_lossy
@@ -22,6 +21,7 @@ from kvortex.codecs.plane import PlaneCodec
 from kvortex.devices.native import call, memcpy_address
 from kvortex.digests.host import copy_part, numbers
 from kvortex.errors import CodecError
+from kvortex.jit import njit
 from kvortex.transfer.plan import BASE, BYTES, OFFSET, STRIDE, Int64s
 
 CODED = -1  # the part of a row that is a whole record
@@ -29,7 +29,7 @@ _HEADER_WORDS = HEADER_BYTES // 4
 _PART_WORD, _USED_WORD = 3, 6  # of a header, in words of 32 bits; the latter has two
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def _move(memcpy, fragments, block, at, first, last, to_record):  # type: ignore[no-untyped-def]
     """Copies bytes ``first`` to ``last`` of a record from its page to ``at``, or back."""
     for f in range(len(fragments)):
@@ -41,7 +41,7 @@ def _move(memcpy, fragments, block, at, first, last, to_record):  # type: ignore
             call(memcpy, (target, source, end - begin))
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def _cross(memcpy, record, own, nbytes, sums, row, to_host, fixed):  # type: ignore[no-untyped-def]
     """Copies a coded record from this thread's memory into its slot, or back, and digests it where it is this thread's."""
     target, source = (record, own) if to_host else (own, record)
@@ -54,7 +54,7 @@ def _cross(memcpy, record, own, nbytes, sums, row, to_host, fixed):  # type: ign
         call(memcpy, (target, source, nbytes))
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def code_plane(memcpy, fragments, codec, blocks, good, records, sums, to_host, fixed):  # type: ignore[no-untyped-def]
     """Pages to slots or back by :class:`kvortex.codecs.plane.PlaneCodec`.
 
@@ -88,7 +88,7 @@ def code_plane(memcpy, fragments, codec, blocks, good, records, sums, to_host, f
                 _move(memcpy, fragments, blocks[b], np.int64(values.ctypes.data), 0, raw_bytes, False)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def _code_part(memcpy, fragments, codec, block, part, coded, to_host):  # type: ignore[no-untyped-def]
     """One part of a record that is kept exactly, from its page into ``coded`` or back; whether it is that part."""
     raw_bytes, part_bytes, header = codec
@@ -109,7 +109,7 @@ def _code_part(memcpy, fragments, codec, block, part, coded, to_host):  # type: 
     return same
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def code_lossy(memcpy, fragments, codec, blocks, parts, good, records, sums, to_host, fixed):  # type: ignore[no-untyped-def]
     """Pages to slots or back by a :class:`kvortex.codecs.lossy.LossyCodec`.
 

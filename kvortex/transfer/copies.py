@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 
 import numpy as np
-from numba import njit
 
 from kvortex.devices.native import call, memcpy_address
 from kvortex.digests.host import copy_part, numbers
+from kvortex.jit import njit
 from kvortex.transfer.plan import BASE, BYTES, OFFSET, STRIDE
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def copy_paged(memcpy, fragments, blocks, records, sums, to_host, fixed):  # type: ignore[no-untyped-def]
     """Copies fragments of pages to records or back.
 
@@ -47,7 +47,7 @@ def copy_paged(memcpy, fragments, blocks, records, sums, to_host, fixed):  # typ
                 call(memcpy, (target, source, nbytes))
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def copy_buffers(memcpy, addresses, sizes, records, sums, to_host, fixed):  # type: ignore[no-untyped-def]
     """Copies contiguous buffers to records or back: (n,) int64 addresses, bytes, and addresses of records. The rest as of
     :func:`copy_paged`."""

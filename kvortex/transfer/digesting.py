@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from kvortex.devices.driver import COPY_TO_DEVICE, COPY_TO_HOST, LAUNCH
 from kvortex.devices.native import call
+from kvortex.jit import njit
 from kvortex.transfer.plan import Int32s, Int64s, Plan
 
 # Cells of ``digest``: table of numbers; sums in VRAM and in pinned memory, and their bytes (0: no digests); what is sent ahead,
@@ -37,13 +37,13 @@ BUFFER_PIECE = 4096  # of kvortex.kernels.reading, which needs numba.cuda to imp
 Sums = npt.NDArray[np.uint64]
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def send(functions, digest, stream):  # type: ignore[no-untyped-def]
     """Block ids, or what a kernel that reads needs in their place, and zeros for the sums; the error code."""
     return call(functions[COPY_TO_DEVICE], (digest[SENT_TO], digest[SENT_FROM], digest[SENT_BYTES], stream))
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def read(functions, digest, stream, parameters, pointers):  # type: ignore[no-untyped-def]
     """Launches the kernel that reads; the error code."""
     parameters[0] = digest[TABLE]
@@ -59,7 +59,7 @@ def read(functions, digest, stream, parameters, pointers):  # type: ignore[no-un
     return call(functions[LAUNCH], shape)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def read_back(functions, digest, stream):  # type: ignore[no-untyped-def]
     """The sums into pinned memory; the error code."""
     return call(functions[COPY_TO_HOST], (digest[SUMS_HOST], digest[SUMS], digest[SUMS_BYTES], stream))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from kvortex.devices.driver import COPY_BATCH, COPY_BATCH_12, COPY_LINES, COPY_TO_DEVICE, COPY_TO_HOST
 from kvortex.devices.native import call
+from kvortex.jit import njit
 from kvortex.transfer.plan import (
     COPY_BYTES,
     DEVICE_SIDE,
@@ -34,7 +34,7 @@ _KIND_HOST, _KIND_DEVICE = 1, 2
 _ORDER_STREAM, _OVERLAP = 1, 1 << 32
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def _lines(to_host, functions, copy, device, stream, scratch):  # type: ignore[no-untyped-def]
     rectangle = scratch[RECTANGLE:]
     rectangle[:] = 0
@@ -50,7 +50,7 @@ def _lines(to_host, functions, copy, device, stream, scratch):  # type: ignore[n
     return call(functions[COPY_LINES], (rectangle.ctypes.data, stream))
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def copy_chunk(to_host, functions, copies, chunk, base, stream, scratch):  # type: ignore[no-untyped-def]
     """The copies of a chunk, with the staging buffer ``base`` on the device side; the first error code."""
     for at in range(chunk[FIRST_COPY], chunk[FIRST_COPY] + chunk[N_COPIES]):
@@ -66,7 +66,7 @@ def copy_chunk(to_host, functions, copies, chunk, base, stream, scratch):  # typ
     return np.int32(0)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def copy_batch(to_host, functions, batch, chunk, stream, scratch):  # type: ignore[no-untyped-def]
     """The copies of a chunk in one call of the driver.
 

@@ -6,20 +6,16 @@ another one's. Between finding who holds the buffers and issuing there is no suc
 
 from __future__ import annotations
 
-from numba import njit
-
+from kvortex.jit import njit
 from kvortex.transfer.issue import ERROR, ISSUED, hand_over, issue
 from kvortex.transfer.resident import issue_resident
 
 # What keeps the next chunk out of a staging buffer that is in use: nothing, since none is used; the order of the buffer's
 # stream; flags.
 NOTHING, STREAMS, FLAGS = range(3)
-# Numba's cache asks whether this file has changed, and not whether issue.py, resident.py or constants of plan.py have, which
-# are compiled into it: who changes these changes a line here, in submitting.py and in _strips.py too. Last: launches of 12
-# parameters.
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def _take(kind, holder, streams, joins, functions, lane, scratch, outcome):  # type: ignore[no-untyped-def]
     """Whether the buffers are free for ``kind``, or were handed over; else nothing is to be issued, as ``outcome`` says."""
     if kind != NOTHING:
@@ -32,7 +28,7 @@ def _take(kind, holder, streams, joins, functions, lane, scratch, outcome):  # t
     return True
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def issue_holding(kind, holder, streams, joins, arguments):  # type: ignore[no-untyped-def]
     """:func:`kvortex.transfer.issue.issue`, with the staging buffers in hand.
 
@@ -51,7 +47,7 @@ def issue_holding(kind, holder, streams, joins, arguments):  # type: ignore[no-u
         issue(*arguments)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def issue_resident_holding(holder, streams, joins, arguments):  # type: ignore[no-untyped-def]
     """:func:`kvortex.transfer.resident.issue_resident` likewise, as ``FLAGS``."""
     if _take(FLAGS, holder, streams, joins, arguments[0], arguments[1], arguments[-2], arguments[-1]):

@@ -7,7 +7,6 @@ on an H100; this function had the plan on the GPU in milliseconds.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from kvortex.devices.driver import (
     CTX_POP,
@@ -17,6 +16,7 @@ from kvortex.devices.driver import (
     STREAM_WAIT,
 )
 from kvortex.devices.native import call, release
+from kvortex.jit import njit
 from kvortex.transfer import digesting
 from kvortex.transfer.digesting import (
     EVENT,
@@ -67,7 +67,7 @@ COUNTER_BYTES = 128  # from the counter of one stream's launches to the next one
 _READS = digesting.KERNEL
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def _launch(functions, lane, chunk, digest, bases, pitch, stream, parameters, pointers):  # type: ignore[no-untyped-def]
     n_pieces, n_blocks = chunk[N_PIECES], chunk[N_BLOCKS]
     parameters[0] = bases[BUFFER]
@@ -91,7 +91,7 @@ def _launch(functions, lane, chunk, digest, bases, pitch, stream, parameters, po
     )
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def _launch_rows(functions, launches, chunk, bases, stream, parameters, pointers):  # type: ignore[no-untyped-def]
     """The launches of a chunk, one behind another; the first error code."""
     for at in range(chunk[FIRST_LAUNCH], chunk[FIRST_LAUNCH] + chunk[N_LAUNCHES]):
@@ -105,7 +105,7 @@ def _launch_rows(functions, launches, chunk, bases, stream, parameters, pointers
     return np.int32(0)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def _run(  # type: ignore[no-untyped-def]
     functions, lane, launches, chunk, digest, bases, pitch, stream, parameters, pointers
 ):
@@ -115,7 +115,7 @@ def _run(  # type: ignore[no-untyped-def]
     return _launch(functions, lane, chunk, digest, bases, pitch, stream, parameters, pointers)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def follow_stream(functions, stream, other, event):  # type: ignore[no-untyped-def]
     """Makes a stream wait for what is on another one now, by an event; the first error code."""
     code = call(functions[EVENT_RECORD], (event, other))
@@ -124,7 +124,7 @@ def follow_stream(functions, stream, other, event):  # type: ignore[no-untyped-d
     return code
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def join(functions, lane, streams, joins, first, used):  # type: ignore[no-untyped-def]
     """Makes the join stream wait for ``used`` streams from ``first`` on, all of them whatever fails; the first error code."""
     error = np.int32(0)
@@ -136,7 +136,7 @@ def join(functions, lane, streams, joins, first, used):  # type: ignore[no-untyp
     return error
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def hand_over(functions, lane, streams, joins, scratch, outcome):  # type: ignore[no-untyped-def]
     """Makes every stream of a lane wait for all that is on the others: staging buffers pass from one route to another.
 
@@ -156,7 +156,7 @@ def hand_over(functions, lane, streams, joins, scratch, outcome):  # type: ignor
     outcome[ERROR] = error
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def follow(functions, stream, events):  # type: ignore[no-untyped-def]
     """Makes a stream wait for events that are recorded already; the first error code."""
     for event in events:
@@ -166,7 +166,7 @@ def follow(functions, stream, events):  # type: ignore[no-untyped-def]
     return np.int32(0)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def issue(  # type: ignore[no-untyped-def]
     functions, lane, streams, buffers, joins, turns, turn, caller, after, start, done, chunks, copies, batch, pitch, marks,
     events, digest, launches, works, bases, parameters, pointers, scratch, outcome,

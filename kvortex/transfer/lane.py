@@ -21,7 +21,8 @@ from kvortex.transfer.holding import FLAGS, NOTHING, STREAMS
 from kvortex.transfer.plan import BASE_CELLS, IDS, INSTEAD, N_PIECES, PARAMETERS, STATUS, SUMS, Int64s, Plan
 from kvortex.transfer.submitting import RESIDENT, STREAMED, Submitter
 
-THREADS = 512
+THREADS = 128  # of a CTA that stages: a small one finds room sooner beside a model's, and leaves it sooner
+READING_THREADS = 512  # of one that only reads, and has much to read
 ROW_WORDS = 2 * resident.ROW_CELLS  # of an IdBuffer's int32
 RESIDENT_THREADS = 512  # of kvortex.kernels.resident, which needs numba.cuda to import
 
@@ -29,7 +30,7 @@ RESIDENT_THREADS = 512  # of kvortex.kernels.resident, which needs numba.cuda to
 Job: TypeAlias = "tuple[int, tuple[Any, ...]]"  # of kvortex.transfer.submitting
 _AT_ONCE = 32  # calls of the driver, of a hundred microseconds at most in all, that are not worth waking a thread for
 _FEW_THREADS = 128  # of a CTA that only reads, where there is so little that it is to be spread over all multiprocessors
-_READING_LAUNCHES = 4  # times the CTAs of a launch, for one that only reads: as many as keep the bus of the VRAM busy
+_READING_LAUNCHES = 2  # times the CTAs of a launch, for one that only reads: as many as keep the bus of the VRAM busy
 
 
 def is_short(plan: Plan) -> bool:
@@ -235,7 +236,7 @@ class Lane:
             cells[dg.TABLE] = reading.table or cells[dg.IDS]
             cells[dg.N_PIECES], cells[dg.N_BLOCKS] = reading.n_pieces, digesting.count
             most, warps = _READING_LAUNCHES * int(self.cells[nogil.MAX_CTAS]), reading.n_pieces * digesting.count
-            threads = THREADS if warps > most * (_FEW_THREADS // 32) else _FEW_THREADS
+            threads = READING_THREADS if warps > most * (_FEW_THREADS // 32) else _FEW_THREADS
             cells[dg.CTAS], cells[dg.THREADS] = min(most, -(-warps // (threads // 32))), threads
         return cells
 

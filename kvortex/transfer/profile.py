@@ -20,6 +20,7 @@ _LINE_S, _BATCHED_S = 40e-9, 150e-9  # a line of a 2D DMA, and a copy of a batch
 WORTH = 8  # times what it costs is what a line or copy should take
 _START_S = 75e-6  # a gather, a DMA and the gap between them
 _CHUNK_S = 0.6e-3  # of a staging buffer, against a few microseconds from each to the next
+STAGED_CTAS_EACH = 2  # of a multiprocessor at most, for one launch: twice as many cost models more, and bring nothing
 _GROUP_COPIES = 8  # as much as the end of one group and the beginning of the next are worth
 
 KERNEL_S = 4e-3  # the kernels of models end after less than that, mostly
@@ -141,7 +142,7 @@ def guess(link: float | None, multiprocessors: int) -> Profile:
         streams=2,
         buffers=4,
         buffer_bytes=max(4096, _round(_CHUNK_S * rate)),
-        staged_ctas=multiprocessors,
+        staged_ctas=STAGED_CTAS_EACH * multiprocessors,
         resident_ctas=min(4, most_resident_ctas(multiprocessors)),
         resident_ctas_beside=min(2, most_resident_ctas(multiprocessors)),
         rankings=_guessed_rankings(line, *(_round(seconds * rate) for seconds in (WORTH * _BATCHED_S, _START_S))),

@@ -15,8 +15,6 @@ shares a hardware queue with another one is slower, and never stuck.
 
 from __future__ import annotations
 
-from numba import njit
-
 from kvortex.devices.asking import ask_relaxed
 from kvortex.devices.driver import (
     COPY_TO_DEVICE,
@@ -29,6 +27,7 @@ from kvortex.devices.driver import (
     STREAM_WRITE_VALUE,
 )
 from kvortex.devices.native import call, release
+from kvortex.jit import njit
 from kvortex.transfer.digesting import NUMBERS, SUMS, SUMS_BYTES, read_back
 from kvortex.transfer.dma import MODE, copy_chunk
 from kvortex.transfer.issue import (
@@ -57,7 +56,7 @@ _WORD = 0xFFFFFFFF
 _GREATER_OR_EQUAL = 0  # CU_STREAM_WAIT_VALUE_GEQ: cyclic
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def _write_rows(to_host, ring, buffers, first, filled, offsets, chunks, rows, values):  # type: ignore[no-untyped-def]
     """Fills ``rows``, and ``values`` with the flags' values that each chunk's DMA raises and waits for."""
     depth = len(buffers)
@@ -84,7 +83,7 @@ def _write_rows(to_host, ring, buffers, first, filled, offsets, chunks, rows, va
             threads[at] += ring[THREADS]
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def _have_passed(functions, events, scratch):  # type: ignore[no-untyped-def]
     """Whether nothing is to be waited for."""
     passed = True
@@ -93,7 +92,7 @@ def _have_passed(functions, events, scratch):  # type: ignore[no-untyped-def]
     return passed
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def _move(to_host, functions, flag, done, copies, chunk, buffer, stream, scratch):  # type: ignore[no-untyped-def]
     """The copies of a chunk, when the kernels are through with its buffer; the first error code."""
     error = call(functions[STREAM_WAIT_VALUE], (stream, flag + FLAG_BYTES, done, _GREATER_OR_EQUAL))
@@ -102,7 +101,7 @@ def _move(to_host, functions, flag, done, copies, chunk, buffer, stream, scratch
     return error
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def issue_resident(  # type: ignore[no-untyped-def]
     functions, lane, ring, ctas, streams, buffers, joins, turn, filled, offsets, caller, after, start, done_event, chunks,
     copies, pitch, marks, events, rows, upload, digest, values, parameters, pointers, scratch, outcome,

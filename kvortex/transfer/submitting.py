@@ -16,18 +16,16 @@ import time
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from kvortex.devices.native import call, load_tuple, release, store_tuple
 from kvortex.devices.threads import Mutex, Semaphore, busy_address
 from kvortex.errors import TransferTimeoutError
+from kvortex.jit import njit
 from kvortex.transfer.executor import poll
 from kvortex.transfer.holding import issue_holding, issue_resident_holding
 from kvortex.transfer.issue import QUEUED
 from kvortex.transfer.plan import Int64s
 
-# Compiled with all that holding.py calls, of which Numba's cache does not see a change: see there. Last: launches of 12
-# parameters.
 _CAPACITY = 256  # plans that wait
 _ROW_WORDS = 256
 _STOP, STREAMED, RESIDENT = range(3)  # what a row's first word says
@@ -37,7 +35,7 @@ _WAIT, _POST = 1, 2  # cells of a Semaphore
 _JOIN_S, _ROOM_S = 10.0, 60.0
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def _streamed(mutex, how, job):  # type: ignore[no-untyped-def]
     """Issues a job with the lock that ``how`` takes, or not; whether it did."""
     if call(mutex[how], (mutex[0],)):
@@ -47,7 +45,7 @@ def _streamed(mutex, how, job):  # type: ignore[no-untyped-def]
     return True
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def _resident(mutex, how, job):  # type: ignore[no-untyped-def]
     if call(mutex[how], (mutex[0],)):
         return False
@@ -56,7 +54,7 @@ def _resident(mutex, how, job):  # type: ignore[no-untyped-def]
     return True
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit()
 def _queue(semaphore, counts, rows, kind, job, like):  # type: ignore[no-untyped-def]
     """Leaves a job in a row; whether there was room. Holds the GIL, so that no two threads are in here at a time."""
     if counts[_PUSHED] - counts[_TAKEN] >= len(rows):
@@ -70,12 +68,12 @@ def _queue(semaphore, counts, rows, kind, job, like):  # type: ignore[no-untyped
     return True
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit()
 def _size(rows, job, like):  # type: ignore[no-untyped-def]
     return store_tuple(rows.ctypes.data, job, like)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def _serve(mutex, semaphore, counts, rows, streamed, resident):  # type: ignore[no-untyped-def]
     """Issues what is left in rows, until it finds ``_STOP``. ``streamed`` and ``resident`` are jobs, for their types alone."""
     while True:

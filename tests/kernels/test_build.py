@@ -98,18 +98,23 @@ def test_sums_of_a_piece_leave_in_one_store(name: str) -> None:
 def test_who_asks_for_a_share_does_not_wait_for_it(name: str) -> None:
     """Of additions of 1 by several lanes the assembler makes one, whose answer is dealt out by a shuffle right behind it."""
     text = on_hopper(name)
-    asked = [at.end() for at in re.finditer(r"\bATOMG\.E\.INC\S* PT, (R\d+)", text)]
-    assert len(asked) == 2, "one before the loop, one in it"
-    (register,) = re.findall(r"ATOMG\.E\.INC\S* PT, (R\d+)", text[asked[1] - 40 : asked[1]])
-    behind = re.split(r"\n", text[asked[1] :], maxsplit=12)[1:12]
+    (asked,) = re.finditer(r"\bATOMG\.E\.INC\S* PT, (R\d+)", text)
+    (register,) = asked.groups()
+    behind = re.split(r"\n", text[asked.end() :], maxsplit=12)[1:12]
     assert not any(re.search(rf"\bSHFL\S* .*, {register}, ", line) for line in behind), behind
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_a_cta_asks_once_for_the_first_shares_of_its_warps(name: str) -> None:
+    ahead, *_ = on_hopper(name).split("BAR.SYNC", 1)
+    assert len(re.findall(r"\bATOMG\.E\.ADD", ahead)) == 1 and "ATOMG.E.INC" not in ahead
 
 
 @pytest.mark.parametrize("capability", ARCHITECTURES)
 @pytest.mark.parametrize("name", [name for name, module in build.KERNELS.items() if module not in build._REGISTERS])
 def test_512_threads_find_registers_where_none_are_set(name: str, capability: tuple[int, int], tmp_path: Path) -> None:
     most = max(map(int, re.findall(r"\bR(\d+)\b", sass(compiled(name, capability).code, tmp_path))))
-    assert -(-(most + 1) // 8) * 8 * lane.THREADS <= 65536, "a launch would be refused"
+    assert -(-(most + 1) // 8) * 8 * lane.READING_THREADS <= 65536, "a launch would be refused"
 
 
 @pytest.mark.parametrize("name", [name for name in MOVERS if "resident" in name])

@@ -222,11 +222,13 @@ def test_numbers_of_digests() -> None:
     assert (np.stack([pair["$0"], pair["$1"]], 1).reshape(-1) == table).all()
 
 
+@pytest.mark.parametrize("count", [1, 16])
 @pytest.mark.parametrize("asker", [0, 32])
-def test_one_lane_asks_for_a_share_or_none(asker: int) -> None:
+def test_one_lane_asks_for_shares_or_none(asker: int, count: int) -> None:
     """0: each lane is itself, and the first one asks; 32: they are dealt out."""
     counter = np.array([7, 41, 9], np.uint32)
-    who = LANES if asker == 0 else np.full(32, asker)
-    found = _on_a_warp(shares._ask, counter.ctypes.data + 4, who, 1000 + LANES)["$0"]
+    who, at = LANES if asker == 0 else np.full(32, asker), counter.ctypes.data + 4
+    arguments = (at, who, 1000 + LANES) if count == 1 else (at, who, count, 1000 + LANES)
+    found = _on_a_warp(shares._ask if count == 1 else shares._ask_for, *arguments)["$0"]
     assert found[0] == (41 if asker == 0 else 1000) and (found[1:] == 1001 + np.arange(31)).all()
-    assert counter.tolist() == [7, 42 if asker == 0 else 41, 9]
+    assert counter.tolist() == [7, 41 + count if asker == 0 else 41, 9]

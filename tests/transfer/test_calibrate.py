@@ -114,8 +114,8 @@ def test_numbers_follow_what_was_measured() -> None:
 
 def test_numbers_of_launches_beside_a_computation() -> None:
     assert found_on(ctas_beside=2, staged_ctas=16).resident_ctas_beside == 2
-    assert found_on(staged_ctas=64).staged_ctas == 64, "of those that are as good the most, which are soon over"
-    assert found_on(staged_ctas=16).staged_ctas == 16 and found_on(staged_ctas=8).staged_ctas == 8
+    assert found_on(staged_ctas=128).staged_ctas == 128, "of those that are as good the most, which are soon over"
+    assert found_on(staged_ctas=64).staged_ctas == 64 and found_on(staged_ctas=16).staged_ctas == 16
 
 
 class Shallow(Invented):

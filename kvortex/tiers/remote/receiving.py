@@ -8,23 +8,23 @@ import socket
 import time
 
 import numpy as np
-from numba import njit
 
 from kvortex.devices.native import call
 from kvortex.digests.host import add_part, numbers
+from kvortex.jit import njit
 
 PIECE = 1 << 17  # bytes that are digested while they are in a core's second cache
 _WAIT_ALL = socket.MSG_WAITALL
 _CLOCK = time.CLOCK_MONOTONIC
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def _now(clock_gettime, spec):  # type: ignore[no-untyped-def]
     call(clock_gettime, (_CLOCK, spec.ctypes.data))
     return spec[0] * 1_000_000_000 + spec[1]
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def receive_part(recv, clock_gettime, fd, address, nbytes, offset, until, sums, fixed):  # type: ignore[no-untyped-def]
     """Reads up to ``nbytes`` of a record from a socket that blocks, piece by piece, and adds each to the record's digest.
 
