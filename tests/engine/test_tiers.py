@@ -266,7 +266,7 @@ def test_write_back_after_its_delay() -> None:
 
 def test_what_is_evicted_before_its_turn_is_counted() -> None:
     cache, store = PagedCache.plain(HostDevice()), MemoryStore()
-    tiers = Tiers(store, write_timeout_s=10.0)
+    tiers = Tiers(store, write_timeout_s=60.0)
     with cache.engine(slots=4, tiers=tiers.config) as engine:
         tiers[0].plan = lambda operation: "hang" if operation == "put" else None
         for key in range(20):
@@ -282,7 +282,7 @@ def test_what_is_evicted_before_its_turn_is_counted() -> None:
 
 
 def test_what_waits_already_is_not_offered_again() -> None:
-    cache, tiers = PagedCache.plain(HostDevice()), Tiers(MemoryStore(), write_timeout_s=10.0)
+    cache, tiers = PagedCache.plain(HostDevice()), Tiers(MemoryStore(), write_timeout_s=60.0)
     with cache.engine(slots=4, tiers=tiers.config) as engine:
         tiers[0].plan = lambda operation: "hang" if operation == "put" else None
         for key in (0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5):  # each was evicted when it is saved again
@@ -296,7 +296,7 @@ def test_what_waits_already_is_not_offered_again() -> None:
 
 def test_a_full_queue_drops_and_never_blocks_a_save() -> None:
     cache, store = PagedCache.plain(HostDevice()), MemoryStore()
-    tiers = Tiers(store, queue_blocks=3, write_timeout_s=10.0)
+    tiers = Tiers(store, queue_blocks=3, write_timeout_s=60.0)
     with cache.engine(slots=16, tiers=tiers.config) as engine:
         tiers[0].plan = lambda operation: "hang" if operation == "put" else None
         for key in range(10):

@@ -1,25 +1,34 @@
-"""What runs in the simulator runs beside what is compiled."""
+"""What runs in the simulator, and what compiles every kernel, begins with the session, and runs beside all its tests."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from tests.kernels.simulator import Simulated, Simulator, programs
+from tests.kernels import compiled
+from tests.kernels.beside import Beside, Simulated, programs
+
+_beside = pytest.StashKey[Beside]()
+_MANY = 50  # kernels to compile: less is not worth compiling all
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _simulator(request: pytest.FixtureRequest) -> Iterator[Simulator]:
-    """Begins, with the first test of this folder, what any test of the session asks for."""
-    asking = {item.path for item in request.session.items if "simulated" in getattr(item, "fixturenames", ())}
-    simulator = Simulator(programs(Path(path) for path in asking))
-    yield simulator
-    simulator.close()
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if session.config.option.collectonly:
+        return
+    asking = {item.path for item in session.items if "simulated" in getattr(item, "fixturenames", ())}
+    compiling = [item for item in session.items if "test_every_kernel_compiles" in item.name]
+    if asking or len(compiling) >= _MANY:
+        session.config.stash[_beside] = beside = Beside(programs(asking), compiles=len(compiling) >= _MANY)
+        compiled.elsewhere = beside.compiled
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if _beside in session.config.stash:
+        session.config.stash[_beside].close()
 
 
 @pytest.fixture
-def simulated(_simulator: Simulator) -> Simulated:
+def simulated(request: pytest.FixtureRequest) -> Iterator[Simulated]:
     """What a program of this folder printed in the simulator; AssertionError with all of it if it failed."""
-    return _simulator
+    yield request.config.stash[_beside].simulated

@@ -14,9 +14,8 @@ import pytest
 from kvortex.errors import BuildError
 from kvortex.kernels import build
 from kvortex.transfer import lane
-from tests.kernels.compiled import compiled, sass
+from tests.kernels.compiled import ARCHITECTURES, compiled, sass
 
-ARCHITECTURES = [(8, 0), (8, 6), (9, 0), (10, 0), (12, 0)]
 MOVERS = [name for name in build.KERNELS if "gather" in name or "scatter" in name]
 READERS = ["read_pages", "read_buffers"]
 SHARING = [*(name for name in MOVERS if "resident" not in name), "plane_count", "plane_encode", "plane_decode", "lossy_encode",

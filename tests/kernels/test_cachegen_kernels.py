@@ -17,9 +17,9 @@ from kvortex.errors import CodecError
 from kvortex.kernels import build, cachegen_encode, plane
 from kvortex.kernels import cachegen_form as kernels
 from kvortex.kernels.cachegen import BODY
+from tests.kernels.beside import Simulated
 from tests.kernels.cachegen_cases import CASES, GUARD, CacheGenCase, damages, escaping
 from tests.kernels.compiled import compiled, sass
-from tests.kernels.simulator import Simulated
 
 NAMES = ("cachegen_count", "cachegen_encode", "cachegen_decode")
 

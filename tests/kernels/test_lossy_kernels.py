@@ -17,10 +17,10 @@ from kvortex.errors import CodecError
 from kvortex.kernels import build
 from kvortex.kernels import lossy_form as lossy
 from kvortex.kernels.eights import LEAST_SCALE, ROOTS
+from tests.kernels.beside import Simulated
 from tests.kernels.compiled import compiled, sass
 from tests.kernels.lossy_cases import FILL, GUARD, LARGE, NAMES, SMALL, LossyCase
 from tests.kernels.plane_cases import usual
-from tests.kernels.simulator import Simulated
 
 KERNELS = ("lossy_encode", "lossy_decode")
 

@@ -16,9 +16,9 @@ from kvortex.digests.host import add_lengths
 from kvortex.digests.keys import kernel_numbers
 from kvortex.errors import CodecError
 from kvortex.kernels import build, plane
+from tests.kernels.beside import Simulated
 from tests.kernels.compiled import compiled, sass
 from tests.kernels.plane_cases import CASES, GUARD, PlaneCase
-from tests.kernels.simulator import Simulated
 from tests.kernels.test_build import on_hopper
 from tests.naive_digest import digest
 

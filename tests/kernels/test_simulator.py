@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from tests.kernels.beside import Simulated
 from tests.kernels.cases import CASES
-from tests.kernels.simulator import Simulated
 
 
 def test_gather_and_scatter_in_the_simulator(simulated: Simulated) -> None:
