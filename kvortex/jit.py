@@ -85,8 +85,7 @@ def _parts(function: Any) -> set[str]:
         lines.add(f"{home}: {_code(python.__code__)} {options} {_told(python.__defaults__)}")
         for name, value in _named(python):
             lines.add(f"{home}.{name} = {_told(value)}")
-            if hasattr(value, "py_func") or (isinstance(value, types.FunctionType) and _is_ours(value.__module__)):
-                left.append(value)
+            left += [each for each in _flat(value) if _is_function(each)]
     return lines
 
 
@@ -100,6 +99,19 @@ def _named(function: Any) -> Iterator[tuple[str, Any]]:
         if _is_ours(module.__name__):  # names behind a dot are among the unbound
             taken = [name for name in found.unbound if hasattr(module, name)]
             yield from ((f"{module.__name__}.{name}", getattr(module, name)) for name in taken)
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    """What is in tuples, or a value by itself."""
+    if isinstance(value, (tuple, list)):
+        for each in value:
+            yield from _flat(each)
+    else:
+        yield value
+
+
+def _is_function(value: Any) -> bool:
+    return hasattr(value, "py_func") or (isinstance(value, types.FunctionType) and _is_ours(value.__module__))
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
@@ -125,6 +137,8 @@ def _told(value: Any) -> str:
         return f"frozenset {sorted(map(_told, value))}"
     if isinstance(value, np.ndarray):
         return f"array {value.dtype!r} {value.shape} {hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()}"
+    if isinstance(value, numba.types.Type):
+        return f"type {value}"
     if isinstance(value, types.ModuleType):
         return f"module {value.__name__}"
     if hasattr(value, "py_func"):

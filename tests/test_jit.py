@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import pkgutil
@@ -25,6 +26,7 @@ from made_with import njit
 LIMIT, PAIR = 1000, (1, 2)
 TABLE = np.array([1, 2, 3])
 FURTHER = 4
+KIND = types.uint16
 
 @njit()
 def inner(x):
@@ -37,6 +39,8 @@ def inlined(x):
 @njit()
 def middle(x):
     return inner(x)
+
+BOTH = (middle, middle)
 
 def around():
     count = 5
@@ -53,11 +57,12 @@ def emitted(context):
         return ir.Constant(ir.IntType(64), 7)
     return types.int64(), emit
 """
-NEW = LOW.replace("1000, (1, 2)", "2000, (1, 9)").replace("[1, 2, 3]", "[1, 2, 4]").replace("x + 1", "x + 2")
-NEW = NEW.replace("FURTHER = 4", "FURTHER = 6").replace("count = 5", "count = 8").replace("IntType(64), 7", "IntType(64), 9")
+CHANGES = {"1000, (1, 2)": "2000, (1, 9)", "[1, 2, 3]": "[1, 2, 4]", "x + 1": "x + 2", "FURTHER = 4": "FURTHER = 6"}
+CHANGES |= {"types.uint16": "types.uint32", "count = 5": "count = 8", "IntType(64), 7": "IntType(64), 9"}
+NEW = functools.reduce(lambda text, change: text.replace(*change), CHANGES.items(), LOW)
 HIGH = """
 import low
-from low import LIMIT, PAIR, TABLE, around, emitted, inlined, inner, middle
+from low import BOTH, KIND, LIMIT, PAIR, TABLE, around, emitted, inlined, inner, middle
 from made_with import njit
 
 @njit()
@@ -92,6 +97,14 @@ def reads(x):
 def emits(x):
     return x + emitted()
 
+@njit()
+def calls_one_of_two(x):
+    return BOTH[1](x)
+
+@njit()
+def names_a_type(x):
+    return KIND(x + 65535)
+
 goes_around = around()
 
 @njit()
@@ -104,9 +117,9 @@ if __name__ == "__main__":
         print(each.__name__, each(1), sum(each.stats.cache_hits.values()))
 """
 OLD_RESULTS = {"calls": 2, "calls_further": 2, "takes_in": 2, "names": 1003, "names_behind_a_dot": 5, "names_in_a_list": 2002}
-OLD_RESULTS |= {"reads": 4, "emits": 8, "calls_around": 6}
+OLD_RESULTS |= {"reads": 4, "emits": 8, "calls_around": 6, "calls_one_of_two": 2, "names_a_type": 0}
 NEW_RESULTS = {"calls": 3, "calls_further": 3, "takes_in": 3, "names": 2010, "names_behind_a_dot": 7, "names_in_a_list": 4002}
-NEW_RESULTS |= {"reads": 5, "emits": 10, "calls_around": 9}
+NEW_RESULTS |= {"reads": 5, "emits": 10, "calls_around": 9, "calls_one_of_two": 3, "names_a_type": 65536}
 
 
 class Checkout:
