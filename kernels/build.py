@@ -50,8 +50,9 @@ KERNELS = {
     "cachegen_decode": "kvortex.kernels.cachegen_decode",
     "compute": "kvortex.kernels.compute",
 }
-# The most that a CTA of 512 threads can have, that four of them can, that two, three and four of 256 can. Coders
-# of plane have loads of the next rows in flight while they work, and need fewer warps for that than registers for these.
+# The most that a CTA of 512 threads can have (four of 128, of which a launch has two for a multiprocessor), that four of them
+# can, that two, three and four of 256 can. Coders of plane have loads of the next rows in flight while they work, and need
+# fewer warps for that than registers for these.
 _REGISTERS = {
     "kvortex.kernels.paged": 128,
     "kvortex.kernels.resident": 128,

@@ -3,8 +3,8 @@
 A launch beside a model gets multiprocessors one after another, as the model's kernels leave them. Were its work dealt out
 before, the CTA that came last would do its part when all others have ended, and the model's next kernel would wait for
 that. So each warp takes the next share from a counter, and asks for it while it works on the one before; who comes when all
-are taken has nothing to do. The first ones are asked for by a CTA at once, since two thousand warps that begin together would
-wait microseconds for one another's answers. Where there are no more than two shares for each warp they are dealt out: asking
+are taken has nothing to do. The first ones are asked for by a CTA at once, lest all warps that begin together wait for one
+another's answers. Where there are no more than two shares for each warp they are dealt out: asking
 takes a microsecond.
 
 Each warp that asks finds once that nothing is left, and the last one to find that puts the counter back: it is 0 before a
@@ -85,7 +85,8 @@ def first_share(taken, counter, asker):  # type: ignore[no-untyped-def]
     """A warp's first share: its CTA asks once for all its warps, which wait for one another here.
 
     The last warp asks, which has nothing else to do where others fetch what all of them need. ``taken`` is an array in shared
-    memory, of which the first element is overwritten, and free again behind the call.
+    memory, of which the first element is overwritten, and free again behind the call. All threads of a CTA, whole warps,
+    must come to it.
     """
     warp, warps = uint32(cuda.threadIdx.x >> 5), uint32(cuda.blockDim.x >> 5)
     if warp == uint32(warps - uint32(1)):

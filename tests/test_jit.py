@@ -8,15 +8,28 @@ import os
 import pkgutil
 import subprocess
 import sys
+import types
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import kvortex
 from kvortex import jit
+from kvortex.index import lru, policies
+from kvortex.jit import kept, stamp
 
+LOWEST = """
+CONSTANT = 7
+
+def number():
+    return CONSTANT
+"""
 LOW = """
+from typing import NamedTuple
+
+import lowest
 import numpy as np
 from llvmlite import ir
 from numba import types
@@ -34,35 +47,44 @@ def inner(x):
 
 @njit(inline="always")
 def inlined(x):
-    return x + 1
+    return x + 11
 
 @njit()
 def middle(x):
     return inner(x)
 
+@njit()
+def shadowed(x):
+    return x + 21
+
 BOTH = (middle, middle)
 
-def around():
-    count = 5
-
+def around(count):
     @njit()
     def function(x):
         return x + count
 
     return function
 
+FIRST, OTHER = around(5), around(8)
+
 @intrinsic
 def emitted(context):
     def emit(context, builder, signature, values):
-        return ir.Constant(ir.IntType(64), 7)
+        return ir.Constant(ir.IntType(64), lowest.number() + 30)
     return types.int64(), emit
+
+class Fields(NamedTuple):
+    one: int
+    two: int
 """
-CHANGES = {"1000, (1, 2)": "2000, (1, 9)", "[1, 2, 3]": "[1, 2, 4]", "x + 1": "x + 2", "FURTHER = 4": "FURTHER = 6"}
-CHANGES |= {"types.uint16": "types.uint32", "count = 5": "count = 8", "IntType(64), 7": "IntType(64), 9"}
-NEW = functools.reduce(lambda text, change: text.replace(*change), CHANGES.items(), LOW)
+DEEP = "import low\n"
 HIGH = """
+import os
+
+import deep
 import low
-from low import BOTH, KIND, LIMIT, PAIR, TABLE, around, emitted, inlined, inner, middle
+from low import BOTH, FIRST, KIND, LIMIT, OTHER, PAIR, TABLE, Fields, emitted, inlined, inner, middle
 from made_with import njit
 
 @njit()
@@ -79,11 +101,23 @@ def takes_in(x):
 
 @njit()
 def names(x):
-    return x + LIMIT + PAIR[1]
+    return x + LIMIT
+
+@njit()
+def names_a_tuple(x):
+    return x + PAIR[1]
 
 @njit()
 def names_behind_a_dot(x):
     return x + low.FURTHER
+
+@njit()
+def names_behind_two_dots(x):
+    return x + deep.low.FURTHER
+
+@njit()
+def shadowed(x):
+    return low.shadowed(x)
 
 @njit()
 def names_in_a_list(x):
@@ -105,70 +139,171 @@ def calls_one_of_two(x):
 def names_a_type(x):
     return KIND(x + 65535)
 
-goes_around = around()
+@njit()
+def calls_both(x):
+    return 100 * FIRST(x) + OTHER(x)
 
 @njit()
-def calls_around(x):
-    return goes_around(x)
+def has_a_default(x, more=(LIMIT, 0)):
+    return x + more[0]
+
+@njit()
+def of_fields(fields):
+    return fields.one
+
+MINE = [calls, calls_further, takes_in, names, names_a_tuple, names_behind_a_dot, names_behind_two_dots, shadowed,
+        names_in_a_list, reads, emits, calls_one_of_two, names_a_type, calls_both, has_a_default]
 
 if __name__ == "__main__":
-    mine = [each for name, each in list(globals().items()) if getattr(each, "py_func", None) and each.__module__ == "__main__"]
-    for each in mine:
-        print(each.__name__, each(1), sum(each.stats.cache_hits.values()))
+    if "LATE" in os.environ:  # the files are updated when all is imported, and nothing compiled yet
+        for name in ("low", "lowest"):
+            os.replace(name + ".new", name + ".py")
+    told = {each.__name__: (each, each(1)) for each in MINE}
+    told["of_fields"] = of_fields, of_fields(Fields(one=1, two=2))
+    told |= {"first": (FIRST, FIRST(1)), "other": (OTHER, OTHER(1))}
+    for name, (each, result) in told.items():
+        print(name, result, sum(each.stats.cache_hits.values()))
 """
-OLD_RESULTS = {"calls": 2, "calls_further": 2, "takes_in": 2, "names": 1003, "names_behind_a_dot": 5, "names_in_a_list": 2002}
-OLD_RESULTS |= {"reads": 4, "emits": 8, "calls_around": 6, "calls_one_of_two": 2, "names_a_type": 0}
-NEW_RESULTS = {"calls": 3, "calls_further": 3, "takes_in": 3, "names": 2010, "names_behind_a_dot": 7, "names_in_a_list": 4002}
-NEW_RESULTS |= {"reads": 5, "emits": 10, "calls_around": 9, "calls_one_of_two": 3, "names_a_type": 65536}
+# What changes, and what each function gives for 1 then.
+CHANGES = {
+    ("1000, (1, 2)", "2000, (1, 2)"): {"names": 2001, "names_in_a_list": 4002, "has_a_default": 2001},
+    ("(1, 2)", "(1, 9)"): {"names_a_tuple": 10},
+    ("[1, 2, 3]", "[1, 2, 4]"): {"reads": 5},
+    ("x + 1\n", "x + 2\n"): {"calls": 3, "calls_further": 3, "calls_one_of_two": 3},
+    ("x + 11", "x + 12"): {"takes_in": 13},
+    ("x + 21", "x + 22"): {"shadowed": 23},
+    ("FURTHER = 4", "FURTHER = 6"): {"names_behind_a_dot": 7, "names_behind_two_dots": 7},
+    ("types.uint16", "types.uint32"): {"names_a_type": 65536},
+    ("around(5), around(8)", "around(8), around(5)"): {"calls_both": 906, "first": 9, "other": 6},
+    (") + 30", ") + 40"): {"emits": 48},
+    ("CONSTANT = 7", "CONSTANT = 8"): {"emits": 39},
+    ("one: int\n    two", "two: int\n    one"): {"of_fields": 1},
+}
+OLD = {"calls": 2, "calls_further": 2, "takes_in": 12, "names": 1001, "names_a_tuple": 3, "names_behind_a_dot": 5,
+       "names_behind_two_dots": 5, "shadowed": 22, "names_in_a_list": 2002, "reads": 4, "emits": 38, "calls_one_of_two": 2,
+       "names_a_type": 0, "calls_both": 609, "has_a_default": 1001, "of_fields": 1, "first": 6, "other": 9}  # fmt: skip
+NEW: dict[str, int] = functools.reduce(lambda all_of_them, one: all_of_them | one, CHANGES.values(), OLD) | {"emits": 49}
+
+
+def changed(text: str, *changes: tuple[str, str]) -> str:
+    for change in changes:
+        assert len(change[0]) == len(change[1])
+        text = text.replace(*change)
+    return text
 
 
 class Checkout:
     """A folder with a module whose functions call another's, which is changed as an update does it."""
 
     def __init__(self, folder: Path, made_with: str) -> None:
-        self._folder = folder
+        self.folder = folder
         (folder / "made_with.py").write_text(made_with)
+        (folder / "deep.py").write_text(DEEP)
         (folder / "high.py").write_text(HIGH)
-        self.write(LOW)
+        self.write()
 
-    def write(self, low: str) -> None:
+    def write(self, *changes: tuple[str, str], suffix: str = ".py") -> None:
         """Neither the length nor the time of a file changes."""
-        path = self._folder / "low.py"
-        path.write_text(low)
-        os.utime(path, (1_700_000_000, 1_700_000_000))
+        for name, text in (("low", LOW), ("lowest", LOWEST)):
+            path = self.folder / (name + suffix)
+            path.write_text(changed(text, *changes))
+            os.utime(path, (1_700_000_000, 1_700_000_000))
 
-    def run(self) -> tuple[dict[str, int], set[str]]:
+    def run(self, **variables: str) -> tuple[dict[str, int], set[str]]:
         """What each function gives for 1, and those whose machine code was there."""
         root = Path(kvortex.__file__).parents[1]
-        ours = {"NUMBA_CACHE_DIR": str(self._folder / "cache"), "PYTHONPATH": f"{self._folder}{os.pathsep}{root}"}
+        ours = {"NUMBA_CACHE_DIR": str(self.folder / "cache"), "PYTHONPATH": f"{self.folder}{os.pathsep}{root}"} | variables
         command = [sys.executable, "-B", "high.py"]
-        done = subprocess.run(command, cwd=self._folder, env=os.environ | ours, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, cwd=self.folder, env=os.environ | ours, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         lines = [line.split() for line in done.stdout.splitlines()]
         return {name: int(result) for name, result, _ in lines}, {name for name, _, hits in lines if hits != "0"}
 
 
 def test_a_change_of_whatever_is_compiled_in_is_seen(tmp_path: Path) -> None:
-    assert len(LOW) == len(NEW)
     checkout = Checkout(tmp_path, "from kvortex.jit import njit")
-    assert checkout.run() == (OLD_RESULTS, set())
-    assert checkout.run() == (OLD_RESULTS, set(OLD_RESULTS)), "what stays the same is not compiled again"
-    checkout.write(NEW)
-    assert checkout.run() == (NEW_RESULTS, set())
-    checkout.write(NEW.replace("import numpy as np", "import numpy as np  # a comment"))
-    results, kept = checkout.run()
-    assert results == NEW_RESULTS and kept == set(NEW_RESULTS) - {"emits"}, "of intrinsics the whole source counts"
+    assert checkout.run()[0] == OLD
+    assert checkout.run() == (OLD, set(OLD)), "what stays the same is not compiled again"
+    checkout.write(*CHANGES)
+    results, were_there = checkout.run()
+    assert results == NEW and not were_there & set(OLD) - {"first", "other"}, "which are the same two, by other names"
+    assert checkout.run() == (NEW, set(NEW))
+    files = {path.name for path in (tmp_path / "cache").rglob("*.nbc") if path.name.startswith("high.names-")}
+    assert len(files) == 1, "what is old is gone"
+
+
+def test_what_changes_between_import_and_compilation(tmp_path: Path) -> None:
+    checkout = Checkout(tmp_path, "from kvortex.jit import njit")
+    checkout.write(*CHANGES, suffix=".new")
+    assert checkout.run(LATE="1") == (OLD, set()), "what was imported is what is compiled"
+    results, were_there = checkout.run()
+    assert results == NEW and not were_there - {"first", "other"}
 
 
 def test_numba_alone_goes_on_with_what_it_has(tmp_path: Path) -> None:
     """Where this fails, kvortex.jit has nothing left to do."""
     checkout = Checkout(tmp_path, "import numba\ndef njit(**options): return numba.njit(cache=True, **options)")
     checkout.run()
-    checkout.write(NEW)
-    assert checkout.run() == (OLD_RESULTS, set(OLD_RESULTS))
+    checkout.write(*CHANGES)
+    results, were_there = checkout.run()
+    stale = {name for name in NEW if results[name] != NEW[name]}
+    assert stale >= set(NEW) - {"has_a_default", "first", "other"} and stale <= were_there
 
 
-def _compiled() -> list[object]:
+def _modules(*changes: tuple[str, str]) -> dict[str, types.ModuleType]:
+    """All four, made anew."""
+    made_with = types.ModuleType("made_with")
+    made_with.njit = functools.partial(jit.njit, cache=False)  # type: ignore[attr-defined]
+    before, made = dict(sys.modules), {"made_with": made_with}
+    sys.modules["made_with"] = made_with
+    try:
+        for name, text in (("lowest", LOWEST), ("low", LOW), ("deep", DEEP), ("high", HIGH)):
+            sys.modules[name] = made[name] = types.ModuleType(name)
+            exec(compile(changed(text, *changes), name, "exec"), made[name].__dict__)
+    finally:
+        for name in made:
+            del sys.modules[name]
+            if name in before:
+                sys.modules[name] = before[name]
+    return made
+
+
+def _stamps(*changes: tuple[str, str]) -> dict[str, str]:
+    made = _modules(*changes)
+    found = {each.__name__: stamp.stamp(each) for each in made["high"].MINE}
+    return found | {name: stamp.stamp(made["low"].__dict__[name.upper()]) for name in ("first", "other")}
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change[1])
+def test_a_change_is_seen_where_it_matters_and_nowhere_else(change: tuple[str, str]) -> None:
+    before, after = _stamps(), _stamps(change)
+    assert {name for name in before if before[name] != after[name]} == set(CHANGES[change]) - {"of_fields"}
+    assert _stamps() == before
+
+
+def test_fields_of_named_tuples_among_arguments() -> None:
+    import numba
+
+    fields = [_modules(*changes)["low"].Fields for changes in ((), [*CHANGES][-1:])]
+    kinds = [numba.typeof(each(1, 2)) for each in fields]
+    nested = [numba.types.Tuple((numba.types.int64, numba.types.UniTuple(kind, 2))) for kind in kinds]
+    for first, second in (kinds, nested):
+        assert str(first) == str(second) or first == first
+        assert stamp.layouts([first]) != stamp.layouts([second]) == stamp.layouts([second]) != ()
+    assert stamp.layouts([numba.types.int64, numba.types.Array(numba.types.int8, 1, "C")]) == ()
+
+
+def test_functions_that_call_each_other_have_an_end() -> None:
+    def first(x: int) -> int:
+        return other(x - 1) if x else 0
+
+    def other(x: int) -> int:
+        return first(x - 1) if x else 1
+
+    assert stamp.stamp(first) != stamp.stamp(other) and stamp.stamp(first) == stamp.stamp(first)
+
+
+def _compiled() -> list[Any]:
     found = {}
     for module in pkgutil.walk_packages(kvortex.__path__, "kvortex."):
         if not module.name.startswith(("kvortex.kernels", "kvortex.integrations", "kvortex.__main__")):
@@ -181,27 +316,43 @@ def test_all_compiled_functions_are_kept_so() -> None:
     all_compiled = _compiled()
     assert len(all_compiled) > 130
     for each in all_compiled:
-        assert isinstance(each._cache._cache_file, jit._Files), each  # type: ignore[attr-defined]
+        assert isinstance(each._cache._cache_file, kept.Kept), each
+
+
+def test_an_index_is_made_of_its_policies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names behind a dot that are also names of the module itself."""
+    before = stamp.stamp(policies.evict)
+    monkeypatch.setattr(lru, "evict", jit.njit()(lambda *_: None))
+    assert stamp.stamp(policies.evict) != before
 
 
 def test_a_stamp_is_the_same_in_every_process() -> None:
     """Also where strings and sets have another order."""
-    program = "from kvortex import jit; from kvortex.transfer import submitting as s; from kvortex.index import core as c\n"
-    program += "print(*[jit.stamp(f) for m in (s, c) for f in vars(m).values() if hasattr(f, 'py_func')])"
+    program = "import conftest; from kvortex.jit.stamp import stamp; from kvortex.transfer import submitting as s\n"
+    program += "from kvortex.index import core as c; from kvortex.digests import host as h\n"
+    program += "print(*[stamp(f) for m in (s, c, h) for f in vars(m).values() if hasattr(f, 'py_func')])"
     told = set()
     for seed in ("1", "2"):
         environment, command = os.environ | {"PYTHONHASHSEED": seed}, [sys.executable, "-c", program]
-        told.add(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+        folder = Path(__file__).parents[1]
+        done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=True)
+        told.add(done.stdout)
     (stamps,) = told
-    assert len(set(stamps.split())) > 3
+    assert len(set(stamps.split())) > 20
 
 
 def test_values_in_words() -> None:
-    assert jit._told(1) != jit._told(True) != jit._told(1.0) and jit._told((1, 2)) != jit._told((2, 1))
-    one, other = np.arange(4), np.arange(4)
-    assert jit._told(one) == jit._told(other) != jit._told(one.astype(np.int32)) != jit._told(one.reshape(2, 2))
-    other[1] = 7
-    assert jit._told(one) != jit._told(other) and jit._told(frozenset("abc")) == jit._told(frozenset("cab"))
+    def told(value: Any) -> str:
+        return stamp._Digests().told(value)
+
+    different: list[Any] = [1, True, 1.0, "1", b"1", None, (1, 2), (2, 1), [1, 2], {1: 2}, {2: 1}, {1, 2}, types, np, max, min]
+    one = np.arange(4)
+    different += [one, one.astype(np.int32), one.reshape(2, 2), one[::-1], np.int8(1), np.dtype("i4"), np.dtype("i8")]
+    different += [functools.partial(max, 1), functools.partial(max, 2)]
+    words = [told(value) for value in different]
+    assert len(set(words)) == len(words)
+    assert told(one) == told(np.arange(8)[:4]) and told(frozenset("abc")) == told(frozenset("cab"))
+    assert told(object()) == told(object()), "no addresses"
 
 
 @pytest.mark.parametrize("options", [{}, {"cache": False}])
@@ -211,4 +362,12 @@ def test_options_are_those_of_numba(options: dict[str, bool]) -> None:
         return 2 * x
 
     assert twice(4) == 8 and twice.targetoptions["nogil"]
-    assert isinstance(getattr(twice._cache, "_cache_file", None), jit._Files) == (not options)
+    assert isinstance(getattr(twice._cache, "_cache_file", None), kept.Kept) == (not options)
+
+
+def test_without_numba_functions_are_pythons() -> None:
+    program = "import conftest; from kvortex.jit import njit; print(njit()(lambda x: 2 * x)(4))"
+    environment, command = os.environ | {"NUMBA_DISABLE_JIT": "1"}, [sys.executable, "-c", program]
+    folder = Path(__file__).parents[1]
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=True)
+    assert done.stdout == "8\n"

@@ -10,11 +10,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from kvortex.kernels.build import Cubin
 
@@ -48,6 +49,7 @@ class Beside:
         self._folder = Path(tempfile.mkdtemp(prefix="kvortex-kernels-"))
         self._thread = ThreadPoolExecutor(1)
         self._running: subprocess.Popen[str] | None = None
+        self._lock = threading.Lock()  # of what runs, and of whether anything else may
         self._ended = False
         self._compiling = self._thread.submit(self._run, "compile_all", str(self._folder)) if compiles else None
         self._simulated: dict[str, Future[tuple[int, str]]] = {
@@ -61,38 +63,39 @@ class Beside:
         return printed
 
     def compiled(self, name: str, capability: tuple[int, int]) -> Cubin | None:
-        """A kernel, when its turn has come; None where it will not come."""
+        """A kernel, when its turn has come; None where it will not come. AssertionError if the compiling program failed."""
         path = self._folder / file_of(name, capability)
         while self._compiling is not None and not path.exists() and not self._compiling.done():
             time.sleep(0.02)
         if not path.exists():
+            if self._compiling is not None:
+                code, printed = self._compiling.result()
+                assert code == 0, printed
             return None
         cubin: Cubin = pickle.loads(path.read_bytes())
         return cubin
 
     def close(self) -> None:
         """Begins nothing more, and ends the program that runs."""
-        self._ended = True
-        if self._running is not None:
-            self._running.kill()
+        with self._lock:
+            self._ended = True
+            if self._running is not None:
+                self._running.kill()
         self._thread.shutdown(cancel_futures=True)
         shutil.rmtree(self._folder)
 
     def _run(self, name: str, *arguments: str, simulator: bool = False) -> tuple[int, str]:
-        if self._ended:
-            return 1, "the session has ended"
         nice = ["nice", "-n", "10"] if shutil.which("nice") else []
-        self._running = subprocess.Popen(
-            [*nice, sys.executable, "-m", f"tests.kernels.{name}", *arguments],
-            cwd=_ROOT,
-            env=os.environ | {"NUMBA_ENABLE_CUDASIM": "1"} if simulator else None,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        command = [*nice, sys.executable, "-m", f"tests.kernels.{name}", *arguments]
+        environment = os.environ | {"NUMBA_ENABLE_CUDASIM": "1"} if simulator else None
+        pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        with self._lock:
+            if self._ended:
+                return 1, "the session has ended"
+            self._running = running = subprocess.Popen(command, cwd=_ROOT, env=environment, **pipes)
         try:
-            printed, _ = self._running.communicate(timeout=_SECONDS)
+            printed, _ = running.communicate(timeout=_SECONDS)
         except subprocess.TimeoutExpired:
-            self._running.kill()
-            return 1, f"{self._running.communicate()[0]}\nnot through in {_SECONDS} seconds"
-        return self._running.returncode, printed
+            running.kill()
+            return 1, f"{running.communicate()[0]}\nnot through in {_SECONDS} seconds"
+        return running.returncode, printed

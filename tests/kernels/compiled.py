@@ -19,8 +19,14 @@ from unittest import mock
 from kvortex.kernels import build
 
 ARCHITECTURES = [(8, 0), (8, 6), (9, 0), (10, 0), (12, 0)]
-# Who compiles beside the tests, if anybody does: see conftest.py.
-elsewhere: Callable[[str, tuple[int, int]], build.Cubin | None] = lambda name, capability: None  # noqa: E731
+
+
+def nowhere(name: str, capability: tuple[int, int]) -> build.Cubin | None:
+    """Nobody compiles beside the tests."""
+    return None
+
+
+elsewhere: Callable[[str, tuple[int, int]], build.Cubin | None] = nowhere  # or who does: see conftest.py
 _lowered: dict[tuple[Any, ...], Any] = {}
 
 

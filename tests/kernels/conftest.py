@@ -24,8 +24,10 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if _beside in session.config.stash:
-        session.config.stash[_beside].close()
+    beside = session.config.stash.get(_beside, None)
+    if beside is not None:
+        compiled.elsewhere = compiled.nowhere
+        beside.close()
 
 
 @pytest.fixture
