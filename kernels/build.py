@@ -59,6 +59,7 @@ _REGISTERS = {
     "kvortex.kernels.compute": 32,
     "kvortex.kernels.coded": 128,
     "kvortex.kernels.coded_read": 128,
+    "plane_count": 64,
     "kvortex.kernels.plane_encode": 80,
     "kvortex.kernels.plane_decode": 80,
     "kvortex.kernels.lossy_encode": 128,
@@ -136,7 +137,7 @@ def compile_kernel(name: str, compute_capability: tuple[int, int]) -> Cubin:
         entry = _ENTRY.search(ptx)
         if entry is None:
             raise BuildError(f"{name}: the compiler wrote no kernel")
-        most = _REGISTERS.get(KERNELS[name])
+        most = _REGISTERS.get(name, _REGISTERS.get(KERNELS[name]))
         if compute_capability < (9, 0):
             most = _BEFORE_HOPPER.get(KERNELS[name], most)
         options = LinkerOptions(arch="sm_{}{}".format(*compute_capability), max_register_count=most)

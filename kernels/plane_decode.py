@@ -55,7 +55,7 @@ from kvortex.kernels.plane import (
 )
 from kvortex.kernels.plane_form import FIXED_BYTES, RAW_TAIL, RAW_TILE, ROWS, SIGN_AT, VALUES
 from kvortex.kernels.plane_row import ESCAPED, bases_of, late_of, row_word
-from kvortex.kernels.shares import answer, ask_next, asker_of, first_share, leave
+from kvortex.kernels.shares import answer, ask_next, asker_of, ceil_div, first_share, leave
 from kvortex.kernels.warp import ALL, uniform
 from kvortex.kernels.warp_words import summed, turned
 
@@ -292,7 +292,7 @@ def plane_decode(  # type: ignore[no-untyped-def]
     tiles = uint32(uint32(codec[N_PLANES]) * uint32(codec[GROUPS]) * uint32(codec[ACROSS]))
     count = uint32(uint32(end) - uint32(first))
     each = min(uint32(run), uint32(32))
-    runs = uint32((count + each - uint32(1)) // each)
+    runs = ceil_div(count, each)
     head_bytes = uint32(uint32(4 * HEADER_WORDS) + uint32(4) * uint32(codec[TABLE_WORDS]))
     own_bytes = uint32(head_bytes + uint32(FIXED_BYTES) * count)  # in front of the tails in staging
     room = uint32(uint32(pitch) - own_bytes)

@@ -44,7 +44,7 @@ from kvortex.kernels.plane_row import (
     sign_bytes,
     upper_halves,
 )
-from kvortex.kernels.shares import answer, ask_next, asker_of, first_share, leave
+from kvortex.kernels.shares import answer, ask_next, asker_of, ceil_div, first_share, leave
 from kvortex.kernels.warp import ALL
 from kvortex.kernels.warp_words import summed, turned
 
@@ -143,7 +143,7 @@ def plane_count(staging, pitch, codec, counts, blocks, n_blocks, run, counter): 
     lane = uint32(cuda.threadIdx.x & 31)
     across = uint32(codec[ACROSS])
     tiles = tiles_of(codec)
-    runs = uint32((tiles + uint32(run) - uint32(1)) // uint32(run))
+    runs = ceil_div(tiles, uint32(run))
     shares = uint32(uint32(n_blocks) * runs)
     asker = asker_of(shares, lane)
     at = first_share(cuda.shared.array(1, types.uint32), counter, asker)
@@ -415,7 +415,7 @@ def plane_encode(staging, pitch, codec, counts, blocks, n_blocks, run, counter):
     shared = uint64(shared_at(all_shared.ctypes.data)) + uint64(_WARP) * uint64(cuda.threadIdx.x >> 5)
     lane = uint32(cuda.threadIdx.x & 31)
     each = min(uint32(run), uint32(32))
-    runs = uint32((tiles_of(codec) + each - uint32(1)) // each)
+    runs = ceil_div(tiles_of(codec), each)
     shares = uint32(uint32(n_blocks) * runs)
     asker = asker_of(shares, lane)
     at = first_share(all_shared, counter, asker)
