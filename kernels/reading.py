@@ -8,9 +8,10 @@ from numba import cuda
 from numba.cuda import types
 
 from kvortex.kernels.digest import digest_read, settle
+from kvortex.kernels.warp import first_dealt, next_dealt
 
 BUFFER_PIECE = 4096  # bytes that a warp takes at a time
-_U64 = types.uint64
+_U32, _U64 = types.uint32, types.uint64
 _I32 = types.int32
 SIGNATURE: Any = types.void(types.CPointer(_U64), _I32, types.CPointer(_I32), _I32, _I32, _U64, _U64, _U64, _U64)
 
@@ -27,14 +28,10 @@ def read_pages(  # type: ignore[no-untyped-def]
     numbers, sums, record_bytes, piece_bytes
         As of :func:`kvortex.kernels.paged.gather_digest`.
     """
-    lane = cuda.threadIdx.x & 31
-    warp = (cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) >> 5
-    warps = (cuda.gridDim.x * cuda.blockDim.x) >> 5
-    b = warp // n_pieces
-    p = warp - b * n_pieces
-    skip_b = warps // n_pieces
-    skip_p = warps - skip_b * n_pieces
-    while b < n_blocks:
+    lane = _U32(cuda.threadIdx.x & 31)
+    at, step = first_dealt(_U32(n_pieces))
+    while at[0] < _U32(n_blocks):
+        b, p = at
         block = only
         if only < 0:
             block = blocks[b]
@@ -42,11 +39,7 @@ def read_pages(  # type: ignore[no-untyped-def]
         offset = pieces[4 * p + 2]
         first, second = digest_read(_U64(0), page, pieces[4 * p + 3], lane, offset, None, numbers)
         settle(sums + _U64(b) * record_bytes + _U64(p) * piece_bytes, first, second, lane, piece_bytes)
-        b += skip_b
-        p += skip_p
-        if p >= n_pieces:
-            p -= n_pieces
-            b += 1
+        at = next_dealt(at, step, _U32(n_pieces))
 
 
 def read_buffers(  # type: ignore[no-untyped-def]
@@ -66,21 +59,13 @@ def read_buffers(  # type: ignore[no-untyped-def]
     numbers, sums, record_bytes, piece_bytes
         As of :func:`kvortex.kernels.paged.gather_digest`.
     """
-    lane = cuda.threadIdx.x & 31
-    warp = (cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) >> 5
-    warps = (cuda.gridDim.x * cuda.blockDim.x) >> 5
-    b = warp // n_pieces
-    p = warp - b * n_pieces
-    skip_b = warps // n_pieces
-    skip_p = warps - skip_b * n_pieces
-    while b < n_blocks:
+    lane = _U32(cuda.threadIdx.x & 31)
+    at, step = first_dealt(_U32(n_pieces))
+    while at[0] < _U32(n_blocks):
+        b, p = at
         offset, nbytes = _U64(p) * _U64(BUFFER_PIECE), buffers[2 * b + 1]
         if offset < nbytes:
             piece = min(nbytes - offset, _U64(BUFFER_PIECE))
             first, second = digest_read(_U64(0), buffers[2 * b] + offset, piece, lane, offset, None, numbers)
             settle(sums + _U64(b) * record_bytes + _U64(p) * piece_bytes, first, second, lane, piece_bytes)
-        b += skip_b
-        p += skip_p
-        if p >= n_pieces:
-            p -= n_pieces
-            b += 1
+        at = next_dealt(at, step, _U32(n_pieces))

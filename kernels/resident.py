@@ -19,7 +19,7 @@ from numba.cuda import types
 from kvortex.kernels.digest import add_up, digest_move, digest_move_fresh
 from kvortex.kernels.flags import behind, nap, raise_flag
 from kvortex.kernels.move import move, move_fresh
-from kvortex.kernels.warp import warp_of_grid, warps_of_grid
+from kvortex.kernels.warp import first_dealt, next_dealt
 
 THREADS = 512  # with 128 registers each, and 4 KiB of loads in flight in each warp
 ROW_CELLS = 8
@@ -41,7 +41,6 @@ def _server(to_staging: bool, digests: bool) -> Callable[..., None]:
     @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
     def serve(rows, n_chunks, pieces, blocks, pitch, numbers, sums):  # type: ignore[no-untyped-def]
         lane = _U32(cuda.threadIdx.x & 31)
-        warp, warps = warp_of_grid(), warps_of_grid()
         chunk = 0
         while chunk < n_chunks:
             row = ROW_CELLS * chunk
@@ -49,11 +48,9 @@ def _server(to_staging: bool, digests: bool) -> Callable[..., None]:
                 nap(_NAP_NS)
             staging, first_block, first_piece = rows[row + STAGING], rows[row + FIRST_BLOCK], rows[row + FIRST_PIECE]
             n_blocks, n_pieces = _U32(rows[row + N_BLOCKS]), _U32(rows[row + N_PIECES])
-            b = _U32(warp // n_pieces)
-            p = _U32(warp - b * n_pieces)
-            skip_b = _U32(warps // n_pieces)  # steps by addition: a division a piece would cost as much as its copy
-            skip_p = _U32(warps - skip_b * n_pieces)
-            while b < n_blocks:
+            place, step = first_dealt(n_pieces)
+            while place[0] < n_blocks:
+                b, p = place
                 at = 4 * (first_piece + _U64(p))
                 record = first_block + _U64(b)
                 page = pieces[at] + _U64(blocks[record]) * pieces[at + 1]
@@ -69,11 +66,7 @@ def _server(to_staging: bool, digests: bool) -> Callable[..., None]:
                     move(part, page, nbytes, lane)
                 else:
                     move_fresh(page, part, nbytes, lane)
-                b = _U32(b + skip_b)
-                p = _U32(p + skip_p)
-                if p >= n_pieces:
-                    p = _U32(p - n_pieces)
-                    b = _U32(b + _U32(1))
+                place = next_dealt(place, step, n_pieces)
             raise_flag(rows[row + DONE])
             chunk += 1
 

@@ -74,7 +74,7 @@ def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]]
     device = kvortex.open_device(device_name)
     if not isinstance(device, CudaDevice):
         raise DeviceUnavailableError("this measurement needs a GPU")
-    payload, seconds, rounds = (32 << 20, 0.05, 1) if quick else (512 << 20, 0.2, 5)
+    payload, seconds, rounds = (32 << 20, 0.05, 1) if quick else (512 << 20, 0.2, 9)
     notes: dict[str, Any] = {"payload_bytes": payload, "gpu_pool_size_bytes": STAGING_BYTES, "staging_buffers": BUFFERS}
     notes |= {"loop_seconds": seconds, "rounds": rounds, "unit": "GB/s of payload"}
     rows = []

@@ -103,6 +103,12 @@ def test_who_asks_for_a_share_does_not_wait_for_it(name: str) -> None:
     assert not any(re.search(rf"\bSHFL\S* .*, {register}, ", line) for line in behind), behind
 
 
+@pytest.mark.parametrize("name", build.KERNELS)
+def test_nothing_is_called(name: str) -> None:
+    """A division of numbers of 64 bits is a call of a hundred instructions and more, in each warp of short launches."""
+    assert "CALL.REL" not in on_hopper(name)
+
+
 @pytest.mark.parametrize("name", SHARING)
 def test_a_cta_asks_once_for_the_first_shares_of_its_warps(name: str) -> None:
     ahead, *_ = on_hopper(name).split("BAR.SYNC", 1)
