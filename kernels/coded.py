@@ -74,6 +74,7 @@ def seal_records(staging, pitch, n_pieces, n_blocks, numbers, sums, status, coun
     asker = asker_of(shares, lane)
     at = first_share(cuda.shared.array(1, types.uint32), counter, asker)
     while at < shares:
+        ahead = ask_next(counter, asker, at)
         b = _U32(at // runs)
         r = _U32(at - b * runs)
         record = staging + _U64(b) * pitch
@@ -89,5 +90,5 @@ def seal_records(staging, pitch, n_pieces, n_blocks, numbers, sums, status, coun
             piece = (live - offset) & _U64(0x7FFFFFFF)  # 32 bits, as the compiler sees
             first, second = digest_aligned(_U64(0), record + offset, piece, lane, offset, None, numbers)
             add_up(sums + _U64(b) * _U64(16), first, second, lane)
-        at = answer(ask_next(counter, asker, at))
+        at = answer(ahead)
     leave(counter, at, shares, asker)
