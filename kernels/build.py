@@ -67,7 +67,8 @@ _REGISTERS = {
     "kvortex.kernels.cachegen_encode": 64,
     "kvortex.kernels.cachegen_decode": 64,
 }
-# Before Hopper a vote in a loop is a call where the compiler does not see that warps are whole: registers for two CTAs of 256.
+# Before Hopper a vote in a loop is a call where the compiler does not see that warps are whole: registers for two CTAs of 256,
+# also for plane_count.
 _BEFORE_HOPPER = {
     f"kvortex.kernels.{codec}_{way}": 128 for codec in ("plane", "lossy", "cachegen") for way in ("encode", "decode")
 }
