@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dis
 import enum
+import functools
 import hashlib
 import sys
 import types
@@ -26,6 +27,7 @@ from numba.core.extending import _Intrinsic
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), np.dtype)
 # Types of arguments that have no others in them.
 _LEAVES = (numba.types.Number, numba.types.Boolean, numba.types.NoneType, numba.types.UnicodeType, numba.types.RawPointer)
+_IMPORT = dis.opmap["IMPORT_NAME"]
 _MADE_FOR_CLASSES = ("__module__", "__doc__", "__dict__", "__weakref__", "__annotations__", "__firstlineno__",
                      "__static_attributes__", "__slots__", "__match_args__", "__orig_bases__", "__parameters__")  # fmt: skip
 
@@ -90,7 +92,7 @@ class _Digests:
         home = f"{python.__module__}.{python.__qualname__}"
         self.known[id(function)] = function, home
         options = [getattr(function, name, None) for name in ("targetoptions", "locals")]
-        lines = [home, self.told(options), self._code(python.__code__)]
+        lines = [home, self.told(options), _code(python.__code__)]
         lines += [self.told(python.__defaults__), self.told(python.__kwdefaults__)]
         lines += [f"{name} = {self.told(value)}" for name, value in _named(python)]
         self.known[id(function)] = function, _digest(lines)
@@ -147,12 +149,25 @@ class _Digests:
         self.known[id(kind)] = kind, f"{home} {_digest(lines)}"
         return self.known[id(kind)][1]
 
-    def _code(self, code: types.CodeType) -> str:
-        constants = [self._code(each) if isinstance(each, types.CodeType) else self.told(each) for each in code.co_consts]
-        names = code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars, code.co_flags
-        counts = code.co_argcount, code.co_kwonlyargcount, code.co_posonlyargcount
-        jumps = getattr(code, "co_exceptiontable", b"")
-        return f"{hashlib.sha256(code.co_code).hexdigest()} {jumps!r} {constants} {names} {counts}"
+@functools.cache
+def _code(code: types.CodeType) -> str:
+    """Bytecode, which never changes, in words."""
+    told = _Digests().told
+    constants = [_code(each) if isinstance(each, types.CodeType) else told(each) for each in code.co_consts]
+    names = code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars, code.co_flags
+    counts = code.co_argcount, code.co_kwonlyargcount, code.co_posonlyargcount
+    jumps = getattr(code, "co_exceptiontable", b"")
+    return f"{hashlib.sha256(code.co_code).hexdigest()} {jumps!r} {constants} {names} {counts}"
+
+
+@functools.cache
+def _names(code: types.CodeType) -> tuple[list[str], list[str]]:
+    """Names in bytecode, in order, and of them those that it imports by itself."""
+    codes = list(_codes(code))
+    texts = {each for part in codes for each in part.co_consts if isinstance(each, str) and each.isidentifier()}  # for getattr
+    importing = [part for part in codes if _IMPORT in part.co_code[::2]]
+    imports = {each.argval for part in importing for each in dis.get_instructions(part) if each.opname == "IMPORT_NAME"}
+    return sorted({name for part in codes for name in part.co_names} | texts), sorted(imports)
 
 
 def _digest(lines: list[str]) -> str:
@@ -168,12 +183,9 @@ def _python(function: Any) -> Any:
 
 def _named(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
     """What a function refers to outside itself, and the name of it."""
-    codes = list(_codes(function.__code__))
-    texts = {each for code in codes for each in code.co_consts if isinstance(each, str) and each.isidentifier()}  # for getattr
-    names = sorted({name for code in codes for name in code.co_names} | texts)
+    names, imports = _names(function.__code__)
     found = [(name, function.__globals__[name]) for name in names if name in function.__globals__]
-    imports = {each.argval for code in codes for each in dis.get_instructions(code) if each.opname == "IMPORT_NAME"}
-    found += [(name, sys.modules.get(name)) for name in sorted(imports)]
+    found += [(name, sys.modules.get(name)) for name in imports]
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
             found.append((name, cell.cell_contents))

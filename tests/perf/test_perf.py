@@ -567,7 +567,7 @@ def test_a_counting_thread_that_waits_for_the_gil_is_seen() -> None:
     found = []
     for _ in range(5):
         found.append(keys._spins(keys._questions(16384)["kvortex", "array"][0], hog, 3))
-        if found[-1]["spin_ratio"] > 0.85 and found[-1]["other_spin_ratio"] < 0.8:
+        if found[-1]["spin_ratio"] > 0.7 and found[-1]["other_spin_ratio"] < 0.8 * found[-1]["spin_ratio"]:
             return
     pytest.fail(f"{found}")
 
