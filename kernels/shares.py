@@ -4,8 +4,7 @@ A launch beside a model gets multiprocessors one after another, as the model's k
 before, the CTA that came last would do its part when all others have ended, and the model's next kernel would wait for
 that. So each warp takes the next share from a counter, and asks for it while it works on the one before; who comes when all
 are taken has nothing to do. The first ones are asked for by a CTA at once, lest all warps that begin together wait for one
-another's answers. Where there are no more than two shares for each warp they are dealt out: asking
-takes a microsecond.
+another's answers. Where there are no more than two shares for each warp they are dealt out: asking takes a microsecond.
 
 Each warp that asks finds once that nothing is left, and the last one to find that puts the counter back: it is 0 before a
 launch and behind it, and launches that share a counter follow one another on one stream.

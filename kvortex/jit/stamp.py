@@ -149,6 +149,7 @@ class _Digests:
         self.known[id(kind)] = kind, f"{home} {_digest(lines)}"
         return self.known[id(kind)][1]
 
+
 @functools.cache
 def _code(code: types.CodeType) -> str:
     """Bytecode, which never changes, in words."""

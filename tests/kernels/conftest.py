@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from tests.kernels import compiled
@@ -31,6 +29,6 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 @pytest.fixture
-def simulated(request: pytest.FixtureRequest) -> Iterator[Simulated]:
+def simulated(request: pytest.FixtureRequest) -> Simulated:
     """What a program of this folder printed in the simulator; AssertionError with all of it if it failed."""
-    yield request.config.stash[_beside].simulated
+    return request.config.stash[_beside].simulated

@@ -333,7 +333,7 @@ def test_a_thread_that_is_kept_from_counting_is_seen() -> None:
 
     shares = [gil._spin_ratio(move, np.arange(1), 0.1) for _ in range(3)]
     idle = [gil._spin_ratio(lambda _: time.sleep(0.02) or 0.02, np.arange(1), 0.1) for _ in range(3)]
-    assert sorted(shares)[1] < 0.8 < sorted(idle)[1] < 2  # who has the CPU for himself meanwhile counts faster
+    assert sorted(shares)[1] < 0.8 < sorted(idle)[1] < 1.3
 
 
 def test_only_the_call_counts_as_submission(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -567,7 +567,7 @@ def test_a_counting_thread_that_waits_for_the_gil_is_seen() -> None:
     found = []
     for _ in range(5):
         found.append(keys._spins(keys._questions(16384)["kvortex", "array"][0], hog, 3))
-        if found[-1]["spin_ratio"] > 0.7 and found[-1]["other_spin_ratio"] < 0.8 * found[-1]["spin_ratio"]:
+        if found[-1]["spin_ratio"] > 0.85 and found[-1]["other_spin_ratio"] < 0.8:
             return
     pytest.fail(f"{found}")
 
