@@ -20,13 +20,13 @@ from kvortex.memory.arena import SLOT_ALIGNMENT
 from kvortex.memory.ids import IdPool
 from kvortex.memory.staging import StagingRing
 from kvortex.transfer._layers import load_compiled as load_layers
+from kvortex.transfer.cells import COUNTER_BYTES, NO_STREAM
 from kvortex.transfer.coded_layers import LayeredCoder, LayeredLoad
 from kvortex.transfer.coders import coder_for
 from kvortex.transfer.cuda_completion import CudaCompletion, CudaMark
 from kvortex.transfer.cuda_digests import Digests
 from kvortex.transfer.digesting import Digesting
 from kvortex.transfer.executor import Completion, Direction
-from kvortex.transfer.issue import COUNTER_BYTES, NO_STREAM
 from kvortex.transfer.lane import Lane
 from kvortex.transfer.layer_load import LayerLoad
 from kvortex.transfer.layers import Ordered, Sections, group_count, in_order, split_groups
@@ -238,7 +238,7 @@ class CudaExecutor(Lender):
                 if layered is not None:
                     return self._coded_layers(self._coder, layered, caller, mark)
             plan = self._coder.plan(direction, blocks, slots, busy, parts)
-            return self._prepare_coded(self._coder, direction, plan, caller, mark, in_groups)
+            return self._prepare_coded(self._coder, direction, plan, caller, mark, in_groups, busy)
         assert parts is None, "parts of blocks are a codec's"
         table = self._table_of_routes
         route = self.route or choose(table, direction, nbytes, beside_compute=busy, layerwise=layerwise)
@@ -265,7 +265,7 @@ class CudaExecutor(Lender):
         if in_groups:  # the other routes take all layers at once
             return self._layer_save([plan], route, np.zeros(num_layers, np.int64), blocks, edges)
         digests = self._digesting(route, blocks, *edges.tolist()), self._sizes(blocks)
-        return CudaCompletion(self, direction, plan, caller, route, None, *digests, mark)
+        return CudaCompletion(self, direction, plan, caller, route, None, *digests, mark, beside_compute=busy)
 
     def _prepare_coded(
         self,
@@ -275,13 +275,15 @@ class CudaExecutor(Lender):
         caller: int,
         mark: CudaMark | None,
         in_groups: bool,
+        busy: bool,
     ) -> Completion:
         """Through a codec, which takes whole records: all layers are one group."""
         sizes = np.full(len(plan.order), coder.codec.slot_bytes)
         digesting = self._digests.of_records(len(plan.order))
         if not in_groups:
-            return CudaCompletion(self, direction, plan, caller, Route.STAGED, None, digesting, sizes, mark)
-        part = CudaCompletion(self, direction, plan, NO_STREAM, Route.STAGED, None, digesting)
+            known = caller, Route.STAGED, None, digesting, sizes, mark
+            return CudaCompletion(self, direction, plan, *known, beside_compute=busy)
+        part = CudaCompletion(self, direction, plan, NO_STREAM, Route.STAGED, None, digesting, beside_compute=busy)
         try:
             group_of = np.zeros(len(self._layer_offsets) - 1, np.int64)
             return LayerSave([part], group_of, self._digests.sizes(sizes))
@@ -317,7 +319,8 @@ class CudaExecutor(Lender):
         try:
             for plan, first, last in zip(plans, edges[:-1].tolist(), edges[1:].tolist(), strict=True):
                 digesting = self._digesting(route, blocks, first, last, whole=False)
-                parts.append(CudaCompletion(self, Direction.SAVE, plan, NO_STREAM, route, None, digesting))
+                known = NO_STREAM, route, None, digesting
+                parts.append(CudaCompletion(self, Direction.SAVE, plan, *known, beside_compute=True))
             return LayerSave(parts, group_of, self._digests.sizes(self._sizes(blocks)))
         except BaseException:
             for part in parts:

@@ -14,10 +14,10 @@ from kvortex.devices.cuda import CudaDevice
 from kvortex.devices.streams import cuda_stream_handle
 from kvortex.digests.host import add_lengths
 from kvortex.errors import DeviceError, TransferError, TransferTimeoutError
-from kvortex.transfer import issue as nogil
+from kvortex.transfer import cells
 from kvortex.transfer.digesting import Digesting, room_for, status_of, sums_of
 from kvortex.transfer.executor import Direction, Mark, Part, poll
-from kvortex.transfer.lane import ROW_WORDS, Job, is_short
+from kvortex.transfer.lane import ROW_WORDS, Job, is_paced, is_short
 from kvortex.transfer.plan import Int64s, Plan
 from kvortex.transfer.routes import Route
 
@@ -90,6 +90,8 @@ class CudaCompletion(Part):
         In the place of a stream to be started behind.
     behind
         Never issued before that transfer of the same direction, which was started.
+    beside_compute
+        Whether a model computes meanwhile.
     """
 
     def __init__(
@@ -104,14 +106,16 @@ class CudaCompletion(Part):
         sizes: Int64s | None = None,
         mark: CudaMark | None = None,
         behind: CudaCompletion | None = None,
+        beside_compute: bool = False,
     ) -> None:
         self.route, self._group_of = route.value, group_of
         self._executor, self._direction, self._plan, self._caller = executor, direction, plan, caller
-        self.outcome = np.zeros(nogil.OUTCOME_CELLS, np.int64)
+        self.outcome = np.zeros(cells.OUTCOME_CELLS, np.int64)
         self._job: Job | None = None
         self._lock = threading.RLock()
         self._finished = False
         self._behind = behind
+        self.outcome[cells.PACED] = beside_compute and is_paced(plan)
         self._followed: list[int] = []  # events, recorded
         self._digesting, self._sizes = digesting, sizes
         self._events, self._ids = executor.lend(plan, digesting)
@@ -119,19 +123,20 @@ class CudaCompletion(Part):
             self._followed.append(mark.take())
 
     def start(self) -> None:
-        left = self._behind is not None and self._behind.outcome[nogil.QUEUED]  # and may not be issued yet
-        if left or not is_short(self._plan) or not self._executor.issue(self._direction, self._made(self._caller)):
+        left = self._behind is not None and self._behind.outcome[cells.QUEUED]  # and may not be issued yet
+        here = is_short(self._plan) and not left and not self.outcome[cells.PACED]
+        if not here or not self._executor.issue(self._direction, self._made(self._caller)):
             self._leave()
         self.started = True
 
     def _leave(self) -> None:
         """To the lane's thread."""
-        if self._caller != nogil.NO_STREAM:  # what is on it now counts, and not when another thread issues the plan
+        if self._caller != cells.NO_STREAM:  # what is on it now counts, and not when another thread issues the plan
             self._followed.append(self._executor.lend_event())
             if code := self._executor.record(self._followed[-1], self._caller):
-                self.outcome[nogil.ERROR], self.outcome[nogil.ISSUED] = code, 1
+                self.outcome[cells.ERROR], self.outcome[cells.ISSUED] = code, 1
                 return
-        self._job = self._made(nogil.NO_STREAM)  # kept, since that thread will read its arrays
+        self._job = self._made(cells.NO_STREAM)  # kept, since that thread will read its arrays
         self._executor.leave(self._direction, self._job)
 
     def _made(self, caller: int) -> Job:
@@ -150,7 +155,7 @@ class CudaCompletion(Part):
                 cu.check(driver.cuEventRecord(self._followed[-1], handle), "cuEventRecord on the stream of a layer")
 
     def cancel(self) -> None:
-        if not self.outcome[nogil.ISSUED] and not self.outcome[nogil.QUEUED]:
+        if not self.outcome[cells.ISSUED] and not self.outcome[cells.QUEUED]:
             self._finish(TransferError("the call was interrupted before anything was issued"))
         self.started = True
 
@@ -158,19 +163,19 @@ class CudaCompletion(Part):
         with self._lock:
             if self._finished:
                 return True
-            if not self.outcome[nogil.ISSUED]:
+            if not self.outcome[cells.ISSUED]:
                 return False
             start, done = self._events[:2].tolist()
             # Without the events behind the work, the streams themselves must tell.
-            lost = self.outcome[nogil.LAST] != 0
+            lost = self.outcome[cells.LAST] != 0
             code = self._executor.query_streams(self._direction) if lost else self._executor.query_event(done)
             if code and not cu.is_fatal(code):
                 return False
             error: TransferError | None = None
             if code:  # with the context: nothing runs any more, and nothing that ran can be trusted
                 error = TransferError(f"the GPU failed during a transfer: {cu.describe(cu.api(), code)}")
-            elif self.outcome[nogil.ERROR] or lost:
-                code = int(self.outcome[nogil.ERROR] or self.outcome[nogil.LAST])
+            elif self.outcome[cells.ERROR] or lost:
+                code = int(self.outcome[cells.ERROR] or self.outcome[cells.LAST])
                 what = f"a {self._direction.value} of {self._plan.nbytes} bytes could not be issued"
                 error = TransferError(f"{what}: {cu.describe(cu.api(), code)}")
             else:
@@ -191,7 +196,10 @@ class CudaCompletion(Part):
                 self.digests = None if self._sizes is None else add_lengths(sums, self._sizes)
 
     def _is_issued(self) -> bool:
-        return self._finished or bool(self.outcome[nogil.ISSUED])
+        """To be asked by who wants it to be: hurries the thread that it is left to."""
+        if not self._finished and not self.outcome[cells.ISSUED]:
+            self._executor.hurry(self._direction, int(self.outcome[cells.QUEUED]))
+        return self._finished or bool(self.outcome[cells.ISSUED])
 
     def _finish(self, error: TransferError | None) -> None:
         with self._lock:
@@ -205,11 +213,11 @@ class CudaCompletion(Part):
             raise TransferTimeoutError(f"a {self._direction.value} was not issued after {timeout} s")
         # After an error layers may have no event of their own; the last one stands for all then.
         at = 1
-        if layer is not None and self._group_of is not None and not self.outcome[nogil.ERROR]:
+        if layer is not None and self._group_of is not None and not self.outcome[cells.ERROR]:
             at = 2 + int(self._group_of[layer])
         with self._lock:
             if not self._finished:
-                if self.outcome[nogil.LAST]:
+                if self.outcome[cells.LAST]:
                     raise TransferError("this transfer has no event that a stream could wait for; wait for the ticket")
                 with cu.current(self._executor.device.context) as driver:
                     cu.check(driver.cuStreamWaitEvent(handle, int(self._events[at]), 0), "cuStreamWaitEvent")

@@ -18,6 +18,27 @@ from kvortex.devices.driver import (
 from kvortex.devices.native import call, release
 from kvortex.jit import njit
 from kvortex.transfer import digesting
+from kvortex.transfer.cells import (
+    CALLER_EVENT,
+    CONTEXT,
+    COPIED,
+    COPY_EVENT,
+    COPY_STREAM,
+    COUNTER_BYTES,
+    COUNTERS,
+    ERROR,
+    HANDED,
+    ISSUED,
+    JOIN_STREAM,
+    KERNEL,
+    LAST,
+    MAX_CTAS,
+    NO_STREAM,
+    PACED,
+    TABLE,
+    THREADS,
+    TO_HOST,
+)
 from kvortex.transfer.digesting import (
     EVENT,
     IDS,
@@ -32,7 +53,8 @@ from kvortex.transfer.digesting import (
     read_back,
     send,
 )
-from kvortex.transfer.dma import copy_batch, copy_chunk
+from kvortex.transfer.dma import MODE, copy_batch, copy_chunk
+from kvortex.transfer.pacing import wait_for_event
 from kvortex.transfer.plan import (
     ARGUMENTS,
     BUFFER,
@@ -54,16 +76,7 @@ from kvortex.transfer.plan import (
 from kvortex.transfer.plan import KERNEL as LAUNCH_KERNEL
 from kvortex.transfer.plan import THREADS as LAUNCH_THREADS
 
-# Cells of ``lane``: numbers that stay the same for a direction.
-(CONTEXT, KERNEL, THREADS, MAX_CTAS, TABLE, JOIN_STREAM, CALLER_EVENT, TO_HOST, COPY_STREAM, COPY_EVENT,
- COUNTERS) = range(LANE_CELLS := 11)  # fmt: skip
-HANDED, COPIED = range(2)  # rows of ``turns``: what is recorded behind kernels, and behind copies
-# Cells of ``outcome``: whether everything was attempted, the first error of the work, the first of the events behind it, and
-# whether it is left for another thread to issue.
-ISSUED, ERROR, LAST, QUEUED = range(OUTCOME_CELLS := 4)
-NO_STREAM = -1  # in the place of the caller's, where only events are waited for
 PIECE_ROW_BYTES = 8 * (BYTES + 1)
-COUNTER_BYTES = 128  # from the counter of one stream's launches to the next one's
 _READS = digesting.KERNEL
 
 
@@ -113,6 +126,16 @@ def _run(  # type: ignore[no-untyped-def]
     if chunk[N_LAUNCHES] > 0:
         return _launch_rows(functions, launches, chunk, bases, stream, parameters, pointers)
     return _launch(functions, lane, chunk, digest, bases, pitch, stream, parameters, pointers)
+
+
+@njit(nogil=True)
+def _aim(lane, chunk, at, buffers, works, bases):  # type: ignore[no-untyped-def]
+    """Fills in what a chunk's kernels find by its stream, and gives the address that its copies are relative to."""
+    base = chunk[INSTEAD]
+    if chunk[N_PIECES] > 0 and not base:
+        base = buffers[at]
+    bases[BUFFER], bases[WORK], bases[COUNTER] = base, works[at], lane[COUNTERS] + COUNTER_BYTES * at
+    return base
 
 
 @njit(nogil=True)
@@ -182,7 +205,8 @@ def issue(  # type: ignore[no-untyped-def]
         Of :func:`kvortex.devices.driver.functions`.
     lane : (LANE_CELLS,) int64
         Context, kernel, launch shape, piece table, join stream, event for the caller's stream, direction, stream for copies
-        between staging buffers and the host, the event that joins it, and counters of shares, one for each of ``streams``.
+        between staging buffers and the host, the event that joins it, and counters of shares, one for each of ``streams``;
+        and what :mod:`kvortex.transfer.pacing` needs.
     streams, buffers, joins : (s,) int64
         Each stream with its staging buffer and the event that joins it. Kernels of a buffer are on its stream; its copies
         too where there is one buffer alone.
@@ -219,7 +243,8 @@ def issue(  # type: ignore[no-untyped-def]
     outcome : (OUTCOME_CELLS,) int64
         Gets ``ISSUED`` = 1, the first error code of the work, and that of the events behind it; 0 for none. When the last
         is 0, ``done`` follows everything that was issued, also after an error. Told through an array, because an
-        interrupt that comes during the call takes the place of its return value.
+        interrupt that comes during the call takes the place of its return value. ``QUEUED`` and ``PACED`` say whether this
+        waits until kernels can begin, each time before it issues one.
     """
     n = len(streams)
     first = turn[0]
@@ -257,46 +282,54 @@ def issue(  # type: ignore[no-untyped-def]
         error = call(functions[EVENT_RECORD], (start, copies_on if apart and not to_host else streams[first % n]))
     if not error and ahead:
         error = send(functions, digest, copies_on)
-    for c in range(len(chunks)):
-        if error:
-            break
-        at = (first + c) % n
-        chunk, stream = chunks[c], streams[at]
-        with_kernel = chunk[N_PIECES] > 0
-        base = chunk[INSTEAD]
-        if with_kernel and not base:
-            base = buffers[at]
-        bases[BUFFER], bases[WORK], bases[COUNTER] = base, works[at], lane[COUNTERS] + COUNTER_BYTES * at
-        copying = copies_on if apart else stream
-        if apart:  # until the buffer has been emptied
-            waits, event = (stream, turns[COPIED, at]) if to_host else (copying, turns[HANDED, at])
-            error = call(functions[STREAM_WAIT], (waits, event, 0))
-        if not error and to_host and with_kernel:
-            error = _run(functions, lane, launches, chunk, digest, bases, pitch, stream, parameters, pointers)
-        if not error and apart and to_host:
-            error = follow_stream(functions, copying, stream, turns[HANDED, at])
-            # Before the last copies, when all kernels are through: behind them it would wait for the next transfer's copies,
-            # which the same engine of the GPU makes, one long one after another.
-            if not error and early and c == len(chunks) - 1:
-                error = read_back(functions, digest, copying)
-        if not error and batch.shape[1] > 0:
-            error = copy_batch(to_host, functions, batch, chunk, copying, scratch)
-        elif not error:
-            error = copy_chunk(to_host, functions, copies, chunk, base, copying, scratch)
-        if not error and beside and c == int(split):  # once the link is busy: these calls of the driver take microseconds
-            error = follow(functions, digest[STREAM], after)
-            if not error:
-                error = read(functions, digest, digest[STREAM], parameters, pointers)
-        if not error and apart and to_host:
-            error = call(functions[EVENT_RECORD], (turns[COPIED, at], copying))
-        elif not error and apart:
-            error = follow_stream(functions, stream, copying, turns[COPIED, at])
-        if not error and not to_host and with_kernel:
+    # Of a paced load the copies of so many chunks are issued ahead of the first one's kernel.
+    ahead_of_kernels = n - 1 if apart and not to_host and outcome[PACED] != 0 else 0
+    for c in range(len(chunks) + ahead_of_kernels):
+        if c < len(chunks) and not error:
+            at = (first + c) % n
+            chunk, stream = chunks[c], streams[at]
+            base = _aim(lane, chunk, at, buffers, works, bases)
+            copying = copies_on if apart else stream
+            if apart and to_host:
+                wait_for_event(functions, lane, turns[COPIED, at], scratch[MODE:], outcome)
+            if apart:  # until the buffer has been emptied
+                waits, event = (stream, turns[COPIED, at]) if to_host else (copying, turns[HANDED, at])
+                error = call(functions[STREAM_WAIT], (waits, event, 0))
+            if not error and to_host and chunk[N_PIECES] > 0:
+                error = _run(functions, lane, launches, chunk, digest, bases, pitch, stream, parameters, pointers)
+            if not error and apart and to_host:
+                error = follow_stream(functions, copying, stream, turns[HANDED, at])
+                # Before the last copies, when all kernels are through: behind them it would wait for the next transfer's
+                # copies, which the same engine of the GPU makes, one long one after another.
+                if not error and early and c == len(chunks) - 1:
+                    error = read_back(functions, digest, copying)
+            if not error and batch.shape[1] > 0:
+                error = copy_batch(to_host, functions, batch, chunk, copying, scratch)
+            elif not error:
+                error = copy_chunk(to_host, functions, copies, chunk, base, copying, scratch)
+            if not error and beside and c == int(split):  # once the link is busy: these calls of the driver take microseconds
+                error = follow(functions, digest[STREAM], after)
+                if not error:
+                    error = read(functions, digest, digest[STREAM], parameters, pointers)
+            if not error and apart:
+                error = call(functions[EVENT_RECORD], (turns[COPIED, at], copying))
+        k = c - ahead_of_kernels
+        if k < 0 or error:
+            continue
+        at = (first + k) % n
+        chunk, stream = chunks[k], streams[at]
+        if apart and not to_host:
+            # The last one is issued when the copies before its own have ended: then another plan's follow without a gap.
+            awaited = at if k < len(chunks) - 1 else (at + n - 1) % n
+            wait_for_event(functions, lane, turns[COPIED, awaited], scratch[MODE:], outcome)
+            error = call(functions[STREAM_WAIT], (stream, turns[COPIED, at], 0))
+        if not error and not to_host and chunk[N_PIECES] > 0:
+            _aim(lane, chunk, at, buffers, works, bases)
             error = _run(functions, lane, launches, chunk, digest, bases, pitch, stream, parameters, pointers)
             if not error and apart:
                 error = call(functions[EVENT_RECORD], (turns[HANDED, at], stream))
-        while not error and mark < len(marks) and marks[mark] == c + 1:
-            error = join(functions, lane, streams, joins, first, min(n, c + 1))
+        while not error and mark < len(marks) and marks[mark] == k + 1:
+            error = join(functions, lane, streams, joins, first, min(n, k + 1))
             if not error and apart and to_host:
                 error = follow_stream(functions, lane[JOIN_STREAM], copies_on, lane[COPY_EVENT])
             if not error:

@@ -11,13 +11,13 @@ from kvortex.devices import driver as cu
 from kvortex.devices.cuda import CudaDevice
 from kvortex.errors import DeviceError
 from kvortex.memory.ids import IdBuffer
+from kvortex.transfer import cells, resident
 from kvortex.transfer import digesting as dg
-from kvortex.transfer import issue as nogil
-from kvortex.transfer import resident
 from kvortex.transfer.digesting import Digesting
 from kvortex.transfer.dma import SCRATCH_CELLS
 from kvortex.transfer.executor import Direction
 from kvortex.transfer.holding import FLAGS, NOTHING, STREAMS
+from kvortex.transfer.pacing import PACED_BYTES, nap_address
 from kvortex.transfer.plan import BASE_CELLS, IDS, INSTEAD, N_PIECES, PARAMETERS, STATUS, SUMS, Int64s, Plan
 from kvortex.transfer.submitting import RESIDENT, STREAMED, Submitter
 
@@ -37,6 +37,11 @@ def is_short(plan: Plan) -> bool:
     """Whether a plan takes so few calls of the driver that its caller had best make them."""
     copies = len(plan.copies) + plan.batch.shape[1] // 4
     return bool(3 * len(plan.chunks) + copies + len(plan.launches) <= _AT_ONCE)
+
+
+def is_paced(plan: Plan) -> bool:
+    """Whether a plan that moves beside a computing model is worth a thread that waits with its kernels."""
+    return _kind(plan) == STREAMS and plan.nbytes >= PACED_BYTES and not len(plan.marks)  # for layers a model may wait
 
 
 def _kind(plan: Plan) -> int:
@@ -120,17 +125,18 @@ class Lane:
         self.buffers, self.offsets = np.array(buffers, np.int64), np.ascontiguousarray(offsets)
         self.works = np.zeros_like(self.buffers) if works is None else np.array(works, np.int64)
         self._halves = np.array(halves, np.int64)
-        self.cells = np.zeros(nogil.LANE_CELLS, np.int64)
-        self.cells[nogil.CONTEXT] = int(device.context)
-        self.cells[nogil.KERNEL] = kernel
-        self.cells[nogil.THREADS] = THREADS
-        self.cells[nogil.MAX_CTAS] = ctas
-        self.cells[nogil.TABLE], self.cells[nogil.COUNTERS] = table, counters
-        self.cells[nogil.JOIN_STREAM] = join_stream
-        self.cells[nogil.CALLER_EVENT] = caller_event
+        self.cells = np.zeros(cells.LANE_CELLS, np.int64)
+        self.cells[cells.CONTEXT] = int(device.context)
+        self.cells[cells.KERNEL] = kernel
+        self.cells[cells.THREADS] = THREADS
+        self.cells[cells.MAX_CTAS] = ctas
+        self.cells[cells.TABLE], self.cells[cells.COUNTERS] = table, counters
+        self.cells[cells.JOIN_STREAM] = join_stream
+        self.cells[cells.CALLER_EVENT] = caller_event
         self._caller_event = np.array([caller_event], np.int64)
-        self.cells[nogil.TO_HOST] = direction is Direction.SAVE
-        self.cells[nogil.COPY_STREAM], self.cells[nogil.COPY_EVENT] = self.copy_stream, copy_event
+        self.cells[cells.TO_HOST] = direction is Direction.SAVE
+        self.cells[cells.COPY_STREAM], self.cells[cells.COPY_EVENT] = self.copy_stream, copy_event
+        self.cells[cells.NAP] = nap_address()
         self._ring = np.array([kernel_stream, kernel_event, resident_kernel, 0, flags, flag_stream, flag_event], np.int64)
         self._filled = np.zeros((2, len(halves)), np.int64)
         self._turns = {kind: np.zeros(1, np.int64) for kind in (NOTHING, STREAMS, FLAGS)}
@@ -156,7 +162,7 @@ class Lane:
 
         ``events`` are recorded before, after, and at each mark. See :func:`kvortex.transfer.issue.issue`.
         """
-        if caller != nogil.NO_STREAM:
+        if caller != cells.NO_STREAM:
             after = self._caller_event
         kind = _kind(plan)
         digest = self._digest(plan, ids, digesting)
@@ -213,32 +219,32 @@ class Lane:
         reading = digesting.reading if digesting is not None else None
         listed = plan.ids if reading is None else reading.listed
         ids.ids[room.listed : room.listed + len(listed)] = listed
-        cells = dg.NO_DIGESTS.copy()
+        found = dg.NO_DIGESTS.copy()
         if len(listed) == 1:
-            cells[dg.ONLY] = listed[0]
+            found[dg.ONLY] = listed[0]
         # Where kernels find what is listed, and leave sums. What is sent ahead is read from VRAM: over the link each CTA would
         # wait for its ids behind the copies that are on it.
         here = ids.address if digesting is None or digesting.apart else ids.mirror
-        cells[dg.IDS] = here + 4 * room.listed
+        found[dg.IDS] = here + 4 * room.listed
         if digesting is None:
-            return cells
+            return found
         ids.ids[room.sums : room.words] = 0
-        cells[dg.NUMBERS], cells[dg.SUMS_BYTES] = digesting.numbers, 4 * (room.words - room.sums)
-        cells[dg.SUMS], cells[dg.SUMS_HOST] = here + 4 * room.sums, ids.address + 4 * room.sums
-        cells[dg.RECORD_BYTES] = 4 * dg.SUM_WORDS * max(1, digesting.apart)
+        found[dg.NUMBERS], found[dg.SUMS_BYTES] = digesting.numbers, 4 * (room.words - room.sums)
+        found[dg.SUMS], found[dg.SUMS_HOST] = here + 4 * room.sums, ids.address + 4 * room.sums
+        found[dg.RECORD_BYTES] = 4 * dg.SUM_WORDS * max(1, digesting.apart)
         if digesting.apart:
-            cells[dg.PIECE_BYTES] = 4 * dg.SUM_WORDS
-        cells[dg.SENT_TO], cells[dg.SENT_FROM] = ids.mirror + 4 * room.listed, ids.address + 4 * room.listed
-        cells[dg.SENT_BYTES] = 4 * (room.words - room.listed)
-        cells[dg.STREAM], cells[dg.EVENT] = self._digest_stream, self._digest_event
+            found[dg.PIECE_BYTES] = 4 * dg.SUM_WORDS
+        found[dg.SENT_TO], found[dg.SENT_FROM] = ids.mirror + 4 * room.listed, ids.address + 4 * room.listed
+        found[dg.SENT_BYTES] = 4 * (room.words - room.listed)
+        found[dg.STREAM], found[dg.EVENT] = self._digest_stream, self._digest_event
         if reading is not None:
-            cells[dg.KERNEL] = reading.kernel
-            cells[dg.TABLE] = reading.table or cells[dg.IDS]
-            cells[dg.N_PIECES], cells[dg.N_BLOCKS] = reading.n_pieces, digesting.count
-            most, warps = _READING_LAUNCHES * int(self.cells[nogil.MAX_CTAS]), reading.n_pieces * digesting.count
+            found[dg.KERNEL] = reading.kernel
+            found[dg.TABLE] = reading.table or found[dg.IDS]
+            found[dg.N_PIECES], found[dg.N_BLOCKS] = reading.n_pieces, digesting.count
+            most, warps = _READING_LAUNCHES * int(self.cells[cells.MAX_CTAS]), reading.n_pieces * digesting.count
             threads = READING_THREADS if warps > most * (_FEW_THREADS // 32) else _FEW_THREADS
-            cells[dg.CTAS], cells[dg.THREADS] = min(most, -(-warps // (threads // 32))), threads
-        return cells
+            found[dg.CTAS], found[dg.THREADS] = min(most, -(-warps // (threads // 32))), threads
+        return found
 
     def _resident_job(
         self,
@@ -299,7 +305,16 @@ class Lane:
     def leave(self, job: Job) -> None:
         """Leaves a job to the lane's thread. See :meth:`kvortex.transfer.submitting.Submitter.leave`."""
         assert self._submitter is not None
-        self._submitter.leave(*job)
+        self._submitter.leave(*job, self.hurry)
+        outcome = job[1][-1]
+        if not outcome[cells.PACED]:  # nor are those ahead of it any more: a short one may not need what they wait for
+            self.hurry(int(outcome[cells.QUEUED]))
+
+    def hurry(self, place: int) -> None:
+        """Paces no plan any more up to that place of the queue, since somebody waits until it is issued. To be called until it
+        is: another thread's call may take this one's place."""
+        if self.cells[cells.HURRIED] < place:
+            self.cells[cells.HURRIED] = place
 
     def _open(self, count: int, *, behind: bool) -> None:
         with cu.current(self._device.context) as driver:

@@ -96,6 +96,10 @@ class Lender(Executor):
         """Leaves that to a thread."""
         self._lanes[direction].leave(job)
 
+    def hurry(self, direction: Direction, place: int) -> None:
+        """See :meth:`kvortex.transfer.lane.Lane.hurry`."""
+        self._lanes[direction].hurry(place)
+
     def record(self, event: int, stream: int) -> int:
         """Records an event on a caller's stream; the driver's code."""
         return self._ask(cu.EVENT_RECORD, event, stream)

@@ -28,9 +28,7 @@ from kvortex.devices.driver import (
 )
 from kvortex.devices.native import call, release
 from kvortex.jit import njit
-from kvortex.transfer.digesting import NUMBERS, SUMS, SUMS_BYTES, read_back
-from kvortex.transfer.dma import MODE, copy_chunk
-from kvortex.transfer.issue import (
+from kvortex.transfer.cells import (
     CALLER_EVENT,
     CONTEXT,
     ERROR,
@@ -40,10 +38,10 @@ from kvortex.transfer.issue import (
     NO_STREAM,
     TABLE,
     TO_HOST,
-    follow,
-    follow_stream,
-    join,
 )
+from kvortex.transfer.digesting import NUMBERS, SUMS, SUMS_BYTES, read_back
+from kvortex.transfer.dma import MODE, copy_chunk
+from kvortex.transfer.issue import follow, follow_stream, join
 from kvortex.transfer.plan import FIRST_BLOCK, FIRST_PIECE, N_BLOCKS, N_PIECES
 
 # Cells of ``ring``: what a lane has for resident kernels beside its other cells.

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,9 @@ from kvortex.devices.native import call, load_tuple, release, store_tuple
 from kvortex.devices.threads import Mutex, Semaphore, busy_address
 from kvortex.errors import TransferTimeoutError
 from kvortex.jit import njit
+from kvortex.transfer.cells import QUEUED
 from kvortex.transfer.executor import poll
 from kvortex.transfer.holding import issue_holding, issue_resident_holding
-from kvortex.transfer.issue import QUEUED
 from kvortex.transfer.plan import Int64s
 
 _CAPACITY = 256  # plans that wait
@@ -62,8 +63,8 @@ def _queue(semaphore, counts, rows, kind, job, like):  # type: ignore[no-untyped
     row = rows[counts[_PUSHED] % len(rows)]
     row[0] = kind
     store_tuple(row[1:].ctypes.data, job, like)
-    job[-1][QUEUED] = 1
     counts[_PUSHED] += 1
+    job[-1][QUEUED] = counts[_PUSHED]
     call(semaphore[_POST], (semaphore[0],))
     return True
 
@@ -157,7 +158,7 @@ class Submitter:
         """
         return bool((_streamed if kind == STREAMED else _resident)(self._mutex.cells, _TRY, job))
 
-    def leave(self, kind: int, job: tuple[Any, ...]) -> None:
+    def leave(self, kind: int, job: tuple[Any, ...], hurry: Callable[[int], None]) -> None:
         """Leaves a job to the lane's thread.
 
         Parameters
@@ -165,7 +166,9 @@ class Submitter:
         kind
         job
             The caller keeps its arrays until the last of them, the outcome, says that it is issued. The cell ``QUEUED`` of
-            that is set at once.
+            that is set at once, to its place in the queue.
+        hurry
+            Called with a place of the queue, up to which plans are not to be paced any more, since there is no room.
 
         Raises
         ------
@@ -173,7 +176,14 @@ class Submitter:
             The driver does not take what is waiting already; nothing was left.
         """
         like = _STREAMED_LIKE if kind == STREAMED else _RESIDENT_LIKE
-        if not poll(lambda: self._leave(kind, job, like), time.monotonic() + _ROOM_S):
+
+        def left() -> bool:
+            if self._leave(kind, job, like):
+                return True
+            hurry(int(self._counts[_PUSHED]))
+            return False
+
+        if not poll(left, time.monotonic() + _ROOM_S):
             raise TransferTimeoutError(f"{_CAPACITY} transfers wait to be issued, and none was within {_ROOM_S} s")
 
     def _leave(self, kind: int, job: tuple[Any, ...], like: tuple[Any, ...]) -> bool:

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from kvortex.transfer import cells
 from kvortex.transfer import digesting as dg
-from kvortex.transfer import issue as nogil
 from kvortex.transfer.coded import plan_coded
 from kvortex.transfer.dma import SCRATCH_CELLS
+from kvortex.transfer.issue import issue
 from kvortex.transfer.layers import cut_layers, cut_sections, group_layers, in_order, plan_layers
 from kvortex.transfer.plan import (
     ARGUMENTS,
@@ -66,25 +67,25 @@ class Lane:
         self.streams, self.joins, self.buffers = 0x5001 + at, 0xE001 + at, 0xB0000 * (at + 1)
         self.turns = np.stack((0xD001 + at, 0xC001 + at))
         self.works = 0x330000 + 0x1000 * at
-        self.cells = np.zeros(nogil.LANE_CELLS, np.int64)
-        self.cells[nogil.CONTEXT] = CONTEXT
-        self.cells[nogil.KERNEL] = KERNEL
-        self.cells[nogil.THREADS] = THREADS
-        self.cells[nogil.MAX_CTAS] = self.max_ctas
-        self.cells[nogil.TABLE] = TABLE
-        self.cells[nogil.JOIN_STREAM] = JOIN_STREAM
-        self.cells[nogil.CALLER_EVENT] = CALLER_EVENT
-        self.cells[nogil.TO_HOST] = self.to_host
-        self.cells[nogil.COPY_STREAM], self.cells[nogil.COPY_EVENT] = COPY_STREAM, COPY_EVENT
-        self.cells[nogil.COUNTERS] = COUNTERS
+        self.cells = np.zeros(cells.LANE_CELLS, np.int64)
+        self.cells[cells.CONTEXT] = CONTEXT
+        self.cells[cells.KERNEL] = KERNEL
+        self.cells[cells.THREADS] = THREADS
+        self.cells[cells.MAX_CTAS] = self.max_ctas
+        self.cells[cells.TABLE] = TABLE
+        self.cells[cells.JOIN_STREAM] = JOIN_STREAM
+        self.cells[cells.CALLER_EVENT] = CALLER_EVENT
+        self.cells[cells.TO_HOST] = self.to_host
+        self.cells[cells.COPY_STREAM], self.cells[cells.COPY_EVENT] = COPY_STREAM, COPY_EVENT
+        self.cells[cells.COUNTERS] = COUNTERS
 
     def issue(self, recorder: Recorder, plan: Plan) -> tuple[int, int]:
         """The two codes."""
         parameters = np.zeros(PARAMETERS, np.int64)
         pointers = parameters.ctypes.data + 8 * np.arange(PARAMETERS, dtype=np.int64)
-        turn, outcome = np.array([self.turn]), np.zeros(nogil.OUTCOME_CELLS, np.int64)
+        turn, outcome = np.array([self.turn]), np.zeros(cells.OUTCOME_CELLS, np.int64)
         scratch = np.zeros(SCRATCH_CELLS, np.int64)
-        caller, after = (CALLER, [CALLER_EVENT]) if self.after is None else (nogil.NO_STREAM, self.after)
+        caller, after = (CALLER, [CALLER_EVENT]) if self.after is None else (cells.NO_STREAM, self.after)
         fixed = (self.cells, self.streams, self.buffers, self.joins, self.turns, turn, caller, np.array(after, np.int64))
         marks = MARK + np.arange(len(plan.marks), dtype=np.int64)
         table = (plan.chunks, plan.copies, plan.batch, plan.pitch, plan.marks, marks)
@@ -92,11 +93,11 @@ class Lane:
         digest[dg.IDS] = IDS
         rows = plan.launches, self.works, np.array([0, 0, 0, IDS_IN_VRAM, SUMS, STATUS, 0], np.int64)
         last = (*rows, parameters, pointers, scratch, outcome)
-        nogil.issue(recorder.functions, *fixed, START, DONE, *table, digest, *last)
-        assert outcome[nogil.ISSUED] == 1
+        issue(recorder.functions, *fixed, START, DONE, *table, digest, *last)
+        assert outcome[cells.ISSUED] == 1
         pushed = len(recorder.calls) > 1
         assert turn[0] == ((self.turn + len(plan.chunks)) % self.count if pushed else self.turn)
-        return int(outcome[nogil.ERROR]), int(outcome[nogil.LAST])
+        return int(outcome[cells.ERROR]), int(outcome[cells.LAST])
 
     def apart(self, plan: Plan) -> bool:
         """Whether copies have a stream of their own: those between several staging buffers and the host."""
