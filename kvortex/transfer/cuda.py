@@ -32,6 +32,7 @@ from kvortex.transfer.layer_load import LayerLoad
 from kvortex.transfer.layers import Ordered, Sections, group_count, in_order, split_groups
 from kvortex.transfer.layerwise import LayerSave
 from kvortex.transfer.lending import Lender
+from kvortex.transfer.pacing import pace
 from kvortex.transfer.plan import FIRST, LAST, NONE, OFFSET, Int64s, Plan, Pool, plan_direct
 from kvortex.transfer.planner import AT_ONCE, Planner
 from kvortex.transfer.profile import Profile, most_resident_ctas
@@ -90,6 +91,8 @@ class CudaExecutor(Lender):
         Whether blocks are digested while they move.
     codec
         Whose records slots hold, of blocks of the layout, which then are all staged; None for the blocks themselves.
+    link_share
+        Of the link's rate, that staged transfers take of each direction beside a computing model.
 
     Attributes
     ----------
@@ -111,11 +114,13 @@ class CudaExecutor(Lender):
         beside_compute: bool | None = None,
         digests: bool = False,
         codec: Codec | None = None,
+        link_share: float = 1.0,
     ) -> None:
         super().__init__(device)
         self._codec = codec
         self._coder: LayeredCoder | None = None
         self.beside_compute = beside_compute
+        self._ps_of_byte = pace(profile.link_rate, link_share)
         self.resident_ctas = profile.resident_ctas, profile.resident_ctas_beside
         if pool.slot_bytes > device.max_pitch:  # then no 2D DMA reaches from one slot into the next
             pool = dataclasses.replace(pool, segment_slots=1)
@@ -191,6 +196,7 @@ class CudaExecutor(Lender):
                 pieces[:, OFFSET],
                 counters + depth * COUNTER_BYTES * at,
                 None if works is None else works[at * depth : (at + 1) * depth],
+                self._ps_of_byte,
             )
 
     def _halves(self, buffers: list[int]) -> list[int]:

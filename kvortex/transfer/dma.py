@@ -20,13 +20,14 @@ from kvortex.transfer.plan import (
 
 # Cells of ``scratch``: where the popped context goes, then a CUDA_MEMCPY2D (cuda.h): of each side x, y, kind of memory, host
 # address, device address, array, pitch; then bytes of a line, and lines. Behind it what a batch of copies needs: a
-# CUmemcpyAttributes, the first copy that it is for, and where the index of a copy that failed goes; and a thread's mode of
-# capture.
+# CUmemcpyAttributes, the first copy that it is for, and where the index of a copy that failed goes; a thread's mode of
+# capture; and a timespec.
 POPPED, RECTANGLE = 0, 1
 ATTRIBUTES = RECTANGLE + 16
 FIRST_OF_BATCH, FAILED_COPY = ATTRIBUTES + 3, ATTRIBUTES + 4
 MODE = FAILED_COPY + 1
-SCRATCH_CELLS = MODE + 1
+TIME = MODE + 1
+SCRATCH_CELLS = TIME + 2
 _SIDE_CELLS, _KIND, _HOST, _DEVICE, _PITCH = 7, 2, 3, 4, 6
 _KIND_HOST, _KIND_DEVICE = 1, 2
 # A CUmemcpyAttributes is six 32-bit numbers: the order of reads, of both sides a kind and number of a place, which only

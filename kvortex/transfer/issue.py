@@ -53,8 +53,8 @@ from kvortex.transfer.digesting import (
     read_back,
     send,
 )
-from kvortex.transfer.dma import MODE, copy_batch, copy_chunk
-from kvortex.transfer.pacing import wait_for_event
+from kvortex.transfer.dma import copy_batch, copy_chunk
+from kvortex.transfer.pacing import has_passed, is_due, nap, take_turn
 from kvortex.transfer.plan import (
     ARGUMENTS,
     BUFFER,
@@ -282,59 +282,65 @@ def issue(  # type: ignore[no-untyped-def]
         error = call(functions[EVENT_RECORD], (start, copies_on if apart and not to_host else streams[first % n]))
     if not error and ahead:
         error = send(functions, digest, copies_on)
-    # Of a paced load the copies of so many chunks are issued ahead of the first one's kernel.
-    ahead_of_kernels = n - 1 if apart and not to_host and outcome[PACED] != 0 else 0
-    for c in range(len(chunks) + ahead_of_kernels):
-        if c < len(chunks) and not error:
-            at = (first + c) % n
-            chunk, stream = chunks[c], streams[at]
-            base = _aim(lane, chunk, at, buffers, works, bases)
-            copying = copies_on if apart else stream
-            if apart and to_host:
-                wait_for_event(functions, lane, turns[COPIED, at], scratch[MODE:], outcome)
-            if apart:  # until the buffer has been emptied
-                waits, event = (stream, turns[COPIED, at]) if to_host else (copying, turns[HANDED, at])
-                error = call(functions[STREAM_WAIT], (waits, event, 0))
-            if not error and to_host and chunk[N_PIECES] > 0:
+    # Copies of a paced load are issued as far ahead of kernels as there are buffers.
+    room = n if apart and not to_host and outcome[PACED] != 0 else 1
+    here = there = 0  # chunks whose first part was issued, and whose second: of a load what follows its copies
+    while there < len(chunks) and not error:
+        at = (first + there) % n
+        chunk, stream = chunks[there], streams[at]
+        # The last kernel is issued when the copies before its own have ended: then another plan's follow without a gap.
+        awaited = turns[COPIED, at if there < len(chunks) - 1 else (at + n - 1) % n]
+        if there < here and (room == 1 or has_passed(functions, lane, awaited, scratch, outcome)):
+            if apart and not to_host:
+                error = call(functions[STREAM_WAIT], (stream, turns[COPIED, at], 0))
+            if not error and not to_host and chunk[N_PIECES] > 0:
+                _aim(lane, chunk, at, buffers, works, bases)
                 error = _run(functions, lane, launches, chunk, digest, bases, pitch, stream, parameters, pointers)
-            if not error and apart and to_host:
-                error = follow_stream(functions, copying, stream, turns[HANDED, at])
-                # Before the last copies, when all kernels are through: behind them it would wait for the next transfer's
-                # copies, which the same engine of the GPU makes, one long one after another.
-                if not error and early and c == len(chunks) - 1:
-                    error = read_back(functions, digest, copying)
-            if not error and batch.shape[1] > 0:
-                error = copy_batch(to_host, functions, batch, chunk, copying, scratch)
-            elif not error:
-                error = copy_chunk(to_host, functions, copies, chunk, base, copying, scratch)
-            if not error and beside and c == int(split):  # once the link is busy: these calls of the driver take microseconds
-                error = follow(functions, digest[STREAM], after)
+                if not error and apart:
+                    error = call(functions[EVENT_RECORD], (turns[HANDED, at], stream))
+            there += 1
+            while not error and mark < len(marks) and marks[mark] == there:
+                error = join(functions, lane, streams, joins, first, min(n, there))
+                if not error and apart and to_host:
+                    error = follow_stream(functions, lane[JOIN_STREAM], copies_on, lane[COPY_EVENT])
                 if not error:
-                    error = read(functions, digest, digest[STREAM], parameters, pointers)
-            if not error and apart:
-                error = call(functions[EVENT_RECORD], (turns[COPIED, at], copying))
-        k = c - ahead_of_kernels
-        if k < 0 or error:
+                    error = call(functions[EVENT_RECORD], (events[mark], lane[JOIN_STREAM]))
+                mark += 1
             continue
-        at = (first + k) % n
-        chunk, stream = chunks[k], streams[at]
-        if apart and not to_host:
-            # The last one is issued when the copies before its own have ended: then another plan's follow without a gap.
-            awaited = at if k < len(chunks) - 1 else (at + n - 1) % n
-            wait_for_event(functions, lane, turns[COPIED, awaited], scratch[MODE:], outcome)
-            error = call(functions[STREAM_WAIT], (stream, turns[COPIED, at], 0))
-        if not error and not to_host and chunk[N_PIECES] > 0:
-            _aim(lane, chunk, at, buffers, works, bases)
+        at = (first + here) % n
+        empty = here < len(chunks) and here - there < room
+        if not empty or not is_due(lane, scratch, outcome):
+            nap(lane)
+            continue
+        if apart and to_host and not has_passed(functions, lane, turns[COPIED, at], scratch, outcome):
+            nap(lane)
+            continue
+        chunk, stream = chunks[here], streams[at]
+        base = _aim(lane, chunk, at, buffers, works, bases)
+        copying = copies_on if apart else stream
+        take_turn(lane, copies, chunk, scratch, outcome)
+        if apart:  # until the buffer has been emptied
+            waits, event = (stream, turns[COPIED, at]) if to_host else (copying, turns[HANDED, at])
+            error = call(functions[STREAM_WAIT], (waits, event, 0))
+        if not error and to_host and chunk[N_PIECES] > 0:
             error = _run(functions, lane, launches, chunk, digest, bases, pitch, stream, parameters, pointers)
-            if not error and apart:
-                error = call(functions[EVENT_RECORD], (turns[HANDED, at], stream))
-        while not error and mark < len(marks) and marks[mark] == k + 1:
-            error = join(functions, lane, streams, joins, first, min(n, k + 1))
-            if not error and apart and to_host:
-                error = follow_stream(functions, lane[JOIN_STREAM], copies_on, lane[COPY_EVENT])
+        if not error and apart and to_host:
+            error = follow_stream(functions, copying, stream, turns[HANDED, at])
+            # Before the last copies, when all kernels are through: behind them it would wait for the next transfer's copies,
+            # which the same engine of the GPU makes, one long one after another.
+            if not error and early and here == len(chunks) - 1:
+                error = read_back(functions, digest, copying)
+        if not error and batch.shape[1] > 0:
+            error = copy_batch(to_host, functions, batch, chunk, copying, scratch)
+        elif not error:
+            error = copy_chunk(to_host, functions, copies, chunk, base, copying, scratch)
+        if not error and beside and here == int(split):  # once the link is busy: these calls of the driver take microseconds
+            error = follow(functions, digest[STREAM], after)
             if not error:
-                error = call(functions[EVENT_RECORD], (events[mark], lane[JOIN_STREAM]))
-            mark += 1
+                error = read(functions, digest, digest[STREAM], parameters, pointers)
+        if not error and apart:
+            error = call(functions[EVENT_RECORD], (turns[COPIED, at], copying))
+        here += 1
     if not error and split and reads and not to_host:  # what its DMAs brought, while kernels move the rest
         error = read(functions, digest, streams[first % n], parameters, pointers)
     last, behind = np.int32(0), streams[first % n]

@@ -17,7 +17,7 @@ from kvortex.transfer.digesting import Digesting
 from kvortex.transfer.dma import SCRATCH_CELLS
 from kvortex.transfer.executor import Direction
 from kvortex.transfer.holding import FLAGS, NOTHING, STREAMS
-from kvortex.transfer.pacing import PACED_BYTES, nap_address
+from kvortex.transfer.pacing import PACED_BYTES, addresses
 from kvortex.transfer.plan import BASE_CELLS, IDS, INSTEAD, N_PIECES, PARAMETERS, STATUS, SUMS, Int64s, Plan
 from kvortex.transfer.submitting import RESIDENT, STREAMED, Submitter
 
@@ -81,6 +81,8 @@ class Lane:
         Address of ``COUNTER_BYTES`` bytes of VRAM for each of ``buffers``, zeroed.
     works
         Addresses of what else belongs to each of ``buffers``; None where nothing does.
+    ps_of_byte
+        Picoseconds that paced copies are to take for a byte; 0 for as few as it takes.
 
     Attributes
     ----------
@@ -103,6 +105,7 @@ class Lane:
         offsets: Int64s,
         counters: int,
         works: list[int] | None = None,
+        ps_of_byte: int = 0,
     ) -> None:
         self._device = device
         self._submitter: Submitter | None = None
@@ -136,7 +139,8 @@ class Lane:
         self._caller_event = np.array([caller_event], np.int64)
         self.cells[cells.TO_HOST] = direction is Direction.SAVE
         self.cells[cells.COPY_STREAM], self.cells[cells.COPY_EVENT] = self.copy_stream, copy_event
-        self.cells[cells.NAP] = nap_address()
+        self.cells[cells.NAP], self.cells[cells.CLOCK] = addresses()
+        self.cells[cells.PS_OF_BYTE] = ps_of_byte
         self._ring = np.array([kernel_stream, kernel_event, resident_kernel, 0, flags, flag_stream, flag_event], np.int64)
         self._filled = np.zeros((2, len(halves)), np.int64)
         self._turns = {kind: np.zeros(1, np.int64) for kind in (NOTHING, STREAMS, FLAGS)}

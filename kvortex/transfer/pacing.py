@@ -1,9 +1,9 @@
-"""Kernels that are put on the GPU when they can begin, and not before.
+"""Transfers beside a computing model: kernels are issued when they can begin, and copies at the pace of a share of the link.
 
 A stream whose kernel waits on the GPU for the end of a copy costs others: with five of them DMAs took 2.67 ms where they take
-2.43, and a prefill lost half a percent of its time (``docs/transfers.md``). So beside a computing model a lane's thread asks
-whether the copy has ended, and issues the kernel then. Copies are issued ahead as ever, so the link does not wait for that
-thread. Who needs the events behind a transfer at once, to make a stream wait for it, says so (``HURRIED``); from then on
+2.43, and a prefill lost half a percent of its time (``docs/transfers.md``). So a lane's thread asks whether the copy has ended,
+and issues the kernel then. And what a transfer costs a model is in proportion to its rate, so who sets a share of the link sets
+that cost. Who needs the events behind a transfer at once, to make a stream wait for it, says so (``HURRIED``); from then on
 everything is issued without a pause.
 """
 
@@ -15,22 +15,64 @@ from kvortex.devices.asking import NOT_READY, ask_relaxed
 from kvortex.devices.driver import EVENT_QUERY
 from kvortex.devices.native import call
 from kvortex.jit import njit
-from kvortex.transfer.cells import HURRIED, NAP, PACED, QUEUED
+from kvortex.transfer.cells import CLOCK, DUE, HURRIED, NAP, PACED, PS_OF_BYTE, QUEUED
+from kvortex.transfer.dma import MODE, TIME
+from kvortex.transfer.plan import COPY_BYTES, FIRST_COPY, LINES, N_COPIES
 
-_NAP_US = 100  # the other buffers hold some milliseconds of the link
 PACED_BYTES = 32 << 20  # what takes the link less than a few naps is not worth one
+_NAP_US = 100  # the other buffers hold some milliseconds of the link
+_MONOTONIC = 1  # CLOCK_MONOTONIC
+_LATE_NS = 10_000_000  # so much of what a transfer is late it may make up for: a long kernel of a model held it up
 
 
 @njit(nogil=True)
-def wait_for_event(functions, lane, event, scratch, outcome):  # type: ignore[no-untyped-def]
-    """Naps until an event has passed, a plan is not to be paced or hurried on, or the driver has another answer, which the
-    next call to it will give too."""
-    while outcome[PACED] != 0 and outcome[QUEUED] > lane[HURRIED]:
-        if ask_relaxed(functions, EVENT_QUERY, event, 0, 0, scratch) != NOT_READY:
-            return
-        call(lane[NAP], (_NAP_US,))
+def is_paced(lane, outcome):  # type: ignore[no-untyped-def]
+    """Whether a plan waits for what comes now."""
+    return outcome[PACED] != 0 and outcome[QUEUED] > lane[HURRIED]
 
 
-def nap_address() -> int:
-    """Address of the C library's ``usleep``."""
-    return ctypes.cast(ctypes.CDLL(None).usleep, ctypes.c_void_p).value or 0
+@njit(nogil=True)
+def has_passed(functions, lane, event, scratch, outcome):  # type: ignore[no-untyped-def]
+    """Whether nothing is to be waited for: an event has passed, or the plan is not paced, or the driver has another answer,
+    which the next call to it will give too."""
+    return not is_paced(lane, outcome) or ask_relaxed(functions, EVENT_QUERY, event, 0, 0, scratch[MODE:]) != NOT_READY
+
+
+@njit(nogil=True)
+def _now(lane, scratch):  # type: ignore[no-untyped-def]
+    call(lane[CLOCK], (_MONOTONIC, scratch[TIME:].ctypes.data))
+    return scratch[TIME] * 1_000_000_000 + scratch[TIME + 1]
+
+
+@njit(nogil=True)
+def is_due(lane, scratch, outcome):  # type: ignore[no-untyped-def]
+    """Whether the next copies' turn has come."""
+    return lane[PS_OF_BYTE] == 0 or not is_paced(lane, outcome) or _now(lane, scratch) >= lane[DUE]
+
+
+@njit(nogil=True)
+def take_turn(lane, copies, chunk, scratch, outcome):  # type: ignore[no-untyped-def]
+    """Puts off the next turn by what the copies of a chunk are to take."""
+    if outcome[PACED] != 0 and lane[PS_OF_BYTE] != 0:
+        nbytes = 0
+        for at in range(chunk[FIRST_COPY], chunk[FIRST_COPY] + chunk[N_COPIES]):
+            nbytes += copies[at, COPY_BYTES] * copies[at, LINES]
+        lane[DUE] = max(lane[DUE], _now(lane, scratch) - _LATE_NS) + nbytes * lane[PS_OF_BYTE] // 1000
+
+
+@njit(nogil=True)
+def nap(lane):  # type: ignore[no-untyped-def]
+    """A pause, after which things may be otherwise."""
+    call(lane[NAP], (_NAP_US,))
+
+
+def pace(link_rate: float, share: float) -> int:
+    """Picoseconds that a byte is to take, at a share of so many bytes per second; 0 for as few as it takes."""
+    return round(1e12 / (link_rate * share)) if share < 1 else 0
+
+
+def addresses() -> tuple[int, int]:
+    """Of the C library's ``usleep`` and ``clock_gettime``."""
+    libc = ctypes.CDLL(None)
+    nap, clock = (ctypes.cast(function, ctypes.c_void_p).value or 0 for function in (libc.usleep, libc.clock_gettime))
+    return nap, clock

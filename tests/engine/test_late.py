@@ -195,9 +195,13 @@ SHAPES: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 def issued_by(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    """With odd seeds the threads of lanes issue everything, with even ones the callers'."""
+    """With odd seeds the threads of lanes issue everything, with even ones the callers'; with every second of the odd ones they
+    wait with each kernel until it can begin, as beside a model."""
     if seed % 2:
         monkeypatch.setattr("kvortex.transfer.lane._AT_ONCE", -1)
+    if seed % 4 == 3:
+        monkeypatch.setattr("kvortex.transfer.lane.PACED_BYTES", 0)
+        monkeypatch.setattr("kvortex.transfer.cuda.CudaExecutor._is_busy", lambda *_: True)
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -13,6 +13,7 @@ from kvortex.transfer.coded import plan_coded
 from kvortex.transfer.dma import SCRATCH_CELLS
 from kvortex.transfer.issue import issue
 from kvortex.transfer.layers import cut_layers, cut_sections, group_layers, in_order, plan_layers
+from kvortex.transfer.pacing import addresses
 from kvortex.transfer.plan import (
     ARGUMENTS,
     BUFFER,
@@ -52,7 +53,8 @@ SLOT_BYTES, PIECE_BYTES = 128, 16
 @dataclass
 class Lane:
     """What ``issue`` takes besides the plan; stream k is 0x5001 + k, its buffer 0xB0000 * (k + 1), its events 0xE001 + k,
-    0xD001 + k and 0xC001 + k. ``after`` are events to wait for in the place of the caller's stream."""
+    0xD001 + k and 0xC001 + k. ``after`` are events to wait for in the place of the caller's stream; ``place`` is that in the
+    queue of a thread that paces what it issues, or 0."""
 
     count: int
     to_host: bool
@@ -60,6 +62,7 @@ class Lane:
     max_ctas: int = 3
     after: list[int] | None = None
     digest: Int64s | None = None
+    place: int = 0
     cells: Int64s = field(init=False)
 
     def __post_init__(self) -> None:
@@ -78,12 +81,14 @@ class Lane:
         self.cells[cells.TO_HOST] = self.to_host
         self.cells[cells.COPY_STREAM], self.cells[cells.COPY_EVENT] = COPY_STREAM, COPY_EVENT
         self.cells[cells.COUNTERS] = COUNTERS
+        self.cells[cells.NAP], self.cells[cells.CLOCK] = addresses()
 
     def issue(self, recorder: Recorder, plan: Plan) -> tuple[int, int]:
         """The two codes."""
         parameters = np.zeros(PARAMETERS, np.int64)
         pointers = parameters.ctypes.data + 8 * np.arange(PARAMETERS, dtype=np.int64)
         turn, outcome = np.array([self.turn]), np.zeros(cells.OUTCOME_CELLS, np.int64)
+        outcome[cells.QUEUED], outcome[cells.PACED] = self.place, self.place > 0
         scratch = np.zeros(SCRATCH_CELLS, np.int64)
         caller, after = (CALLER, [CALLER_EVENT]) if self.after is None else (cells.NO_STREAM, self.after)
         fixed = (self.cells, self.streams, self.buffers, self.joins, self.turns, turn, caller, np.array(after, np.int64))
