@@ -120,7 +120,7 @@ class CudaExecutor(Lender):
         self._codec = codec
         self._coder: LayeredCoder | None = None
         self.beside_compute = beside_compute
-        self._ps_of_byte = pace(profile.link_rate, link_share)
+        self._fs_of_byte = pace(profile.link_rate, link_share)
         self.resident_ctas = profile.resident_ctas, profile.resident_ctas_beside
         if pool.slot_bytes > device.max_pitch:  # then no 2D DMA reaches from one slot into the next
             pool = dataclasses.replace(pool, segment_slots=1)
@@ -196,7 +196,7 @@ class CudaExecutor(Lender):
                 pieces[:, OFFSET],
                 counters + depth * COUNTER_BYTES * at,
                 None if works is None else works[at * depth : (at + 1) * depth],
-                self._ps_of_byte,
+                self._fs_of_byte,
             )
 
     def _halves(self, buffers: list[int]) -> list[int]:

@@ -81,8 +81,8 @@ class Lane:
         Address of ``COUNTER_BYTES`` bytes of VRAM for each of ``buffers``, zeroed.
     works
         Addresses of what else belongs to each of ``buffers``; None where nothing does.
-    ps_of_byte
-        Picoseconds that paced copies are to take for a byte; 0 for as few as it takes.
+    fs_of_byte
+        Femtoseconds that paced copies are to take for a byte; 0 for as few as it takes.
 
     Attributes
     ----------
@@ -105,7 +105,7 @@ class Lane:
         offsets: Int64s,
         counters: int,
         works: list[int] | None = None,
-        ps_of_byte: int = 0,
+        fs_of_byte: int = 0,
     ) -> None:
         self._device = device
         self._submitter: Submitter | None = None
@@ -140,7 +140,7 @@ class Lane:
         self.cells[cells.TO_HOST] = direction is Direction.SAVE
         self.cells[cells.COPY_STREAM], self.cells[cells.COPY_EVENT] = self.copy_stream, copy_event
         self.cells[cells.NAP], self.cells[cells.CLOCK] = addresses()
-        self.cells[cells.PS_OF_BYTE] = ps_of_byte
+        self.cells[cells.FS_OF_BYTE] = fs_of_byte
         self._ring = np.array([kernel_stream, kernel_event, resident_kernel, 0, flags, flag_stream, flag_event], np.int64)
         self._filled = np.zeros((2, len(halves)), np.int64)
         self._turns = {kind: np.zeros(1, np.int64) for kind in (NOTHING, STREAMS, FLAGS)}

@@ -15,14 +15,16 @@ from kvortex.devices.asking import NOT_READY, ask_relaxed
 from kvortex.devices.driver import EVENT_QUERY
 from kvortex.devices.native import call
 from kvortex.jit import njit
-from kvortex.transfer.cells import CLOCK, DUE, HURRIED, NAP, PACED, PS_OF_BYTE, QUEUED
+from kvortex.transfer.cells import CLOCK, DUE, FS_OF_BYTE, HURRIED, NAP, PACED, QUEUED
 from kvortex.transfer.dma import MODE, TIME
 from kvortex.transfer.plan import COPY_BYTES, FIRST_COPY, LINES, N_COPIES
 
 PACED_BYTES = 32 << 20  # what takes the link less than a few naps is not worth one
 _NAP_US = 100  # the other buffers hold some milliseconds of the link
 _MONOTONIC = 1  # CLOCK_MONOTONIC
-_LATE_NS = 10_000_000  # so much of what a transfer is late it may make up for: a long kernel of a model held it up
+# So much of what copies are late they may make up for, as when a model's kernel kept buffers from them. At 0.92 of the link a
+# millisecond takes 12 to make up for.
+_LATE_NS = 3_000_000
 
 
 @njit(nogil=True)
@@ -47,17 +49,17 @@ def _now(lane, scratch):  # type: ignore[no-untyped-def]
 @njit(nogil=True)
 def is_due(lane, scratch, outcome):  # type: ignore[no-untyped-def]
     """Whether the next copies' turn has come."""
-    return lane[PS_OF_BYTE] == 0 or not is_paced(lane, outcome) or _now(lane, scratch) >= lane[DUE]
+    return lane[FS_OF_BYTE] == 0 or not is_paced(lane, outcome) or _now(lane, scratch) >= lane[DUE]
 
 
 @njit(nogil=True)
 def take_turn(lane, copies, chunk, scratch, outcome):  # type: ignore[no-untyped-def]
     """Puts off the next turn by what the copies of a chunk are to take."""
-    if outcome[PACED] != 0 and lane[PS_OF_BYTE] != 0:
+    if outcome[PACED] != 0 and lane[FS_OF_BYTE] != 0:
         nbytes = 0
         for at in range(chunk[FIRST_COPY], chunk[FIRST_COPY] + chunk[N_COPIES]):
             nbytes += copies[at, COPY_BYTES] * copies[at, LINES]
-        lane[DUE] = max(lane[DUE], _now(lane, scratch) - _LATE_NS) + nbytes * lane[PS_OF_BYTE] // 1000
+        lane[DUE] = max(lane[DUE], _now(lane, scratch) - _LATE_NS) + nbytes * lane[FS_OF_BYTE] // 1_000_000
 
 
 @njit(nogil=True)
@@ -67,8 +69,8 @@ def nap(lane):  # type: ignore[no-untyped-def]
 
 
 def pace(link_rate: float, share: float) -> int:
-    """Picoseconds that a byte is to take, at a share of so many bytes per second; 0 for as few as it takes."""
-    return round(1e12 / (link_rate * share)) if share < 1 else 0
+    """Femtoseconds that a byte is to take, at a share of so many bytes per second; 0 for as few as it takes."""
+    return round(1e15 / (link_rate * share)) if share < 1 else 0
 
 
 def addresses() -> tuple[int, int]:
