@@ -19,9 +19,10 @@ import kvortex
 from kvortex.devices.cuda import CudaDevice
 from kvortex.errors import DeviceUnavailableError
 from perf.coded_pages import SHAPE, Coded, Pages, engines
-from perf.compute import STAGING_BYTES, told
+from perf.compute import told
 from perf.flow import tickets
 from perf.loads import Loop
+from perf.moving import STAGING_BYTES
 from perf.pages import moved
 from perf.raw import RawCopy
 from perf.report import Report, progress

@@ -17,56 +17,18 @@ from typing import Any
 import kvortex
 from kvortex.devices.cuda import CudaDevice
 from kvortex.errors import DeviceUnavailableError
-from perf.flow import tickets
 from perf.loads import LOADS, Loop
-from perf.pages import WAYS, Ids, Pages, moved
+from perf.moving import BUFFERS, STAGING_BYTES, Blocks
+from perf.pages import WAYS
 from perf.raw import RawCopy
 from perf.report import Report, progress
 from perf.turns import Mover, Turns, raw_movers
 
 FRAGMENT_BYTES = (4 << 10, 18 << 10, 32 << 10)
 ROUTES = ("auto",)  # transfer_route
-# All buffers of a direction but one must last the link for longer than a kernel of 7 ms keeps that one; and a kernel that
-# serves one should end within the last wave of a product, as a longer buffer's does not.
-STAGING_BYTES, BUFFERS = 5 << 28, 5
 KEYS = ("load", "fragment_kib", "route", "direction")
 BETTER = {"rate": "higher", "ratio": "higher", "slowdown": "lower"}
 COLUMNS = (*KEYS, *BETTER, "slowdown_least", "slowdown_most", "raw_rate", "raw_slowdown", "wrong_bytes")
-
-
-class _Blocks:
-    """Blocks of fragments of one length, and an engine that moves them by a route."""
-
-    def __init__(self, device: CudaDevice, fragment_bytes: int, route: str, payload: int) -> None:
-        staging = {"gpu_pool_size_bytes": STAGING_BYTES, "staging_buffers": BUFFERS}
-        self._pages = Pages(device, fragment_bytes, payload, sets=3, transfer_route=route, beside_compute=True, **staging)
-        self.wrong_bytes = self._pages.round_trip()
-        self._before = self._pages.memory.read()
-        self._source, self._target = self._pages.halves()
-        self._saved: Ids = self._pages.keys()
-        self.close = self._pages.close
-
-    def save(self) -> kvortex.Ticket:
-        """Starts a save by keys that are new."""
-        return self._pages.engine.save_blocks(self._pages.keys(), self._source)
-
-    def load(self) -> kvortex.Ticket:
-        """Starts a load of what :meth:`save_again` saved."""
-        return self._pages.engine.load_blocks(self._saved, self._target)
-
-    def save_again(self) -> None:
-        """Before loads: other saves have evicted what was to be loaded."""
-        self._saved = self._pages.keys()
-        moved(self._pages.engine.save_blocks(self._saved, self._source))
-
-    def check(self) -> None:
-        """Behind loads: adds to ``wrong_bytes`` what the last one did not bring, or changed elsewhere."""
-        after = self._pages.memory.read()
-        self.wrong_bytes += self._pages.wrong_bytes(self._before, after, self._source, self._target)
-
-    def movers(self) -> tuple[Mover, Mover]:
-        """Of saves and of loads."""
-        return Mover(tickets(self.save)), Mover(tickets(self.load), self.save_again)
 
 
 def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]], dict[str, Any]]:
@@ -77,6 +39,7 @@ def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]]
     payload, seconds, rounds = (32 << 20, 0.05, 1) if quick else (512 << 20, 0.2, 9)
     notes: dict[str, Any] = {"payload_bytes": payload, "gpu_pool_size_bytes": STAGING_BYTES, "staging_buffers": BUFFERS}
     notes |= {"loop_seconds": seconds, "rounds": rounds, "unit": "GB/s of payload"}
+    notes["link_share_beside_compute"] = kvortex.KVortexConfig().link_share_beside_compute
     rows = []
     with contextlib.ExitStack() as stack:
         raw = RawCopy(device, payload)
@@ -86,7 +49,7 @@ def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]]
         for fragment_bytes in FRAGMENT_BYTES:
             for route in ROUTES:
                 progress(f"fragments of {fragment_bytes >> 10} KiB, {route}")
-                kinds[fragment_bytes, route] = _Blocks(device, fragment_bytes, route, payload)
+                kinds[fragment_bytes, route] = Blocks(device, fragment_bytes, payload, transfer_route=route)
                 stack.callback(kinds[fragment_bytes, route].close)
         for name in LOADS:
             found: dict[Any, Mover] = dict(raw_movers(raw))

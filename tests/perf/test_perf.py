@@ -22,14 +22,14 @@ from kvortex.memory.arena import PinnedArena
 from kvortex.transfer import host
 from kvortex.transfer.executor import Direction
 from perf import __main__ as program
-from perf import beside, codecs, coded, compute, duplex, faults, fragments, gil, keys, link, pinned, report, submit
+from perf import beside, codecs, coded, compute, duplex, faults, fragments, gil, keys, link, pinned, report, share, submit
 from perf.baselines import fragmentwise
 from perf.methods import Kvortex, Raw
 from perf.pages import Pages
 from perf.raw import RawCopy
 from perf.report import Report
 
-NEED_A_GPU = {"beside", "compute"}
+NEED_A_GPU = {"beside", "compute", "share"}
 NEED_JAX = {"ttft"}  # which has threads, and tests fork: test_ttft.py runs it in another process
 NEED_WEIGHTS = {"prefix"}  # of a model, and minutes
 FACTS = ("date", "device", "python", "kvortex", "packages")
@@ -498,6 +498,25 @@ def test_coded_blocks_beside_computation() -> None:
     assert seen == {(codec, way) for codec in ("raw", *coded.BARS) for way in ("save", "load")}
     assert set(notes["left_out"]) == {"cachegen"}
     assert all(row["wrong_bytes"] == 0 and row["alone"] > 0 and set(beside.COLUMNS) <= set(row) for row in rows)
+
+
+@pytest.mark.gpu
+def test_shares_of_the_link_beside_computation(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    monkeypatch.setattr(share, "SHARES", (0.25, 1.0))
+    _, rows, notes = share.measure("cuda", quick=True)
+    assert "failed" not in notes and all(row["wrong_bytes"] == 0 and set(share.COLUMNS) <= set(row) for row in rows)
+    rates = {(row["share"], row["direction"]): row["rate"] for row in rows}
+    assert all(rates[0.25, way] < 0.6 * rates[1.0, way] for way in ("save", "load"))
+
+
+def test_shares_of_the_link_are_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    one = dict.fromkeys(share.COLUMNS, 1.01)
+    rows = [{**one, "share": part, "rate": 50 * part, "direction": way} for part in (0.25, 1.0) for way in ("save", "load")]
+    environment: dict[str, Any] = {"device": {"gpu": "a GPU"}}
+    written = Report("share", "", environment, {}, rows).write(tmp_path, share.draw)
+    assert [path.suffix for path in written] == [".json", ".png"] and all(path.stat().st_size for path in written)
 
 
 def test_pinned_memory_that_changes_bytes_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
