@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from kvortex.jit import njit
 from kvortex.transfer.cells import ERROR, ISSUED
-from kvortex.transfer.issue import hand_over, issue
+from kvortex.transfer.issue import issue
+from kvortex.transfer.ordering import hand_over
 from kvortex.transfer.resident import issue_resident
 
 # What keeps the next chunk out of a staging buffer that is in use: nothing, since none is used; the order of the buffer's

@@ -8,13 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvortex.devices.driver import (
-    CTX_POP,
-    CTX_PUSH,
-    EVENT_RECORD,
-    LAUNCH,
-    STREAM_WAIT,
-)
+from kvortex.devices.driver import CTX_POP, CTX_PUSH, EVENT_RECORD, STREAM_WAIT
 from kvortex.devices.native import call, release
 from kvortex.jit import njit
 from kvortex.transfer import digesting
@@ -24,169 +18,23 @@ from kvortex.transfer.cells import (
     COPIED,
     COPY_EVENT,
     COPY_STREAM,
-    COUNTER_BYTES,
-    COUNTERS,
     ERROR,
     HANDED,
     ISSUED,
     JOIN_STREAM,
-    KERNEL,
     LAST,
-    MAX_CTAS,
     NO_STREAM,
     PACED,
-    TABLE,
-    THREADS,
     TO_HOST,
 )
-from kvortex.transfer.digesting import (
-    EVENT,
-    IDS,
-    NUMBERS,
-    ONLY,
-    PIECE_BYTES,
-    RECORD_BYTES,
-    STREAM,
-    SUMS,
-    SUMS_BYTES,
-    read,
-    read_back,
-    send,
-)
+from kvortex.transfer.digesting import EVENT, PIECE_BYTES, STREAM, SUMS_BYTES, read, read_back, send
 from kvortex.transfer.dma import copy_batch, copy_chunk
+from kvortex.transfer.launching import aim_chunk, run_chunk
+from kvortex.transfer.ordering import follow, follow_stream, join
 from kvortex.transfer.pacing import has_passed, is_due, nap, take_turn
-from kvortex.transfer.plan import (
-    ARGUMENTS,
-    BUFFER,
-    BYTES,
-    COUNTER,
-    CTAS,
-    FIRST_BLOCK,
-    FIRST_LAUNCH,
-    FIRST_PIECE,
-    INSTEAD,
-    N_BLOCKS,
-    N_COPIES,
-    N_LAUNCHES,
-    N_PIECES,
-    PARAMETERS,
-    RELATIVE,
-    WORK,
-)
-from kvortex.transfer.plan import KERNEL as LAUNCH_KERNEL
-from kvortex.transfer.plan import THREADS as LAUNCH_THREADS
+from kvortex.transfer.plan import N_COPIES, N_PIECES
 
-PIECE_ROW_BYTES = 8 * (BYTES + 1)
 _READS = digesting.KERNEL
-
-
-@njit(nogil=True)
-def _launch(functions, lane, chunk, digest, bases, pitch, stream, parameters, pointers):  # type: ignore[no-untyped-def]
-    n_pieces, n_blocks = chunk[N_PIECES], chunk[N_BLOCKS]
-    parameters[0] = bases[BUFFER]
-    parameters[1] = lane[TABLE] + chunk[FIRST_PIECE] * PIECE_ROW_BYTES
-    parameters[2] = n_pieces
-    parameters[3] = digest[IDS] + chunk[FIRST_BLOCK] * 4
-    parameters[4] = n_blocks
-    parameters[5] = pitch
-    parameters[6] = digest[ONLY]
-    parameters[7] = bases[COUNTER]
-    if digest[SUMS_BYTES]:
-        parameters[8] = digest[NUMBERS]
-        parameters[9] = digest[SUMS] + chunk[FIRST_BLOCK] * digest[RECORD_BYTES] + chunk[FIRST_PIECE] * digest[PIECE_BYTES]
-        parameters[10] = digest[RECORD_BYTES]
-        parameters[11] = digest[PIECE_BYTES]
-    warps = lane[THREADS] // 32
-    ctas = min(lane[MAX_CTAS], (n_pieces * n_blocks + warps - 1) // warps)
-    return call(
-        functions[LAUNCH],
-        (lane[KERNEL], ctas, 1, 1, lane[THREADS], 1, 1, 0, stream, pointers.ctypes.data, 0),
-    )
-
-
-@njit(nogil=True)
-def _launch_rows(functions, launches, chunk, bases, stream, parameters, pointers):  # type: ignore[no-untyped-def]
-    """The launches of a chunk, one behind another; the first error code."""
-    for at in range(chunk[FIRST_LAUNCH], chunk[FIRST_LAUNCH] + chunk[N_LAUNCHES]):
-        row = launches[at]
-        for k in range(PARAMETERS):
-            parameters[k] = row[ARGUMENTS + k] + bases[(row[RELATIVE] >> (4 * k)) & 15]
-        shape = (row[LAUNCH_KERNEL], row[CTAS], 1, 1, row[LAUNCH_THREADS], 1, 1, 0, stream, pointers.ctypes.data, 0)
-        code = call(functions[LAUNCH], shape)
-        if code:
-            return code
-    return np.int32(0)
-
-
-@njit(nogil=True)
-def _run(  # type: ignore[no-untyped-def]
-    functions, lane, launches, chunk, digest, bases, pitch, stream, parameters, pointers
-):
-    """The kernels of a chunk: its launches, or the lane's own kernel; the first error code."""
-    if chunk[N_LAUNCHES] > 0:
-        return _launch_rows(functions, launches, chunk, bases, stream, parameters, pointers)
-    return _launch(functions, lane, chunk, digest, bases, pitch, stream, parameters, pointers)
-
-
-@njit(nogil=True)
-def _aim(lane, chunk, at, buffers, works, bases):  # type: ignore[no-untyped-def]
-    """Fills in what a chunk's kernels find by its stream, and gives the address that its copies are relative to."""
-    base = chunk[INSTEAD]
-    if chunk[N_PIECES] > 0 and not base:
-        base = buffers[at]
-    bases[BUFFER], bases[WORK], bases[COUNTER] = base, works[at], lane[COUNTERS] + COUNTER_BYTES * at
-    return base
-
-
-@njit(nogil=True)
-def follow_stream(functions, stream, other, event):  # type: ignore[no-untyped-def]
-    """Makes a stream wait for what is on another one now, by an event; the first error code."""
-    code = call(functions[EVENT_RECORD], (event, other))
-    if not code:
-        code = call(functions[STREAM_WAIT], (stream, event, 0))
-    return code
-
-
-@njit(nogil=True)
-def join(functions, lane, streams, joins, first, used):  # type: ignore[no-untyped-def]
-    """Makes the join stream wait for ``used`` streams from ``first`` on, all of them whatever fails; the first error code."""
-    error = np.int32(0)
-    for at in range(used):
-        k = (first + at) % len(streams)
-        code = follow_stream(functions, lane[JOIN_STREAM], streams[k], joins[k])
-        if not error:
-            error = code
-    return error
-
-
-@njit(nogil=True)
-def hand_over(functions, lane, streams, joins, scratch, outcome):  # type: ignore[no-untyped-def]
-    """Makes every stream of a lane wait for all that is on the others: staging buffers pass from one route to another.
-
-    ``streams`` and ``joins`` are (s,) int64. ``outcome`` gets the first error, and nothing else.
-    """
-    error = call(functions[CTX_PUSH], (lane[CONTEXT],))
-    if error:
-        outcome[ERROR] = error
-        return
-    error = join(functions, lane, streams, joins, 0, len(streams))
-    if not error:
-        error = call(functions[EVENT_RECORD], (lane[CALLER_EVENT], lane[JOIN_STREAM]))
-    for stream in streams:
-        if not error:
-            error = call(functions[STREAM_WAIT], (stream, lane[CALLER_EVENT], 0))
-    call(functions[CTX_POP], (scratch.ctypes.data,))
-    outcome[ERROR] = error
-
-
-@njit(nogil=True)
-def follow(functions, stream, events):  # type: ignore[no-untyped-def]
-    """Makes a stream wait for events that are recorded already; the first error code."""
-    for event in events:
-        code = call(functions[STREAM_WAIT], (stream, event, 0))
-        if code:
-            return code
-    return np.int32(0)
 
 
 @njit(nogil=True)
@@ -294,8 +142,8 @@ def issue(  # type: ignore[no-untyped-def]
             if apart and not to_host:
                 error = call(functions[STREAM_WAIT], (stream, turns[COPIED, at], 0))
             if not error and not to_host and chunk[N_PIECES] > 0:
-                _aim(lane, chunk, at, buffers, works, bases)
-                error = _run(functions, lane, launches, chunk, digest, bases, pitch, stream, parameters, pointers)
+                aim_chunk(lane, chunk, at, buffers, works, bases)
+                error = run_chunk(functions, lane, launches, chunk, digest, bases, pitch, stream, parameters, pointers)
                 if not error and apart:
                     error = call(functions[EVENT_RECORD], (turns[HANDED, at], stream))
             there += 1
@@ -316,14 +164,14 @@ def issue(  # type: ignore[no-untyped-def]
             nap(lane)
             continue
         chunk, stream = chunks[here], streams[at]
-        base = _aim(lane, chunk, at, buffers, works, bases)
+        base = aim_chunk(lane, chunk, at, buffers, works, bases)
         copying = copies_on if apart else stream
         take_turn(lane, copies, chunk, scratch, outcome)
         if apart:  # until the buffer has been emptied
             waits, event = (stream, turns[COPIED, at]) if to_host else (copying, turns[HANDED, at])
             error = call(functions[STREAM_WAIT], (waits, event, 0))
         if not error and to_host and chunk[N_PIECES] > 0:
-            error = _run(functions, lane, launches, chunk, digest, bases, pitch, stream, parameters, pointers)
+            error = run_chunk(functions, lane, launches, chunk, digest, bases, pitch, stream, parameters, pointers)
         if not error and apart and to_host:
             error = follow_stream(functions, copying, stream, turns[HANDED, at])
             # Before the last copies, when all kernels are through: behind them it would wait for the next transfer's copies,

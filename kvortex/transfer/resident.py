@@ -41,7 +41,7 @@ from kvortex.transfer.cells import (
 )
 from kvortex.transfer.digesting import NUMBERS, SUMS, SUMS_BYTES, read_back
 from kvortex.transfer.dma import MODE, copy_chunk
-from kvortex.transfer.issue import follow, follow_stream, join
+from kvortex.transfer.ordering import follow, follow_stream, join
 from kvortex.transfer.plan import FIRST_BLOCK, FIRST_PIECE, N_BLOCKS, N_PIECES
 
 # Cells of ``ring``: what a lane has for resident kernels beside its other cells.
