@@ -61,9 +61,9 @@ class KVortexConfig:
         Whether a model computes on the GPU while blocks move, which ``transfer_route = "auto"`` then spares; None to take
         work on the caller's stream as the sign of it.
     link_share_beside_compute
-        Of the link's rate, that long transfers through staging buffers take of each direction while a model computes, above
-        0 and up to 1: what they cost the model is in proportion to it (``docs/transfers.md``). A transfer that a stream is made
-        to wait for is not held back.
+        Of the link's rate, that long transfers through staging buffers take of each direction while a model computes, 0.01 to
+        1: the fewer bytes move, the less that costs the model (``docs/transfers.md``). A transfer that a stream is made to
+        wait for is not held back; one that the host waits for is.
     eviction_policy
         Which block goes when a slot is needed: ``"lru"``, ``"s3fifo"``, ``"arc"`` or ``"lfu"``; see
         :data:`kvortex.index.POLICIES`.
@@ -182,7 +182,9 @@ class KVortexConfig:
         if self.eviction_policy not in _POLICIES:
             raise ConfigError(f"eviction_policy = {shown(self.eviction_policy)}: must be one of {', '.join(_POLICIES)}")
         self._check_tiers()
-        self._share("link_share_beside_compute", 1)
+        share = self.link_share_beside_compute
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0.01 <= share <= 1:
+            raise ConfigError(f"link_share_beside_compute = {shown(share)}: must be a number from 0.01 to 1")
         seconds = self.transfer_timeout_s
         # Compared as it is: an int may be too large for a float, and what is above the limit no wait can take.
         if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds <= threading.TIMEOUT_MAX:
@@ -199,12 +201,9 @@ class KVortexConfig:
             if isinstance(entry, str) and not _SCHEME.match(entry):
                 raise ConfigError(f"tiers[{at}] = {shown_tiers(entry)}: must be a URL as disk:/folder or redis://host:6379/0")
         object.__setattr__(self, "tiers", tuple(given))  # a list, as TOML has it
-        self._share("tier_pool_share", 0.5)
-
-    def _share(self, name: str, at_most: float) -> None:
-        share = getattr(self, name)
-        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= at_most:
-            raise ConfigError(f"{name} = {shown(share)}: must be a number above 0, {at_most:g} at most")
+        share = self.tier_pool_share
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 0.5:
+            raise ConfigError(f"tier_pool_share = {shown(share)}: must be a number above 0, 0.5 at most")
 
     def _integer(self, name: str, *, at_least: int, at_most: int = _MOST) -> None:
         check_integer(name, getattr(self, name), at_least, at_most)

@@ -116,6 +116,7 @@ class Parts:
         deadline = time.monotonic() + timeout
         if self.cascade is not None:
             self.cascade.stop_fetching()
+        self.executor.hurry_all()
         if left := self.flight.drain(timeout):
             return f"{left} transfers are still running"
         if self.cascade is not None and not self.cascade.closed:

@@ -196,6 +196,7 @@ class CudaExecutor(Lender):
                 pieces[:, OFFSET],
                 counters + depth * COUNTER_BYTES * at,
                 None if works is None else works[at * depth : (at + 1) * depth],
+                self._staging.buffer_bytes if self._staging is not None else 0,
                 self._fs_of_byte,
             )
 
@@ -237,7 +238,8 @@ class CudaExecutor(Lender):
         caller = NO_STREAM if mark is not None else cuda_stream_handle(stream)
         nbytes = len(blocks) * int(self._layer_offsets[-1])
         in_groups = layerwise and direction is Direction.SAVE
-        busy = in_groups or self._is_busy(caller, mark)  # who saves layer by layer computes meanwhile
+        # Who saves layer by layer computes meanwhile, unless he says that he does not.
+        busy = self.beside_compute is not False if in_groups else self._is_busy(caller, mark)
         if self._coder is not None:
             if layerwise and not in_groups:
                 layered = self._coder.layered(blocks, slots, busy, parts, self._layer_offsets, self._profile.least)
@@ -262,14 +264,14 @@ class CudaExecutor(Lender):
             plan = self._planner.layered(route, records, sections, self._layer_ctas(route, busy))
             if in_groups:
                 edges = sections.first_pieces[[0, *sections.ends.tolist()]]
-                return self._layer_save(split_groups(plan), route, sections.group_of, blocks, edges)
+                return self._layer_save(split_groups(plan), route, busy, sections.group_of, blocks, edges)
             digests = self._digesting(route, blocks, 0, len(self._planner.pieces)), self._sizes(blocks)
             return CudaCompletion(self, direction, plan, caller, route, sections.group_of, *digests, mark)
         plan, edges = self._plan(direction, route, blocks, slots, busy), np.array([0, len(self._planner.pieces)])
         if route is Route.SPLIT:  # both kernels read which blocks they are from one list
             blocks = plan.ids.astype(np.int64)
         if in_groups:  # the other routes take all layers at once
-            return self._layer_save([plan], route, np.zeros(num_layers, np.int64), blocks, edges)
+            return self._layer_save([plan], route, busy, np.zeros(num_layers, np.int64), blocks, edges)
         digests = self._digesting(route, blocks, *edges.tolist()), self._sizes(blocks)
         return CudaCompletion(self, direction, plan, caller, route, None, *digests, mark, beside_compute=busy)
 
@@ -319,14 +321,16 @@ class CudaExecutor(Lender):
         table = self._table.address if self._table is not None else 0
         return self._digests.of_blocks(route, blocks, table, first, last, self._planner.cut.n_pieces, whole=whole)
 
-    def _layer_save(self, plans: list[Plan], route: Route, group_of: Int64s, blocks: Int64s, edges: Int64s) -> LayerSave:
+    def _layer_save(
+        self, plans: list[Plan], route: Route, busy: bool, group_of: Int64s, blocks: Int64s, edges: Int64s
+    ) -> LayerSave:
         """``edges`` are the first pieces of each group, and their number."""
         parts: list[CudaCompletion] = []
         try:
             for plan, first, last in zip(plans, edges[:-1].tolist(), edges[1:].tolist(), strict=True):
                 digesting = self._digesting(route, blocks, first, last, whole=False)
                 known = NO_STREAM, route, None, digesting
-                parts.append(CudaCompletion(self, Direction.SAVE, plan, *known, beside_compute=True))
+                parts.append(CudaCompletion(self, Direction.SAVE, plan, *known, beside_compute=busy))
             return LayerSave(parts, group_of, self._digests.sizes(self._sizes(blocks)))
         except BaseException:
             for part in parts:

@@ -17,7 +17,7 @@ from kvortex.errors import DeviceError, TransferError, TransferTimeoutError
 from kvortex.transfer import cells
 from kvortex.transfer.digesting import Digesting, room_for, status_of, sums_of
 from kvortex.transfer.executor import Direction, Mark, Part, poll
-from kvortex.transfer.lane import ROW_WORDS, Job, is_paced, is_short
+from kvortex.transfer.lane import ROW_WORDS, Job, is_short
 from kvortex.transfer.plan import Int64s, Plan
 from kvortex.transfer.routes import Route
 
@@ -115,7 +115,7 @@ class CudaCompletion(Part):
         self._lock = threading.RLock()
         self._finished = False
         self._behind = behind
-        self.outcome[cells.PACED] = beside_compute and is_paced(plan)
+        self.outcome[cells.PACED] = beside_compute and executor.paces(direction, plan)
         self._followed: list[int] = []  # events, recorded
         self._digesting, self._sizes = digesting, sizes
         self._events, self._ids = executor.lend(plan, digesting)

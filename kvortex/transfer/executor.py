@@ -170,6 +170,10 @@ class Executor(ABC):
     def check_stream(self, stream: Any) -> None:
         """Raises ArgumentError for what is no stream of this device, or cannot be waited for."""
 
+    def hurry_all(self) -> None:
+        """Holds no transfer back any more, also none that comes yet: the engine is to end."""
+        return
+
     @abstractmethod
     def close(self) -> None:
         """Frees what the executor owns. Nothing may be in flight. A second call does nothing."""

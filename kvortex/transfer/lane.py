@@ -17,7 +17,7 @@ from kvortex.transfer.digesting import Digesting
 from kvortex.transfer.dma import SCRATCH_CELLS
 from kvortex.transfer.executor import Direction
 from kvortex.transfer.holding import FLAGS, NOTHING, STREAMS
-from kvortex.transfer.pacing import PACED_BYTES, addresses
+from kvortex.transfer.pacing import PACED_BYTES, addresses, hurry
 from kvortex.transfer.plan import BASE_CELLS, IDS, INSTEAD, N_PIECES, PARAMETERS, STATUS, SUMS, Int64s, Plan
 from kvortex.transfer.submitting import RESIDENT, STREAMED, Submitter
 
@@ -37,11 +37,6 @@ def is_short(plan: Plan) -> bool:
     """Whether a plan takes so few calls of the driver that its caller had best make them."""
     copies = len(plan.copies) + plan.batch.shape[1] // 4
     return bool(3 * len(plan.chunks) + copies + len(plan.launches) <= _AT_ONCE)
-
-
-def is_paced(plan: Plan) -> bool:
-    """Whether a plan that moves beside a computing model is worth a thread that waits with its kernels."""
-    return _kind(plan) == STREAMS and plan.nbytes >= PACED_BYTES and not len(plan.marks)  # for layers a model may wait
 
 
 def _kind(plan: Plan) -> int:
@@ -81,6 +76,8 @@ class Lane:
         Address of ``COUNTER_BYTES`` bytes of VRAM for each of ``buffers``, zeroed.
     works
         Addresses of what else belongs to each of ``buffers``; None where nothing does.
+    buffer_bytes
+        Of each of ``buffers``.
     fs_of_byte
         Femtoseconds that paced copies are to take for a byte; 0 for as few as it takes.
 
@@ -105,15 +102,18 @@ class Lane:
         offsets: Int64s,
         counters: int,
         works: list[int] | None = None,
+        buffer_bytes: int = 0,
         fs_of_byte: int = 0,
     ) -> None:
         self._device = device
         self._submitter: Submitter | None = None
+        self._ahead_bytes = (len(buffers) - 1) * buffer_bytes
+        self.cells = np.zeros(cells.LANE_CELLS, np.int64)
         self._streams: list[int] = []
         self._events: list[int] = []
         try:
             self._open(len(buffers), behind=direction is Direction.SAVE)
-            self._submitter = Submitter(f"kvortex-{direction.value}")
+            self._submitter = Submitter(f"kvortex-{direction.value}", self.cells)
         except BaseException:
             self.close()
             raise
@@ -128,7 +128,6 @@ class Lane:
         self.buffers, self.offsets = np.array(buffers, np.int64), np.ascontiguousarray(offsets)
         self.works = np.zeros_like(self.buffers) if works is None else np.array(works, np.int64)
         self._halves = np.array(halves, np.int64)
-        self.cells = np.zeros(cells.LANE_CELLS, np.int64)
         self.cells[cells.CONTEXT] = int(device.context)
         self.cells[cells.KERNEL] = kernel
         self.cells[cells.THREADS] = THREADS
@@ -309,16 +308,15 @@ class Lane:
     def leave(self, job: Job) -> None:
         """Leaves a job to the lane's thread. See :meth:`kvortex.transfer.submitting.Submitter.leave`."""
         assert self._submitter is not None
-        self._submitter.leave(*job, self.hurry)
-        outcome = job[1][-1]
-        if not outcome[cells.PACED]:  # nor are those ahead of it any more: a short one may not need what they wait for
-            self.hurry(int(outcome[cells.QUEUED]))
+        self._submitter.leave(*job)
+
+    def paces(self, plan: Plan) -> bool:
+        """Whether a plan that moves beside a computing model is worth a thread that waits with its kernels."""
+        return _kind(plan) == STREAMS and min(plan.nbytes, self._ahead_bytes) >= PACED_BYTES
 
     def hurry(self, place: int) -> None:
-        """Paces no plan any more up to that place of the queue, since somebody waits until it is issued. To be called until it
-        is: another thread's call may take this one's place."""
-        if self.cells[cells.HURRIED] < place:
-            self.cells[cells.HURRIED] = place
+        """Paces no plan any more up to that place of the queue, since somebody waits until it is issued."""
+        hurry(self.cells, place)
 
     def _open(self, count: int, *, behind: bool) -> None:
         with cu.current(self._device.context) as driver:

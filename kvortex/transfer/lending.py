@@ -22,6 +22,7 @@ from kvortex.transfer.lane import ROW_WORDS, Job, Lane
 from kvortex.transfer.plan import Int64s, Plan
 
 _CLOSE_S = 10.0
+_EVERY_PLACE = 1 << 62
 
 
 class Lender(Executor):
@@ -95,6 +96,14 @@ class Lender(Executor):
     def leave(self, direction: Direction, job: Job) -> None:
         """Leaves that to a thread."""
         self._lanes[direction].leave(job)
+
+    def paces(self, direction: Direction, plan: Plan) -> bool:
+        """See :meth:`kvortex.transfer.lane.Lane.paces`."""
+        return self._lanes[direction].paces(plan)
+
+    def hurry_all(self) -> None:
+        for lane in self._lanes.values():
+            lane.hurry(_EVERY_PLACE)
 
     def hurry(self, direction: Direction, place: int) -> None:
         """See :meth:`kvortex.transfer.lane.Lane.hurry`."""

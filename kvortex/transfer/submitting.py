@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,9 +21,10 @@ from kvortex.devices.native import call, load_tuple, release, store_tuple
 from kvortex.devices.threads import Mutex, Semaphore, busy_address
 from kvortex.errors import TransferTimeoutError
 from kvortex.jit import njit
-from kvortex.transfer.cells import QUEUED
+from kvortex.transfer.cells import LANE_CELLS, OUTCOME_CELLS, PACED, QUEUED
 from kvortex.transfer.executor import poll
 from kvortex.transfer.holding import issue_holding, issue_resident_holding
+from kvortex.transfer.pacing import hurry
 from kvortex.transfer.plan import Int64s
 
 _CAPACITY = 256  # plans that wait
@@ -56,15 +56,22 @@ def _resident(mutex, how, job):  # type: ignore[no-untyped-def]
 
 
 @njit()
-def _queue(semaphore, counts, rows, kind, job, like):  # type: ignore[no-untyped-def]
-    """Leaves a job in a row; whether there was room. Holds the GIL, so that no two threads are in here at a time."""
+def _queue(semaphore, counts, rows, lane, kind, job, like):  # type: ignore[no-untyped-def]
+    """Leaves a job in a row; whether there was room. Holds the GIL, so that no two threads are in here at a time.
+
+    Where there is none, what waits is not paced any more. Nor is what is ahead of a job that is not: a short one may not need
+    what they wait for.
+    """
     if counts[_PUSHED] - counts[_TAKEN] >= len(rows):
+        hurry(lane, counts[_PUSHED])
         return False
     row = rows[counts[_PUSHED] % len(rows)]
     row[0] = kind
     store_tuple(row[1:].ctypes.data, job, like)
     counts[_PUSHED] += 1
     job[-1][QUEUED] = counts[_PUSHED]
+    if not job[-1][PACED]:
+        hurry(lane, counts[_PUSHED])
     call(semaphore[_POST], (semaphore[0],))
     return True
 
@@ -94,7 +101,7 @@ def _serve(mutex, semaphore, counts, rows, streamed, resident):  # type: ignore[
 
 def _like(shape: str) -> tuple[Any, ...]:
     """Arguments of the types that a shape tells: ``i`` a number, ``1`` and ``2`` an array of so many dimensions."""
-    return tuple(0 if letter == "i" else np.zeros((4,) * int(letter), np.int64) for letter in shape)
+    return tuple(0 if letter == "i" else np.zeros((OUTCOME_CELLS,) * int(letter), np.int64) for letter in shape)
 
 
 # In front of the arguments of ``issue`` and ``issue_resident``, those of ``issue_holding`` and ``issue_resident_holding``.
@@ -113,13 +120,14 @@ def load_compiled() -> None:
     """Loads all that is compiled, once in a process, and not in a thread beside others: that would hold Numba's lock while the
     process forks, or run finalisers which wait for that very thread."""
     mutex, semaphore, counts = Mutex(), Semaphore(), np.zeros(2, np.int64)
-    rows = np.zeros((1, 4 * _ROW_WORDS), np.int64)
+    rows, lane = np.zeros((1, 4 * _ROW_WORDS), np.int64), np.zeros(LANE_CELLS, np.int64)
+    hurry(lane, 0)
     for like in (_STREAMED_LIKE, _RESIDENT_LIKE):
         if _size(rows, like, like) > 8 * (_ROW_WORDS - 1):
             raise RuntimeError("a row is too short for a job")
-    _queue(semaphore.cells, counts, rows, _STOP, _NOTHING, _NOTHING)
+    _queue(semaphore.cells, counts, rows, lane, _STOP, _NOTHING, _NOTHING)
     for kind, like in ((STREAMED, _STREAMED_LIKE), (RESIDENT, _RESIDENT_LIKE)):
-        _queue(semaphore.cells, counts, rows, kind, like, like)  # which finds no room
+        _queue(semaphore.cells, counts, rows, lane, kind, like, like)  # which finds no room
     _run(mutex, semaphore, counts, rows)
     taken = np.array([0, *[busy_address()] * 3])
     _streamed(taken, _TRY, _STREAMED_LIKE)
@@ -127,10 +135,18 @@ def load_compiled() -> None:
 
 
 class Submitter:
-    """The thread of a lane, and its lock."""
+    """The thread of a lane, and its lock.
 
-    def __init__(self, name: str) -> None:
+    Parameters
+    ----------
+    name
+    lane : (LANE_CELLS,) int64
+        What it says of who is hurried (:mod:`kvortex.transfer.pacing`).
+    """
+
+    def __init__(self, name: str, lane: Int64s) -> None:
         load_compiled()
+        self._lane = lane
         self._mutex, self._semaphore = Mutex(), Semaphore()
         self._counts, self._rows = np.zeros(2, np.int64), np.zeros((_CAPACITY, _ROW_WORDS), np.int64)
         serving = self._mutex, self._semaphore, self._counts, self._rows
@@ -158,7 +174,7 @@ class Submitter:
         """
         return bool((_streamed if kind == STREAMED else _resident)(self._mutex.cells, _TRY, job))
 
-    def leave(self, kind: int, job: tuple[Any, ...], hurry: Callable[[int], None]) -> None:
+    def leave(self, kind: int, job: tuple[Any, ...]) -> None:
         """Leaves a job to the lane's thread.
 
         Parameters
@@ -167,8 +183,6 @@ class Submitter:
         job
             The caller keeps its arrays until the last of them, the outcome, says that it is issued. The cell ``QUEUED`` of
             that is set at once, to its place in the queue.
-        hurry
-            Called with a place of the queue, up to which plans are not to be paced any more, since there is no room.
 
         Raises
         ------
@@ -176,18 +190,11 @@ class Submitter:
             The driver does not take what is waiting already; nothing was left.
         """
         like = _STREAMED_LIKE if kind == STREAMED else _RESIDENT_LIKE
-
-        def left() -> bool:
-            if self._leave(kind, job, like):
-                return True
-            hurry(int(self._counts[_PUSHED]))
-            return False
-
-        if not poll(left, time.monotonic() + _ROOM_S):
+        if not poll(lambda: self._leave(kind, job, like), time.monotonic() + _ROOM_S):
             raise TransferTimeoutError(f"{_CAPACITY} transfers wait to be issued, and none was within {_ROOM_S} s")
 
     def _leave(self, kind: int, job: tuple[Any, ...], like: tuple[Any, ...]) -> bool:
-        return bool(_queue(self._semaphore.cells, self._counts, self._rows, kind, job, like))
+        return bool(_queue(self._semaphore.cells, self._counts, self._rows, self._lane, kind, job, like))
 
     def close(self) -> None:
         """Ends the thread, which has nothing left to do by then. A second call does nothing.

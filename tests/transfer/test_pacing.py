@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,23 @@ import pytest
 from kvortex.devices import driver as cu
 from kvortex.devices.asking import NOT_READY
 from kvortex.devices.cuda import CudaDevice
-from kvortex.transfer.cells import COPIED, FS_OF_BYTE, HURRIED, ISSUED
-from kvortex.transfer.pacing import pace
-from kvortex.transfer.plan import FIRST_COPY, N_COPIES, Plan
+from kvortex.transfer.cells import (
+    COPIED,
+    DUE,
+    FS_OF_BYTE,
+    HURRIED,
+    ISSUED,
+    LANE_CELLS,
+    OUTCOME_CELLS,
+    PACED,
+    QUEUED,
+)
+from kvortex.transfer.dma import SCRATCH_CELLS
+from kvortex.transfer.executor import Direction
+from kvortex.transfer.pacing import hurry, pace, take_turn
+from kvortex.transfer.plan import CHUNK_COLUMNS, COPY_BYTES, COPY_COLUMNS, FIRST_COPY, LINES, N_COPIES, Plan
+from kvortex.transfer.submitting import _STREAMED_LIKE, STREAMED
+from tests.engine.coded import Coded
 from tests.fake_gpu import fake_gpu
 from tests.late_gpu import LateGpu
 from tests.pages import PagedCache, Tensor, assert_same, keys_of
@@ -168,6 +183,55 @@ def test_copies_take_their_share_of_the_link(to_host: bool) -> None:
 def test_a_pace_is_of_a_share() -> None:
     assert pace(50e9, 1) == 0 and pace(50e9, 1.0) == 0
     assert pace(50e9, 0.5) == 40_000 and pace(55e9, 0.92) == 19_763
+    assert pace(1.0, 0.01) * (8 << 30) < 1 << 63, "whatever the link and the buffer"
+
+
+def turn_of(fs_of_byte: int, paced: bool, due: int = 0) -> tuple[int, int, int]:
+    """``DUE`` behind a turn of 300 bytes, and the clock before and behind it."""
+    lane = Lane(3, True)
+    lane.cells[FS_OF_BYTE], lane.cells[DUE] = fs_of_byte, due
+    outcome, scratch = np.zeros(OUTCOME_CELLS, np.int64), np.zeros(SCRATCH_CELLS, np.int64)
+    outcome[PACED], outcome[QUEUED] = paced, 1
+    copies, chunk = np.zeros((3, COPY_COLUMNS), np.int64), np.zeros(CHUNK_COLUMNS, np.int64)
+    copies[:, COPY_BYTES], copies[:, LINES] = (7, 100, 50), (9, 2, 2)
+    chunk[FIRST_COPY], chunk[N_COPIES] = 1, 2
+    before = time.monotonic_ns()
+    take_turn(lane.cells, copies, chunk, scratch, outcome)
+    return int(lane.cells[DUE]), before, time.monotonic_ns()
+
+
+def test_a_turn_is_put_off_by_what_its_copies_take() -> None:
+    turn_of(10**9, True)  # compiled now
+    due, before, behind = turn_of(10**9, True)
+    late = 3_000_000
+    assert before - late + 300_000 <= due <= behind - late + 300_000, "of a long pause three milliseconds count"
+    soon = behind + 10**12
+    assert turn_of(10**9, True, soon)[0] == soon + 300_000
+
+
+def test_who_is_not_paced_owes_nothing() -> None:
+    """Nor leaves a debt to others."""
+    assert turn_of(10**9, False, 77)[0] == 77 and turn_of(0, True, 77)[0] == 77
+
+
+def test_a_place_is_never_taken_back() -> None:
+    lane = np.zeros(LANE_CELLS, np.int64)
+    for place in (5, 9, 7, 0):
+        hurry(lane, place)
+    assert lane[HURRIED] == 9
+
+
+def test_questions_leave_the_graphs_of_other_threads_alone() -> None:
+    asked: list[int] = []
+
+    def answer(which: int, *_: int) -> int:
+        asked.append(which)
+        return 0
+
+    lane, recorder = Lane(3, True, place=1), Recorder(answer=answer)
+    assert lane.issue(recorder, PLANS["staged"]) == (0, 0)
+    each = [cu.CAPTURE_MODE, cu.EVENT_QUERY, cu.CAPTURE_MODE]
+    assert asked == each * len(PLANS["staged"].chunks)
 
 
 @pytest.fixture
@@ -178,8 +242,8 @@ def late(monkeypatch: pytest.MonkeyPatch) -> Iterator[LateGpu]:
 
 
 def engine_of(cache: PagedCache, **options: Any) -> Any:
-    options = {"beside_compute": True, "transfer_route": "staged", "gpu_pool_size_bytes": 6 * 8192} | options
-    return cache.engine(slots=40, num_transfer_streams=2, staging_buffers=3, **options)
+    shape = {"num_transfer_streams": 2, "staging_buffers": 3, "gpu_pool_size_bytes": 6 * 8192}
+    return cache.engine(slots=40, **{"beside_compute": True, "transfer_route": "staged", **shape, **options})
 
 
 def saved(gpu: LateGpu, engine: Any, first: int, count: int) -> None:
@@ -229,3 +293,107 @@ def test_what_is_not_paced_does_not_wait_for_what_is(late: LateGpu) -> None:
         assert short._transfer.completion.outcome[ISSUED] and long._transfer.completion.outcome[ISSUED]
         late.patience = 12
         assert long.wait().all() and short.wait().all()
+
+
+def test_the_option_reaches_both_directions(late: LateGpu) -> None:
+    cache = PagedCache(CudaDevice(), [Tensor(CudaDevice(), (2, 40, 5, 60)) for _ in range(3)], 1)
+    for share in (0.25, 1.0, None):
+        options = {} if share is None else {"link_share_beside_compute": share}
+        with engine_of(cache, **options) as engine:
+            executor = engine._executor
+            wanted = pace(executor._profile.link_rate, 0.92 if share is None else share)
+            assert [int(lane.cells[FS_OF_BYTE]) for lane in executor._lanes.values()] == [wanted] * 2
+            assert (wanted > 0) == (share != 1)
+
+
+PACED_CASES: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
+    "staged": ({}, {}, True),
+    "layer by layer": ({}, {"layerwise": True}, True),
+    "nothing computes": ({"beside_compute": False}, {}, False),
+    "layer by layer, nothing computes": ({"beside_compute": False}, {"layerwise": True}, False),
+    "batched": ({"transfer_route": "batched"}, {}, False),
+    "resident": ({"transfer_route": "resident"}, {}, False),
+    "strided": ({"transfer_route": "strided"}, {}, False),
+    "one buffer": ({"staging_buffers": 1, "num_transfer_streams": 1}, {}, False),
+}
+
+
+@pytest.mark.parametrize("case", PACED_CASES)
+def test_what_is_paced(late: LateGpu, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvortex.transfer.lane.PACED_BYTES", 1)
+    options, how, paced = PACED_CASES[case]
+    late.patience = 12
+    cache = PagedCache(CudaDevice(), [Tensor(CudaDevice(), (2, 40, 5, 60)) for _ in range(3)], 1)
+    with engine_of(cache, **options) as engine:
+        save = engine.save_blocks(keys_of(*range(20)), np.arange(20), **how)
+        for layer in range(3 if how else 0):
+            save.save_layer(layer)
+        completion = save._transfer.completion
+        parts = completion._parts if how else [completion]
+        assert [bool(part.outcome[PACED]) for part in parts] == [paced] * len(parts)
+        assert save.wait().all()
+
+
+@pytest.mark.parametrize("staging", [6 * 8192, 60 * 8192])
+def test_what_is_too_short_for_naps_is_not_paced(late: LateGpu, staging: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan, or what the other buffers hold."""
+    late.patience = 12
+    cache = PagedCache(CudaDevice(), [Tensor(CudaDevice(), (2, 40, 5, 60)) for _ in range(3)], 1)
+    with engine_of(cache, gpu_pool_size_bytes=staging) as engine:
+        lane = engine._executor._lanes[Direction.SAVE]
+        least = min(10 * cache.layout.record_bytes, lane._ahead_bytes)
+        assert least < max(10 * cache.layout.record_bytes, lane._ahead_bytes)
+        for most, paced in ((least, True), (least + 1, False)):
+            monkeypatch.setattr("kvortex.transfer.lane.PACED_BYTES", most)
+            save = engine.save_blocks(keys_of(*range(100 * most, 100 * most + 10)), np.arange(10))
+            assert bool(save._transfer.completion.outcome[PACED]) is paced
+            assert save.wait().all()
+
+
+def test_coded_blocks_are_paced(late: LateGpu, tmp_path: Path) -> None:
+    late.patience = 12
+    coded_pages = Coded.make(tmp_path, device=CudaDevice())
+    options = {"beside_compute": True, "num_transfer_streams": 2, "staging_buffers": 3}
+    with coded_pages.engine("int8", slots=40, **options) as engine:
+        for layerwise in (False, True):
+            save = engine.save_blocks(keys_of(7 + layerwise), [0], layerwise=layerwise, first=False)
+            for layer in range(3 if layerwise else 0):
+                save.save_layer(layer)
+            completion = save._transfer.completion
+            assert all(part.outcome[PACED] for part in (completion._parts if layerwise else [completion]))
+            save.wait()
+
+
+def test_an_engine_that_ends_holds_nothing_back(late: LateGpu) -> None:
+    late.patience = 12
+    cache = PagedCache(CudaDevice(), [Tensor(CudaDevice(), (2, 40, 5, 60)) for _ in range(3)], 1)
+    engine = engine_of(cache, link_share_beside_compute=0.5)
+    for lane in engine._executor._lanes.values():
+        lane.cells[FS_OF_BYTE] = 10**14  # ten seconds for a block
+    ticket = engine.save_blocks(keys_of(*range(20)), np.arange(20))
+    began = time.monotonic()
+    engine.shutdown()
+    assert ticket.done() and time.monotonic() - began < 10
+
+
+def test_a_full_queue_is_not_paced(late: LateGpu) -> None:
+    cache = PagedCache(CudaDevice(), [Tensor(CudaDevice(), (2, 40, 5, 60)) for _ in range(3)], 1)
+    with engine_of(cache) as engine:
+        cache.randomize()
+        saved(late, engine, 0, 10)
+        late.patience = 0
+        waiting = engine.load_blocks(keys_of(*range(10)), np.arange(20, 30))
+        time.sleep(0.02)
+        assert not waiting._transfer.completion.outcome[ISSUED]
+        lane = engine._executor._lanes[Direction.LOAD]
+        counts = lane._submitter._counts
+        while counts[0] != counts[1] + len(lane._submitter._rows):  # as if so many were behind it: none of them has a row
+            counts[0] += 1
+        assert not lane._submitter._leave(STREAMED, _STREAMED_LIKE, _STREAMED_LIKE)
+        deadline = time.monotonic() + 10
+        while not waiting._transfer.completion.outcome[ISSUED] and time.monotonic() < deadline:
+            time.sleep(1e-3)
+        assert waiting._transfer.completion.outcome[ISSUED]
+        counts[0] = counts[1]
+        late.patience = 12
+        assert waiting.wait().all()
