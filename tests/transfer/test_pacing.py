@@ -186,10 +186,10 @@ def test_a_pace_is_of_a_share() -> None:
     assert pace(1.0, 0.01) * (8 << 30) < 1 << 63, "whatever the link and the buffer"
 
 
-def turn_of(fs_of_byte: int, paced: bool, due: int = 0) -> tuple[int, int, int]:
+def turn_of(fs_of_byte: int, paced: bool, due: int = 0, hurried: int = 0) -> tuple[int, int, int]:
     """``DUE`` behind a turn of 300 bytes, and the clock before and behind it."""
     lane = Lane(3, True)
-    lane.cells[FS_OF_BYTE], lane.cells[DUE] = fs_of_byte, due
+    lane.cells[FS_OF_BYTE], lane.cells[DUE], lane.cells[HURRIED] = fs_of_byte, due, hurried
     outcome, scratch = np.zeros(OUTCOME_CELLS, np.int64), np.zeros(SCRATCH_CELLS, np.int64)
     outcome[PACED], outcome[QUEUED] = paced, 1
     copies, chunk = np.zeros((3, COPY_COLUMNS), np.int64), np.zeros(CHUNK_COLUMNS, np.int64)
@@ -209,9 +209,9 @@ def test_a_turn_is_put_off_by_what_its_copies_take() -> None:
     assert turn_of(10**9, True, soon)[0] == soon + 300_000
 
 
-def test_who_is_not_paced_owes_nothing() -> None:
+def test_who_is_not_paced_any_more_owes_nothing() -> None:
     """Nor leaves a debt to others."""
-    assert turn_of(10**9, False, 77)[0] == 77 and turn_of(0, True, 77)[0] == 77
+    assert turn_of(10**9, True, 77, hurried=1)[0] == turn_of(10**9, False, 77)[0] == turn_of(0, True, 77)[0] == 77
 
 
 def test_a_place_is_never_taken_back() -> None:
