@@ -76,14 +76,16 @@ def told(row: dict[str, Any]) -> str:
 
 
 def draw(axes: Any, report: Report) -> None:
-    """Share of a contiguous DMA against the loop's slowdown, a mark a row: filled for saves."""
+    """Share of a contiguous DMA against the loop's slowdown, a mark a row: filled for saves. In grey what a DMA costs, at 1."""
     colours = dict(zip((4, 18, 32), ("#27608f", "#d0792a", "#5c8a3a"), strict=True))
     marks = dict(zip(LOADS, ("s", "^", "o"), strict=True))
     for row in report.rows:
         fill = "full" if row["direction"] == "save" else "none"
         axes.plot(row["slowdown"], row["ratio"], marks[row["load"]], color=colours[row["fragment_kib"]], fillstyle=fill)
+        axes.plot(row["raw_slowdown"], 1, marks[row["load"]], color="grey", fillstyle=fill)
     for kib, colour in colours.items():
         axes.plot([], [], "o", color=colour, label=f"{kib} KiB")
+    axes.plot([], [], "o", color="grey", label="one DMA")
     for load, mark in marks.items():
         axes.plot([], [], mark, color="black", label=load)
     axes.axhline(0.9, color="black", linewidth=0.6, linestyle=":")

@@ -14,6 +14,7 @@ from kvortex.devices.cuda import CudaDevice
 from kvortex.errors import DeviceError, TransferError, TransferTimeoutError
 from kvortex.memory.arena import PinnedArena
 from kvortex.transfer.cuda import CudaExecutor, resident_kernels_can_run
+from kvortex.transfer.cuda_completion import CudaCompletion
 from kvortex.transfer.executor import Completion, Direction, poll
 from kvortex.transfer.load import Load
 from kvortex.transfer.measurements import seconds_each
@@ -103,7 +104,8 @@ class Bench:
         load.queue(SPAN + SPAN // 2)  # to go on while the last transfers end
         _, alone, primed, last = marks
 
-        running: list[Completion] = []
+        running: list[CudaCompletion] = []
+        left: list[CudaCompletion] = []  # of which not all is issued: who waited for that would hurry them
         behind: list[int] = []
         load.wait(alone)
         deadline = time.monotonic() + _LONGEST_WAIT_S
@@ -113,7 +115,9 @@ class Bench:
             while len(running) < 2:
                 running.append(self._blocks(executor, direction, order, route, beside=True))
                 running[-1].start()
-                behind.append(load.behind(running[-1]))
+                left.append(running[-1])
+            if left and left[0].issued:
+                behind.append(load.behind(left.pop(0)))
             if running[0].query():
                 self._finish(running.pop(0))
         for completion in running:
@@ -182,10 +186,12 @@ class Bench:
 
     def _blocks(
         self, executor: CudaExecutor, direction: Direction, order: Int64s, route: Route, *, beside: bool
-    ) -> Completion:
+    ) -> CudaCompletion:
         """Blocks in any order of pages, and one after another in the pool."""
         executor.route, executor.beside_compute = route, beside
-        return executor.prepare_blocks(direction, order, np.arange(len(order)), 0)
+        made = executor.prepare_blocks(direction, order, np.arange(len(order)), 0)
+        assert isinstance(made, CudaCompletion), "nothing here goes layer by layer"
+        return made
 
     def _rate(self, completion: Completion, nbytes: int) -> float:
         completion.start()

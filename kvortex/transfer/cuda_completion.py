@@ -195,11 +195,16 @@ class CudaCompletion(Part):
                 self.sums = sums = sums_of(self._ids.ids, room, self._plan, self._digesting)
                 self.digests = None if self._sizes is None else add_lengths(sums, self._sizes)
 
+    @property
+    def issued(self) -> bool:
+        """Whether there is nothing left to be put on the GPU."""
+        return self._finished or bool(self.outcome[cells.ISSUED])
+
     def _is_issued(self) -> bool:
         """To be asked by who wants it to be: hurries the thread that it is left to."""
-        if not self._finished and not self.outcome[cells.ISSUED]:
+        if not self.issued:
             self._executor.hurry(self._direction, int(self.outcome[cells.QUEUED]))
-        return self._finished or bool(self.outcome[cells.ISSUED])
+        return self.issued
 
     def _finish(self, error: TransferError | None) -> None:
         with self._lock:

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from kvortex.transfer import load as loads
 from kvortex.transfer import profile_store as store
 from kvortex.transfer.bench import Bench
 from kvortex.transfer.calibrate import calibrate
+from kvortex.transfer.cells import PACED
 from kvortex.transfer.executor import Direction
 from kvortex.transfer.load import Load
 from kvortex.transfer.profile import Profile, guess
@@ -143,6 +145,29 @@ def test_beside_a_computation(bench: Bench, gpu: FakeGpu) -> None:
     launched = [arguments for arguments in gpu.named("cuLaunchKernel") if arguments[0] == 0xC0]
     assert len(launched) == 3 + 2 + 7 * module.SPAN + module.SPAN // 2 + 2
     assert {arguments[1:7] for arguments in launched} == {(8, 1, 1, loads.THREADS, 1, 1)}
+
+
+def test_transfers_beside_a_computation_are_paced_and_not_hurried(
+    bench: Bench, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of engines are, whose streams nobody makes wait."""
+    monkeypatch.setattr("kvortex.transfer.lane.PACED_BYTES", 0)
+    seen: list[bool] = []
+    behind = Load.behind
+
+    def watched(load: Load, transfer: Any) -> int:
+        seen.append(bool(transfer.outcome[PACED]) and transfer.issued)
+        return behind(load, transfer)
+
+    monkeypatch.setattr(Load, "behind", watched)
+    marks = bench._busy()._events
+
+    def answer(event: Any) -> tuple[Result]:
+        return (Result(600 if marks[4:5] == [int(event)] and len(seen) < 5 else 0),)  # the end of the computation
+
+    gpu.answers["cuEventQuery"] = answer
+    rate, _ = bench.beside(profile_of(CudaDevice()), Direction.SAVE, FRAGMENT, Route.STAGED)
+    assert rate > 0 and len(seen) == 5 and all(seen)
 
 
 def test_a_computation_that_never_ends(bench: Bench, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
