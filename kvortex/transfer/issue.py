@@ -158,10 +158,10 @@ def issue(  # type: ignore[no-untyped-def]
         at = (first + here) % n
         empty = here < len(chunks) and here - there < room
         if not empty or not is_due(lane, scratch, outcome):
-            nap(lane)
+            nap(lane, scratch)
             continue
         if apart and to_host and not has_passed(functions, lane, turns[COPIED, at], scratch, outcome):
-            nap(lane)
+            nap(lane, scratch)
             continue
         chunk, stream = chunks[here], streams[at]
         base = aim_chunk(lane, chunk, at, buffers, works, bases)

@@ -19,10 +19,10 @@ from kvortex.transfer.cells import CLOCK, DUE, FS_OF_BYTE, HURRIED, NAP, PACED, 
 from kvortex.transfer.dma import MODE, TIME
 from kvortex.transfer.plan import COPY_BYTES, FIRST_COPY, LINES, N_COPIES
 
-# What the link is to have before it, while this thread naps, as a plan and in the other buffers; a nap takes 100 to 250 µs, in
-# which a link of 55 GB/s moves 6 to 14 MB.
+# What the link is to have before it, while this thread naps, as a plan and in the other buffers; a nap takes 200 to 400 µs, in
+# which a link of 55 GB/s moves 11 to 22 MB. Each costs some 10 or 20 µs of a CPU, so one that is known to be long is one nap.
 PACED_BYTES = 32 << 20
-_NAP_US = 100
+_NAP_US, _LONG_NAP_US = 200, 500
 _MONOTONIC = 1  # CLOCK_MONOTONIC
 _MOST_FS = 1_000_000_000  # a microsecond for a byte: times the bytes of a buffer, that is a number of 64 bits
 # So much of what copies are late they may make up for, as when a model's kernel kept buffers from them. At 0.92 of the link a
@@ -66,9 +66,12 @@ def take_turn(lane, copies, chunk, scratch, outcome):  # type: ignore[no-untyped
 
 
 @njit(nogil=True)
-def nap(lane):  # type: ignore[no-untyped-def]
-    """A pause, after which things may be otherwise."""
-    call(lane[NAP], (_NAP_US,))
+def nap(lane, scratch):  # type: ignore[no-untyped-def]
+    """A pause, after which things may be otherwise; until the next turn comes, but no longer than who hurries may wait."""
+    pause = _NAP_US
+    if lane[FS_OF_BYTE] != 0:
+        pause = min(max((lane[DUE] - _now(lane, scratch)) // 1000, pause), _LONG_NAP_US)
+    call(lane[NAP], (pause,))
 
 
 def pace(link_rate: float, share: float) -> int:

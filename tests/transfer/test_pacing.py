@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,13 +21,14 @@ from kvortex.transfer.cells import (
     HURRIED,
     ISSUED,
     LANE_CELLS,
+    NAP,
     OUTCOME_CELLS,
     PACED,
     QUEUED,
 )
 from kvortex.transfer.dma import SCRATCH_CELLS
 from kvortex.transfer.executor import Direction
-from kvortex.transfer.pacing import hurry, pace, take_turn
+from kvortex.transfer.pacing import hurry, nap, pace, take_turn
 from kvortex.transfer.plan import CHUNK_COLUMNS, COPY_BYTES, COPY_COLUMNS, FIRST_COPY, LINES, N_COPIES, Plan
 from kvortex.transfer.submitting import _STREAMED_LIKE, STREAMED
 from tests.engine.coded import Coded
@@ -212,6 +214,17 @@ def test_a_turn_is_put_off_by_what_its_copies_take() -> None:
 def test_who_is_not_paced_any_more_owes_nothing() -> None:
     """Nor leaves a debt to others."""
     assert turn_of(10**9, True, 77, hurried=1)[0] == turn_of(10**9, False, 77)[0] == turn_of(0, True, 77)[0] == 77
+
+
+def test_a_nap_lasts_until_the_next_turn_and_not_too_long() -> None:
+    pauses: list[int] = []
+    sleep = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_longlong)(lambda pause: pauses.append(pause) or 0)
+    lane, scratch = Lane(3, True).cells, np.zeros(SCRATCH_CELLS, np.int64)
+    lane[NAP] = ctypes.cast(sleep, ctypes.c_void_p).value
+    for share, due in ((0, 0), (0, 10**9), (1, -(10**9)), (1, 10**9), (1, 400_000)):
+        lane[FS_OF_BYTE], lane[DUE] = share, time.monotonic_ns() + due
+        nap(lane, scratch)
+    assert pauses[:4] == [200, 200, 200, 500] and 200 <= pauses[4] <= 400
 
 
 def test_a_place_is_never_taken_back() -> None:
