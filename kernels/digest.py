@@ -141,7 +141,16 @@ def _add(first, second, value, offset, numbers):  # type: ignore[no-untyped-def]
 
 
 def _digester(
-    get16: Any, get8: Any, get4: Any, get2: Any, get1: Any, *, write: bool, held: bool, aligned: bool = False
+    get16: Any,
+    get8: Any,
+    get4: Any,
+    get2: Any,
+    get1: Any,
+    *,
+    write: bool,
+    held: bool,
+    aligned: bool = False,
+    few: bool = False,
 ) -> Callable[..., Any]:
     get_four = four_of(get16)
 
@@ -165,7 +174,8 @@ def _digester(
             at = at * _U64(16)
             rows = numbers + _ROWS_AT + ((offset + at) >> _U64(9)) * _U64(16)
             s = _nothing()
-            while at + _U64(8 * 512) <= nbytes + _U64(lane * 16):  # eight loads in flight: 4 KiB a warp and turn
+            # Eight loads in flight: 4 KiB a warp and turn.
+            while not few and at + _U64(8 * 512) <= nbytes + _U64(lane * 16):
                 a, b = get_four(src + at), get_four(src + at + _U64(2048))
                 if not write:
                     all_here()
@@ -232,9 +242,11 @@ def _digester(
 
 # The counterparts of those in kvortex.kernels.move, which also give a thread's two sums; and one that only reads. The first
 # one is given what :func:`columns_of` gives; the others, which have no registers for that, None, and ask when a piece ends.
-# ``digest_aligned`` reads what begins at multiples of 16, in memory and in the record: narrower lanes would cost registers.
+# ``digest_aligned`` reads what begins at multiples of 16, in memory and in the record: narrower lanes would cost registers;
+# and ``digest_few`` too, with no more than four loads in flight, for kernels that have no registers for eight.
 digest_move_held: Any = _digester(*CONSTANT, write=True, held=True)
 digest_move: Any = _digester(*CONSTANT, write=True, held=False)
 digest_move_fresh: Any = _digester(*FRESH, write=True, held=False)
 digest_read: Any = _digester(*CONSTANT, write=False, held=False)
 digest_aligned: Any = _digester(*CONSTANT, write=False, held=False, aligned=True)
+digest_few: Any = _digester(*CONSTANT, write=False, held=False, aligned=True, few=True)

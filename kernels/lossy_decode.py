@@ -9,6 +9,7 @@ range begins with the first plane, and the bytes of just these planes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from numba import cuda
@@ -16,6 +17,7 @@ from numba.cuda import types
 
 from kvortex.kernels import lossy
 from kvortex.kernels.bit_planes import bit_planes, bytes_turned, few_codes, traded
+from kvortex.kernels.coded_read import digest_slice
 from kvortex.kernels.eights import (
     LEAST_SCALE,
     brain,
@@ -48,6 +50,9 @@ from kvortex.kernels.warp import ALL, uniform
 uint32, uint64, int32 = lossy.uint32, lossy.uint64, lossy.int32
 SIGNATURE: Any = types.void(
     uint64, uint64, types.CPointer(uint64), uint64, types.CPointer(types.int32), int32, int32, int32, int32, uint64
+)
+DIGEST_SIGNATURE: Any = types.void(
+    uint64, uint64, types.CPointer(uint64), uint64, types.CPointer(types.int32), int32, int32, uint64, uint64, uint64
 )
 
 
@@ -188,6 +193,78 @@ def _in_front(codec, form, tile, tiles):  # type: ignore[no-untyped-def]
     return begin
 
 
+def _decoder(digests: bool) -> Callable[..., None]:
+    @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+    def decode(  # type: ignore[no-untyped-def]
+        staging, pitch, codec, status, blocks, n_blocks, run, first, end, numbers, sums, counter
+    ):
+        lane = uint32(cuda.threadIdx.x & 31)
+        form = form_of(codec)
+        key_bits, value = uniform(uint32(codec[K_BITS])), values_of(codec)
+        magic = number_of(uint32(uint32(0x4B000000) + uint32(key_bits >> uint32(8))))  # 2**23: no codec has that many bits
+        tiles = uint32(uint32(codec[N_PLANES]) * form[1])
+        count = uint32(uint32(end) - uint32(first))
+        runs = ceil_div(count, uint32(run))
+        missing = uint32(0)
+        if uint32(first) > uint32(0):
+            missing = _in_front(codec, form, uint32(first), tiles)
+        fits = uint64(uint32(_in_front(codec, form, uint32(end), tiles) - missing)) <= pitch
+        whole_range = count == tiles
+        shares = uint32(uint32(n_blocks) * runs)
+        asker = asker_of(shares, lane)
+        at = first_share(cuda.shared.array(1, types.uint32), counter, asker)
+        while at < shares:
+            ahead_at = ask_next(counter, asker, at)
+            b = uint32(at // runs)
+            tile = uint32(uint32(first) + uint32(at - uint32(b * runs)) * uint32(run))
+            last = min(uint32(tile + uint32(run)), uint32(end))
+            record = staging + uint64(b) * pitch
+            if digests:  # first, since nothing of what follows is known yet, and to be kept meanwhile
+                digest_slice(record, pitch, uint32(at - uint32(b * runs)), runs, numbers, sums + uint64(16) * uint64(b), lane)
+            block, part = blocks[uint32(uint32(2) * b)], blocks[uint32(uint32(2) * b + uint32(1))]
+            good = fits and (part < int32(0) or whole_range)
+            following = place(codec, form, tile)
+            page = page_of(codec, following[0], block)
+            none = uint32(0)
+            words, scales = (none, none, none, none, none, none, none, none), uint64(0)
+            before = record - uint64(missing)
+            if good and part < int32(0):  # in flight while the header is looked at, which leads nowhere
+                words, scales = _loaded(codec, form, following, key_bits, value, before + uint64(following[2]), lane)
+            if good and uint32(first) == uint32(0):
+                good = _is_ours(codec, record, part, lane)
+            if not good:
+                if lane == uint32(0):
+                    store4(status + uint64(4) * uint64(b), uint32(1))
+                tile = last
+            if part >= int32(0):
+                while tile < last:
+                    _part(codec, tile, uint32(part), block, record, lane)
+                    tile = uint32(tile + uint32(1))
+            elif tile < last:
+                left = uint32(last - tile)
+                while left > uint32(0):
+                    number, key = following[0], following[1]
+                    codes, own_scales = _codes(words, key_bits if key else value[0]), scales
+                    target, mean = _target(codec, form, following, page, lane)
+                    left = uint32(left - uint32(1))
+                    if left > uint32(0):  # the next one's loads are in flight while this one is decoded
+                        following = after(codec, form, following)
+                        if following[0] != number:
+                            page = page_of(codec, following[0], block)
+                        words, scales = _loaded(codec, form, following, key_bits, value, before + uint64(following[2]), lane)
+                    if key:
+                        _key_tile(form, key_bits, codes, own_scales, mean, target, magic, lane)
+                    else:
+                        _value_tile(value, codes, own_scales, target, magic, lane)
+            at = answer(ahead_at)
+        leave(counter, at, shares, asker)
+
+    return decode  # type: ignore[no-any-return]
+
+
+_decode, _decode_digest = _decoder(False), _decoder(True)
+
+
 def lossy_decode(staging, pitch, codec, status, blocks, n_blocks, run, first, end, counter):  # type: ignore[no-untyped-def]
     """Decodes staging into pages.
 
@@ -204,61 +281,19 @@ def lossy_decode(staging, pitch, codec, status, blocks, n_blocks, run, first, en
     counter : uint64
         Of :mod:`kvortex.kernels.shares`.
     """
-    lane = uint32(cuda.threadIdx.x & 31)
-    form = form_of(codec)
-    key_bits, value = uniform(uint32(codec[K_BITS])), values_of(codec)
-    magic = number_of(uint32(uint32(0x4B000000) + uint32(key_bits >> uint32(8))))  # 2**23: no codec has that many bits
-    tiles = uint32(uint32(codec[N_PLANES]) * form[1])
-    count = uint32(uint32(end) - uint32(first))
-    runs = ceil_div(count, uint32(run))
-    missing = uint32(0)
-    if uint32(first) > uint32(0):
-        missing = _in_front(codec, form, uint32(first), tiles)
-    fits = uint64(uint32(_in_front(codec, form, uint32(end), tiles) - missing)) <= pitch
-    whole_range = count == tiles
-    shares = uint32(uint32(n_blocks) * runs)
-    asker = asker_of(shares, lane)
-    at = first_share(cuda.shared.array(1, types.uint32), counter, asker)
-    while at < shares:
-        ahead_at = ask_next(counter, asker, at)
-        b = uint32(at // runs)
-        tile = uint32(uint32(first) + uint32(at - uint32(b * runs)) * uint32(run))
-        last = min(uint32(tile + uint32(run)), uint32(end))
-        record = staging + uint64(b) * pitch
-        block, part = blocks[uint32(uint32(2) * b)], blocks[uint32(uint32(2) * b + uint32(1))]
-        good = fits and (part < int32(0) or whole_range)
-        following = place(codec, form, tile)
-        page = page_of(codec, following[0], block)
-        none = uint32(0)
-        words, scales = (none, none, none, none, none, none, none, none), uint64(0)
-        before = record - uint64(missing)
-        if good and part < int32(0):  # in flight while the header is looked at, which leads nowhere
-            words, scales = _loaded(codec, form, following, key_bits, value, before + uint64(following[2]), lane)
-        if good and uint32(first) == uint32(0):
-            good = _is_ours(codec, record, part, lane)
-        if not good:
-            if lane == uint32(0):
-                store4(status + uint64(4) * uint64(b), uint32(1))
-            tile = last
-        if part >= int32(0):
-            while tile < last:
-                _part(codec, tile, uint32(part), block, record, lane)
-                tile = uint32(tile + uint32(1))
-        elif tile < last:
-            left = uint32(last - tile)
-            while left > uint32(0):
-                number, key = following[0], following[1]
-                codes, own_scales = _codes(words, key_bits if key else value[0]), scales
-                target, mean = _target(codec, form, following, page, lane)
-                left = uint32(left - uint32(1))
-                if left > uint32(0):  # the next one's loads are in flight while this one is decoded
-                    following = after(codec, form, following)
-                    if following[0] != number:
-                        page = page_of(codec, following[0], block)
-                    words, scales = _loaded(codec, form, following, key_bits, value, before + uint64(following[2]), lane)
-                if key:
-                    _key_tile(form, key_bits, codes, own_scales, mean, target, magic, lane)
-                else:
-                    _value_tile(value, codes, own_scales, target, magic, lane)
-        at = answer(ahead_at)
-    leave(counter, at, shares, asker)
+    _decode(staging, pitch, codec, status, blocks, n_blocks, run, first, end, uint64(0), uint64(0), counter)
+
+
+def lossy_decode_digest(  # type: ignore[no-untyped-def]
+    staging, pitch, codec, status, blocks, n_blocks, run, numbers, sums, counter
+):
+    """:func:`lossy_decode` of all tiles, which also digests what it reads: all that each record uses, as its header says.
+
+    Parameters
+    ----------
+    numbers, sums : uint64
+        As of :func:`kvortex.kernels.coded_read.read_records`.
+    """
+    _, each = form_of(codec)
+    tiles = int32(uint32(uint32(codec[N_PLANES]) * each))
+    _decode_digest(staging, pitch, codec, status, blocks, n_blocks, run, int32(0), tiles, numbers, sums, counter)

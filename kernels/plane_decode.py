@@ -14,6 +14,7 @@ against what lies there. So damaged bytes become a failure of their record and a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from numba import cuda
@@ -36,6 +37,7 @@ from kvortex.kernels.ahead import (
     signed2,
     wait_for_last_but_one,
 )
+from kvortex.kernels.coded_read import digest_slice
 from kvortex.kernels.lane import early_cached2, load4, store4
 from kvortex.kernels.plane import (
     ACROSS,
@@ -62,6 +64,9 @@ from kvortex.kernels.warp_words import summed, turned
 uint16, uint32, uint64, int32 = plane.uint16, plane.uint32, plane.uint64, plane.int32
 SIGNATURE: Any = types.void(
     uint64, uint64, types.CPointer(uint64), uint64, types.CPointer(types.int32), int32, int32, int32, int32, int32, uint64
+)
+DIGEST_SIGNATURE: Any = types.void(
+    uint64, uint64, types.CPointer(uint64), uint64, types.CPointer(types.int32), int32, int32, uint64, uint64, uint64
 )
 # A warp's shared memory: the second tier's values, and fixed part and tail of two tiles.
 _LATE, _STAGE = 2 * VALUES, FIXED_BYTES + RAW_TAIL
@@ -265,6 +270,64 @@ def _tiles(codec, block, tile, count, record, fixed_at, tail_at, room, shared, l
     return good
 
 
+def _decoder(digests: bool) -> Callable[..., None]:
+    @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+    def decode(  # type: ignore[no-untyped-def]
+        staging, pitch, codec, status, blocks, n_blocks, run, first, end, tails_from, numbers, sums, counter
+    ):
+        all_shared = cuda.shared.array(_SHARED, types.uint64, ALIGNED)
+        shared = uint64(shared_at(all_shared.ctypes.data)) + uint64(_WARP) * uint64(cuda.threadIdx.x >> 5)
+        lane = uint32(cuda.threadIdx.x & 31)
+        tiles = uint32(uint32(codec[N_PLANES]) * uint32(codec[GROUPS]) * uint32(codec[ACROSS]))
+        count = uint32(uint32(end) - uint32(first))
+        each = min(uint32(run), uint32(32))
+        runs = ceil_div(count, each)
+        head_bytes = uint32(uint32(4 * HEADER_WORDS) + uint32(4) * uint32(codec[TABLE_WORDS]))
+        own_bytes = uint32(head_bytes + uint32(FIXED_BYTES) * count)  # in front of the tails in staging
+        room = uint32(uint32(pitch) - own_bytes)
+        shares = uint32(uint32(n_blocks) * runs)
+        asker = asker_of(shares, lane)
+        at = first_share(all_shared, counter, asker)
+        while at < shares:
+            ahead_at = ask_next(counter, asker, at)
+            b = uint32(at // runs)
+            tile = uint32((at - b * runs) * each)  # counted from the first one that is decoded
+            n = min(uint32(count - tile), each)
+            record = staging + uint64(b) * pitch
+            if digests:  # first, since nothing of what follows is known yet, and to be kept meanwhile
+                digest_slice(record, pitch, uint32(at - uint32(b * runs)), runs, numbers, sums + uint64(16) * uint64(b), lane)
+            good, stored, used = _told(record, codec[HEADER], lane)
+            if stored == uint32(CODED):
+                good = good and uint64(own_bytes) <= pitch
+                if good:
+                    before, total = tails(record + uint64(4 * HEADER_WORDS), uint32(uint32(first) + tile), tiles, lane)
+                    fixed_bytes = uint32(head_bytes + uint32(FIXED_BYTES) * tiles)
+                    good = uint32(fixed_bytes + total) == used
+                    tail_at = uint32(uint32(fixed_bytes + before) - uint32(tails_from))  # before the first one it is beyond all
+                    good = good and tail_at <= room
+                if good:
+                    fixed_at = uint32(head_bytes + uint32(FIXED_BYTES) * tile)
+                    tile = uint32(uint32(first) + tile)
+                    left = uint32(room - tail_at)
+                    tail_at = uint32(own_bytes + tail_at)
+                    good = _tiles(codec, blocks[b], tile, n, record, fixed_at, tail_at, left, shared, lane)
+            else:
+                verbatim_bytes = uint32(uint32(4 * HEADER_WORDS) + uint32(2 * VALUES) * tiles)
+                good = good and stored == uint32(VERBATIM) and used == verbatim_bytes
+                good = good and uint64(used) <= pitch and count == tiles
+                if good:
+                    _verbatim(record, codec, blocks[b], tile, uint32(tile + n), lane)
+            if not good and lane == uint32(0):
+                store4(status + uint64(4) * uint64(b), uint32(1))
+            at = answer(ahead_at)
+        leave(counter, at, shares, asker)
+
+    return decode  # type: ignore[no-any-return]
+
+
+_decode, _decode_digest = _decoder(False), _decoder(True)
+
+
 def plane_decode(  # type: ignore[no-untyped-def]
     staging, pitch, codec, status, blocks, n_blocks, run, first, end, tails_from, counter
 ):
@@ -286,46 +349,21 @@ def plane_decode(  # type: ignore[no-untyped-def]
     counter : uint64
         Of :mod:`kvortex.kernels.shares`.
     """
-    all_shared = cuda.shared.array(_SHARED, types.uint64, ALIGNED)
-    shared = uint64(shared_at(all_shared.ctypes.data)) + uint64(_WARP) * uint64(cuda.threadIdx.x >> 5)
-    lane = uint32(cuda.threadIdx.x & 31)
+    none = uint64(0)
+    _decode(staging, pitch, codec, status, blocks, n_blocks, run, first, end, tails_from, none, none, counter)
+
+
+def plane_decode_digest(  # type: ignore[no-untyped-def]
+    staging, pitch, codec, status, blocks, n_blocks, run, numbers, sums, counter
+):
+    """:func:`plane_decode` of records as they are, which also digests what it reads: all that each uses, as its header says.
+
+    Parameters
+    ----------
+    numbers, sums : uint64
+        As of :func:`kvortex.kernels.coded_read.read_records`.
+    """
     tiles = uint32(uint32(codec[N_PLANES]) * uint32(codec[GROUPS]) * uint32(codec[ACROSS]))
-    count = uint32(uint32(end) - uint32(first))
-    each = min(uint32(run), uint32(32))
-    runs = ceil_div(count, each)
-    head_bytes = uint32(uint32(4 * HEADER_WORDS) + uint32(4) * uint32(codec[TABLE_WORDS]))
-    own_bytes = uint32(head_bytes + uint32(FIXED_BYTES) * count)  # in front of the tails in staging
-    room = uint32(uint32(pitch) - own_bytes)
-    shares = uint32(uint32(n_blocks) * runs)
-    asker = asker_of(shares, lane)
-    at = first_share(all_shared, counter, asker)
-    while at < shares:
-        ahead_at = ask_next(counter, asker, at)
-        b = uint32(at // runs)
-        tile = uint32((at - b * runs) * each)  # counted from the first one that is decoded
-        n = min(uint32(count - tile), each)
-        record = staging + uint64(b) * pitch
-        good, stored, used = _told(record, codec[HEADER], lane)
-        if stored == uint32(CODED):
-            good = good and uint64(own_bytes) <= pitch
-            if good:
-                before, total = tails(record + uint64(4 * HEADER_WORDS), uint32(uint32(first) + tile), tiles, lane)
-                fixed_bytes = uint32(head_bytes + uint32(FIXED_BYTES) * tiles)
-                good = uint32(fixed_bytes + total) == used
-                tail_at = uint32(uint32(fixed_bytes + before) - uint32(tails_from))  # before the first one it is beyond all
-                good = good and tail_at <= room
-            if good:
-                fixed_at = uint32(head_bytes + uint32(FIXED_BYTES) * tile)
-                tile = uint32(uint32(first) + tile)
-                left = uint32(room - tail_at)
-                tail_at = uint32(own_bytes + tail_at)
-                good = _tiles(codec, blocks[b], tile, n, record, fixed_at, tail_at, left, shared, lane)
-        else:
-            verbatim_bytes = uint32(uint32(4 * HEADER_WORDS) + uint32(2 * VALUES) * tiles)
-            good = good and stored == uint32(VERBATIM) and used == verbatim_bytes and uint64(used) <= pitch and count == tiles
-            if good:
-                _verbatim(record, codec, blocks[b], tile, uint32(tile + n), lane)
-        if not good and lane == uint32(0):
-            store4(status + uint64(4) * uint64(b), uint32(1))
-        at = answer(ahead_at)
-    leave(counter, at, shares, asker)
+    heads = uint32(uint32(4 * HEADER_WORDS) + uint32(4) * uint32(codec[TABLE_WORDS]))
+    fixed, end = int32(uint32(heads + uint32(FIXED_BYTES) * tiles)), int32(tiles)
+    _decode_digest(staging, pitch, codec, status, blocks, n_blocks, run, int32(0), end, fixed, numbers, sums, counter)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import zlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     from tests.fake_gpu import FakeGpu
 
 ENTRIES = {b"plane_count": 0xE1, b"plane_encode": 0xE2, b"plane_decode": 0xE3, b"read_records": 0xE4, b"seal_records": 0xE5,
-           b"lossy_encode": 0xE6, b"lossy_decode": 0xE7}  # fmt: skip
+           b"lossy_encode": 0xE6, b"lossy_decode": 0xE7, b"plane_decode_digest": 0xE8,
+           b"lossy_decode_digest": 0xE9}  # fmt: skip
 _NAMES = {entry: name.decode() for name, entry in ENTRIES.items()}
 Words = npt.NDArray[np.uint32]
 _BUSY = 0x1234567  # in a counter of a record that is being coded
@@ -32,6 +34,7 @@ def code(gpu: FakeGpu, call: Call) -> Iterator[str]:
     name, (staging, pitch, *rest) = _NAMES[call.arguments[0]], call.parameters
     assert staging % 16 == pitch % 16 == 0
     count = {"seal_records": 5, "read_records": 7, "plane_decode": 8, "lossy_decode": 7}.get(name, 5)  # before the counter
+    count += 2 * name.endswith("_digest")
     gpu.check_counter(rest[count], call.stream)
     if name == "seal_records":
         return _seal(gpu, staging, pitch, *rest[:count])
@@ -40,7 +43,18 @@ def code(gpu: FakeGpu, call: Call) -> Iterator[str]:
     cells_at, extra, ids, n, run, *span = rest[:count]
     assert run > 0
     kernel = _plane if name.startswith("plane") else _lossy
+    if name.endswith("_digest"):
+        whole = _whole_plane(gpu, cells_at) if kernel is _plane else (0, _Form(gpu, cells_at).tiles)
+        decoded = kernel(gpu, name.removesuffix("_digest"), staging, pitch, cells_at, extra, ids, n, whole)
+        return itertools.chain(_read(gpu, staging, pitch, n, *span, 0, pitch, 0, 1), decoded)
     return kernel(gpu, name, staging, pitch, cells_at, extra, ids, n, tuple(span))
+
+
+def _whole_plane(gpu: FakeGpu, cells_at: int) -> tuple[int, int, int]:
+    """All tiles of a record, and where its tails begin."""
+    planes, groups, across, table = gpu.array(cells_at + 8 * pf.N_PLANES, 4, ctypes.c_uint64).astype(np.int64).tolist()
+    tiles = planes * groups * across
+    return 0, tiles, 4 * (16 + table) + pf.FIXED_BYTES * tiles
 
 
 def _seal(gpu: FakeGpu, staging: int, pitch: int, n_pieces: int, n: int, *where: int) -> Iterator[str]:
@@ -163,6 +177,7 @@ class _Form:
         self._gpu, self._planes_at, self._shape = gpu, cells_at + 8 * lf.PLANES, (1, planes, 16 * groups, 64 * across)
         self._headers = gpu.array(int(cells[lf.HEADERS]), 2 * lf.HEADER_WORDS, ctypes.c_uint32).reshape(2, -1)
         self._raw_bytes, self.body_bytes = 2 * int(np.prod(self._shape)), int(cells[lf.BODY_BYTES])
+        self.tiles = self._raw_bytes // 2048
         is_key, factor = np.arange(planes) // each % 2 == 0, cells[[lf.FACTOR]].astype(np.uint32).view(np.float32)[0]
         bits = np.array([32 * cells[lf.LANES], cells[lf.K_BITS], cells[lf.V_BITS]])
         self._is_key, self._bytes = is_key, cells[[lf.VALUE_BYTES, lf.KEY_BYTES]]
@@ -210,8 +225,7 @@ class _Form:
     ) -> Iterator[str]:
         header, begin, end = self._header(part)
         own, values = record[lf.HEADER_WORDS :], np.empty(self._shape, np.uint16)
-        tiles = self._raw_bytes // 2048
-        if part >= 0 and span[:2] != (0, tiles) or not missing and (record[: lf.HEADER_WORDS] != header).any():
+        if part >= 0 and span[:2] != (0, self.tiles) or not missing and (record[: lf.HEADER_WORDS] != header).any():
             self._gpu.array(status_at, 1, ctypes.c_uint32)[:] = 1
         elif part >= 0:
             _put(self._pages(block), begin, own.view(np.uint8)[: end - begin])

@@ -1,7 +1,7 @@
 """Codecs as an executor of a GPU launches them: which kernels a chunk of each has, and what these read.
 
-All are a gather that codes, and a launch of :mod:`kvortex.kernels.coded` which digests what was coded; or launches of
-:mod:`kvortex.kernels.coded_read`, which digest what is to be decoded, and a scatter that decodes.
+All are a gather that codes, and a launch of :mod:`kvortex.kernels.coded` which digests what was coded; or a scatter that
+digests and decodes. Groups of layers have launches of :mod:`kvortex.kernels.coded_read` for their digests.
 """
 
 from __future__ import annotations
@@ -87,8 +87,9 @@ class _TileCoder(LayeredCoder):
     def _rows(self, save: bool, first: Int64s, count: Int64s, most: int) -> list[Int64s]:
         if not save:
             room = self.codec.slot_bytes
-            reads = [self._read(first, count, most, room, 0, room, 0, headed=True)] if self._numbers else []
-            return [*reads, self._decode(0, self.tiles, room, first, count, most)]
+            if self._numbers:
+                return [self._decode_digest(room, first, count, most)]
+            return [self._decode(0, self.tiles, room, first, count, most)]
         head, tail, shape = self._launch(self.codec.slot_bytes, self.tiles, first, count, most)
         coding = [self._row(name, *shape, *head, (WORK, 0), *tail) for name in self.encoders]
         return [*coding, self._seal(first, count, most)]
@@ -104,6 +105,12 @@ class _TileCoder(LayeredCoder):
         span = (ABSOLUTE, tile), (ABSOLUTE, end), *self._where()
         return self._row(self.decoder, *shape, *head, (STATUS, 4 * first), *tail, *span)
 
+    def _decode_digest(self, pitch: int, first: Int64s, count: Int64s, most: int) -> Int64s:
+        """A launch over all of records as they are, which also digests them."""
+        head, tail, shape = self._launch(pitch, self.tiles, first, count, most)
+        sums = (ABSOLUTE, self._numbers), self._sums(first)
+        return self._row(self.decoder + "_digest", *shape, *head, (STATUS, 4 * first), *tail, *sums)
+
     def _where(self) -> tuple[Parameter, ...]:
         """What a decoder is told besides of whole records, behind its tiles."""
         return ()
@@ -118,13 +125,13 @@ class _TileCoder(LayeredCoder):
 
 
 class PlaneCoder(_TileCoder):
-    """:class:`kvortex.codecs.plane.PlaneCodec`: three launches to save a chunk, two to load it."""
+    """:class:`kvortex.codecs.plane.PlaneCodec`: three launches to save a chunk, one to load it."""
 
     form: ClassVar[Any] = on_device
     encoders = ("plane_count", "plane_encode")
     decoder = "plane_decode"
     row_bytes = 4  # a page, int32
-    kernels = (*encoders, decoder, *_READERS)
+    kernels = (*encoders, decoder, decoder + "_digest", *_READERS)
     strips = 3  # header and table, which are digested with the first tiles; fixed parts; tails
     headed = False, True
     codec: PlaneCodec
@@ -169,7 +176,7 @@ class PlaneCoder(_TileCoder):
 
 
 class LossyCoder(_TileCoder):
-    """:class:`kvortex.codecs.lossy.LossyCodec`: two launches to save a chunk, two to load it.
+    """:class:`kvortex.codecs.lossy.LossyCodec`: two launches to save a chunk, one to load it.
 
     A record's length follows from what it is: all that a slot holds of a coded one, and what a part keeps. So a load reads no
     header to plan by.
@@ -179,7 +186,7 @@ class LossyCoder(_TileCoder):
     encoders = ("lossy_encode",)
     decoder = "lossy_decode"
     row_bytes = 8  # a page, and which part of it the record is, int32
-    kernels = (*encoders, decoder, *_READERS)
+    kernels = (*encoders, decoder, decoder + "_digest", *_READERS)
     ctas_each = 2, 3
     work_bytes = 4  # a counter of who is done with the record; zeros whenever none is being coded
     strips, headed = 1, (False,)

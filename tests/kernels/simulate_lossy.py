@@ -13,7 +13,8 @@ from numba.cuda.core import config
 
 import conftest  # noqa: F401  (makes kvortex.kernels importable)
 from kvortex.codecs.on_device_lossy import cells, constants
-from kvortex.kernels import lossy, lossy_decode, lossy_encode, plane, shares
+from kvortex.digests.keys import kernel_numbers
+from kvortex.kernels import coded_read, lossy, lossy_decode, lossy_encode, plane, shares
 from kvortex.kernels import warp as kernels_warp
 from tests.kernels import warp
 from tests.kernels.lossy_cases import FILL, GUARD, SMALL, LossyCase
@@ -72,6 +73,14 @@ def decode(case: LossyCase, rows: np.ndarray, memory: np.ndarray, form: np.ndarr
     assert (rows == before).all()
     assert (status == ~good).all()
     assert (memory == expected).all(), f"{(memory != expected).sum()} values differ from the host's"
+    numbers, sums, wanted = kernel_numbers(case.pitch), np.zeros((n, 2), np.uint64), np.zeros((n, 2), np.uint64)
+    where = numbers.ctypes.data, wanted.ctypes.data
+    launch(coded_read.read_records, rows.ctypes.data, case.pitch, n, *where, 0, case.pitch, 0, 1)
+    memory[:], status[:] = FILL, 0
+    digests = numbers.ctypes.data, sums.ctypes.data
+    launch(lossy_decode.lossy_decode_digest, rows.ctypes.data, case.pitch, form, status.ctypes.data, *tail, *digests)
+    assert (rows == before).all() and (status == ~good).all() and (memory == expected).all()
+    assert (sums == wanted).all() and (sums[good] != 0).all()
 
 
 def run_ranges(case: LossyCase) -> None:

@@ -70,6 +70,23 @@ def run(case: PlaneCase) -> None:
     whole = case.blocks[sizes > 0]
     assert (memory[:, whole] == case.memory[:, whole]).all()
     assert (memory[:, case.blocks[sizes < 0]] == 0x5A5A).all(), "what was declined touches no page"
+    run_digested(case, start, form, tail, memory, status)
+
+
+def run_digested(case: PlaneCase, start: int, form: np.ndarray, tail: tuple, memory: np.ndarray, status: np.ndarray) -> None:
+    """The same pages and failures, and the same digests as of who only reads."""
+    n, numbers = len(case.blocks), kernel_numbers(case.pitch)
+    sums, wanted, again = np.zeros((n, 2), np.uint64), np.zeros((n, 2), np.uint64), np.zeros(n, np.uint32)
+    decoded = memory.copy()
+    memory[:] = 0x5A5A
+    where = numbers.ctypes.data, wanted.ctypes.data
+    launch(coded_read.read_records, start, case.pitch, n, *where, 0, case.pitch, 0, 1)
+    how = start, case.pitch, form, again.ctypes.data, *tail, numbers.ctypes.data, sums.ctypes.data
+    for grid, threads in ((2, 32), (1, 64)):
+        sums[:], again[:], memory[:] = 0, 0, 0x5A5A
+        launch(plane_decode.plane_decode_digest, *how, grid=grid, threads=threads)
+        assert (again == status).all() and (memory == decoded).all()
+        assert (sums == wanted).all() and (sums[status == 0] != 0).all()
 
 
 def run_sealed(start: int, rows: np.ndarray, sizes: np.ndarray) -> None:

@@ -13,6 +13,8 @@ import pytest
 from kvortex.codecs import RecordShape, calibrate, make_codec
 from kvortex.codecs._lossy import scales
 from kvortex.codecs.on_device_lossy import cells, constants
+from kvortex.digests.host import add_lengths
+from kvortex.digests.keys import kernel_numbers
 from kvortex.errors import CodecError
 from kvortex.kernels import build
 from kvortex.kernels import lossy_form as lossy
@@ -21,8 +23,9 @@ from tests.kernels.beside import Simulated
 from tests.kernels.compiled import compiled, sass
 from tests.kernels.lossy_cases import FILL, GUARD, LARGE, NAMES, SMALL, LossyCase
 from tests.kernels.plane_cases import usual
+from tests.naive_digest import digest
 
-KERNELS = ("lossy_encode", "lossy_decode")
+KERNELS = ("lossy_encode", "lossy_decode", "lossy_decode_digest")
 
 
 def test_in_the_simulator_they_write_what_the_host_writes(simulated: Simulated) -> None:
@@ -121,7 +124,8 @@ class OnGpu:
         self.held[-1].write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
         return self.held[-1]
 
-    def launch(self, name: str, grid: int) -> None:
+    def launch(self, name: str, grid: int, *digests: int) -> None:
+        """``digests`` are the addresses of the table and the sums."""
         from kvortex.devices import driver as cu
 
         cubin = build.load(name, self.device.compute_capability)
@@ -129,11 +133,11 @@ class OnGpu:
         staging, case = self.staging.address + GUARD, self.case
         span = (0, case.codec.tiles) if name == "lossy_decode" else ()
         values = (staging, case.pitch, self.form.address, self.words.address, self.rows.address, self.n, case.run, *span)
-        values = (*values, self.counter.address)
+        values = (*values, *digests, self.counter.address)
         with cu.current(self.device.context) as driver:
             module = cu.check(driver.cuModuleLoadData(cubin.code), "cuModuleLoadData")
             kernel = cu.check(driver.cuModuleGetFunction(module, cubin.entry.encode()), "cuModuleGetFunction")
-            kinds = (u64, u64, u64, u64, u64, i32, i32, *[i32] * len(span), u64)
+            kinds = (u64, u64, u64, u64, u64, i32, i32, *[i32] * len(span), *[u64] * len(digests), u64)
             cu.check(driver.cuLaunchKernel(kernel, grid, 1, 1, 256, 1, 1, 0, 0, (values, kinds), 0), "cuLaunchKernel")
             cu.check(driver.cuCtxSynchronize(), "cuCtxSynchronize")
         assert not self.counter.read().any(), "the next launch would find shares taken"
@@ -148,13 +152,19 @@ class OnGpu:
     def check_decoded(self, rows: np.ndarray, grid: int) -> None:
         """Decodes these rows into pages of ``FILL``, and compares all with what the host makes of them."""
         self.staging.write(np.concatenate((np.full(GUARD, 0xA5, np.uint8), rows.reshape(-1), np.full(GUARD, 0xA5, np.uint8))))
-        self.memory.write(np.full(self.case.memory.size, FILL, np.uint16).view(np.uint8))
-        self.words.write(np.zeros(4 * self.n, np.uint8))
-        self.launch("lossy_decode", grid)
         expected, good = self.case.decoded(rows)
-        assert (self.words.read().view(np.uint32) == ~good).all()
-        back = self.memory.read().view(np.uint16).reshape(expected.shape)
-        assert (back == expected).all(), f"{(back != expected).sum()} values differ from the host's"
+        numbers, sums = self.upload(kernel_numbers(self.case.pitch)), self.upload(np.zeros((self.n, 2), np.uint64))
+        for name, digests in (("lossy_decode", ()), ("lossy_decode_digest", (numbers.address, sums.address))):
+            self.memory.write(np.full(self.case.memory.size, FILL, np.uint16).view(np.uint8))
+            self.words.write(np.zeros(4 * self.n, np.uint8))
+            self.launch(name, grid, *digests)
+            assert (self.words.read().view(np.uint32) == ~good).all()
+            back = self.memory.read().view(np.uint16).reshape(expected.shape)
+            assert (back == expected).all(), f"{(back != expected).sum()} values differ from the host's"
+        used = np.minimum(np.ascontiguousarray(rows[:, 24:32]).view(np.uint64)[:, 0], self.case.pitch)
+        found = add_lengths(sums.read().view(np.uint64).reshape(-1, 2), np.full(self.n, self.case.pitch))
+        for mine, row, end in zip(found, rows, used.tolist(), strict=True):
+            assert mine.tobytes() == digest(row[:end].tobytes() + bytes(len(row) - end))
 
 
 @pytest.mark.gpu

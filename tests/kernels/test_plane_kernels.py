@@ -22,7 +22,8 @@ from tests.kernels.plane_cases import CASES, GUARD, PlaneCase
 from tests.kernels.test_build import on_hopper
 from tests.naive_digest import digest
 
-KERNELS, READERS = ("plane_count", "plane_encode", "plane_decode"), ("read_records", "seal_records")
+KERNELS = ("plane_count", "plane_encode", "plane_decode", "plane_decode_digest")
+READERS = ("read_records", "seal_records")
 LEAN = [*itertools.product((*KERNELS, *READERS), [(9, 0), (10, 0)])]
 
 
@@ -123,6 +124,8 @@ def test_on_a_gpu_they_write_what_the_host_writes(case: PlaneCase) -> None:
             start, pieces = staging.address + GUARD, -(-case.pitch // 4096)
             if name == "plane_decode":
                 values, kinds = (*values, 0, case.tiles, case.codec.fixed_bytes), (*kinds, i32, i32, i32)
+            elif name == "plane_decode_digest":
+                values, kinds = (*values, numbers.address, sums.address), (*kinds, u64, u64)
             elif name == "read_records":
                 values = (start, case.pitch, n, numbers.address, sums.address, 0, case.pitch, 0, 1)
                 kinds = (u64, u64, i32, u64, u64, i32, i32, i32, i32)
@@ -158,8 +161,12 @@ def test_on_a_gpu_they_write_what_the_host_writes(case: PlaneCase) -> None:
         found = add_lengths(summed.read().view(np.uint64).reshape(n, 2), np.full(n, case.pitch))
         for mine, row, size in zip(found, whole, sizes, strict=True):
             assert size < 0 or mine.tobytes() == digest(row.tobytes())
-    memory.write(np.full(case.memory.nbytes, 0x5A, np.uint8))
-    launch("plane_decode", status)
-    assert (status.read().view(np.uint32) == (sizes < 0)).all()
-    back, kept = memory.read().view(np.uint16).reshape(case.memory.shape), case.blocks[sizes > 0]
-    assert (back[:, kept] == case.memory[:, kept]).all()
+    for name in ("plane_decode", "plane_decode_digest"):
+        memory.write(np.full(case.memory.nbytes, 0x5A, np.uint8))
+        status.write(np.zeros(4 * n, np.uint8))
+        third = upload(np.zeros((n, 2), np.uint64))
+        launch(name, status, third)
+        assert (status.read().view(np.uint32) == (sizes < 0)).all()
+        back, kept = memory.read().view(np.uint16).reshape(case.memory.shape), case.blocks[sizes > 0]
+        assert (back[:, kept] == case.memory[:, kept]).all()
+    assert (third.read() == again.read()).all(), "digests are those of who only reads"
