@@ -136,7 +136,7 @@ class DeviceCoder(ABC):
         self.codec, self._device, self._pool, self._numbers = codec, device, pool, numbers
         self.works: list[int] = []
         self._held: list[Any] = []
-        self._kernels = {name: kernel(name) for name in self.kernels}
+        self._kernels = {name: kernel(name) for name in self.kernels if numbers or not name.endswith("_digest")}
         # Before 9.0 kernels have registers for two (kvortex.kernels.build).
         save, load = (min(each, 2) if device.compute_capability < (9, 0) else each for each in self.ctas_each)
         self.most_ctas = save * device.multiprocessors, load * device.multiprocessors

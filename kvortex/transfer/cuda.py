@@ -32,7 +32,6 @@ from kvortex.transfer.layer_load import LayerLoad
 from kvortex.transfer.layers import Ordered, Sections, group_count, in_order, split_groups
 from kvortex.transfer.layerwise import LayerSave
 from kvortex.transfer.lending import Lender
-from kvortex.transfer.pacing import pace
 from kvortex.transfer.plan import FIRST, LAST, NONE, OFFSET, Int64s, Plan, Pool, plan_direct
 from kvortex.transfer.planner import AT_ONCE, Planner
 from kvortex.transfer.profile import Profile, most_resident_ctas
@@ -120,7 +119,7 @@ class CudaExecutor(Lender):
         self._codec = codec
         self._coder: LayeredCoder | None = None
         self.beside_compute = beside_compute
-        self._fs_of_byte = pace(profile.link_rate, link_share)
+        self._link_share = link_share
         self.resident_ctas = profile.resident_ctas, profile.resident_ctas_beside
         if pool.slot_bytes > device.max_pitch:  # then no 2D DMA reaches from one slot into the next
             pool = dataclasses.replace(pool, segment_slots=1)
@@ -197,7 +196,8 @@ class CudaExecutor(Lender):
                 counters + depth * COUNTER_BYTES * at,
                 None if works is None else works[at * depth : (at + 1) * depth],
                 self._staging.buffer_bytes if self._staging is not None else 0,
-                self._fs_of_byte,
+                self._profile.link_rate,
+                self._link_share,
             )
 
     def _halves(self, buffers: list[int]) -> list[int]:

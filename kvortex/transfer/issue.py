@@ -31,7 +31,7 @@ from kvortex.transfer.digesting import EVENT, PIECE_BYTES, STREAM, SUMS_BYTES, r
 from kvortex.transfer.dma import copy_batch, copy_chunk
 from kvortex.transfer.launching import aim_chunk, run_chunk
 from kvortex.transfer.ordering import follow, follow_stream, join
-from kvortex.transfer.pacing import has_passed, is_due, nap, take_turn
+from kvortex.transfer.pacing import begin_turns, has_passed, is_due, nap, take_turn
 from kvortex.transfer.plan import N_COPIES, N_PIECES
 
 _READS = digesting.KERNEL
@@ -130,6 +130,7 @@ def issue(  # type: ignore[no-untyped-def]
         error = call(functions[EVENT_RECORD], (start, copies_on if apart and not to_host else streams[first % n]))
     if not error and ahead:
         error = send(functions, digest, copies_on)
+    begin_turns(lane, scratch, outcome)
     # Copies of a paced load are issued as far ahead of kernels as there are buffers.
     room = n if apart and not to_host and outcome[PACED] != 0 else 1
     here = there = 0  # chunks whose first part was issued, and whose second: of a load what follows its copies

@@ -17,7 +17,7 @@ from kvortex.transfer.digesting import Digesting
 from kvortex.transfer.dma import SCRATCH_CELLS
 from kvortex.transfer.executor import Direction
 from kvortex.transfer.holding import FLAGS, NOTHING, STREAMS
-from kvortex.transfer.pacing import PACED_BYTES, addresses, hurry
+from kvortex.transfer.pacing import PACED_S, addresses, hurry, pace
 from kvortex.transfer.plan import BASE_CELLS, IDS, INSTEAD, N_PIECES, PARAMETERS, STATUS, SUMS, Int64s, Plan
 from kvortex.transfer.submitting import RESIDENT, STREAMED, Submitter
 
@@ -78,8 +78,10 @@ class Lane:
         Addresses of what else belongs to each of ``buffers``; None where nothing does.
     buffer_bytes
         Of each of ``buffers``.
-    fs_of_byte
-        Femtoseconds that paced copies are to take for a byte; 0 for as few as it takes.
+    link_rate
+        Bytes per second that the link carries one way.
+    link_share
+        What paced copies are to take of that.
 
     Attributes
     ----------
@@ -103,11 +105,12 @@ class Lane:
         counters: int,
         works: list[int] | None = None,
         buffer_bytes: int = 0,
-        fs_of_byte: int = 0,
+        link_rate: float = 1.0,
+        link_share: float = 1.0,
     ) -> None:
         self._device = device
         self._submitter: Submitter | None = None
-        self._ahead_bytes = (len(buffers) - 1) * buffer_bytes
+        self._ahead_bytes, self._link_rate = (len(buffers) - 1) * buffer_bytes, link_rate
         self.cells = np.zeros(cells.LANE_CELLS, np.int64)
         self._streams: list[int] = []
         self._events: list[int] = []
@@ -139,7 +142,7 @@ class Lane:
         self.cells[cells.TO_HOST] = direction is Direction.SAVE
         self.cells[cells.COPY_STREAM], self.cells[cells.COPY_EVENT] = self.copy_stream, copy_event
         self.cells[cells.NAP], self.cells[cells.CLOCK] = addresses()
-        self.cells[cells.FS_OF_BYTE] = fs_of_byte
+        self.cells[cells.FS_OF_BYTE] = pace(link_rate, link_share)
         self._ring = np.array([kernel_stream, kernel_event, resident_kernel, 0, flags, flag_stream, flag_event], np.int64)
         self._filled = np.zeros((2, len(halves)), np.int64)
         self._turns = {kind: np.zeros(1, np.int64) for kind in (NOTHING, STREAMS, FLAGS)}
@@ -312,7 +315,7 @@ class Lane:
 
     def paces(self, plan: Plan) -> bool:
         """Whether a plan that moves beside a computing model is worth a thread that waits with its kernels."""
-        return _kind(plan) == STREAMS and min(plan.nbytes, self._ahead_bytes) >= PACED_BYTES
+        return _kind(plan) == STREAMS and min(plan.nbytes, self._ahead_bytes) >= PACED_S * self._link_rate
 
     def hurry(self, place: int) -> None:
         """Paces no plan any more up to that place of the queue, since somebody waits until it is issued."""
@@ -331,6 +334,11 @@ class Lane:
             no_timing = driver.CUevent_flags.CU_EVENT_DISABLE_TIMING
             for _ in range(3 * count + 5):
                 self._events.append(int(cu.check(driver.cuEventCreate(no_timing), "cuEventCreate")))
+
+    @property
+    def idle(self) -> bool:
+        """Whether its thread has nothing to issue."""
+        return self._submitter is None or self._submitter.idle
 
     @property
     def every_stream(self) -> tuple[int, ...]:

@@ -139,9 +139,10 @@ class Lender(Executor):
             self._ids.give(ids)
 
     def _is_idle(self) -> bool:
-        return all(self.query_streams(direction) != asking.NOT_READY for direction in self._lanes)
+        return all(lane.idle and self.query_streams(way) != asking.NOT_READY for way, lane in self._lanes.items())
 
     def close(self) -> None:
+        self.hurry_all()
         # Behind the last transfer there may still be flags to write, which no transfer waits for.
         if not poll(self._is_idle, time.monotonic() + _CLOSE_S):
             raise TransferTimeoutError(f"work of a closed engine did not end within {_CLOSE_S} s")

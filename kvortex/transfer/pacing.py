@@ -19,14 +19,14 @@ from kvortex.transfer.cells import CLOCK, DUE, FS_OF_BYTE, HURRIED, NAP, PACED, 
 from kvortex.transfer.dma import MODE, TIME
 from kvortex.transfer.plan import COPY_BYTES, FIRST_COPY, LINES, N_COPIES
 
-# What the link is to have before it, while this thread naps, as a plan and in the other buffers; a nap takes 200 to 400 µs, in
-# which a link of 55 GB/s moves 11 to 22 MB. Each costs some 10 or 20 µs of a CPU, so one that is known to be long is one nap.
-PACED_BYTES = 32 << 20
-_NAP_US, _LONG_NAP_US = 200, 500
+# For so long the link is to have something before it while this thread naps, as a plan and in the other buffers. Each nap costs
+# some 10 or 20 µs of a CPU, so one that is known to be long is one nap.
+PACED_S = 0.75e-3
+_NAP_US, _LONG_NAP_US = 200, 300
 _MONOTONIC = 1  # CLOCK_MONOTONIC
 _MOST_FS = 1_000_000_000  # a microsecond for a byte: times the bytes of a buffer, that is a number of 64 bits
-# So much of what copies are late they may make up for, as when a model's kernel kept buffers from them. At 0.92 of the link a
-# millisecond takes 12 to make up for.
+# So much of what copies of a plan, or of several without a pause, are late they may make up for, as when a model's kernel kept
+# buffers from them. At 0.92 of the link a millisecond takes 12 to make up for.
 _LATE_NS = 3_000_000
 
 
@@ -47,6 +47,15 @@ def has_passed(functions, lane, event, scratch, outcome):  # type: ignore[no-unt
 def _now(lane, scratch):  # type: ignore[no-untyped-def]
     call(lane[CLOCK], (_MONOTONIC, scratch[TIME:].ctypes.data))
     return scratch[TIME] * 1_000_000_000 + scratch[TIME + 1]
+
+
+@njit(nogil=True)
+def begin_turns(lane, scratch, outcome):  # type: ignore[no-untyped-def]
+    """Ahead of a plan: who comes behind a pause is not late."""
+    if lane[FS_OF_BYTE] != 0 and is_paced(lane, outcome):
+        now = _now(lane, scratch)
+        if now - lane[DUE] > _LATE_NS:
+            lane[DUE] = now
 
 
 @njit(nogil=True)

@@ -196,6 +196,11 @@ class Submitter:
     def _leave(self, kind: int, job: tuple[Any, ...], like: tuple[Any, ...]) -> bool:
         return bool(_queue(self._semaphore.cells, self._counts, self._rows, self._lane, kind, job, like))
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is left to it."""
+        return bool(self._counts[_PUSHED] == self._counts[_TAKEN])
+
     def close(self) -> None:
         """Ends the thread, which has nothing left to do by then. A second call does nothing.
 
@@ -205,7 +210,7 @@ class Submitter:
             It does not end: the driver does not return from a call.
         """
         if self._thread.is_alive():
-            self._leave(_STOP, _NOTHING, _NOTHING)
+            poll(lambda: self._leave(_STOP, _NOTHING, _NOTHING), time.monotonic() + _JOIN_S)
             self._thread.join(_JOIN_S)
             if self._thread.is_alive():
                 raise TransferTimeoutError(f"the thread that issues transfers did not end within {_JOIN_S} s")

@@ -200,7 +200,7 @@ def issued_by(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     if seed % 2:
         monkeypatch.setattr("kvortex.transfer.lane._AT_ONCE", -1)
     if seed % 4 == 3:
-        monkeypatch.setattr("kvortex.transfer.lane.PACED_BYTES", 0)
+        monkeypatch.setattr("kvortex.transfer.lane.PACED_S", 0)
         monkeypatch.setattr("kvortex.transfer.cuda.CudaExecutor._is_busy", lambda *_: True)
 
 

@@ -9,6 +9,7 @@ import sys
 import warnings
 
 import numpy as np
+from numba import cuda
 from numba.cuda.core import config
 
 import conftest  # noqa: F401  (makes kvortex.kernels importable)
@@ -18,7 +19,8 @@ from kvortex.kernels import coded_read, lossy, lossy_decode, lossy_encode, plane
 from kvortex.kernels import warp as kernels_warp
 from tests.kernels import warp
 from tests.kernels.lossy_cases import FILL, GUARD, SMALL, LossyCase
-from tests.kernels.simulate_plane import aligned, launch
+from tests.kernels.simulate_plane import aligned, bare_launch, launch
+from tests.naive_digest import sums as naive_sums
 
 
 def run(case: LossyCase) -> None:
@@ -115,6 +117,25 @@ def run_ranges(case: LossyCase) -> None:
     assert len(whole)
 
 
+@cuda.jit
+def _slices(record, room, count, numbers, sums):  # type: ignore[no-untyped-def]
+    for at in range(count):
+        coded_read.digest_slice(record, room, lossy.uint32(at), lossy.uint32(count), numbers, sums, cuda.threadIdx.x & 31)
+
+
+def run_slices() -> None:
+    """Of any number, in rooms of any length, whatever a header says: each byte once, and none beyond the room."""
+    rng = np.random.default_rng(5)
+    for count in (1, 2, 3, 5, 8, 13, 40):
+        room = 16 * int(rng.integers(4, 300))
+        for used in (0, 15, 33, 512, 513, room - 1, room, room + 1, 1 << 32, (1 << 32) + 64, 1 << 63):
+            record, numbers, sums = aligned(room, 0), kernel_numbers(room), np.zeros(2, np.uint64)
+            record[:] = rng.integers(0, 256, room)
+            record[24:32] = np.array([used], np.uint64).view(np.uint8)
+            bare_launch(_slices, record.ctypes.data, room, count, numbers.ctypes.data, sums.ctypes.data, grid=1)
+            assert tuple(map(int, sums)) == naive_sums(record[: min(used, room)].tobytes()), (room, count, used)
+
+
 def main() -> int:
     assert config.ENABLE_CUDASIM
     warnings.simplefilter("ignore", RuntimeWarning)
@@ -122,6 +143,8 @@ def main() -> int:
     for case in SMALL:
         run(case)
         print(f"simulated lossy: {case.name}", flush=True)
+    run_slices()
+    print("simulated lossy: slices of records", flush=True)
     run_cramped(SMALL[-1])
     print("simulated lossy: no room", flush=True)
     run_ranges(LossyCase("k4v4", SMALL[2].shape, 2, hostile=False))

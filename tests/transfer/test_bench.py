@@ -151,7 +151,7 @@ def test_transfers_beside_a_computation_are_paced_and_not_hurried(
     bench: Bench, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As those of engines are, whose streams nobody makes wait."""
-    monkeypatch.setattr("kvortex.transfer.lane.PACED_BYTES", 0)
+    monkeypatch.setattr("kvortex.transfer.lane.PACED_S", 0)
     seen: list[bool] = []
     behind = Load.behind
 
