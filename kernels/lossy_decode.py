@@ -15,7 +15,7 @@ from typing import Any
 from numba import cuda
 from numba.cuda import types
 
-from kvortex.kernels import lossy
+from kvortex.kernels import lossy, plane
 from kvortex.kernels.bit_planes import bit_planes, bytes_turned, few_codes, traded
 from kvortex.kernels.coded_read import digest_slice
 from kvortex.kernels.eights import (
@@ -51,9 +51,7 @@ uint32, uint64, int32 = lossy.uint32, lossy.uint64, lossy.int32
 SIGNATURE: Any = types.void(
     uint64, uint64, types.CPointer(uint64), uint64, types.CPointer(types.int32), int32, int32, int32, int32, uint64
 )
-DIGEST_SIGNATURE: Any = types.void(
-    uint64, uint64, types.CPointer(uint64), uint64, types.CPointer(types.int32), int32, int32, uint64, uint64, uint64
-)
+DIGEST_SIGNATURE: Any = plane.DIGEST_SIGNATURE
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
@@ -216,11 +214,12 @@ def _decoder(digests: bool) -> Callable[..., None]:
         while at < shares:
             ahead_at = ask_next(counter, asker, at)
             b = uint32(at // runs)
-            tile = uint32(uint32(first) + uint32(at - uint32(b * runs)) * uint32(run))
+            r = uint32(at - uint32(b * runs))
+            tile = uint32(uint32(first) + r * uint32(run))
             last = min(uint32(tile + uint32(run)), uint32(end))
             record = staging + uint64(b) * pitch
             if digests:  # first, since nothing of what follows is known yet, and to be kept meanwhile
-                digest_slice(record, pitch, uint32(at - uint32(b * runs)), runs, numbers, sums + uint64(16) * uint64(b), lane)
+                digest_slice(record, pitch, r, runs, numbers, sums + uint64(16) * uint64(b), lane)
             block, part = blocks[uint32(uint32(2) * b)], blocks[uint32(uint32(2) * b + uint32(1))]
             good = fits and (part < int32(0) or whole_range)
             following = place(codec, form, tile)

@@ -52,6 +52,7 @@ SIGNATURE: Any = types.void(
     uint64, uint64, types.CPointer(uint64), uint64, types.CPointer(types.int32), types.int32, types.int32
 )
 SHARED_SIGNATURE: Any = types.void(*SIGNATURE.args, uint64)  # with a counter of shares
+DIGEST_SIGNATURE: Any = types.void(*SIGNATURE.args, uint64, uint64, uint64)  # with digests' numbers and sums, and a counter
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]

@@ -42,10 +42,8 @@ from kvortex.kernels.lane import early_cached2, load4, store4
 from kvortex.kernels.plane import (
     ACROSS,
     CODED,
-    GROUPS,
     HEADER,
     HEADER_WORDS,
-    N_PLANES,
     STORED_AT,
     TABLE_WORDS,
     USED_AT,
@@ -54,6 +52,7 @@ from kvortex.kernels.plane import (
     place,
     tail_bytes,
     tails,
+    tiles_of,
 )
 from kvortex.kernels.plane_form import FIXED_BYTES, RAW_TAIL, RAW_TILE, ROWS, SIGN_AT, VALUES
 from kvortex.kernels.plane_row import ESCAPED, bases_of, late_of, row_word
@@ -65,9 +64,7 @@ uint16, uint32, uint64, int32 = plane.uint16, plane.uint32, plane.uint64, plane.
 SIGNATURE: Any = types.void(
     uint64, uint64, types.CPointer(uint64), uint64, types.CPointer(types.int32), int32, int32, int32, int32, int32, uint64
 )
-DIGEST_SIGNATURE: Any = types.void(
-    uint64, uint64, types.CPointer(uint64), uint64, types.CPointer(types.int32), int32, int32, uint64, uint64, uint64
-)
+DIGEST_SIGNATURE = plane.DIGEST_SIGNATURE
 # A warp's shared memory: the second tier's values, and fixed part and tail of two tiles.
 _LATE, _STAGE = 2 * VALUES, FIXED_BYTES + RAW_TAIL
 _WARP = _LATE + 2 * _STAGE
@@ -270,6 +267,12 @@ def _tiles(codec, block, tile, count, record, fixed_at, tail_at, room, shared, l
     return good
 
 
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def _head_bytes(codec):  # type: ignore[no-untyped-def]
+    """Of a record's header and table."""
+    return uint32(uint32(4 * HEADER_WORDS) + uint32(4) * uint32(codec[TABLE_WORDS]))
+
+
 def _decoder(digests: bool) -> Callable[..., None]:
     @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
     def decode(  # type: ignore[no-untyped-def]
@@ -278,11 +281,11 @@ def _decoder(digests: bool) -> Callable[..., None]:
         all_shared = cuda.shared.array(_SHARED, types.uint64, ALIGNED)
         shared = uint64(shared_at(all_shared.ctypes.data)) + uint64(_WARP) * uint64(cuda.threadIdx.x >> 5)
         lane = uint32(cuda.threadIdx.x & 31)
-        tiles = uint32(uint32(codec[N_PLANES]) * uint32(codec[GROUPS]) * uint32(codec[ACROSS]))
+        tiles = tiles_of(codec)
         count = uint32(uint32(end) - uint32(first))
         each = min(uint32(run), uint32(32))
         runs = ceil_div(count, each)
-        head_bytes = uint32(uint32(4 * HEADER_WORDS) + uint32(4) * uint32(codec[TABLE_WORDS]))
+        head_bytes = _head_bytes(codec)
         own_bytes = uint32(head_bytes + uint32(FIXED_BYTES) * count)  # in front of the tails in staging
         room = uint32(uint32(pitch) - own_bytes)
         shares = uint32(uint32(n_blocks) * runs)
@@ -291,11 +294,12 @@ def _decoder(digests: bool) -> Callable[..., None]:
         while at < shares:
             ahead_at = ask_next(counter, asker, at)
             b = uint32(at // runs)
-            tile = uint32((at - b * runs) * each)  # counted from the first one that is decoded
+            r = uint32(at - uint32(b * runs))
+            tile = uint32(r * each)  # counted from the first one that is decoded
             n = min(uint32(count - tile), each)
             record = staging + uint64(b) * pitch
             if digests:  # first, since nothing of what follows is known yet, and to be kept meanwhile
-                digest_slice(record, pitch, uint32(at - uint32(b * runs)), runs, numbers, sums + uint64(16) * uint64(b), lane)
+                digest_slice(record, pitch, r, runs, numbers, sums + uint64(16) * uint64(b), lane)
             good, stored, used = _told(record, codec[HEADER], lane)
             if stored == uint32(CODED):
                 good = good and uint64(own_bytes) <= pitch
@@ -363,7 +367,6 @@ def plane_decode_digest(  # type: ignore[no-untyped-def]
     numbers, sums : uint64
         As of :func:`kvortex.kernels.coded_read.read_records`.
     """
-    tiles = uint32(uint32(codec[N_PLANES]) * uint32(codec[GROUPS]) * uint32(codec[ACROSS]))
-    heads = uint32(uint32(4 * HEADER_WORDS) + uint32(4) * uint32(codec[TABLE_WORDS]))
-    fixed, end = int32(uint32(heads + uint32(FIXED_BYTES) * tiles)), int32(tiles)
+    tiles = tiles_of(codec)
+    fixed, end = int32(uint32(_head_bytes(codec) + uint32(FIXED_BYTES) * tiles)), int32(tiles)
     _decode_digest(staging, pitch, codec, status, blocks, n_blocks, run, int32(0), end, fixed, numbers, sums, counter)

@@ -183,11 +183,11 @@ class KVortexConfig:
             raise ConfigError(f"eviction_policy = {shown(self.eviction_policy)}: must be one of {', '.join(_POLICIES)}")
         self._check_tiers()
         share = self.link_share_beside_compute
-        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0.01 <= share <= 1:
+        if not _is_number(share) or not 0.01 <= share <= 1:
             raise ConfigError(f"link_share_beside_compute = {shown(share)}: must be a number from 0.01 to 1")
         seconds = self.transfer_timeout_s
         # Compared as it is: an int may be too large for a float, and what is above the limit no wait can take.
-        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds <= threading.TIMEOUT_MAX:
+        if not _is_number(seconds) or not 0 < seconds <= threading.TIMEOUT_MAX:
             span = f"above 0, {threading.TIMEOUT_MAX:.0f} at most"
             raise ConfigError(f"transfer_timeout_s = {shown(seconds)}: must be a number of seconds {span}")
 
@@ -202,7 +202,7 @@ class KVortexConfig:
                 raise ConfigError(f"tiers[{at}] = {shown_tiers(entry)}: must be a URL as disk:/folder or redis://host:6379/0")
         object.__setattr__(self, "tiers", tuple(given))  # a list, as TOML has it
         share = self.tier_pool_share
-        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 0.5:
+        if not _is_number(share) or not 0 < share <= 0.5:
             raise ConfigError(f"tier_pool_share = {shown(share)}: must be a number above 0, 0.5 at most")
 
     def _integer(self, name: str, *, at_least: int, at_most: int = _MOST) -> None:
@@ -230,6 +230,10 @@ class KVortexConfig:
 
 
 _FIELDS = {field.name: str(field.type) for field in dataclasses.fields(KVortexConfig)}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def check_integer(name: str, value: object, at_least: int, at_most: int) -> None:

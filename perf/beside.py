@@ -16,13 +16,10 @@ import tempfile
 from typing import Any
 
 import kvortex
-from kvortex.devices.cuda import CudaDevice
-from kvortex.errors import DeviceUnavailableError
 from perf.coded_pages import SHAPE, Coded, Pages, engines
-from perf.compute import told
 from perf.flow import tickets
 from perf.loads import Loop
-from perf.moving import STAGING_BYTES
+from perf.moving import STAGING_BYTES, open_gpu, told
 from perf.pages import moved
 from perf.raw import RawCopy
 from perf.report import Report, progress
@@ -37,9 +34,7 @@ COLUMNS = (*KEYS, *BETTER, "slowdown_least", "slowdown_most", "alone", "raw_rate
 
 def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]], dict[str, Any]]:
     """The device's name, a row for each codec and direction, and what the rows have in common."""
-    device = kvortex.open_device(device_name)
-    if not isinstance(device, CudaDevice):
-        raise DeviceUnavailableError("this measurement needs a GPU")
+    device = open_gpu(device_name)
     blocks, seconds, rounds = (16, 0.05, 1) if quick else (256, 0.2, 5)
     notes: dict[str, Any] = {"blocks": blocks, "block_bytes": SHAPE.raw_bytes, "rounds": rounds, "loop_seconds": seconds}
     notes |= {"gpu_pool_size_bytes": STAGING_BYTES, "load": LOAD, "unit": "GB/s of original bytes"}

@@ -15,10 +15,9 @@ import contextlib
 from typing import Any
 
 import kvortex
-from kvortex.devices.cuda import CudaDevice
-from kvortex.errors import DeviceUnavailableError
+from perf import moving
 from perf.loads import LOADS, Loop
-from perf.moving import BUFFERS, STAGING_BYTES, Blocks
+from perf.moving import BUFFERS, STAGING_BYTES, Blocks, open_gpu, rows_of
 from perf.pages import WAYS
 from perf.raw import RawCopy
 from perf.report import Report, progress
@@ -27,15 +26,12 @@ from perf.turns import Mover, Turns, raw_movers
 FRAGMENT_BYTES = (4 << 10, 18 << 10, 32 << 10)
 ROUTES = ("auto",)  # transfer_route
 KEYS = ("load", "fragment_kib", "route", "direction")
-BETTER = {"rate": "higher", "ratio": "higher", "slowdown": "lower"}
-COLUMNS = (*KEYS, *BETTER, "slowdown_least", "slowdown_most", "raw_rate", "raw_slowdown", "wrong_bytes")
+BETTER, COLUMNS = moving.BETTER, (*KEYS, *moving.FIGURES)
 
 
 def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]], dict[str, Any]]:
     """The device's name, one row a load, fragment size, route and direction, and what the rows have in common."""
-    device = kvortex.open_device(device_name)
-    if not isinstance(device, CudaDevice):
-        raise DeviceUnavailableError("this measurement needs a GPU")
+    device = open_gpu(device_name)
     payload, seconds, rounds = (32 << 20, 0.05, 1) if quick else (512 << 20, 0.2, 9)
     notes: dict[str, Any] = {"payload_bytes": payload, "gpu_pool_size_bytes": STAGING_BYTES, "staging_buffers": BUFFERS}
     notes |= {"loop_seconds": seconds, "rounds": rounds, "unit": "GB/s of payload"}
@@ -61,18 +57,10 @@ def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]]
                 what = f"{kind[0] >> 10} KiB, {kind[1]}" if kind else "one DMA"
                 notes.setdefault("failed", {})[f"{name}, {what}, {way}"] = why
             for kind, blocks in kinds.items():
-                if (kind, "load") not in turns.failed:
-                    blocks.check()
-                for way in turns.ended(kind):
-                    row = {"load": name, "fragment_kib": kind[0] >> 10, "route": kind[1], "direction": way}
-                    rows.append(row | turns.figures(kind, way) | {"wrong_bytes": blocks.wrong_bytes})
-                    progress(f"{name}, fragments of {kind[0] >> 10} KiB, {kind[1]}: {told(rows[-1])}")
+                kib, route = kind[0] >> 10, kind[1]
+                named = {"load": name, "fragment_kib": kib, "route": route}
+                rows += rows_of(turns, kind, blocks, named, f"{name}, fragments of {kib} KiB, {route}")
     return device.name, rows, notes
-
-
-def told(row: dict[str, Any]) -> str:
-    """A row while others are still measured."""
-    return f"{row['direction']} {row['ratio']:.3f} at {row['slowdown']:.3f}; {row['wrong_bytes']} bytes wrong"
 
 
 def draw(axes: Any, report: Report) -> None:

@@ -6,13 +6,26 @@ from typing import Any
 
 import kvortex
 from kvortex.devices import Device
+from kvortex.devices.cuda import CudaDevice
+from kvortex.errors import DeviceUnavailableError
 from perf.flow import tickets
 from perf.pages import Ids, Pages, moved
-from perf.turns import Mover
+from perf.report import progress
+from perf.turns import Mover, Turns
 
 # All buffers of a direction but one must last the link for longer than a kernel of 7 ms keeps that one; and a kernel that
 # serves one should end within the last wave of a product, as a longer buffer's does not.
 STAGING_BYTES, BUFFERS = 5 << 28, 5
+BETTER = {"rate": "higher", "ratio": "higher", "slowdown": "lower"}
+FIGURES = (*BETTER, "slowdown_least", "slowdown_most", "raw_rate", "raw_slowdown", "wrong_bytes")
+
+
+def open_gpu(name: str) -> CudaDevice:
+    """A device that something can compute on meanwhile. DeviceUnavailableError of another one."""
+    device = kvortex.open_device(name)
+    if not isinstance(device, CudaDevice):
+        raise DeviceUnavailableError("this measurement needs a GPU")
+    return device
 
 
 class Blocks:
@@ -62,3 +75,20 @@ class Blocks:
     def movers(self) -> tuple[Mover, Mover]:
         """Of saves and of loads."""
         return Mover(tickets(self.save)), Mover(tickets(self.load), self.save_again)
+
+
+def rows_of(turns: Turns, kind: Any, blocks: Blocks, named: dict[str, Any], what: str) -> list[dict[str, Any]]:
+    """A row for each direction in which blocks of a kind took their turns: ``named``, and its figures. Checks pages behind
+    loads, and tells each row as ``what``."""
+    if (kind, "load") not in turns.failed:
+        blocks.check()
+    wrong = {"wrong_bytes": blocks.wrong_bytes}
+    rows = [named | {"direction": way} | turns.figures(kind, way) | wrong for way in turns.ended(kind)]
+    for row in rows:
+        progress(f"{what}: {told(row)}")
+    return rows
+
+
+def told(row: dict[str, Any]) -> str:
+    """A row while others are still measured."""
+    return f"{row['direction']} {row['ratio']:.3f} at {row['slowdown']:.3f}; {row['wrong_bytes']} bytes wrong"

@@ -10,12 +10,9 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-import kvortex
-from kvortex.devices.cuda import CudaDevice
-from kvortex.errors import DeviceUnavailableError
-from perf.compute import told
+from perf import moving
 from perf.loads import Loop
-from perf.moving import BUFFERS, STAGING_BYTES, Blocks
+from perf.moving import BUFFERS, STAGING_BYTES, Blocks, open_gpu, rows_of
 from perf.pages import WAYS
 from perf.raw import RawCopy
 from perf.report import Report, progress
@@ -25,15 +22,12 @@ LOAD = "prefill"
 FRAGMENT_BYTES = 18 << 10
 SHARES = (0.25, 0.5, 0.75, 0.92, 1.0)
 KEYS = ("share", "direction")
-BETTER = {"rate": "higher", "ratio": "higher", "slowdown": "lower"}
-COLUMNS = (*KEYS, *BETTER, "slowdown_least", "slowdown_most", "raw_rate", "raw_slowdown", "wrong_bytes")
+BETTER, COLUMNS = moving.BETTER, (*KEYS, *moving.FIGURES)
 
 
 def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]], dict[str, Any]]:
     """The device's name, a row for each share and direction, and what the rows have in common."""
-    device = kvortex.open_device(device_name)
-    if not isinstance(device, CudaDevice):
-        raise DeviceUnavailableError("this measurement needs a GPU")
+    device = open_gpu(device_name)
     payload, seconds, rounds = (64 << 20, 0.05, 1) if quick else (512 << 20, 0.2, 7)
     notes: dict[str, Any] = {"payload_bytes": payload, "gpu_pool_size_bytes": STAGING_BYTES, "staging_buffers": BUFFERS}
     notes |= {"load": LOAD, "loop_seconds": seconds, "rounds": rounds, "fragment_bytes": FRAGMENT_BYTES}
@@ -54,14 +48,9 @@ def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]]
         turns.run(Loop(LOAD, seconds), rounds, LOAD)
         if turns.failed:
             notes["failed"] = {f"{share or 'one DMA'}, {way}": why for (share, way), why in turns.failed.items()}
-        rows = []
+        rows: list[dict[str, Any]] = []
         for share, blocks in kinds.items():
-            if (share, "load") not in turns.failed:
-                blocks.check()
-            for way in turns.ended(share):
-                row = {"share": share, "direction": way}
-                rows.append(row | turns.figures(share, way) | {"wrong_bytes": blocks.wrong_bytes})
-                progress(f"a share of {share}: {told(rows[-1])}")
+            rows += rows_of(turns, share, blocks, {"share": share}, f"a share of {share}")
     return device.name, rows, notes
 
 

@@ -92,6 +92,11 @@ def release(typingctx: Any) -> Any:
 
 
 @functools.cache
+def libc_address(name: str) -> int:
+    """Address of a function of the C library."""
+    return ctypes.cast(getattr(ctypes.CDLL(None), name), ctypes.c_void_p).value or 0
+
+
 def memcpy_address() -> int:
     """Address of the C library's ``memcpy``."""
-    return ctypes.cast(ctypes.CDLL(None).memcpy, ctypes.c_void_p).value or 0
+    return libc_address("memcpy")

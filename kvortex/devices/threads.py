@@ -6,17 +6,15 @@ import ctypes
 
 import numpy as np
 
+from kvortex.devices.native import libc_address
+
 _WORDS = 16  # 128 bytes: more than a pthread_mutex_t or a sem_t has anywhere
 _RECURSIVE = 1  # PTHREAD_MUTEX_RECURSIVE of Linux
 
 
-def _address(name: str) -> int:
-    return ctypes.cast(getattr(ctypes.CDLL(None), name), ctypes.c_void_p).value or 0
-
-
 def busy_address() -> int:
     """Of a function that answers every call with a number that is not 0."""
-    return _address("getpid")
+    return libc_address("getpid")
 
 
 class Mutex:
@@ -36,7 +34,7 @@ class Mutex:
         libc.pthread_mutexattr_settype(how, _RECURSIVE)
         libc.pthread_mutex_init(at, how)
         names = "pthread_mutex_lock", "pthread_mutex_trylock", "pthread_mutex_unlock"
-        self.cells = np.array([at.value or 0, *map(_address, names)], np.int64)
+        self.cells = np.array([at.value or 0, *map(libc_address, names)], np.int64)
 
 
 class Semaphore:
@@ -52,4 +50,4 @@ class Semaphore:
         self._memory = np.zeros(_WORDS, np.int64)
         at = ctypes.c_void_p(self._memory.ctypes.data)
         ctypes.CDLL(None).sem_init(at, 0, 0)
-        self.cells = np.array([at.value or 0, _address("sem_wait"), _address("sem_post")], np.int64)
+        self.cells = np.array([at.value or 0, libc_address("sem_wait"), libc_address("sem_post")], np.int64)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import mmap
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from kvortex.devices.native import call, memcpy_address
+from kvortex.devices.native import call, libc_address, memcpy_address
 from kvortex.digests.host import add_lengths, numbers
 from kvortex.jit import njit
 from kvortex.tiers.base import Digests, Int64s
@@ -94,14 +93,9 @@ def _clear(memset, addresses, sizes):  # type: ignore[no-untyped-def]
         call(memset, (addresses[at], 0, sizes[at]))
 
 
-@functools.cache
-def _memset() -> int:
-    return ctypes.cast(ctypes.CDLL(None).memset, ctypes.c_void_p).value or 0
-
-
 def clear(addresses: Int64s, sizes: Int64s) -> None:
     """Puts zeros into n pieces of memory, in one call without the GIL."""
-    _clear(_memset(), addresses, sizes)
+    _clear(libc_address("memset"), addresses, sizes)
 
 
 @functools.cache

@@ -157,11 +157,10 @@ def issue(  # type: ignore[no-untyped-def]
                 mark += 1
             continue
         at = (first + here) % n
-        empty = here < len(chunks) and here - there < room
-        if not empty or not is_due(lane, scratch, outcome):
-            nap(lane, scratch)
-            continue
-        if apart and to_host and not has_passed(functions, lane, turns[COPIED, at], scratch, outcome):
+        goes_on = here < len(chunks) and here - there < room and is_due(lane, scratch, outcome)
+        if goes_on and apart and to_host:
+            goes_on = has_passed(functions, lane, turns[COPIED, at], scratch, outcome)
+        if not goes_on:
             nap(lane, scratch)
             continue
         chunk, stream = chunks[here], streams[at]

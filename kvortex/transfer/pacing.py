@@ -2,18 +2,16 @@
 
 A stream whose kernel waits on the GPU for the end of a copy costs others: with five of them DMAs took 2.67 ms where they take
 2.43, and a prefill lost half a percent of its time (``docs/transfers.md``). So a lane's thread asks whether the copy has ended,
-and issues the kernel then. And what a transfer costs a model is in proportion to its rate, so who sets a share of the link sets
-that cost. Who needs the events behind a transfer at once, to make a stream wait for it, says so (``HURRIED``); from then on
-everything is issued without a pause.
+and issues the kernel then. And the fewer bytes move, the less that costs a model: so a share of the link can be set. Who needs
+the events behind a transfer at once, to make a stream wait for it, says so (``HURRIED``); from then on everything is issued
+without a pause.
 """
 
 from __future__ import annotations
 
-import ctypes
-
 from kvortex.devices.asking import NOT_READY, ask_relaxed
 from kvortex.devices.driver import EVENT_QUERY
-from kvortex.devices.native import call
+from kvortex.devices.native import call, libc_address
 from kvortex.jit import njit
 from kvortex.transfer.cells import CLOCK, DUE, FS_OF_BYTE, HURRIED, NAP, PACED, QUEUED
 from kvortex.transfer.dma import MODE, TIME
@@ -96,6 +94,4 @@ def hurry(lane, place):  # type: ignore[no-untyped-def]
 
 def addresses() -> tuple[int, int]:
     """Of the C library's ``usleep`` and ``clock_gettime``."""
-    libc = ctypes.CDLL(None)
-    nap, clock = (ctypes.cast(function, ctypes.c_void_p).value or 0 for function in (libc.usleep, libc.clock_gettime))
-    return nap, clock
+    return libc_address("usleep"), libc_address("clock_gettime")

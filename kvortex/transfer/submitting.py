@@ -100,7 +100,8 @@ def _serve(mutex, semaphore, counts, rows, streamed, resident):  # type: ignore[
 
 
 def _like(shape: str) -> tuple[Any, ...]:
-    """Arguments of the types that a shape tells: ``i`` a number, ``1`` and ``2`` an array of so many dimensions."""
+    """Arguments of the types that a shape tells: ``i`` a number, ``1`` and ``2`` an array of so many dimensions. The last one
+    has the cells of an outcome."""
     return tuple(0 if letter == "i" else np.zeros((OUTCOME_CELLS,) * int(letter), np.int64) for letter in shape)
 
 
