@@ -271,6 +271,8 @@ def test_what_is_evicted_before_its_turn_is_counted() -> None:
         tiers[0].plan = lambda operation: "hang" if operation == "put" else None
         for key in range(20):
             save(engine, cache, keys_of(key), [key])
+            if key == 0:  # which the tier is to have before others take its slot
+                until(lambda: engine.get_stats() and tiers[0].hung)
         engine.get_stats()
         until(lambda: tiers[0].hung and engine.get_stats().tiers[0].queue_blocks == 20)
         tiers[0].plan = lambda _: None
