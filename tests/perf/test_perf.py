@@ -331,9 +331,14 @@ def test_a_thread_that_is_kept_from_counting_is_seen() -> None:
             pass
         return 0.02
 
-    shares = [gil._spin_ratio(move, np.arange(1), 0.1) for _ in range(3)]
-    idle = [gil._spin_ratio(lambda _: time.sleep(0.02) or 0.02, np.arange(1), 0.1) for _ in range(3)]
-    assert sorted(shares)[1] < 0.8 < sorted(idle)[1] < 1.3
+    found = []
+    for _ in range(10):  # whoever else computes on this machine may begin or end while one thread counts alone
+        shares = sorted(gil._spin_ratio(move, np.arange(1), 0.1) for _ in range(3))
+        idle = sorted(gil._spin_ratio(lambda _: time.sleep(0.02) or 0.02, np.arange(1), 0.1) for _ in range(3))
+        found.append((shares, idle))
+        if shares[1] < 0.8 < idle[1] < 1.3:
+            return
+    pytest.fail(f"{found}")
 
 
 def test_only_the_call_counts_as_submission(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -584,7 +589,7 @@ def test_a_counting_thread_that_waits_for_the_gil_is_seen() -> None:
             sum(range(100))
 
     found = []
-    for _ in range(5):
+    for _ in range(10):
         found.append(keys._spins(keys._questions(16384)["kvortex", "array"][0], hog, 3))
         if found[-1]["spin_ratio"] > 0.85 and found[-1]["other_spin_ratio"] < 0.8:
             return
