@@ -1,7 +1,9 @@
 """Digests of coded records in a staging buffer that are to be decoded: of all that they use, or of a range of their bytes.
 
-A record's digest is the sum of what its pieces add, in any order (:mod:`kvortex.kernels.digest`): so launches over ranges that
-have each byte once make it together. What lies in staging of each record may be less than all of it: a range that lies
+A record begins with a header of :mod:`kvortex.codecs.base`, which says how many bytes it uses. Its digest is that of all its
+room with zeros behind it, to which zeros add nothing: so only what is used is read. What a header says is never followed out
+of the room. It is the sum of what pieces add, in any order (:mod:`kvortex.kernels.digest`): so launches over ranges that have
+each byte once make it together. What lies in staging of each record may be less than all of it: a range that lies
 ``shift`` bytes nearer to the record's begin than in the record.
 """
 
@@ -12,12 +14,25 @@ from typing import Any
 from numba import cuda
 from numba.cuda import types
 
-from kvortex.kernels.coded import CODED_PIECE, READ_SHARES, used_of
 from kvortex.kernels.digest import add_up, digest_aligned, digest_few
-from kvortex.kernels.shares import answer, ask_next, asker_of, ceil_div, first_share, leave
+from kvortex.kernels.lane import load4
+from kvortex.kernels.plane_form import USED_AT
+from kvortex.kernels.shares import MOST_SHARES, answer, ask_next, asker_of, ceil_div, first_share, leave
 
+CODED_PIECE = 4096  # bytes; a warp takes one or more pieces of a record at a time
+READ_SHARES = MOST_SHARES // 2  # what only reads is through in half the time
 _U32, _U64 = types.uint32, types.uint64
 SIGNATURE: Any = types.void(_U64, _U64, types.int32, _U64, _U64, types.int32, types.int32, types.int32, types.int32, _U64)
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def _used(record, room):  # type: ignore[no-untyped-def]
+    """Bytes that a record uses, as its header says, but no more than there are."""
+    low, high = _U64(load4(record + _U64(4 * USED_AT))), _U64(load4(record + _U64(4 * USED_AT + 4)))
+    used = room
+    if high == _U64(0) and low < room:
+        used = low
+    return used
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
@@ -29,7 +44,7 @@ def digest_slice(record, room, at, count, numbers, sums, lane):  # type: ignore[
     """
     each = _U32(ceil_div(_U32(room), count) + _U32(511)) & ~_U32(511)  # rows, so that lanes stay in their columns
     begin = _U64(_U32(at * each))
-    last = min(used_of(record, room), begin + _U64(each))
+    last = min(_used(record, room), begin + _U64(each))
     if begin < last:
         piece = (last - begin) & _U64(0x7FFFFFFF)  # 32 bits, as the compiler sees
         mine, other = digest_few(_U64(0), record + begin, piece, lane, begin, None, numbers)
@@ -73,7 +88,7 @@ def read_records(  # type: ignore[no-untyped-def]
         record = staging + _U64(b) * pitch
         offset, last = _U64(_U32(_U32(first) + r * run * _U32(CODED_PIECE))), _U64(end)
         if headed != 0:
-            last = used_of(record, last)
+            last = _used(record, last)
         if offset < last:
             live = min(offset + _U64(run) * _U64(CODED_PIECE), last)
             piece = (live - offset) & _U64(0x7FFFFFFF)  # 32 bits, as the compiler sees

@@ -132,7 +132,7 @@ def _both(s, c):  # type: ignore[no-untyped-def]
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _add(first, second, value, offset, numbers):  # type: ignore[no-untyped-def]
+def digest_word(first, second, value, offset, numbers):  # type: ignore[no-untyped-def]
     """A part of a word, or a whole one, that lies at ``offset`` in the record."""
     word = value << (_U64(8) * (offset & _U64(3)))
     column = _pair(numbers + ((offset * _U64(4)) & _U64(0x7F0)))
@@ -207,8 +207,8 @@ def _digester(
                 value = _U64(get8(src + at))
                 if write:
                     store8(dst + at, value)
-                first, second = _add(first, second, value & _U64(0xFFFFFFFF), offset + at, numbers)
-                first, second = _add(first, second, value >> _U64(32), offset + at + _U64(4), numbers)
+                first, second = digest_word(first, second, value & _U64(0xFFFFFFFF), offset + at, numbers)
+                first, second = digest_word(first, second, value >> _U64(32), offset + at + _U64(4), numbers)
                 at += _U64(256)
             at = (nbytes & ~_U64(7)) + _U64(lane)
         elif align & _U64(3) == _U64(0):
@@ -217,7 +217,7 @@ def _digester(
                 value = _U64(get4(src + at))
                 if write:
                     store4(dst + at, value)
-                first, second = _add(first, second, value, offset + at, numbers)
+                first, second = digest_word(first, second, value, offset + at, numbers)
                 at += _U64(128)
             at = (nbytes & ~_U64(3)) + _U64(lane)
         elif align & _U64(1) == _U64(0):
@@ -226,14 +226,14 @@ def _digester(
                 value = _U64(get2(src + at))
                 if write:
                     store2(dst + at, value)
-                first, second = _add(first, second, value, offset + at, numbers)
+                first, second = digest_word(first, second, value, offset + at, numbers)
                 at += _U64(64)
             at = (nbytes & ~_U64(1)) + _U64(lane)
         while at < nbytes:
             value = _U64(get1(src + at))
             if write:
                 store1(dst + at, value)
-            first, second = _add(first, second, value, offset + at, numbers)
+            first, second = digest_word(first, second, value, offset + at, numbers)
             at += _U64(32)
         return first, second
 

@@ -83,7 +83,7 @@ def values_of(codec):  # type: ignore[no-untyped-def]
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _plane(codec, number):  # type: ignore[no-untyped-def]
+def plane_of(codec, number):  # type: ignore[no-untyped-def]
     """Whether a plane is K, and where it begins in a record."""
     each = uint32(codec[EACH])
     layer = uint32(number // uint32(uint32(2) * each))
@@ -100,7 +100,7 @@ def place(codec, form, tile):  # type: ignore[no-untyped-def]
     number = uint32(tile // each_tiles)
     within = uint32(tile - number * each_tiles)
     group = uint32(within // across)
-    key, begin = _plane(codec, number)
+    key, begin = plane_of(codec, number)
     return number, key, begin, group, uint32(within - group * across)
 
 
@@ -114,7 +114,7 @@ def after(codec, form, at):  # type: ignore[no-untyped-def]
         column, group = uint32(0), uint32(group + uint32(1))
         if uint32(group * across) == each_tiles:
             group, number = uint32(0), uint32(number + uint32(1))
-            key, begin = _plane(codec, number)
+            key, begin = plane_of(codec, number)
     return number, key, begin, group, column
 
 

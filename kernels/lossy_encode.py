@@ -2,6 +2,9 @@
 
 Whether a record can be coded is known when all its values have been seen. So who ends last with it writes its header, and
 that is found by a counter for each record in VRAM. The counters are zeros before a launch and after it.
+
+A warp digests what it has written, in as few ranges as that lies in: whole planes are one, of a part of a plane are scales and
+codes apart, and of a part of 16 tokens of K each token's codes.
 """
 
 from __future__ import annotations
@@ -9,8 +12,9 @@ from __future__ import annotations
 from numba import cuda
 from numba.cuda import types
 
-from kvortex.kernels import lossy
+from kvortex.kernels import lossy, plane
 from kvortex.kernels.bit_planes import bit_planes, bytes_turned, few_bit_planes, store_planes, traded
+from kvortex.kernels.digest import add_up
 from kvortex.kernels.eights import (
     LEAST_SCALE,
     differences,
@@ -30,7 +34,18 @@ from kvortex.kernels.eights import (
 from kvortex.kernels.flags import mark, take
 from kvortex.kernels.float32 import half_down, half_up, larger, minus, number_of, over, plus, reach, smaller, whole, word_of
 from kvortex.kernels.lane import early_cached16, load4, load16, store4, store8, store16
-from kvortex.kernels.lossy import after, form_of, from_half, page_of, part_at, part_bytes, place, rotated, values_of
+from kvortex.kernels.lossy import (
+    after,
+    form_of,
+    from_half,
+    page_of,
+    part_at,
+    part_bytes,
+    place,
+    plane_of,
+    rotated,
+    values_of,
+)
 from kvortex.kernels.lossy_form import (
     BODY_BYTES,
     DECLINED,
@@ -38,17 +53,20 @@ from kvortex.kernels.lossy_form import (
     HEADER_WORDS,
     HEADERS,
     K_BITS,
+    LANES,
     MEANS,
     N_PLANES,
     PART_AT,
     STORED_AT,
     TILE_BYTES,
     USED_AT,
+    V_BITS,
 )
 from kvortex.kernels.shares import answer, ask_next, asker_of, ceil_div, first_share, leave
 from kvortex.kernels.warp import ALL, uniform
+from kvortex.kernels.written import digest_written, zero
 
-SIGNATURE = lossy.SIGNATURE
+SIGNATURE = plane.ENCODE_SIGNATURE
 uint32, uint64, int32 = lossy.uint32, lossy.uint64, lossy.int32
 
 
@@ -182,8 +200,69 @@ def _header(codec, record, declined, tiles, lane):  # type: ignore[no-untyped-de
         store4(record + uint64(4) * uint64(lane), word)
 
 
-def lossy_encode(staging, pitch, codec, counts, blocks, n_blocks, run, counter):  # type: ignore[no-untyped-def]
-    """Codes pages into staging.
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def _span(codec, form, part, tile, last):  # type: ignore[no-untyped-def]
+    """The next tiles of a share, from ``tile`` to ``last``, that lie in like ranges of the record: up to which tile, how many
+    ranges, the first one's begin and end, the second one's, and how far it is from there to the third, and so on."""
+    across, each = form
+    number = uint32(tile // each)
+    within = uint32(tile - number * each)
+    key, begin = plane_of(codec, number)
+    left = uint32(last - tile)
+    none = uint32(0)
+    if part >= int32(0):
+        begin = uint32(uint32(HEADER_BYTES) + uint32(TILE_BYTES) * tile)
+        end = uint32(HEADER_BYTES) + min(uint32(codec[BODY_BYTES]), uint32(uint32(TILE_BYTES) * last))
+        found = last, uint32(1), min(begin, end), end, none, none, none
+    elif within == none and left >= each:
+        planes = uint32(left // each)
+        _, end = plane_of(codec, uint32(number + planes))
+        found = uint32(tile + planes * each), uint32(1), begin, end, none, none, none
+    elif key:
+        bits = uint32(codec[K_BITS])
+        group = uint32(within // across)
+        column = uint32(within - group * across)
+        columns = min(uint32(across - column), left)
+        codes = uint32(begin + uint32(64) * each + uint32(8) * bits * (uint32(16) * group * across + column))
+        row = uint32(uint32(8) * bits * across)
+        begin = uint32(begin + uint32(64) * within)
+        ranges, nbytes = uint32(17), uint32(uint32(8) * bits * columns)
+        if columns == across:
+            ranges, nbytes = uint32(2), uint32(uint32(16) * nbytes)
+        found = uint32(tile + columns), ranges, begin, uint32(begin + uint32(64) * columns), codes, uint32(codes + nbytes), row
+    else:
+        bits, shift = uint32(codec[V_BITS]), uint32(cuda.popc(uint32(uint32(codec[LANES]) - uint32(1))))
+        tiles = min(uint32(each - within), left)
+        codes = uint32(begin + uint32(uint32(128) * each >> shift) + uint32(128) * bits * within)
+        begin = uint32(begin + uint32(uint32(128) * within >> shift))
+        end = uint32(begin + uint32(uint32(128) * tiles >> shift))
+        found = uint32(tile + tiles), uint32(2), begin, end, codes, uint32(codes + uint32(128) * bits * tiles), none
+    return found
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def _digested(codec, form, part, headed, tile, last, record, numbers, lane):  # type: ignore[no-untyped-def]
+    """A thread's two sums of what the warp has written of a record: its tiles, and the header, where it has."""
+    mine, other = uint64(0), uint64(0)
+    ranges, begin, end = uint32(0), uint32(0), uint32(0)
+    following, behind, step = uint32(0), uint32(0), uint32(0)
+    if headed:
+        ranges, end = uint32(1), uint32(HEADER_BYTES)
+    while ranges > uint32(0) or tile < last:
+        if ranges == uint32(0):
+            tile, ranges, begin, end, following, behind, step = _span(codec, form, part, tile, last)
+        one, two = digest_written(record, begin, end, numbers, lane)
+        mine, other = mine + one, other + two
+        begin, end = following, behind
+        following, behind = uint32(following + step), uint32(behind + step)
+        ranges = uint32(ranges - uint32(1))
+    return mine, other
+
+
+def lossy_encode(  # type: ignore[no-untyped-def]
+    staging, pitch, codec, counts, blocks, n_blocks, run, numbers, sums, status, counter
+):
+    """Codes pages into staging, with zeros behind each record, and digests the records.
 
     Parameters
     ----------
@@ -191,8 +270,8 @@ def lossy_encode(staging, pitch, codec, counts, blocks, n_blocks, run, counter):
         Address of the staging buffer, a multiple of 16; record ``b`` starts at ``staging + b * pitch``.
     pitch : uint64
         Room of a record, and bytes from one to the next: a multiple of 16, at least a slot's. Of a record with a value that
-        is not finite, or is too large, the header says that it was declined, and the body means nothing; where there is no
-        room, that is so of all, and only headers are written.
+        is not finite, or is too large, the header says that it was declined, and body and digest mean nothing; where there is
+        no room, that is so of all, and there are only headers and zeros.
     codec : pointer to uint64
         See :mod:`kvortex.kernels.lossy`.
     counts : uint64
@@ -202,6 +281,11 @@ def lossy_encode(staging, pitch, codec, counts, blocks, n_blocks, run, counter):
     n_blocks : int32
     run : int32
         Tiles that a warp takes at a time, at least 1.
+    numbers, sums : uint64
+        As of :func:`kvortex.kernels.paged.gather_digest`; ``sums`` of record ``b`` are the 16 bytes at ``sums + 16 * b``, or 0
+        where nothing is digested.
+    status : uint64
+        Address of (n_blocks,) uint32, zeros; 1 is written for a record that was declined.
     counter : uint64
         Of :mod:`kvortex.kernels.shares`.
     """
@@ -210,7 +294,8 @@ def lossy_encode(staging, pitch, codec, counts, blocks, n_blocks, run, counter):
     key_bits, value = uniform(uint32(codec[K_BITS])), values_of(codec)
     tiles = uint32(uint32(codec[N_PLANES]) * form[1])
     runs = ceil_div(tiles, uint32(run))
-    fits = uint64(uint32(HEADER_BYTES) + uint32(codec[BODY_BYTES])) <= pitch
+    used = uint64(uint32(uint32(HEADER_BYTES) + uint32(codec[BODY_BYTES])))
+    fits = used <= pitch
     shares = uint32(uint32(n_blocks) * runs)
     asker = asker_of(shares, lane)
     at = first_share(cuda.shared.array(1, types.uint32), counter, asker)
@@ -222,9 +307,11 @@ def lossy_encode(staging, pitch, codec, counts, blocks, n_blocks, run, counter):
         record = staging + uint64(b) * pitch
         block, part = blocks[uint32(uint32(2) * b)], blocks[uint32(uint32(2) * b + uint32(1))]
         good = fits
+        began, headed = tile, False
         if not fits:
             tile, part = last, int32(-1)
         if part >= int32(0):
+            headed = tile == uint32(0)
             while tile < last:
                 _part(codec, tile, uint32(part), block, record, lane)
                 tile = uint32(tile + uint32(1))
@@ -263,8 +350,19 @@ def lossy_encode(staging, pitch, codec, counts, blocks, n_blocks, run, counter):
                 before = uint32(take(done))
             before = uniform(before)
             if uint32(before & uint32(0x7FFFFFFF)) == uint32(runs - uint32(1)):
+                headed = True
                 _header(codec, record, before >> uint32(31) != uint32(0), tiles, lane)
                 if lane == uint32(0):
                     store4(done, uint32(0))
+                    if before >> uint32(31) != uint32(0):
+                        store4(status + uint64(4) * uint64(b), uint32(1))
+        if began == uint32(0):
+            zero(record + (used if fits else uint64(HEADER_BYTES)), record + pitch, lane)
+        if sums != uint64(0):
+            cuda.syncwarp()  # each lane reads what others wrote
+            if not fits:
+                began = last
+            mine, other = _digested(codec, form, part, headed, began, last, record, numbers, lane)
+            add_up(sums + uint64(16) * uint64(b), mine, other, lane)
         at = answer(ahead_at)
     leave(counter, at, shares, asker)

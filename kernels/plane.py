@@ -53,6 +53,7 @@ SIGNATURE: Any = types.void(
 )
 SHARED_SIGNATURE: Any = types.void(*SIGNATURE.args, uint64)  # with a counter of shares
 DIGEST_SIGNATURE: Any = types.void(*SIGNATURE.args, uint64, uint64, uint64)  # with digests' numbers and sums, and a counter
+ENCODE_SIGNATURE: Any = types.void(*SIGNATURE.args, uint64, uint64, uint64, uint64)  # with status of records besides
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
@@ -140,7 +141,7 @@ def place(codec, tile, block, lane):  # type: ignore[no-untyped-def]
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _verbatim_at(codec, tile):  # type: ignore[no-untyped-def]
+def verbatim_at(codec, tile):  # type: ignore[no-untyped-def]
     """Where the first row of a tile lies in a record that is kept as it is, counted from the record's begin."""
     across = uint32(codec[ACROSS])
     high = uint32(tile // across)
@@ -155,7 +156,7 @@ def verbatim(to_record: bool) -> Callable[..., None]:
     def copy(record, codec, block, tile, last, lane):  # type: ignore[no-untyped-def]
         while tile < last:
             page, step, _ = place(codec, tile, block, lane)
-            kept = record + _verbatim_at(codec, tile) + uint64(4) * uint64(lane)
+            kept = record + verbatim_at(codec, tile) + uint64(4) * uint64(lane)
             target, source = (kept, page) if to_record else (page, kept)
             row = uint32(0)
             while row < uint32(ROWS):

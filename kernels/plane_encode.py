@@ -15,6 +15,7 @@ from numba.cuda import types
 
 from kvortex.kernels import plane
 from kvortex.kernels.ahead import ALIGNED, get4, get16, near, put1, put2, put4, put4_where, put_pair, shared_at
+from kvortex.kernels.digest import add_up
 from kvortex.kernels.lane import all_here, early4, early_cached2, load2, load4, store4, store16
 from kvortex.kernels.plane import (
     ACROSS,
@@ -31,6 +32,7 @@ from kvortex.kernels.plane import (
     tail_bytes,
     tails,
     tiles_of,
+    verbatim_at,
     warp_sum,
 )
 from kvortex.kernels.plane_form import FIXED_BYTES, MOST_TAIL, RAW_TILE, ROWS, SIGN_AT, VALUES
@@ -47,8 +49,9 @@ from kvortex.kernels.plane_row import (
 from kvortex.kernels.shares import answer, ask_next, asker_of, ceil_div, first_share, leave
 from kvortex.kernels.warp import ALL
 from kvortex.kernels.warp_words import summed, turned
+from kvortex.kernels.written import digest_written, zero
 
-SIGNATURE = plane.SHARED_SIGNATURE
+SIGNATURE = plane.ENCODE_SIGNATURE
 uint32, uint64, int32 = plane.uint32, plane.uint64, plane.int32
 # A warp's shared memory: values of the second tier, a tile's fixed part, and where in the second tier eight rows' begin.
 _FIXED, _CELLS = 4 * VALUES, 4 * VALUES + FIXED_BYTES
@@ -138,8 +141,10 @@ def count_tile(codec, tile, block, lane):  # type: ignore[no-untyped-def]
     return _entry(found)
 
 
-def plane_count(staging, pitch, codec, counts, blocks, n_blocks, run, counter):  # type: ignore[no-untyped-def]
-    """The table of every record, into ``counts``. Parameters as of :func:`plane_encode`; ``staging`` is not touched."""
+def plane_count(  # type: ignore[no-untyped-def]
+    staging, pitch, codec, counts, blocks, n_blocks, run, numbers, sums, status, counter
+):
+    """The table of every record, into ``counts``. Parameters as of :func:`plane_encode`; nothing else is touched."""
     lane = uint32(cuda.threadIdx.x & 31)
     across = uint32(codec[ACROSS])
     tiles = tiles_of(codec)
@@ -345,7 +350,10 @@ def _last_raw(fixed, tail, words):  # type: ignore[no-untyped-def]
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
 def _tiles(codec, block, tile, count, record, table, fixed_at, tail_at, shared, lane):  # type: ignore[no-untyped-def]
-    """Writes up to 32 tiles of a coded record, one at least, whose first fixed part and tail lie there in it."""
+    """Writes up to 32 tiles of a coded record, one at least, whose first fixed part and tail lie there in it.
+
+    Gives how many bytes their tails take.
+    """
     entries = uint32(0)
     if lane < count:
         entries = uint32(load4(table + uint64(4) * uint64(uint32(tile + lane))))
@@ -387,18 +395,73 @@ def _tiles(codec, block, tile, count, record, table, fixed_at, tail_at, shared, 
             _write_tail(tail, n, lane, shared)
         cuda.syncwarp()
         fixed_at = uint32(fixed_at + uint32(FIXED_BYTES))
+    return warp_sum(tail_bytes(entries))
 
 
-def plane_encode(staging, pitch, codec, counts, blocks, n_blocks, run, counter):  # type: ignore[no-untyped-def]
-    """Codes pages into staging.
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def _share(codec, at, run):  # type: ignore[no-untyped-def]
+    """Of a share its record, first tile, and tiles."""
+    tiles, each = tiles_of(codec), min(uint32(run), uint32(32))
+    runs = ceil_div(tiles, each)
+    b = uint32(at // runs)
+    tile = uint32(uint32(at - uint32(b * runs)) * each)
+    return b, tile, min(uint32(tiles - tile), each)
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def _zero_share(record, pitch, stored, used, at, count, lane):  # type: ignore[no-untyped-def]
+    """Zeros in one of ``count`` equal parts of what lies behind a record in its room."""
+    live = used
+    if stored == uint32(DECLINED):
+        live = uint32(4 * HEADER_WORDS)
+    first = uint32(uint32(live + uint32(15)) & uint32(0xFFFFFFF0))
+    each = uint32(uint32(ceil_div(uint32(uint32(pitch) - first), count) + uint32(15)) & uint32(0xFFFFFFF0))
+    begin = uint32(first + at * each)
+    end = min(uint32(begin + each), uint32(pitch))
+    if at == uint32(0):
+        begin = live
+    if begin < end:
+        zero(record + uint64(begin), record + uint64(end), lane)
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def _written(codec, coded, tile, n, tail_at, size, k):  # type: ignore[no-untyped-def]
+    """Where in a record the ``k``-th range lies of what a warp has written for ``n`` tiles: begin and end. The first is the
+    record's head, as far as these tiles have a part in it; of coded ones their fixed parts and their tails follow, ``size``
+    bytes of these; of others 16 rows of each."""
+    begin, end = uint32(0), uint32(4 * HEADER_WORDS)
+    if tile != uint32(0):
+        begin = end
+    if k == uint32(0) and coded:
+        end = uint32(uint32(4 * HEADER_WORDS) + uint32(4) * uint32(tile + n))
+        if tile != uint32(0):
+            begin = uint32(uint32(4 * HEADER_WORDS) + uint32(4) * tile)
+    elif k != uint32(0) and not coded:
+        row = uint32(k - uint32(1))
+        begin = uint32(verbatim_at(codec, uint32(tile + (row >> uint32(4)))))
+        begin = uint32(begin + uint32(row & uint32(15)) * uint32(128) * uint32(codec[ACROSS]))
+        end = uint32(begin + uint32(128))
+    elif k == uint32(1):
+        begin = uint32(uint32(4 * HEADER_WORDS) + uint32(4) * uint32(codec[TABLE_WORDS]) + uint32(FIXED_BYTES) * tile)
+        end = uint32(begin + uint32(FIXED_BYTES) * n)
+    elif k == uint32(2):
+        begin = tail_at
+        end = uint32(begin + size)
+    return begin, end
+
+
+def plane_encode(  # type: ignore[no-untyped-def]
+    staging, pitch, codec, counts, blocks, n_blocks, run, numbers, sums, status, counter
+):
+    """Codes pages into staging, with zeros behind each record, and digests the records.
 
     Parameters
     ----------
     staging : uint64
         Address of the staging buffer, a multiple of 16; record ``b`` starts at ``staging + b * pitch``.
     pitch : uint64
-        Room of a record, and bytes from one to the next: a multiple of 16. Of a record that needs more only the header
-        is written, which says how much.
+        Room of a record, and bytes from one to the next: a multiple of 16. Of a record that needs more there are the header,
+        which says how much, and zeros.
     codec : pointer to uint64
         See :mod:`kvortex.kernels.plane`.
     counts : uint64
@@ -408,6 +471,11 @@ def plane_encode(staging, pitch, codec, counts, blocks, n_blocks, run, counter):
     n_blocks : int32
     run : int32
         Tiles that a warp takes at a time, at least 1.
+    numbers, sums : uint64
+        As of :func:`kvortex.kernels.paged.gather_digest`; ``sums`` of record ``b`` are the 16 bytes at ``sums + 16 * b``, or 0
+        where nothing is digested.
+    status : uint64
+        Address of (n_blocks,) uint32, zeros; 1 is written for a record that was declined.
     counter : uint64
         Of :mod:`kvortex.kernels.shares`.
     """
@@ -426,9 +494,7 @@ def plane_encode(staging, pitch, codec, counts, blocks, n_blocks, run, counter):
         table_words = uint32(codec[TABLE_WORDS])
         fixed_bytes = uint32(uint32(4 * HEADER_WORDS) + uint32(4) * table_words + uint32(FIXED_BYTES) * tiles)
         verbatim_bytes = uint32(uint32(4 * HEADER_WORDS) + uint32(2 * VALUES) * tiles)
-        b = uint32(at // runs)
-        tile = uint32((at - b * runs) * each)
-        n = min(uint32(tiles - tile), each)
+        b, tile, n = _share(codec, at, run)
         table = counts + uint64(4) * uint64(b) * uint64(tiles)
         before, total = tails(table, tile, tiles, lane)
         used = uint32(fixed_bytes + total)
@@ -439,15 +505,29 @@ def plane_encode(staging, pitch, codec, counts, blocks, n_blocks, run, counter):
         if uint64(used) > pitch:
             stored = uint32(DECLINED)
         record = staging + uint64(b) * pitch
+        fixed_at = uint32(uint32(4 * HEADER_WORDS) + uint32(4) * table_words + uint32(FIXED_BYTES) * tile)
+        tail_at, size, ranges = uint32(fixed_bytes + before), uint32(0), uint32(1)
         if tile == uint32(0):
             write_header(record, codec[HEADER], stored, used, lane)
             if stored == uint32(CODED) and lane < uint32(table_words - tiles):
                 store4(record + uint64(4 * HEADER_WORDS) + uint64(4) * uint64(tiles + lane), uint32(0))
+            if stored == uint32(DECLINED) and lane == uint32(0):
+                store4(status + uint64(4) * uint64(b), uint32(1))
+        _zero_share(record, pitch, stored, used, at - b * runs, runs, lane)
         if stored == uint32(VERBATIM):
             _verbatim(record, codec, blocks[b], tile, uint32(tile + n), lane)
+            ranges = uint32(uint32(1) + uint32(16) * n)
         elif stored == uint32(CODED):
-            fixed_at = uint32(uint32(4 * HEADER_WORDS) + uint32(4) * table_words + uint32(FIXED_BYTES) * tile)
-            tail_at = uint32(fixed_bytes + before)
-            _tiles(codec, blocks[b], tile, n, record, table, fixed_at, tail_at, shared, lane)
+            size = _tiles(codec, blocks[b], tile, n, record, table, fixed_at, tail_at, shared, lane)
+            ranges = uint32(3)
+        if sums != uint64(0):
+            cuda.syncwarp()  # each lane reads what others wrote
+            b, tile, n = _share(codec, at, run)  # again: no register has kept it
+            record, coded = staging + uint64(b) * pitch, ranges == uint32(3)
+            while ranges > uint32(0):
+                ranges = uint32(ranges - uint32(1))
+                begin, end = _written(codec, coded, tile, n, tail_at, size, ranges)
+                mine, other = digest_written(record, begin, end, numbers, lane)
+                add_up(sums + uint64(16) * uint64(b), mine, other, lane)
         at = answer(ahead_at)
     leave(counter, at, shares, asker)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,9 @@ import kvortex
 from kvortex.codecs import RecordShape
 from kvortex.devices import driver as cu
 from kvortex.devices.cuda import CudaDevice
+from kvortex.digests import digest_records
+from kvortex.digests.host import add_lengths
+from kvortex.digests.keys import kernel_numbers
 from kvortex.kernels import build
 from perf.clock import CudaClock
 
@@ -54,8 +57,15 @@ class Bench:
         strides = tuple(2 * int(np.prod(sizes[at + 1 :])) for at in range(4))
         layout = kvortex.KVLayout.from_pointers((self.memory.address, sizes, strides, 2), 1, 0, device=device.name)
         self.fragments = layout.fragments
+        self.sums, self.numbers = self.upload(np.zeros((n, 2), np.uint64)), self.upload(kernel_numbers(pitch_of(slot_bytes)))
         self._counter = self.upload(np.zeros(1, np.uint32))  # of kernels that share work out; others take no notice of it
         self._grid, self._functions = ctas_each * device.multiprocessors, {name: _loaded(device, name) for name in names}
+
+    def digests(self, work: Callable[[], Any]) -> npt.NDArray[np.uint64]:
+        """(n, 2): sums that launches by ``work`` leave."""
+        self.sums.write(np.zeros(16 * len(self.records), np.uint8))
+        work()
+        return np.asarray(self.sums.read().view(np.uint64).reshape(-1, 2))
 
     def upload(self, array: npt.NDArray[Any]) -> Any:
         """A copy in VRAM."""
@@ -76,12 +86,13 @@ class Bench:
         """The reverse."""
         self.memory.write(data.reshape(-1), plane * data.size)
 
-    def launch(self, name: str, pitch: int, form: Any, extra: Any, ids: Any, blocks: int, run: int, *span: int) -> None:
-        """Over all multiprocessors, on the clock's stream. ``span`` is what a decoder is told of tiles and tails."""
+    def launch(self, name: str, pitch: int, form: Any, extra: Any, ids: Any, blocks: int, run: int, *others: Any) -> None:
+        """Over all multiprocessors, on the clock's stream. ``others`` are buffers of which kernels that digest are told."""
         u64, i32 = ctypes.c_uint64, ctypes.c_int32
-        values = (self.staging.address, pitch, form.address, extra.address, ids.address, blocks, run, *span)
+        addresses = *(each.address for each in others), self._counter.address
+        values = (self.staging.address, pitch, form.address, extra.address, ids.address, blocks, run, *addresses)
         with cu.current(self.device.context) as driver:
-            packed = (*values, self._counter.address), (u64, u64, u64, u64, u64, i32, i32, *[i32] * len(span), u64)
+            packed = values, (u64, u64, u64, u64, u64, i32, i32, *[u64] * len(addresses))
             launched = driver.cuLaunchKernel(
                 self._functions[name], self._grid, 1, 1, THREADS, 1, 1, 0, self.clock.stream, packed, 0
             )
@@ -93,6 +104,14 @@ def _loaded(device: CudaDevice, name: str) -> Any:
     with cu.current(device.context) as driver:
         module = cu.check(driver.cuModuleLoadData(cubin.code), "cuModuleLoadData")
         return cu.check(driver.cuModuleGetFunction(module, cubin.entry.encode()), "cuModuleGetFunction")
+
+
+def wrong_digests(bench: Bench, work: Callable[[], Any], pitch: int, count: int = 8) -> int:
+    """Bytes of digests by which launches by ``work`` and the host differ over records in staging, of the first ones."""
+    rows = bench.staging.read(0, count * pitch)
+    mine, sizes = np.empty((count, 16), np.uint8), np.full(count, pitch)
+    digest_records(rows.ctypes.data + pitch * np.arange(count), sizes, mine)
+    return int((add_lengths(bench.digests(work)[:count], sizes) != mine).sum())
 
 
 def pitch_of(slot_bytes: int) -> int:

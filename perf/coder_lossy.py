@@ -1,13 +1,15 @@
 """Rows of ``perf plane`` for the codecs of bounded loss: pages in VRAM to coded records there and back, by codec and run.
 
-``save`` is :func:`lossy_encode`, ``load`` :func:`lossy_decode`. ``wrong_bytes``: records against the host's twin, and what a
-load put elsewhere against what the twin decodes, of the first ``CHECKED`` blocks. On the host: the twin itself, and records
+``save`` is :func:`lossy_encode`, ``load`` :func:`lossy_decode_digest`: what transfers launch, digests included.
+``wrong_bytes``: records and their digests against the host's twin, and what a load put elsewhere against what the twin decodes,
+of the first ``CHECKED`` blocks. On the host: the twin itself, and records
 that it cannot read.
 """
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,14 +20,14 @@ from kvortex.codecs.lossy import LossyCodec
 from kvortex.codecs.on_device_lossy import cells, constants
 from kvortex.devices.cuda import CudaDevice
 from perf.clock import HostClock
-from perf.coder_bench import Bench, pitch_of
+from perf.coder_bench import Bench, pitch_of, wrong_digests
 from perf.report import progress
 
 CODECS = ("int8", "k6v4", "k4v4", "k4v3")
 RUNS = (1, 4, 16)  # of 1,024 tiles in a block
 CTAS_EACH = 6  # a multiprocessor: waves of the two that registers hold of an encoder, or of the three of a decoder
 CHECKED = 16
-NAMES = "lossy_encode", "lossy_decode"
+NAMES = "lossy_encode", "lossy_decode_digest"
 Bytes = npt.NDArray[np.uint8]
 
 
@@ -73,18 +75,21 @@ class _Bench(Bench):
         form = self.upload(cells(codec, self.fragments, fixed.address))
         for run in RUNS:
             self.status.write(np.zeros(4 * len(self.records), np.uint8))
-            calls: tuple[tuple[str, Any, Any, tuple[int, ...]], ...] = (
-                ("lossy_encode", self.counts, self.blocks["save"], ()),
-                ("lossy_decode", self.status, self.blocks["load"], (0, codec.tiles)),
-            )
-            save, load = (
-                [self.clock.seconds(lambda: self.launch(name, pitch, form, extra, ids, n, run, *span)) for _ in range(rounds)]  # noqa: B023
-                for name, extra, ids, span in calls
-            )
-            wrong = self._wrong(codec, pitch)
-            pair = (_row(name, codec, run, seconds, self.records.size) for name, seconds in (("save", save), ("load", load)))
+            save = self._call("lossy_encode", pitch, form, self.counts, self.blocks["save"], n, run, self.status)
+            load = self._call("lossy_decode_digest", pitch, form, self.status, self.blocks["load"], n, run)
+            times = [[self.clock.seconds(each) for _ in range(rounds)] for each in (save, load)]
+            wrong = sum(wrong_digests(self, each, pitch, min(CHECKED, n)) for each in (save, load))
+            wrong += self._wrong(codec, pitch)
+            named = zip(("save", "load"), times, strict=True)
+            pair = (_row(name, codec, run, seconds, self.records.size) for name, seconds in named)
             made += [row | {"wrong_bytes": wrong} for row in pair]
         return made
+
+    def _call(
+        self, name: str, pitch: int, form: Any, extra: Any, ids: Any, n: int, run: int, *others: Any
+    ) -> Callable[[], None]:
+        """A launch with digests."""
+        return lambda: self.launch(name, pitch, form, extra, ids, n, run, self.numbers, self.sums, *others)
 
     def _wrong(self, codec: LossyCodec, pitch: int) -> int:
         """Bytes that differ from the twin's, of records and of pages, and records that were not read; clears the pages."""

@@ -3,8 +3,9 @@
 Pages have Llama-3-8B's shape (32 layers, 8 heads of 128) and hold real KV, a small model's pages tiled whole, so that channels
 keep their structure; or, where the sample is not there, numbers drawn with a scale and an offset for each channel. Blocks are
 taken in random order. ``save`` is :func:`plane_count` and :func:`plane_encode`, one behind the other; ``load`` is
-:func:`plane_decode`. ``rate``: GB/s of original bytes, medians, between events; ``run``: tiles that a warp takes at a time.
-``wrong_bytes``: all pages after a load elsewhere, and coded records against the host's twin. On the host: the twin itself.
+:func:`plane_decode_digest`: what transfers launch, digests included. ``rate``: GB/s of original bytes, medians, between events;
+``run``: tiles that a warp takes at a time. ``wrong_bytes``: all pages after a load elsewhere, coded records against the host's
+twin, and digests that are not the host's. On the host: the twin itself.
 :mod:`perf.coder_lossy` adds rows of the codecs of bounded loss, :mod:`perf.coder_cachegen` of codec ``cachegen``.
 """
 
@@ -25,14 +26,14 @@ from kvortex.devices.cuda import CudaDevice
 from perf import coder_cachegen, coder_lossy
 from perf.clock import HostClock
 from perf.codecs import SAMPLE, sample
-from perf.coder_bench import THREADS, Bench, pitch_of
+from perf.coder_bench import THREADS, Bench, pitch_of, wrong_digests
 from perf.report import Report, progress
 
 SHAPE = RecordShape(32, 8, 128)
 RUNS = (4, 16, 64)  # of 1,024 tiles in a block
 CTAS_EACH = 3  # a multiprocessor, as many as its registers hold
 CHECKED = 8  # blocks whose coded record is compared with the host's
-NAMES = "plane_count", "plane_encode", "plane_decode"
+NAMES = "plane_count", "plane_encode", "plane_decode_digest"
 KEYS = ("kernel", "run")
 BETTER = {"rate": "higher"}
 COLUMNS = (*KEYS, "rate", "us", "ratio", "wrong_bytes")
@@ -102,12 +103,14 @@ def _on_gpu(device: CudaDevice, codec: PlaneCodec, records: Bytes, rounds: int) 
     counts, status = device.allocate(4 * n * codec.tiles), device.allocate(4 * n)
     source, target = bench.upload(bench.source), bench.upload(bench.target)
 
+    where = bench.numbers, bench.sums
+
     def save(run: int) -> None:
-        bench.launch("plane_count", pitch, form, counts, source, n, run)
-        bench.launch("plane_encode", pitch, form, counts, source, n, run)
+        bench.launch("plane_count", pitch, form, counts, source, n, run, *where, status)
+        bench.launch("plane_encode", pitch, form, counts, source, n, run, *where, status)
 
     def load(run: int) -> None:
-        bench.launch("plane_decode", pitch, form, status, target, n, run, 0, codec.tiles, codec.fixed_bytes)
+        bench.launch("plane_decode_digest", pitch, form, status, target, n, run, *where)
 
     rows, empty = [], np.isin(np.arange(bench.pages), bench.target)[:, None]
     for run in RUNS:
@@ -115,6 +118,8 @@ def _on_gpu(device: CudaDevice, codec: PlaneCodec, records: Bytes, rounds: int) 
         status.write(np.zeros(4 * n, np.uint8))
         times = {"save": [bench.clock.seconds(lambda: save(run)) for _ in range(rounds)]}  # noqa: B023
         wrong, used = _wrong_records(codec, bench.staging, records, pitch)
+        few = min(CHECKED, n)
+        wrong += sum(wrong_digests(bench, lambda: move(run), pitch, few) for move in (save, load))  # noqa: B023
         times["load"] = [bench.clock.seconds(lambda: load(run)) for _ in range(rounds)]  # noqa: B023
         wrong += int(status.read().view(np.uint32).sum())
         for plane in range(SHAPE.planes):

@@ -21,7 +21,7 @@ from tests.transfer.recorder import Call
 if TYPE_CHECKING:
     from tests.fake_gpu import FakeGpu
 
-ENTRIES = {b"plane_count": 0xE1, b"plane_encode": 0xE2, b"plane_decode": 0xE3, b"read_records": 0xE4, b"seal_records": 0xE5,
+ENTRIES = {b"plane_count": 0xE1, b"plane_encode": 0xE2, b"plane_decode": 0xE3, b"read_records": 0xE4,
            b"lossy_encode": 0xE6, b"lossy_decode": 0xE7, b"plane_decode_digest": 0xE8,
            b"lossy_decode_digest": 0xE9}  # fmt: skip
 _NAMES = {entry: name.decode() for name, entry in ENTRIES.items()}
@@ -33,11 +33,9 @@ def code(gpu: FakeGpu, call: Call) -> Iterator[str]:
     """A kernel of a codec; it stops behind each record."""
     name, (staging, pitch, *rest) = _NAMES[call.arguments[0]], call.parameters
     assert staging % 16 == pitch % 16 == 0
-    count = {"seal_records": 5, "read_records": 7, "plane_decode": 8, "lossy_decode": 7}.get(name, 5)  # before the counter
-    count += 2 * name.endswith("_digest")
+    count = {"read_records": 7, "plane_decode": 8, "lossy_decode": 7}.get(name, 5)  # before the counter
+    count += 2 * name.endswith("_digest") + 3 * name.endswith(("_count", "_encode"))
     gpu.check_counter(rest[count], call.stream)
-    if name == "seal_records":
-        return _seal(gpu, staging, pitch, *rest[:count])
     if name == "read_records":
         return _read(gpu, staging, pitch, *rest[:count])
     cells_at, extra, ids, n, run, *span = rest[:count]
@@ -47,6 +45,9 @@ def code(gpu: FakeGpu, call: Call) -> Iterator[str]:
         whole = _whole_plane(gpu, cells_at) if kernel is _plane else (0, _Form(gpu, cells_at).tiles)
         decoded = kernel(gpu, name.removesuffix("_digest"), staging, pitch, cells_at, extra, ids, n, whole)
         return itertools.chain(_read(gpu, staging, pitch, n, *span, 0, pitch, 0, 1), decoded)
+    if name.endswith("_encode"):
+        coded = kernel(gpu, name, staging, pitch, cells_at, extra, ids, n, ())
+        return itertools.chain(coded, _seal(gpu, staging, pitch, n, *span))
     return kernel(gpu, name, staging, pitch, cells_at, extra, ids, n, tuple(span))
 
 
@@ -57,9 +58,8 @@ def _whole_plane(gpu: FakeGpu, cells_at: int) -> tuple[int, int, int]:
     return 0, tiles, 4 * (16 + table) + pf.FIXED_BYTES * tiles
 
 
-def _seal(gpu: FakeGpu, staging: int, pitch: int, n_pieces: int, n: int, *where: int) -> Iterator[str]:
-    numbers_at, sums, status = where
-    assert n_pieces == -(-pitch // 4096)
+def _seal(gpu: FakeGpu, staging: int, pitch: int, n: int, numbers_at: int, sums: int, status: int) -> Iterator[str]:
+    """What encoders do behind coding: digests, zeros behind records, and which were declined."""
     for b in range(n):
         record = staging + b * pitch
         header, used = _header(gpu, record, pitch)

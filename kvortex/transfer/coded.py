@@ -47,7 +47,6 @@ from kvortex.transfer.plan import (
     N_PIECES,
     PITCH,
     RELATIVE,
-    STATUS,
     SUMS,
     THREADS,
     Int64s,
@@ -60,7 +59,7 @@ from kvortex.transfer.plan import (
 )
 
 Parameter = tuple[int, Any]  # one of the bases of a plan, and what is added to it: a number, or one for each chunk
-READ_PIECE, READ_THREADS = 4096, 256  # of kvortex.kernels.coded and coded_read, which need numba.cuda to import
+READ_PIECE, READ_THREADS = 4096, 256  # of kvortex.kernels.coded_read, which needs numba.cuda to import
 MOST_RUN = 16  # tiles that a warp takes at a time, where there are enough for all warps
 _COPY_STEP = 512  # bytes; lines of copies are multiples of that
 
@@ -204,9 +203,11 @@ class DeviceCoder(ABC):
         """
 
     @staticmethod
-    def _share(count: Int64s, tiles: int, warps: int, most: int) -> tuple[Int64s, Int64s]:
-        """Tiles that a warp takes at a time, and CTAs, of launches over ``count`` records of so many tiles."""
+    def _share(count: Int64s, tiles: int, warps: int, most: int, whole: int = 1) -> tuple[Int64s, Int64s]:
+        """Tiles that a warp takes at a time, and CTAs, of launches over ``count`` records of so many tiles. More than ``whole``
+        of these are a multiple of it."""
         run = np.clip(count * tiles // (warps * most), 1, MOST_RUN)
+        run -= np.where(run > whole, run % whole, 0)
         return run, np.minimum(most, -(-count * -(-tiles // run) // warps))
 
     def _row(self, kernel: str, ctas: Int64s, threads: int, *parameters: Parameter) -> Int64s:
@@ -217,14 +218,6 @@ class DeviceCoder(ABC):
             made[:, RELATIVE] |= base << 4 * at
             made[:, ARGUMENTS + at] = value
         return made
-
-    def _seal(self, first: Int64s, count: Int64s, most: int) -> Int64s:
-        """A launch of :func:`kvortex.kernels.coded.seal_records`."""
-        room = self.codec.slot_bytes
-        pieces = -(-room // READ_PIECE)
-        fixed = (BUFFER, 0), (ABSOLUTE, room), (ABSOLUTE, pieces), (ABSOLUTE, count), (ABSOLUTE, self._numbers)
-        ctas = self._readers(count, room, most)
-        return self._row("seal_records", ctas, READ_THREADS, *fixed, self._sums(first), (STATUS, 4 * first))
 
     def _read(
         self, first: Int64s, count: Int64s, most: int, pitch: Any, begin: Any, end: Any, shift: Any, *, headed: bool

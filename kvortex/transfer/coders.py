@@ -1,7 +1,7 @@
 """Codecs as an executor of a GPU launches them: which kernels a chunk of each has, and what these read.
 
-All are a gather that codes, and a launch of :mod:`kvortex.kernels.coded` which digests what was coded; or a scatter that
-digests and decodes. Groups of layers have launches of :mod:`kvortex.kernels.coded_read` for their digests.
+All are a gather that codes and digests what it has coded, or a scatter that digests and decodes. Groups of layers have launches
+of :mod:`kvortex.kernels.coded_read` for their digests.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from kvortex.transfer.coded_layers import LayeredCoder
 from kvortex.transfer.plan import ABSOLUTE, BUFFER, IDS, STATUS, WORK, Int64s, Pool
 
 _USED_AT = HEADER.fields["used_bytes"][1]  # type: ignore[index]
-_READERS = "read_records", "seal_records"
 
 
 def used_lengths(pool: Pool, slots: Int64s, most: int) -> Int64s:
@@ -91,8 +90,8 @@ class _TileCoder(LayeredCoder):
                 return [self._decode_digest(room, first, count, most)]
             return [self._decode(0, self.tiles, room, first, count, most)]
         head, tail, shape = self._launch(self.codec.slot_bytes, self.tiles, first, count, most)
-        coding = [self._row(name, *shape, *head, (WORK, 0), *tail) for name in self.encoders]
-        return [*coding, self._seal(first, count, most)]
+        tail = *tail, (ABSOLUTE, self._numbers), self._sums(first), (STATUS, 4 * first)
+        return [self._row(name, *shape, *head, (WORK, 0), *tail) for name in self.encoders]
 
     def _launches_of_one(self, first: int, end: int, headed: tuple[bool, ...]) -> Int64s:
         one = np.ones(1, np.int64)
@@ -119,19 +118,19 @@ class _TileCoder(LayeredCoder):
         self, pitch: Any, tiles: int, first: Int64s, count: Int64s, most: int
     ) -> tuple[tuple[Parameter, ...], tuple[Parameter, ...], tuple[Int64s, int]]:
         """The first and the last parameters of a kernel over so many tiles of each record, and its shape."""
-        run, ctas = self._share(count, tiles, WARPS, most)
+        run, ctas = self._share(count, tiles, WARPS, most, self.tiles // self.codec.shape.planes)
         head = (BUFFER, 0), (ABSOLUTE, pitch), (ABSOLUTE, self._cells)
         return head, ((IDS, self.row_bytes * first), (ABSOLUTE, count), (ABSOLUTE, run)), (ctas, 32 * WARPS)
 
 
 class PlaneCoder(_TileCoder):
-    """:class:`kvortex.codecs.plane.PlaneCodec`: three launches to save a chunk, one to load it."""
+    """:class:`kvortex.codecs.plane.PlaneCodec`: two launches to save a chunk, one to load it."""
 
     form: ClassVar[Any] = on_device
     encoders = ("plane_count", "plane_encode")
     decoder = "plane_decode"
     row_bytes = 4  # a page, int32
-    kernels = (*encoders, decoder, decoder + "_digest", *_READERS)
+    kernels = (*encoders, decoder, decoder + "_digest", "read_records")
     strips = 3  # header and table, which are digested with the first tiles; fixed parts; tails
     headed = False, True
     codec: PlaneCodec
@@ -176,7 +175,7 @@ class PlaneCoder(_TileCoder):
 
 
 class LossyCoder(_TileCoder):
-    """:class:`kvortex.codecs.lossy.LossyCodec`: two launches to save a chunk, one to load it.
+    """:class:`kvortex.codecs.lossy.LossyCodec`: a launch to save a chunk, and one to load it.
 
     A record's length follows from what it is: all that a slot holds of a coded one, and what a part keeps. So a load reads no
     header to plan by.
@@ -186,7 +185,7 @@ class LossyCoder(_TileCoder):
     encoders = ("lossy_encode",)
     decoder = "lossy_decode"
     row_bytes = 8  # a page, and which part of it the record is, int32
-    kernels = (*encoders, decoder, decoder + "_digest", *_READERS)
+    kernels = (*encoders, decoder, decoder + "_digest", "read_records")
     ctas_each = 2, 3
     work_bytes = 4  # a counter of who is done with the record; zeros whenever none is being coded
     strips, headed = 1, (False,)

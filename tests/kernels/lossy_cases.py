@@ -92,7 +92,7 @@ class LossyCase:
     def staging(self) -> npt.NDArray[np.uint8]:
         """(n, pitch): what the host makes of them; of what is declined the header alone means something."""
         codec, records = self.codec, self.records()
-        made = np.full((len(records), self.pitch), 0xA5, np.uint8)
+        made = np.zeros((len(records), self.pitch), np.uint8)
         coded = np.zeros((len(records), codec.slot_bytes), np.uint8)
         sizes = codec.encode_into(records, coded)
         for row, part in enumerate(self.rows[:, 1]):
@@ -115,7 +115,7 @@ class LossyCase:
         return found
 
     def wrong(self, staging: npt.NDArray[np.uint8]) -> int:
-        """Bytes in which (n, pitch) of a GPU differ from the host's, guards behind records included."""
+        """Bytes in which (n, pitch) of a GPU differ from the host's, zeros behind records included."""
         mine = self.staging()
         differ = staging != mine
         differ[self.declined(mine), 64 : self.codec.slot_bytes] = False

@@ -15,7 +15,7 @@ from numba.cuda.core import config
 import conftest  # noqa: F401  (makes kvortex.kernels importable)
 from kvortex.codecs.on_device_lossy import cells, constants
 from kvortex.digests.keys import kernel_numbers
-from kvortex.kernels import coded_read, lossy, lossy_decode, lossy_encode, plane, shares
+from kvortex.kernels import coded_read, lossy, lossy_decode, lossy_encode, plane, shares, written
 from kvortex.kernels import warp as kernels_warp
 from tests.kernels import warp
 from tests.kernels.lossy_cases import FILL, GUARD, SMALL, LossyCase
@@ -32,12 +32,20 @@ def run(case: LossyCase) -> None:
     form = cells(codec, case.fragments(memory.ctypes.data), fixed.ctypes.data)
     staging = aligned(n * case.pitch + 2 * GUARD, 0xA5)
     counts = np.zeros(n, np.uint32)
-    start, tail = staging.ctypes.data + GUARD, (case.rows.ravel(), n, case.run)
-    launch(lossy_encode.lossy_encode, start, case.pitch, form, counts.ctypes.data, *tail, grid=2, threads=64)
-    assert (memory == case.memory).all() and not counts.any()
-    assert (staging[:GUARD] == 0xA5).all() and (staging[-GUARD:] == 0xA5).all()
-    rows = staging[GUARD:-GUARD].reshape(n, case.pitch)
-    assert not case.wrong(rows), f"{case.wrong(rows)} bytes differ from the host's"
+    start = staging.ctypes.data + GUARD
+    rows, numbers = staging[GUARD:-GUARD].reshape(n, case.pitch), kernel_numbers(case.pitch)
+    for digests, run, grid, threads in ((True, case.run, 2, 64), (False, 2, 1, 64), (True, 2, 1, 32)):
+        staging[:] = 0xA5
+        sums, status = np.zeros((n, 2), np.uint64), np.zeros(n, np.uint32)
+        where = numbers.ctypes.data, sums.ctypes.data if digests else 0, status.ctypes.data
+        how = start, case.pitch, form, counts.ctypes.data, case.rows.ravel(), n, run, *where
+        launch(lossy_encode.lossy_encode, *how, grid=grid, threads=threads)
+        assert (memory == case.memory).all() and not counts.any()
+        assert (staging[:GUARD] == 0xA5).all() and (staging[-GUARD:] == 0xA5).all()
+        assert not case.wrong(rows), f"{case.wrong(rows)} bytes differ from the host's"
+        assert (status == case.declined(rows)).all()
+        for row, found in zip(rows[status == 0], sums[status == 0], strict=True):
+            assert tuple(map(int, found)) == (naive_sums(row.tobytes()) if digests else (0, 0))
     decode(case, rows, memory, form)
     if case.hostile:  # damaged bodies too: what the host makes of them, and no more
         rows[:] = case.staging()
@@ -49,7 +57,7 @@ def run(case: LossyCase) -> None:
 
 
 def run_cramped(case: LossyCase) -> None:
-    """No room for a record: only headers are written, which say so, and nothing is read from there."""
+    """No room for a record: there are headers, which say so, and zeros, and nothing is read from there."""
     n, pitch = len(case.rows), case.codec.slot_bytes - 16
     memory = aligned(case.memory.nbytes, 0).view(np.uint16).reshape(case.memory.shape)
     fixed = aligned(constants(case.codec).size, 0)
@@ -57,9 +65,11 @@ def run_cramped(case: LossyCase) -> None:
     form = cells(case.codec, case.fragments(memory.ctypes.data), fixed.ctypes.data)
     staging, words = aligned(n * pitch, 0xA5), np.zeros(n, np.uint32)
     tail = (case.rows.ravel(), n, case.run)
-    launch(lossy_encode.lossy_encode, staging.ctypes.data, pitch, form, words.ctypes.data, *tail)
+    numbers, sums, status = kernel_numbers(pitch), np.zeros((n, 2), np.uint64), np.zeros(n, np.uint32)
+    where = numbers.ctypes.data, sums.ctypes.data, status.ctypes.data
+    launch(lossy_encode.lossy_encode, staging.ctypes.data, pitch, form, words.ctypes.data, *tail, *where)
     rows = staging.reshape(n, pitch)
-    assert case.declined(rows).all() and (rows[:, 64:] == 0xA5).all() and not words.any()
+    assert case.declined(rows).all() and status.all() and not rows[:, 64:].any() and not words.any()
     rows[:, :64] = case.staging()[:, :64]
     launch(lossy_decode.lossy_decode, staging.ctypes.data, pitch, form, words.ctypes.data, *tail, 0, case.codec.tiles)
     assert words.all() and not memory.any()
@@ -139,7 +149,7 @@ def run_slices() -> None:
 def main() -> int:
     assert config.ENABLE_CUDASIM
     warnings.simplefilter("ignore", RuntimeWarning)
-    warp.install(plane, lossy, lossy_encode, lossy_decode, shares, kernels_warp)
+    warp.install(plane, lossy, lossy_encode, lossy_decode, shares, written, kernels_warp)
     for case in SMALL:
         run(case)
         print(f"simulated lossy: {case.name}", flush=True)

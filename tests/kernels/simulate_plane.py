@@ -14,16 +14,15 @@ from numba import cuda
 from numba.cuda.core import config
 
 import conftest  # noqa: F401  (makes kvortex.kernels importable)
-from kvortex.codecs.base import HEADER_BYTES
 from kvortex.codecs.on_device import cells, constants
 from kvortex.digests.host import add_lengths
 from kvortex.digests.keys import kernel_numbers
-from kvortex.kernels import coded, coded_read, plane, plane_decode, plane_encode, plane_row, shares
+from kvortex.kernels import coded_read, plane, plane_decode, plane_encode, plane_row, shares, written
 from kvortex.kernels import warp as kernels_warp
-from kvortex.kernels.plane_form import CODED, DECLINED, STORED_AT, USED_AT
 from tests.kernels import warp
 from tests.kernels.plane_cases import CASES, GUARD, PlaneCase, ranged
 from tests.naive_digest import digest
+from tests.naive_digest import sums as naive_sums
 
 
 def aligned(nbytes: int, fill: int) -> np.ndarray:
@@ -52,17 +51,21 @@ def run(case: PlaneCase) -> None:
     counts = np.zeros(n * case.tiles, np.uint32)
     start = staging.ctypes.data + GUARD
     tail = (case.blocks, n, case.run)
-    launch(plane_encode.plane_count, start, case.pitch, form, counts.ctypes.data, *tail)
-    launch(plane_encode.plane_encode, start, case.pitch, form, counts.ctypes.data, *tail, grid=1, threads=64)
-    assert (memory == case.memory).all()
-    assert (staging[:GUARD] == 0xA5).all() and (staging[-GUARD:] == 0xA5).all()
-    rows = staging[GUARD:-GUARD].reshape(n, case.pitch)
-    assert not case.wrong(rows), f"{case.wrong(rows)} bytes differ from the host's"
-    _, sizes = case.coded()
-    for row, size in zip(rows, sizes, strict=True):
-        assert (row[64 if size < 0 else size :] == 0xA5).all(), "bytes behind a record stay as they are"
-    run_sealed(start, rows, sizes)
-    assert (staging[:GUARD] == 0xA5).all() and (staging[-GUARD:] == 0xA5).all()
+    rows, numbers, (_, sizes) = staging[GUARD:-GUARD].reshape(n, case.pitch), kernel_numbers(case.pitch), case.coded()
+    for digests, how_many, threads in ((True, case.run, 64), (False, 3, 32), (True, 3, 64)):
+        staging[:] = 0xA5
+        sums, status = np.zeros((n, 2), np.uint64), np.zeros(n, np.uint32)
+        where = numbers.ctypes.data, sums.ctypes.data if digests else 0, status.ctypes.data
+        how = start, case.pitch, form, counts.ctypes.data, case.blocks, n, how_many, *where
+        launch(plane_encode.plane_count, *how)
+        launch(plane_encode.plane_encode, *how, grid=1, threads=threads)
+        assert (memory == case.memory).all()
+        assert (staging[:GUARD] == 0xA5).all() and (staging[-GUARD:] == 0xA5).all()
+        assert not case.wrong(rows), f"{case.wrong(rows)} bytes differ from the host's"
+        assert (status == (sizes < 0)).all()
+        for row, size, found in zip(rows, sizes, sums, strict=True):
+            assert not row[64 if size < 0 else size :].any(), "zeros behind a record"
+            assert tuple(map(int, found)) == (naive_sums(row.tobytes()) if digests else (0, 0))
     memory[:] = 0x5A5A
     status = np.zeros(n, np.uint32)
     launch(plane_decode.plane_decode, start, case.pitch, form, status.ctypes.data, *tail, 0, case.tiles, codec.fixed_bytes)
@@ -89,48 +92,22 @@ def run_digested(case: PlaneCase, start: int, form: np.ndarray, tail: tuple, mem
         assert (sums == wanted).all() and (sums[status == 0] != 0).all()
 
 
-def run_sealed(start: int, rows: np.ndarray, sizes: np.ndarray) -> None:
-    """Zeros behind each record, digests of its whole room, and what was declined; then digests alone, of damaged ones too."""
-    n, pitch = rows.shape
-    numbers, before = kernel_numbers(pitch), rows.copy()
-    whole = before.copy()
-    for row, size in zip(whole, sizes, strict=True):
-        row[64 if size < 0 else size :] = 0
-    sums, status = np.zeros((n, 2), np.uint64), np.zeros(n, np.uint32)
-    how = start, pitch, -(-pitch // coded.CODED_PIECE), n, numbers.ctypes.data
-    launch(coded.seal_records, *how, 0, status.ctypes.data)
-    assert (rows == whole).all() and (status == (sizes < 0)).all()
-    rows[:] = before
-    status[:] = 0
-    launch(coded.seal_records, *how, sums.ctypes.data, status.ctypes.data, grid=1, threads=64)
-    assert (rows == whole).all() and (status == (sizes < 0)).all()
-    for row, found in zip(rows, add_lengths(sums, np.full(n, pitch)), strict=True):
-        assert found.tobytes() == digest(row.tobytes())
-    kept = sizes > 0
-    rows[kept, -4:] = 0xEE  # behind the record, where it does not count
-    rows[kept & (sizes > pitch - 4), -4:] = whole[kept & (sizes > pitch - 4), -4:]
-    rows[~kept, 24:32] = 0xFF  # a length that leads nowhere
-    again = np.zeros((n, 2), np.uint64)
-    launch(coded_read.read_records, start, pitch, n, numbers.ctypes.data, again.ctypes.data, 0, pitch, 0, 1)
-    assert (again[kept] == sums[kept]).all() and (again[~kept] != sums[~kept]).all()
-    rows[:] = whole
-
-
 def run_shares() -> None:
-    """Records of so many pieces that a warp takes several at a time, and each record's last share has fewer."""
-    sizes = np.array([10 * 4096 + 512, -1, 5 * 4096 + 1004, 64, 8 * 4096])
-    usual = coded.READ_SHARES
-    coded.READ_SHARES = coded_read.READ_SHARES = 8
-    staging = aligned(len(sizes) * (10 * 4096 + 512) + 2 * GUARD, 0xA5)
-    rows = staging[GUARD:-GUARD].reshape(len(sizes), -1)
+    """Records of so many pieces that a warp takes several at a time, and each record's last share has fewer; what lies behind a
+    record does not count, and a length that leads nowhere is that of the room."""
+    sizes, usual = np.array([10 * 4096 + 512, 5 * 4096 + 1004, 64, 8 * 4096, 1 << 40]), coded_read.READ_SHARES
+    coded_read.READ_SHARES = 8
+    n, pitch = len(sizes), 10 * 4096 + 512
+    staging = aligned(n * pitch, 0)
+    rows = staging.reshape(n, pitch)
     rows[:] = np.random.default_rng(4).integers(0, 256, rows.shape)
-    heads = rows[:, :HEADER_BYTES].view(np.uint32)
-    heads[:, STORED_AT], heads[:, USED_AT + 1] = np.where(sizes < 0, DECLINED, CODED), 0
-    heads[:, USED_AT] = np.abs(sizes)
-    run_sealed(staging.ctypes.data + GUARD, rows, sizes)
-    assert (staging[:GUARD] == 0xA5).all() and (staging[-GUARD:] == 0xA5).all()
-    run_strips(rows[sizes > 0])
-    coded.READ_SHARES = coded_read.READ_SHARES = usual
+    rows[:, 24:32].view(np.uint64)[:, 0] = sizes
+    numbers, sums = kernel_numbers(pitch), np.zeros((n, 2), np.uint64)
+    launch(coded_read.read_records, rows.ctypes.data, pitch, n, numbers.ctypes.data, sums.ctypes.data, 0, pitch, 0, 1)
+    for row, size, found in zip(rows, sizes, sums, strict=True):
+        assert tuple(map(int, found)) == naive_sums(row[: min(size, pitch)].tobytes())
+    run_strips(rows)
+    coded_read.READ_SHARES = usual
 
 
 def run_strips(rows: np.ndarray) -> None:
@@ -251,7 +228,7 @@ def run_ranges(case: PlaneCase, edges: list[int]) -> None:
 def main() -> int:
     assert config.ENABLE_CUDASIM
     warnings.filterwarnings("ignore", "overflow encountered", RuntimeWarning)  # sums are modulo 2**64
-    warp.install(plane, plane_encode, plane_decode, plane_row, shares, kernels_warp)
+    warp.install(plane, plane_encode, plane_decode, plane_row, shares, written, kernels_warp)
     for case in CASES:
         run(case)
         print(f"simulated plane: {case.name}", flush=True)

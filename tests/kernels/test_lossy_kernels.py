@@ -103,6 +103,18 @@ def test_cells_and_their_refusals() -> None:
         cells(narrow, np.array([[4096, 4096, 0, shape.raw_bytes]]), 0)  # type: ignore[arg-type]
 
 
+def host_digests(rows: np.ndarray) -> np.ndarray:
+    n, pitch = rows.shape
+    rows, made = np.ascontiguousarray(rows), np.empty((n, 16), np.uint8)
+    digest_records(rows.ctypes.data + pitch * np.arange(n), np.full(n, pitch), made)
+    return made
+
+
+def found_digests(sums: Any, pitch: int) -> np.ndarray:
+    found = sums.read().view(np.uint64).reshape(-1, 2)
+    return add_lengths(found, np.full(len(found), pitch))
+
+
 class OnGpu:
     """Pages, staging and what kernels read of a case, in VRAM."""
 
@@ -125,7 +137,7 @@ class OnGpu:
         return self.held[-1]
 
     def launch(self, name: str, grid: int, *digests: int) -> None:
-        """``digests`` are the addresses of the table and the sums."""
+        """``digests`` are the addresses of the table and the sums, and of an encoder's status."""
         from kvortex.devices import driver as cu
 
         cubin = build.load(name, self.device.compute_capability)
@@ -143,11 +155,19 @@ class OnGpu:
         assert not self.counter.read().any(), "the next launch would find shares taken"
 
     def encoded(self, grid: int) -> np.ndarray:
-        """Staging after an encoding, without its guards."""
-        self.launch("lossy_encode", grid)
+        """Staging after an encoding, without its guards; digests and what was declined are the host's."""
+        pitch = self.case.pitch
+        numbers, sums = self.upload(kernel_numbers(pitch)), self.upload(np.zeros((self.n, 2), np.uint64))
+        status = self.upload(np.zeros(self.n, np.uint32))
+        self.staging.write(np.full(self.n * pitch + 2 * GUARD, 0xA5, np.uint8))
+        self.launch("lossy_encode", grid, numbers.address, sums.address, status.address)
         seen = self.staging.read()
         assert (seen[:GUARD] == 0xA5).all() and (seen[-GUARD:] == 0xA5).all() and not self.words.read().any()
-        return seen[GUARD:-GUARD].reshape(self.n, self.case.pitch)
+        rows = seen[GUARD:-GUARD].reshape(self.n, pitch)
+        declined = self.case.declined(rows)
+        assert (status.read().view(np.uint32) == declined).all()
+        assert (found_digests(sums, pitch)[~declined] == host_digests(rows)[~declined]).all()
+        return rows
 
     def check_decoded(self, rows: np.ndarray, grid: int) -> None:
         """Decodes these rows into pages of ``FILL``, and compares all with what the host makes of them."""
@@ -162,10 +182,8 @@ class OnGpu:
             back = self.memory.read().view(np.uint16).reshape(expected.shape)
             assert (back == expected).all(), f"{(back != expected).sum()} values differ from the host's"
         used = np.minimum(np.ascontiguousarray(rows[:, 24:32]).view(np.uint64), self.case.pitch)
-        whole, sizes = np.where(np.arange(self.case.pitch) < used, rows, 0).astype(np.uint8), np.full(self.n, self.case.pitch)
-        wanted = np.empty((self.n, 16), np.uint8)
-        digest_records(whole.ctypes.data + self.case.pitch * np.arange(self.n), sizes, wanted)
-        assert (add_lengths(sums.read().view(np.uint64).reshape(-1, 2), sizes) == wanted).all()
+        whole = np.where(np.arange(self.case.pitch) < used, rows, 0).astype(np.uint8)
+        assert (found_digests(sums, self.case.pitch) == host_digests(whole)).all()
 
 
 @pytest.mark.gpu

@@ -1,0 +1,46 @@
+"""What a warp has just written of a record: its digest, and zeros behind it.
+
+A record's digest is the sum of what its bytes add, in any order (:mod:`kvortex.kernels.digest`). So who codes a part of it
+digests that part too, and finds in L2 what he wrote. All lanes must come to each function; between the lanes' stores and
+:func:`digest_written` there must be a ``syncwarp``.
+"""
+
+from __future__ import annotations
+
+from numba import cuda
+from numba.cuda import types
+
+from kvortex.kernels.digest import digest_few, digest_word
+from kvortex.kernels.lane import early4, store4, store16
+
+_U32, _U64 = types.uint32, types.uint64
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def digest_written(record, begin, end, numbers, lane):  # type: ignore[no-untyped-def]
+    """A thread's two sums of bytes ``begin`` to ``end`` of the record at ``record``: 32-bit multiples of 4.
+
+    By lanes of 16 bytes, and word by word before and behind these.
+    """
+    first = min(_U32(_U32(begin + _U32(15)) & _U32(0xFFFFFFF0)), end)
+    last = max(_U32(end & _U32(0xFFFFFFF0)), first)
+    mine, other = digest_few(_U64(0), record + _U64(first), _U64(_U32(last - first)), lane, _U64(first), None, numbers)
+    at, stop = _U32(begin + _U32(4) * lane), first
+    if lane >= _U32(4):
+        at, stop = _U32(last + _U32(4) * _U32(lane - _U32(4))), end
+    if at < stop:
+        mine, other = digest_word(mine, other, _U64(early4(record + _U64(at))), _U64(at), numbers)
+    return mine, other
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def zero(begin, end, lane):  # type: ignore[no-untyped-def]
+    """Zeros from ``begin``, a multiple of 4, to ``end``, one of 16."""
+    at = begin + _U64(4) * _U64(lane)
+    edge = min((begin + _U64(15)) & ~_U64(15), end)
+    if at < edge:
+        store4(at, _U32(0))
+    at = edge + _U64(16) * _U64(lane)
+    while at < end:
+        store16(at, (_U32(0), _U32(0), _U32(0), _U32(0)))
+        at += _U64(512)
