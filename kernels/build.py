@@ -38,7 +38,6 @@ KERNELS = {
     "scatter_resident_digest": "kvortex.kernels.resident",
     "read_pages": "kvortex.kernels.reading",
     "read_buffers": "kvortex.kernels.reading",
-    "plane_count": "kvortex.kernels.plane_encode",
     "plane_encode": "kvortex.kernels.plane_encode",
     "plane_decode": "kvortex.kernels.plane_decode",
     "plane_decode_digest": "kvortex.kernels.plane_decode",
@@ -59,16 +58,14 @@ _REGISTERS = {
     "kvortex.kernels.resident": 128,
     "kvortex.kernels.compute": 32,
     "kvortex.kernels.coded_read": 128,
-    "plane_count": 64,
-    "kvortex.kernels.plane_encode": 80,
+    "kvortex.kernels.plane_encode": 96,
     "kvortex.kernels.plane_decode": 80,
     "kvortex.kernels.lossy_encode": 128,
     "kvortex.kernels.lossy_decode": 80,
     "kvortex.kernels.cachegen_encode": 64,
     "kvortex.kernels.cachegen_decode": 64,
 }
-# Before Hopper a vote in a loop is a call where the compiler does not see that warps are whole: registers for two CTAs of 256,
-# also for plane_count.
+# Before Hopper a vote in a loop is a call where the compiler does not see that warps are whole: registers for two CTAs of 256.
 _BEFORE_HOPPER = {
     f"kvortex.kernels.{codec}_{way}": 128 for codec in ("plane", "lossy", "cachegen") for way in ("encode", "decode")
 }

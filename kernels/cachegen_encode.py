@@ -37,8 +37,9 @@ from kvortex.kernels.plane import (
     PLANES,
     TABLE_WORDS,
     tail_bytes,
+    write_header,
 )
-from kvortex.kernels.plane_encode import count_tile, write_header
+from kvortex.kernels.plane_count import count_tile
 from kvortex.kernels.plane_form import FIXED_BYTES, VALUES
 from kvortex.kernels.steps import quotient, steps_away, whole
 from kvortex.kernels.warp import ALL, uniform, warp_of_grid, warps_of_grid

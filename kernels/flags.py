@@ -43,6 +43,13 @@ def take(address):  # type: ignore[no-untyped-def]
         return (cell.value - 1) & 0xFFFFFFFF
 
 
+@statement("atom.acq_rel.gpu.global.add.u32 $0, [$1], 1;", "l", "r")
+def join(address):  # type: ignore[no-untyped-def]
+    """As :func:`take`; what who came before had written is visible, and so will be to others what this thread has: of its warp
+    too, behind a ``syncwarp``."""
+    return take(address)
+
+
 @statement("red.relaxed.gpu.global.or.b32 [$0], 0x80000000;", "l")
 def mark(address):  # type: ignore[no-untyped-def]
     """Sets the highest bit of the 32-bit number at ``address``; who takes of it after this thread has, sees that."""

@@ -141,6 +141,18 @@ def place(codec, tile, block, lane):  # type: ignore[no-untyped-def]
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def write_header(record, header, stored, used, lane):  # type: ignore[no-untyped-def]
+    """A codec's header with these two fields."""
+    if lane < uint32(HEADER_WORDS):
+        word = uint32(load4(header + uint64(4) * uint64(lane)))
+        if lane == uint32(STORED_AT):
+            word = stored
+        if lane == uint32(USED_AT):
+            word = used
+        store4(record + uint64(4) * uint64(lane), word)
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
 def verbatim_at(codec, tile):  # type: ignore[no-untyped-def]
     """Where the first row of a tile lies in a record that is kept as it is, counted from the record's begin."""
     across = uint32(codec[ACROSS])

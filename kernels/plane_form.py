@@ -35,7 +35,7 @@ MOST_TAIL = RAW_TAIL - 4  # of a tile that is coded
 RAW_ROWS = FIXED_BYTES // (2 * CHANNELS)  # rows of a raw tile in its fixed part
 RAW_TILE = 0xFFFFFFFF
 
-WARPS = 8  # of a CTA at most
+WARPS, ENCODE_WARPS = 8, 4  # of a CTA at most, and of one that codes
 # Cells of the kernels' ``codec``: addresses of (planes, channels) uint8 bases and of a 64-byte header, then planes, groups of
 # 16 tokens in a plane, tiles side by side, words of the table with its fill; from PLANES on, a plane's address in block 0 and
 # its block stride by turns.

@@ -17,9 +17,10 @@ from kvortex.digests import digest_records
 from kvortex.digests.host import add_lengths
 from kvortex.digests.keys import kernel_numbers
 from kvortex.kernels import build
+from kvortex.kernels.plane_form import ENCODE_WARPS
 from perf.clock import CudaClock
 
-THREADS = 256  # of a CTA
+THREADS = 256
 Bytes = npt.NDArray[np.uint8]
 
 
@@ -37,7 +38,7 @@ class Bench:
     names
         Of kernels, loaded once.
     ctas_each
-        CTAs a multiprocessor.
+        CTAs of ``THREADS`` threads a multiprocessor.
     """
 
     def __init__(
@@ -91,10 +92,11 @@ class Bench:
         u64, i32 = ctypes.c_uint64, ctypes.c_int32
         addresses = *(each.address for each in others), self._counter.address
         values = (self.staging.address, pitch, form.address, extra.address, ids.address, blocks, run, *addresses)
+        threads = threads_of(name)
         with cu.current(self.device.context) as driver:
             packed = values, (u64, u64, u64, u64, u64, i32, i32, *[u64] * len(addresses))
             launched = driver.cuLaunchKernel(
-                self._functions[name], self._grid, 1, 1, THREADS, 1, 1, 0, self.clock.stream, packed, 0
+                self._functions[name], self._grid * THREADS // threads, 1, 1, threads, 1, 1, 0, self.clock.stream, packed, 0
             )
             cu.check(launched, f"cuLaunchKernel of {name}")
 
@@ -112,6 +114,11 @@ def wrong_digests(bench: Bench, work: Callable[[], Any], pitch: int, count: int 
     mine, sizes = np.empty((count, 16), np.uint8), np.full(count, pitch)
     digest_records(rows.ctypes.data + pitch * np.arange(count), sizes, mine)
     return int((add_lengths(bench.digests(work)[:count], sizes) != mine).sum())
+
+
+def threads_of(name: str) -> int:
+    """Of a CTA of a kernel."""
+    return 32 * ENCODE_WARPS if name == "plane_encode" else THREADS
 
 
 def pitch_of(slot_bytes: int) -> int:

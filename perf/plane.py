@@ -2,10 +2,10 @@
 
 Pages have Llama-3-8B's shape (32 layers, 8 heads of 128) and hold real KV, a small model's pages tiled whole, so that channels
 keep their structure; or, where the sample is not there, numbers drawn with a scale and an offset for each channel. Blocks are
-taken in random order. ``save`` is :func:`plane_count` and :func:`plane_encode`, one behind the other; ``load`` is
-:func:`plane_decode_digest`: what transfers launch, digests included. ``rate``: GB/s of original bytes, medians, between events;
-``run``: tiles that a warp takes at a time. ``wrong_bytes``: all pages after a load elsewhere, coded records against the host's
-twin, and digests that are not the host's. On the host: the twin itself.
+taken in random order. ``save`` is :func:`plane_encode`, ``load`` :func:`plane_decode_digest`: what transfers launch, digests
+included. ``rate``: GB/s of original bytes, medians, between events; ``run``: tiles that a warp takes at a time.
+``wrong_bytes``: all pages after a load elsewhere, coded records against the host's twin, and digests that are not the host's.
+On the host: the twin itself.
 :mod:`perf.coder_lossy` adds rows of the codecs of bounded loss, :mod:`perf.coder_cachegen` of codec ``cachegen``.
 """
 
@@ -26,14 +26,14 @@ from kvortex.devices.cuda import CudaDevice
 from perf import coder_cachegen, coder_lossy
 from perf.clock import HostClock
 from perf.codecs import SAMPLE, sample
-from perf.coder_bench import THREADS, Bench, pitch_of, wrong_digests
+from perf.coder_bench import Bench, pitch_of, threads_of, wrong_digests
 from perf.report import Report, progress
 
 SHAPE = RecordShape(32, 8, 128)
 RUNS = (4, 16, 64)  # of 1,024 tiles in a block
-CTAS_EACH = 3  # a multiprocessor, as many as its registers hold
+CTAS_EACH = 3  # of 256 threads a multiprocessor, as many as its registers hold
 CHECKED = 8  # blocks whose coded record is compared with the host's
-NAMES = "plane_count", "plane_encode", "plane_decode_digest"
+NAMES = "plane_encode", "plane_decode_digest"
 KEYS = ("kernel", "run")
 BETTER = {"rate": "higher"}
 COLUMNS = (*KEYS, "rate", "us", "ratio", "wrong_bytes")
@@ -55,7 +55,7 @@ def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]]
     notes = {"blocks": blocks, "block_bytes": SHAPE.raw_bytes, "rounds": rounds, "unit": "GB/s of original bytes, medians"}
     notes["pages"] = SAMPLE.name if SAMPLE.exists() else "drawn"
     if on_gpu:
-        notes |= {"threads": THREADS, "ctas_a_multiprocessor": CTAS_EACH}
+        notes |= {"threads": [threads_of(name) for name in NAMES], "ctas_a_multiprocessor": CTAS_EACH}
     return device.name, rows, notes
 
 
@@ -100,13 +100,12 @@ def _on_gpu(device: CudaDevice, codec: PlaneCodec, records: Bytes, rounds: int) 
     bench, n = Bench(device, SHAPE, records, codec.slot_bytes, NAMES, CTAS_EACH), len(records)
     pitch, fixed = pitch_of(codec.slot_bytes), bench.upload(constants(codec))
     form = bench.upload(cells(codec, bench.fragments, fixed.address))
-    counts, status = device.allocate(4 * n * codec.tiles), device.allocate(4 * n)
+    counts, status = bench.upload(np.zeros((n, 1 + codec.tiles), np.uint32)), device.allocate(4 * n)
     source, target = bench.upload(bench.source), bench.upload(bench.target)
 
     where = bench.numbers, bench.sums
 
     def save(run: int) -> None:
-        bench.launch("plane_count", pitch, form, counts, source, n, run, *where, status)
         bench.launch("plane_encode", pitch, form, counts, source, n, run, *where, status)
 
     def load(run: int) -> None:

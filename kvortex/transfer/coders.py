@@ -19,7 +19,7 @@ from kvortex.codecs.lossy import LossyCodec
 from kvortex.codecs.plane import PlaneCodec
 from kvortex.devices.cuda import CudaDevice
 from kvortex.errors import CodecError
-from kvortex.kernels.plane_form import FIXED_BYTES, WARPS
+from kvortex.kernels.plane_form import ENCODE_WARPS, FIXED_BYTES, WARPS
 from kvortex.transfer import _coded, _strips
 from kvortex.transfer.coded import Parameter
 from kvortex.transfer.coded_layers import LayeredCoder
@@ -60,8 +60,9 @@ class _TileCoder(LayeredCoder):
     """
 
     form: ClassVar[Any]  # module that says what the codec's kernels read
-    encoders: ClassVar[tuple[str, ...]]
+    encoder: ClassVar[str]
     decoder: ClassVar[str]
+    save_warps: ClassVar[int] = WARPS  # of a CTA
     row_bytes: ClassVar[int]  # of what kernels read of a record, beside its codec
 
     def __init__(
@@ -89,9 +90,9 @@ class _TileCoder(LayeredCoder):
             if self._numbers:
                 return [self._decode_digest(room, first, count, most)]
             return [self._decode(0, self.tiles, room, first, count, most)]
-        head, tail, shape = self._launch(self.codec.slot_bytes, self.tiles, first, count, most)
-        tail = *tail, (ABSOLUTE, self._numbers), self._sums(first), (STATUS, 4 * first)
-        return [self._row(name, *shape, *head, (WORK, 0), *tail) for name in self.encoders]
+        head, tail, shape = self._launch(self.codec.slot_bytes, self.tiles, first, count, most, self.save_warps)
+        where = (ABSOLUTE, self._numbers), self._sums(first), (STATUS, 4 * first)
+        return [self._row(self.encoder, *shape, *head, (WORK, 0), *tail, *where)]
 
     def _launches_of_one(self, first: int, end: int, headed: tuple[bool, ...]) -> Int64s:
         one = np.ones(1, np.int64)
@@ -115,29 +116,30 @@ class _TileCoder(LayeredCoder):
         return ()
 
     def _launch(
-        self, pitch: Any, tiles: int, first: Int64s, count: Int64s, most: int
+        self, pitch: Any, tiles: int, first: Int64s, count: Int64s, most: int, warps: int = WARPS
     ) -> tuple[tuple[Parameter, ...], tuple[Parameter, ...], tuple[Int64s, int]]:
         """The first and the last parameters of a kernel over so many tiles of each record, and its shape."""
-        run, ctas = self._share(count, tiles, WARPS, most, self.tiles // self.codec.shape.planes)
+        run, ctas = self._share(count, tiles, warps, most, self.tiles // self.codec.shape.planes)
         head = (BUFFER, 0), (ABSOLUTE, pitch), (ABSOLUTE, self._cells)
-        return head, ((IDS, self.row_bytes * first), (ABSOLUTE, count), (ABSOLUTE, run)), (ctas, 32 * WARPS)
+        return head, ((IDS, self.row_bytes * first), (ABSOLUTE, count), (ABSOLUTE, run)), (ctas, 32 * warps)
 
 
 class PlaneCoder(_TileCoder):
-    """:class:`kvortex.codecs.plane.PlaneCodec`: two launches to save a chunk, one to load it."""
+    """:class:`kvortex.codecs.plane.PlaneCodec`: a launch to save a chunk, and one to load it."""
 
     form: ClassVar[Any] = on_device
-    encoders = ("plane_count", "plane_encode")
+    encoder, save_warps = "plane_encode", ENCODE_WARPS
     decoder = "plane_decode"
+    ctas_each, ctas_before = (5, 3), (4, 2)
     row_bytes = 4  # a page, int32
-    kernels = (*encoders, decoder, decoder + "_digest", "read_records")
+    kernels = (encoder, decoder, decoder + "_digest", "read_records")
     strips = 3  # header and table, which are digested with the first tiles; fixed parts; tails
     headed = False, True
     codec: PlaneCodec
 
     def __init__(self, device: CudaDevice, codec: PlaneCodec, *others: Any) -> None:
         super().__init__(device, codec, *others)
-        self.work_bytes, self.least = 4 * codec.tiles, codec.fixed_bytes
+        self.work_bytes, self.least = 4 + 4 * codec.tiles, codec.fixed_bytes  # zeros whenever nothing is being coded
         self.again = codec.fixed_bytes - FIXED_BYTES * codec.tiles
         self._words = np.empty(0, np.uint32)  # slots up to the last one that was looked at
 
@@ -182,10 +184,10 @@ class LossyCoder(_TileCoder):
     """
 
     form: ClassVar[Any] = on_device_lossy
-    encoders = ("lossy_encode",)
+    encoder = "lossy_encode"
     decoder = "lossy_decode"
     row_bytes = 8  # a page, and which part of it the record is, int32
-    kernels = (*encoders, decoder, decoder + "_digest", "read_records")
+    kernels = (encoder, decoder, decoder + "_digest", "read_records")
     ctas_each = 2, 3
     work_bytes = 4  # a counter of who is done with the record; zeros whenever none is being coded
     strips, headed = 1, (False,)

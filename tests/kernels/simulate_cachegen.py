@@ -13,7 +13,7 @@ from numba.cuda.core import config
 
 import conftest  # noqa: F401  (makes kvortex.kernels importable)
 from kvortex.codecs.on_device_cachegen import cells, constants
-from kvortex.kernels import cachegen, cachegen_decode, cachegen_encode, plane, plane_decode, plane_encode, plane_row
+from kvortex.kernels import cachegen, cachegen_decode, cachegen_encode, plane, plane_count, plane_decode, plane_row
 from kvortex.kernels import warp as kernels_warp
 from tests.kernels import warp
 from tests.kernels.cachegen_cases import CASES, GUARD, CacheGenCase, damages
@@ -76,7 +76,7 @@ def run_damaged(case: CacheGenCase) -> None:
 
 def main() -> int:
     assert config.ENABLE_CUDASIM
-    warp.install(plane, plane_row, plane_encode, plane_decode, cachegen, cachegen_encode, cachegen_decode, kernels_warp)
+    warp.install(plane, plane_row, plane_count, plane_decode, cachegen, cachegen_encode, cachegen_decode, kernels_warp)
     for case in CASES:
         run(case)
         print(f"simulated cachegen: {case.name}", flush=True)

@@ -17,7 +17,7 @@ import conftest  # noqa: F401  (makes kvortex.kernels importable)
 from kvortex.codecs.on_device import cells, constants
 from kvortex.digests.host import add_lengths
 from kvortex.digests.keys import kernel_numbers
-from kvortex.kernels import coded_read, plane, plane_decode, plane_encode, plane_row, shares, written
+from kvortex.kernels import coded_read, plane, plane_decode, plane_encode, plane_row, plane_tile, shares, sizes, written
 from kvortex.kernels import warp as kernels_warp
 from tests.kernels import warp
 from tests.kernels.plane_cases import CASES, GUARD, PlaneCase, ranged
@@ -48,24 +48,26 @@ def run(case: PlaneCase) -> None:
     fixed = constants(codec)
     form = cells(codec, case.fragments(memory.ctypes.data), fixed.ctypes.data)
     staging = aligned(n * case.pitch + 2 * GUARD, 0xA5)
-    counts = np.zeros(n * case.tiles, np.uint32)
+    counts = np.zeros((n, 1 + case.tiles), np.uint32)
     start = staging.ctypes.data + GUARD
     tail = (case.blocks, n, case.run)
     rows, numbers, (_, sizes) = staging[GUARD:-GUARD].reshape(n, case.pitch), kernel_numbers(case.pitch), case.coded()
-    for digests, how_many, threads in ((True, case.run, 64), (False, 3, 32), (True, 3, 64)):
+    usual = plane_encode.KEPT_TAILS
+    for digests, how_many, threads, kept in ((True, case.run, 64, usual), (False, 3, 32, 300), (True, 1, 64, 99)):
+        plane_encode.KEPT_TAILS = kept  # or tails are put where they belong before all are made
         staging[:] = 0xA5
         sums, status = np.zeros((n, 2), np.uint64), np.zeros(n, np.uint32)
         where = numbers.ctypes.data, sums.ctypes.data if digests else 0, status.ctypes.data
         how = start, case.pitch, form, counts.ctypes.data, case.blocks, n, how_many, *where
-        launch(plane_encode.plane_count, *how)
         launch(plane_encode.plane_encode, *how, grid=1, threads=threads)
-        assert (memory == case.memory).all()
+        assert (memory == case.memory).all() and not counts.any()
         assert (staging[:GUARD] == 0xA5).all() and (staging[-GUARD:] == 0xA5).all()
         assert not case.wrong(rows), f"{case.wrong(rows)} bytes differ from the host's"
         assert (status == (sizes < 0)).all()
         for row, size, found in zip(rows, sizes, sums, strict=True):
             assert not row[64 if size < 0 else size :].any(), "zeros behind a record"
             assert tuple(map(int, found)) == (naive_sums(row.tobytes()) if digests else (0, 0))
+    plane_encode.KEPT_TAILS = usual
     memory[:] = 0x5A5A
     status = np.zeros(n, np.uint32)
     launch(plane_decode.plane_decode, start, case.pitch, form, status.ctypes.data, *tail, 0, case.tiles, codec.fixed_bytes)
@@ -228,7 +230,7 @@ def run_ranges(case: PlaneCase, edges: list[int]) -> None:
 def main() -> int:
     assert config.ENABLE_CUDASIM
     warnings.filterwarnings("ignore", "overflow encountered", RuntimeWarning)  # sums are modulo 2**64
-    warp.install(plane, plane_encode, plane_decode, plane_row, shares, written, kernels_warp)
+    warp.install(plane, plane_encode, plane_tile, plane_decode, plane_row, shares, sizes, written, kernels_warp)
     for case in CASES:
         run(case)
         print(f"simulated plane: {case.name}", flush=True)

@@ -18,7 +18,7 @@ from tests.kernels.compiled import ARCHITECTURES, compiled, sass
 
 MOVERS = [name for name in build.KERNELS if "gather" in name or "scatter" in name]
 READERS = ["read_pages", "read_buffers"]
-SHARING = [*(name for name in MOVERS if "resident" not in name), "plane_count", "plane_encode", "plane_decode", "lossy_encode",
+SHARING = [*(name for name in MOVERS if "resident" not in name), "plane_encode", "plane_decode", "lossy_encode",
            "lossy_decode", "plane_decode_digest", "lossy_decode_digest", "read_records"]  # fmt: skip
 
 

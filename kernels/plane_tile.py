@@ -1,0 +1,187 @@
+"""A tile of the plane code from a page into shared memory, and its fixed part from there into a record.
+
+A warp loads the next eight rows while it works on eight. It collects codes of a lane's channels in a word and turns that into
+words of a tier (:mod:`kvortex.kernels.warp_words`).
+"""
+
+from __future__ import annotations
+
+from numba import cuda
+
+from kvortex.kernels.ahead import get4, get16, near, put1, put2, put4, put4_where, put_pair
+from kvortex.kernels.lane import all_here, early4, load4, store4, store16
+from kvortex.kernels.plane import int32, place, uint32, uint64
+from kvortex.kernels.plane_form import FIXED_BYTES, RAW_ROWS, ROWS, VALUES
+from kvortex.kernels.plane_row import AT_BASE, FAR, distances, first_codes, lower_halves, sign_bytes, upper_halves
+from kvortex.kernels.warp import ALL
+from kvortex.kernels.warp_words import summed, turned
+
+# A warp's shared memory: values of the second tier, a tile's fixed part, and where in the second tier eight rows' begin.
+FIXED_AT, CELLS_AT = 4 * VALUES, 4 * VALUES + FIXED_BYTES
+SHARED_BYTES = CELLS_AT + 128
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def eight_words(source, step):  # type: ignore[no-untyped-def]
+    """The lane's words of eight rows, in flight together."""
+    a = early4(source)
+    source += uint64(step)
+    b = early4(source)
+    source += uint64(step)
+    c = early4(source)
+    source += uint64(step)
+    d = early4(source)
+    source += uint64(step)
+    e = early4(source)
+    source += uint64(step)
+    f = early4(source)
+    source += uint64(step)
+    g = early4(source)
+    h = early4(source + uint64(step))
+    all_here()
+    return a, b, c, d, e, f, g, h
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def beside(codec, tile, block, lane, source, step, base, column):  # type: ignore[no-untyped-def]
+    """:func:`place` of the tile behind one whose place is known, with the byte of a row where that begins."""
+    source += uint64(128)
+    base += uint64(64)
+    column = uint32(column + uint32(128))
+    if column == step:
+        column = uint32(0)
+        source, _, base = place(codec, tile, block, lane)
+    return source, base, column
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def _row(far, bases, three, cells, table, lower):  # type: ignore[no-untyped-def]
+    """Puts a row's values of the second tier behind those before: distances, and what exponents follow from."""
+    words = get16(cells)
+    first = near(words[1], table) + uint64(4) * uint64(uint32(cuda.popc(uint32(uint32(words[0]) & lower))))
+    other = near(words[3], table) + uint64(4) * uint64(uint32(cuda.popc(uint32(uint32(words[2]) & lower))))
+    put4_where(first, lower_halves(far, bases), uint32(three & uint32(1)))
+    put4_where(other, upper_halves(far, bases), uint32(three & uint32(4)))
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def eight_rows(words, bases, shared, planes, signs, n, lane):  # type: ignore[no-untyped-def]
+    """Eight rows into shared memory, words of the first tier at ``planes``; how many values the second tier has now."""
+    a, b, c, d = uint32(words[0]), uint32(words[1]), uint32(words[2]), uint32(words[3])
+    e, f, g, h = uint32(words[4]), uint32(words[5]), uint32(words[6]), uint32(words[7])
+    put2(signs, sign_bytes(a))
+    put2(signs + uint64(64), sign_bytes(b))
+    put2(signs + uint64(128), sign_bytes(c))
+    put2(signs + uint64(192), sign_bytes(d))
+    put2(signs + uint64(256), sign_bytes(e))
+    put2(signs + uint64(320), sign_bytes(f))
+    put2(signs + uint64(384), sign_bytes(g))
+    put2(signs + uint64(448), sign_bytes(h))
+    a, b, c, d = distances(a, bases), distances(b, bases), distances(c, bases), distances(d, bases)
+    e, f, g, h = distances(e, bases), distances(f, bases), distances(g, bases), distances(h, bases)
+    low = uint32(uint32(first_codes(a)) + uint32(first_codes(b)) * uint32(16))
+    low = uint32(low + uint32(first_codes(c)) * uint32(256) + uint32(first_codes(d)) * uint32(4096))
+    high = uint32(uint32(first_codes(e)) + uint32(first_codes(f)) * uint32(16))
+    high = uint32(high + uint32(first_codes(g)) * uint32(256) + uint32(first_codes(h)) * uint32(4096))
+    codes = uint32(low & uint32(0x3333) | (low >> uint32(14)) & uint32(0xCCCC))
+    codes = uint32(codes | (high << uint32(16)) & uint32(0x33330000) | (high << uint32(2)) & uint32(0xCCCC0000))
+    put4(planes + uint64(4) * uint64(lane), turned(codes, lane))
+    cuda.syncwarp()
+    mask = uint32(0)
+    if lane < uint32(16):
+        mask = uint32(get4(planes + uint64(8) * uint64(lane))) & uint32(get4(planes + uint64(8) * uint64(lane) + uint64(4)))
+    count = uint32(cuda.popc(uint32(mask)))
+    upto = uint32(summed(count, lane))
+    cells = shared + uint64(CELLS_AT)
+    if lane < uint32(16):
+        put_pair(cells + uint64(8) * uint64(lane), mask, shared + uint64(4) * uint64(uint32(n + upto - count)))
+    cuda.syncwarp()
+    lower = uint32((uint32(1) << lane) - uint32(1))
+    three = uint32(codes & (codes >> uint32(1)) & uint32(0x55555555))
+    _row(a, bases, three, cells, shared, lower)
+    _row(b, bases, uint32(three >> uint32(4)), cells + uint64(16), shared, lower)
+    _row(c, bases, uint32(three >> uint32(8)), cells + uint64(32), shared, lower)
+    _row(d, bases, uint32(three >> uint32(12)), cells + uint64(48), shared, lower)
+    _row(e, bases, uint32(three >> uint32(16)), cells + uint64(64), shared, lower)
+    _row(f, bases, uint32(three >> uint32(20)), cells + uint64(80), shared, lower)
+    _row(g, bases, uint32(three >> uint32(24)), cells + uint64(96), shared, lower)
+    _row(h, bases, uint32(three >> uint32(28)), cells + uint64(112), shared, lower)
+    return uint32(n + uint32(cuda.shfl_sync(ALL, int32(upto), 31)))
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def write_fixed(fixed, stage, lane):  # type: ignore[no-untyped-def]
+    """A tile's fixed part from shared memory."""
+    at = uint64(16) * uint64(lane)
+    store16(fixed + at, get16(stage + at))
+    store16(fixed + at + uint64(512), get16(stage + at + uint64(512)))
+    if lane < uint32(FIXED_BYTES // 16 - 64):
+        store16(fixed + at + uint64(1024), get16(stage + at + uint64(1024)))
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def _late(far):  # type: ignore[no-untyped-def]
+    """Code of the second tier, by a distance."""
+    late = min(uint32(far - uint32(2)), uint32(7))
+    if far == uint32(AT_BASE):
+        late = uint32(0)
+    return late
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def make_tail(tail, n, lane, table):  # type: ignore[no-untyped-def]
+    """A tile's tail in shared memory, from the values of its second tier there; how many of these are escapes."""
+    lower = uint32((uint32(1) << lane) - uint32(1))
+    groups = uint32((n + uint32(31)) >> uint32(5))
+    escapes = uint32(0)
+    k = lane
+    while groups != uint32(0):
+        some = min(groups, uint32(10))  # of so many a lane collects its codes in a word
+        groups = uint32(groups - some)
+        codes = uint32(0)
+        shift = uint32(0)
+        while shift < uint32(uint32(3) * some):
+            value = uint32(get4(table + uint64(4) * uint64(k)))
+            code = uint32(0)
+            if k < n:
+                code = _late(uint32(value & uint32(0xFFFF)))
+            mask = uint32(cuda.ballot_sync(ALL, code == uint32(7)))
+            if mask != uint32(0):
+                cuda.syncwarp()  # a vote orders no memory
+                if code == uint32(7):  # to where values were read already: there are no more escapes than these
+                    to = uint32(escapes + uint32(cuda.popc(uint32(mask & lower))))
+                    put1(table + uint64(to), uint32((value >> uint32(16)) - (value ^ uint32(FAR))))
+                escapes = uint32(escapes + uint32(cuda.popc(mask)))
+                cuda.syncwarp()
+            codes = uint32(codes | code << shift)
+            shift = uint32(shift + uint32(3))
+            k = uint32(k + uint32(32))
+        word = turned(codes, lane)
+        if lane < uint32(uint32(3) * some):
+            put4(tail + uint64(4) * uint64(lane), word)
+        tail += uint64(12) * uint64(some)
+    at = lane
+    while uint32(4) * at < escapes:
+        word = uint32(get4(table + uint64(4) * uint64(at)))
+        left = uint32(escapes - uint32(4) * at)
+        if left < uint32(4):  # what lies behind the last one in shared memory must not show
+            word = uint32(word & uint32((uint32(1) << (uint32(8) * left)) - uint32(1)))
+        put4(tail + uint64(4) * uint64(at), word)
+        at = uint32(at + uint32(32))
+    return escapes
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def keep_raw(codec, tile, block, fixed, fits, tail, lane):  # type: ignore[no-untyped-def]
+    """A tile as it is: rows that have room in its fixed part there, if that ``fits``, and the others into shared memory."""
+    source, step, _ = place(codec, tile, block, lane)
+    row = uint32(0)
+    while row < uint32(ROWS):
+        word = uint32(load4(source))
+        at = uint64(uint32(uint32(128) * row + uint32(4) * lane))
+        if row >= uint32(RAW_ROWS):
+            put4(tail + at - uint64(FIXED_BYTES), word)
+        elif fits:
+            store4(fixed + at, word)
+        source += step
+        row = uint32(row + uint32(1))
