@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from perf.plane import SHAPE, realistic
 
 DISTINCT, LEARNT, CHECKED = 32, 12, 8  # blocks: that are drawn, that tables are of, and that are held to the codec's own calls
 Bytes = npt.NDArray[np.uint8]
+Own = Callable[[str, float], dict[str, Any]]
 
 
 class Pages:
@@ -150,7 +151,9 @@ class Coded:
             self.engine._index.release(slots)
 
 
-def engines(pages: Pages, staging: int, notes: dict[str, Any], *, sets: int = 1, **options: Any) -> Iterator[Coded]:
+def engines(
+    pages: Pages, staging: int, notes: dict[str, Any], *, sets: int = 1, own: Own = lambda name, slot: {}
+) -> Iterator[Coded]:
     """One for each codec that has a way here, one after another; the others are told by the notes.
 
     Parameters
@@ -161,15 +164,16 @@ def engines(pages: Pages, staging: int, notes: dict[str, Any], *, sets: int = 1,
     notes
     sets
         The pool holds as many times all blocks.
-    options
-        Of the engines.
+    own
+        Gives options of a codec's engine, by the codec's name and what its slots are of an original.
     """
     for name in CODECS:
         slot_bytes = make_codec(name, SHAPE, pages.tables).slot_bytes
         given = {"codec": name, "gpu_pool_size_bytes": staging << 20 or None, "device": pages.device.name}
         given |= {"cpu_pool_size_bytes": sets * pages.count * -(-slot_bytes // 4096) * 4096, "codec_tables": str(pages.path)}
+        given |= own(name, slot_bytes / SHAPE.raw_bytes)
         try:
-            engine = kvortex.KVortexEngine.create(kvortex.KVortexConfig(**given | options), pages.layout)
+            engine = kvortex.KVortexEngine.create(kvortex.KVortexConfig(**given), pages.layout)
         except ConfigError as error:
             notes.setdefault("left_out", {})[name] = str(error)
             continue
