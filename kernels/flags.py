@@ -2,6 +2,9 @@
 
 A flag is a 32-bit number that only grows, and wraps. ``cuStreamWaitValue32`` and :func:`behind` compare cyclically, so a
 flag is never reset, and no operation is spent on it between transfers.
+
+Besides, numbers by which the threads of one launch tell each other how far they are (:func:`take`, :func:`join`, :func:`tell`,
+:func:`told`): whoever comes last puts them back to 0.
 """
 
 from __future__ import annotations
@@ -48,6 +51,18 @@ def join(address):  # type: ignore[no-untyped-def]
     """As :func:`take`; what who came before had written is visible, and so will be to others what this thread has: of its warp
     too, behind a ``syncwarp``."""
     return take(address)
+
+
+@statement("st.relaxed.gpu.global.u32 [$0], $1;", "lr")
+def tell(address, number):  # type: ignore[no-untyped-def]
+    """Puts a number where other threads ask for it; it says nothing of what else this thread has written."""
+    ctypes.c_uint32.from_address(int(address)).value = int(number)
+
+
+@statement("ld.relaxed.gpu.global.u32 $0, [$1];", "l", "r")
+def told(address):  # type: ignore[no-untyped-def]
+    """What was put there last, as far as it has come here."""
+    return ctypes.c_uint32.from_address(int(address)).value
 
 
 @statement("red.relaxed.gpu.global.or.b32 [$0], 0x80000000;", "l")

@@ -4,8 +4,9 @@
 byte is read once; ``cached*`` are for such memory that is read again and again. ``early*`` are for such memory too, where
 several loads are to be in flight before the first word is used: the assembler moves ``.nc`` loads to where their words are
 used, behind stores and other loads' work, and never more than two were in flight; others stay before the stores that follow
-them. ``fresh*`` are for memory that a DMA writes while the kernel runs: ``ld.global.cg``, which never sees a stale line of L1.
-Stores are plain, so that what a gather wrote is still in L2 when the DMA reads it.
+them. They are plain loads, so a warp may also read by them what it wrote itself, behind a ``syncwarp``. ``fresh*`` are for
+memory that a DMA writes while the kernel runs: ``ld.global.cg``, which never sees a stale line of L1. Stores are plain, so
+that what a gather wrote is still in L2 when the DMA reads it.
 """
 
 from __future__ import annotations

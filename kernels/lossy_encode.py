@@ -31,7 +31,7 @@ from kvortex.kernels.eights import (
     smallest,
     value_codes,
 )
-from kvortex.kernels.flags import mark, take
+from kvortex.kernels.flags import mark, take, tell
 from kvortex.kernels.float32 import half_down, half_up, larger, minus, number_of, over, plus, reach, smaller, whole, word_of
 from kvortex.kernels.lane import early_cached16, load4, load16, store4, store8, store16
 from kvortex.kernels.lossy import (
@@ -353,7 +353,7 @@ def lossy_encode(  # type: ignore[no-untyped-def]
                 headed = True
                 _header(codec, record, before >> uint32(31) != uint32(0), tiles, lane)
                 if lane == uint32(0):
-                    store4(done, uint32(0))
+                    tell(done, uint32(0))
                     if before >> uint32(31) != uint32(0):
                         store4(status + uint64(4) * uint64(b), uint32(1))
         if began == uint32(0):

@@ -95,6 +95,7 @@ def _mover(get16: Any, get8: Any, get4: Any, get2: Any, get1: Any) -> Callable[.
 
 
 CONSTANT, FRESH = (early16, load8, load4, load2, load1), (fresh16, fresh8, fresh4, fresh2, fresh1)
-# From memory that nobody writes while the kernel runs; and from memory that a DMA writes while it runs.
+# From memory that nobody writes while the kernel runs, or, of whole 16 bytes, that the warp itself wrote before; and from
+# memory that a DMA writes while it runs.
 move: Any = _mover(*CONSTANT)
 move_fresh: Any = _mover(*FRESH)

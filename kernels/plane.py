@@ -1,11 +1,9 @@
-"""What the plane kernels share: who works on what, and the sums over a record's table that say where tails lie.
+"""What the plane kernels share: who works on what, headers, and the sums over a record's table by which decoders find tails.
 
 A launch works on ``n_blocks`` records, the coded one of block ``b`` at ``staging + b * pitch``; both are multiples of 16. A
-warp takes ``run`` neighbouring tiles at a time (:mod:`kvortex.kernels.shares`), sums up the table once for them, and then
-goes from tail to tail. Any grid works; a CTA has at most ``WARPS`` warps. All other numbers come from ``codec``, uint64 in
-VRAM: see the cells below. Rows of planes lie at multiples of 4.
-
-Sums are in no order that matters, and nothing is added atomically: a record's bytes are the same in every launch.
+warp takes ``run`` neighbouring tiles at a time (:mod:`kvortex.kernels.shares`). Any grid works; a CTA has at most ``WARPS``
+warps, or ``ENCODE_WARPS``. All other numbers come from ``codec``, uint64 in VRAM: see the cells below. Rows of planes lie at
+multiples of 4.
 
 Indices are unsigned, because a signed one costs Numba a comparison and 64-bit arithmetic each time.
 """

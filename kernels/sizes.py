@@ -8,34 +8,33 @@ is never kept waiting. A cell's number says all that there is to know, so that n
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 from numba import cuda
 
-from kvortex.kernels.flags import nap
+from kvortex.kernels.flags import nap, tell, told
 from kvortex.kernels.plane import uint32, uint64, warp_sum
-from kvortex.kernels.ptx import statement
 from kvortex.kernels.warp import ALL
 
 _NAP: Any = 64  # ns
-
-
-@statement("st.relaxed.gpu.global.u32 [$0], $1;", "lr")
-def _tell(address, number):  # type: ignore[no-untyped-def]
-    ctypes.c_uint32.from_address(int(address)).value = int(number)
-
-
-@statement("ld.relaxed.gpu.global.u32 $0, [$1];", "l", "r")
-def _told(address):  # type: ignore[no-untyped-def]
-    return ctypes.c_uint32.from_address(int(address)).value
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
 def publish(cells, share, nbytes, lane):  # type: ignore[no-untyped-def]
     """Says how many bytes a share of the record with these cells has."""
     if lane == uint32(0):
-        _tell(cells + uint64(4) * uint64(share), uint32(nbytes + uint32(1)))
+        tell(cells + uint64(4) * uint64(share), uint32(nbytes + uint32(1)))
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def _asked(cells, k, share, known):  # type: ignore[no-untyped-def]
+    """A share's cell, unless it is known, or of none that counts."""
+    found = known
+    if found == uint32(0):
+        found = uint32(1)
+        if k < share:
+            found = uint32(told(cells + uint64(4) * uint64(k)))
+    return found
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
@@ -43,15 +42,16 @@ def bytes_before(cells, share, lane):  # type: ignore[no-untyped-def]
     """Of all shares before one, the same in every lane; waits until these have said so."""
     total = uint32(0)
     at = uint32(0)
-    while at < share:
+    while at < share:  # 128 cells at a time, four loads in flight
         k = uint32(at + lane)
-        told = uint32(1)
-        if k < share:
-            told = uint32(_told(cells + uint64(4) * uint64(k)))
-        while uint32(cuda.ballot_sync(ALL, told == uint32(0))) != uint32(0):
-            nap(uint32(_NAP))
-            if told == uint32(0):
-                told = uint32(_told(cells + uint64(4) * uint64(k)))
-        total = uint32(total + told - uint32(1))
-        at = uint32(at + uint32(32))
+        a = b = c = d = uint32(0)
+        waits = True
+        while waits:
+            a, b = _asked(cells, k, share, a), _asked(cells, uint32(k + uint32(32)), share, b)
+            c, d = _asked(cells, uint32(k + uint32(64)), share, c), _asked(cells, uint32(k + uint32(96)), share, d)
+            waits = uint32(cuda.ballot_sync(ALL, min(min(a, b), min(c, d)) == uint32(0))) != uint32(0)
+            if waits:
+                nap(uint32(_NAP))
+        total = uint32(total + a + b + c + d - uint32(4))
+        at = uint32(at + uint32(128))
     return warp_sum(total)

@@ -1,8 +1,8 @@
 """What a warp has just written of a record: its digest, and zeros behind it.
 
 A record's digest is the sum of what its bytes add, in any order (:mod:`kvortex.kernels.digest`). So who codes a part of it
-digests that part too, and finds in L2 what he wrote. All lanes must come to each function; between the lanes' stores and
-:func:`digest_written` there must be a ``syncwarp``.
+digests that part too, and finds in L2 what he wrote: by plain loads, which lanes of whole 16 bytes have, and words here. All
+lanes must come to each function; between the lanes' stores and :func:`digest_written` there must be a ``syncwarp``.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def code(gpu: FakeGpu, call: Call) -> Iterator[str]:
     name, (staging, pitch, *rest) = _NAMES[call.arguments[0]], call.parameters
     assert staging % 16 == pitch % 16 == 0
     count = {"read_records": 7, "plane_decode": 8, "lossy_decode": 7}.get(name, 5)  # before the counter
-    count += 2 * name.endswith("_digest") + 3 * name.endswith(("_count", "_encode"))
+    count += 2 * name.endswith("_digest") + 3 * name.endswith("_encode")
     gpu.check_counter(rest[count], call.stream)
     if name == "read_records":
         return _read(gpu, staging, pitch, *rest[:count])

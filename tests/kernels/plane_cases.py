@@ -132,4 +132,6 @@ CASES = [
     PlaneCase("two tiles, usual and hostile", RecordShape(1, 1, 64), 2, hostile=True),
     PlaneCase("groups of tokens, tiles side by side", RecordShape(1, 2, 64, tokens=32, parts="L"), 1, run=3),
     PlaneCase("a room that hostile pages do not fit", RecordShape(1, 1, 64), 1, hostile=True, room=0.8),
+    PlaneCase("a room for less than fixed parts", RecordShape(1, 1, 64), 1, hostile=True, room=0.5),
+    PlaneCase("a room for headers alone", RecordShape(1, 1, 64), 1, room=64 / 4096),
 ]

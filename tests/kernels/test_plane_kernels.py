@@ -11,16 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvortex.codecs import RecordShape
 from kvortex.codecs.on_device import cells, constants
+from kvortex.digests import digest_records
 from kvortex.digests.host import add_lengths
 from kvortex.digests.keys import kernel_numbers
 from kvortex.errors import CodecError
-from kvortex.kernels import build, plane
+from kvortex.kernels import build, lane, move, plane
 from tests.kernels.beside import Simulated
 from tests.kernels.compiled import compiled, sass
 from tests.kernels.plane_cases import CASES, GUARD, PlaneCase
 from tests.kernels.test_build import on_hopper
-from tests.naive_digest import digest
 
 KERNELS = ("plane_encode", "plane_decode", "plane_decode_digest")
 READERS = ("read_records",)
@@ -92,70 +93,123 @@ def test_the_codes_agree_with_the_host() -> None:
     assert 4 * plane.HEADER_WORDS == base.HEADER_BYTES
 
 
+class OnGpu:
+    """Pages, staging and what kernels read of a case, in VRAM."""
+
+    def __init__(self, case: PlaneCase) -> None:
+        from kvortex.devices.cuda import CudaDevice
+
+        self.case, self.device, self.n = case, CudaDevice(0), len(case.blocks)
+        self.held: list[Any] = []
+        self.memory = self.upload(case.memory)
+        self.staging = self.upload(np.full(self.n * case.pitch + 2 * GUARD, 0xA5, np.uint8))
+        self.form = self.upload(
+            cells(case.codec, case.fragments(self.memory.address), self.upload(constants(case.codec)).address)
+        )
+        self.counter = self.upload(np.zeros(1, np.uint32))
+        self.counts = self.upload(np.zeros(self.n * (1 + case.tiles), np.uint32))
+        self.ids, self.numbers = self.upload(case.blocks), self.upload(kernel_numbers(case.pitch))
+        self.sums, self.status = self.upload(np.zeros((self.n, 2), np.uint64)), self.upload(np.zeros(self.n, np.uint32))
+        self.whole, self.sizes = case.coded()
+        self.whole[np.arange(case.pitch) >= np.where(self.sizes < 0, 64, self.sizes)[:, None]] = 0
+        self.kernels = {name: self.load(name) for name in (*KERNELS, *READERS)}
+
+    def upload(self, array: np.ndarray) -> Any:
+        self.held.append(self.device.allocate(array.nbytes))
+        self.held[-1].write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        return self.held[-1]
+
+    def load(self, name: str) -> Any:
+        from kvortex.devices import driver as cu
+
+        cubin = build.load(name, self.device.compute_capability)
+        with cu.current(self.device.context) as driver:
+            module = cu.check(driver.cuModuleLoadData(cubin.code), "cuModuleLoadData")
+            return cu.check(driver.cuModuleGetFunction(module, cubin.entry.encode()), "cuModuleGetFunction")
+
+    def launch(self, name: str, grid: int = 3, threads: int = 64, run: int | None = None) -> None:
+        """With sums and status that are zeros before."""
+        from kvortex.devices import driver as cu
+
+        u64, i32, case = ctypes.c_uint64, ctypes.c_int32, self.case
+        start, sums, status = self.staging.address + GUARD, self.sums.address, self.status.address
+        self.sums.write(np.zeros(16 * self.n, np.uint8))
+        self.status.write(np.zeros(4 * self.n, np.uint8))
+        values: tuple[Any, ...] = start, case.pitch, self.form.address, status, self.ids.address, self.n, run or case.run
+        kinds: tuple[Any, ...] = u64, u64, u64, u64, u64, i32, i32
+        if name == "plane_encode":
+            values = *values[:3], self.counts.address, *values[4:], self.numbers.address, sums, status
+            kinds = *kinds, u64, u64, u64
+        elif name == "plane_decode":
+            values, kinds = (*values, 0, case.tiles, case.codec.fixed_bytes), (*kinds, i32, i32, i32)
+        elif name == "plane_decode_digest":
+            values, kinds = (*values, self.numbers.address, sums), (*kinds, u64, u64)
+        else:
+            values = start, case.pitch, self.n, self.numbers.address, sums, 0, case.pitch, 0, 1
+            kinds = u64, u64, i32, u64, u64, i32, i32, i32, i32
+        with cu.current(self.device.context) as driver:
+            packed = (*values, self.counter.address), (*kinds, u64)
+            launched = driver.cuLaunchKernel(self.kernels[name], grid, 1, 1, threads, 1, 1, 0, 0, packed, 0)
+            cu.check(launched, "cuLaunchKernel")
+            cu.check(driver.cuCtxSynchronize(), "cuCtxSynchronize")
+        assert not self.counter.read().any(), "the next launch would find shares taken"
+
+    def check_encoded(self, *how: int) -> None:
+        """Records, zeros behind them, what was declined, and digests are the host's."""
+        case = self.case
+        self.staging.write(np.full(self.n * case.pitch + 2 * GUARD, 0xA5, np.uint8))
+        self.launch("plane_encode", *how)
+        seen = self.staging.read()
+        assert (seen[:GUARD] == 0xA5).all() and (seen[-GUARD:] == 0xA5).all()
+        assert (seen[GUARD:-GUARD].reshape(self.n, case.pitch) == self.whole).all()
+        assert (self.status.read().view(np.uint32) == (self.sizes < 0)).all()
+        assert not self.counts.read().any(), "the next launch would find shares done"
+        self.check_digests()
+
+    def check_digests(self) -> None:
+        found = add_lengths(self.sums.read().view(np.uint64).reshape(self.n, 2), np.full(self.n, self.case.pitch))
+        wanted = np.empty((self.n, 16), np.uint8)
+        digest_records(self.whole.ctypes.data + self.case.pitch * np.arange(self.n), np.full(self.n, self.case.pitch), wanted)
+        assert (found[self.sizes > 0] == wanted[self.sizes > 0]).all()
+
+    def check_decoded(self, name: str, *how: int) -> None:
+        """Pages come back, and those of what was declined are left alone."""
+        case = self.case
+        self.memory.write(np.full(case.memory.nbytes, 0x5A, np.uint8))
+        self.launch(name, *how)
+        assert (self.status.read().view(np.uint32) == (self.sizes < 0)).all()
+        back, kept = self.memory.read().view(np.uint16).reshape(case.memory.shape), case.blocks[self.sizes > 0]
+        assert (back[:, kept] == case.memory[:, kept]).all()
+        assert (back[:, case.blocks[self.sizes < 0]] == 0x5A5A).all()
+
+
+def test_a_warp_reads_what_it_wrote_by_plain_loads() -> None:
+    """What ``.nc`` loads find of memory that the kernel writes, nobody says."""
+    assert all(".nc" not in each.ptx[0] for each in (lane.early4, lane.early16))
+    assert move.CONSTANT[0] is lane.early16
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
 def test_on_a_gpu_they_write_what_the_host_writes(case: PlaneCase) -> None:
-    from kvortex.devices import driver as cu
-    from kvortex.devices.cuda import CudaDevice
+    gpu = OnGpu(case)
+    gpu.check_encoded()
+    gpu.launch("read_records")
+    gpu.check_digests()
+    gpu.check_decoded("plane_decode")
+    gpu.check_decoded("plane_decode_digest")
+    gpu.check_digests()
 
-    device, n = CudaDevice(0), len(case.blocks)
-    held: list[Any] = []
 
-    def upload(array: np.ndarray) -> Any:
-        held.append(device.allocate(array.nbytes))
-        held[-1].write(array.reshape(-1).view(np.uint8))
-        return held[-1]
-
-    memory, staging = upload(case.memory), upload(np.full(n * case.pitch + 2 * GUARD, 0xA5, np.uint8))
-    form = upload(cells(case.codec, case.fragments(memory.address), upload(constants(case.codec)).address))
-    counter = upload(np.zeros(1, np.uint32))
-    counts, status, ids = upload(np.zeros(n * (1 + case.tiles), np.uint32)), upload(np.zeros(n, np.uint32)), upload(case.blocks)
-
-    def launch(name: str, extra: Any, sums: Any) -> None:
-        """``extra`` of all kernels but ``read_records``."""
-        cubin = build.load(name, device.compute_capability)
-        u64, i32 = ctypes.c_uint64, ctypes.c_int32
-        values: tuple[Any, ...] = staging.address + GUARD, case.pitch, form.address, extra.address, ids.address, n, case.run
-        with cu.current(device.context) as driver:
-            module = cu.check(driver.cuModuleLoadData(cubin.code), "cuModuleLoadData")
-            kernel = cu.check(driver.cuModuleGetFunction(module, cubin.entry.encode()), "cuModuleGetFunction")
-            kinds: tuple[Any, ...] = u64, u64, u64, u64, u64, i32, i32
-            start = staging.address + GUARD
-            if name == "plane_encode":
-                values, kinds = (*values, numbers.address, sums.address, declined.address), (*kinds, u64, u64, u64)
-            elif name == "plane_decode":
-                values, kinds = (*values, 0, case.tiles, case.codec.fixed_bytes), (*kinds, i32, i32, i32)
-            elif name == "plane_decode_digest":
-                values, kinds = (*values, numbers.address, sums.address), (*kinds, u64, u64)
-            elif name == "read_records":
-                values = (start, case.pitch, n, numbers.address, sums.address, 0, case.pitch, 0, 1)
-                kinds = (u64, u64, i32, u64, u64, i32, i32, i32, i32)
-            packed = (*values, counter.address), (*kinds, u64)
-            cu.check(driver.cuLaunchKernel(kernel, 3, 1, 1, 64, 1, 1, 0, 0, packed, 0), "cuLaunchKernel")
-            cu.check(driver.cuCtxSynchronize(), "cuCtxSynchronize")
-        assert not counter.read().any(), "the next launch would find shares taken"
-
-    numbers, declined = upload(kernel_numbers(case.pitch)), upload(np.zeros(n, np.uint32))
-    sums, again = upload(np.zeros((n, 2), np.uint64)), upload(np.zeros((n, 2), np.uint64))
-    launch("plane_encode", counts, sums)
-    assert not counts.read().any(), "the next launch would find shares done"
-    seen = staging.read()
-    whole, sizes = case.coded()
-    whole[np.arange(case.pitch) >= np.where(sizes < 0, 64, sizes)[:, None]] = 0
-    assert (seen[:GUARD] == 0xA5).all() and (seen[-GUARD:] == 0xA5).all()
-    assert (seen[GUARD:-GUARD].reshape(n, case.pitch) == whole).all()
-    assert (declined.read().view(np.uint32) == (sizes < 0)).all()
-    launch("read_records", status, again)
-    for summed in (sums, again):
-        found = add_lengths(summed.read().view(np.uint64).reshape(n, 2), np.full(n, case.pitch))
-        for mine, row, size in zip(found, whole, sizes, strict=True):
-            assert size < 0 or mine.tobytes() == digest(row.tobytes())
-    for name in ("plane_decode", "plane_decode_digest"):
-        memory.write(np.full(case.memory.nbytes, 0x5A, np.uint8))
-        status.write(np.zeros(4 * n, np.uint8))
-        third = upload(np.zeros((n, 2), np.uint64))
-        launch(name, status, third)
-        assert (status.read().view(np.uint32) == (sizes < 0)).all()
-        back, kept = memory.read().view(np.uint16).reshape(case.memory.shape), case.blocks[sizes > 0]
-        assert (back[:, kept] == case.memory[:, kept]).all()
-    assert (third.read() == again.read()).all(), "digests are those of who only reads"
+@pytest.mark.gpu
+@pytest.mark.parametrize("room", [None, 0.72])
+def test_many_records_by_more_ctas_than_find_room(room: float | None) -> None:
+    """Shares of 1 tile and of 16, whose warps wait for one another; among them records that fit no slot, or are kept as they
+    are."""
+    case = PlaneCase("many", RecordShape(8, 8, 128), 40, hostile=True, room=room)
+    gpu = OnGpu(case)
+    for _ in range(5):
+        for run in (1, 3, 16):
+            gpu.check_encoded(8 * gpu.device.multiprocessors, 128, run)
+    gpu.check_decoded("plane_decode_digest", gpu.device.multiprocessors, 256, 16)
+    gpu.check_digests()

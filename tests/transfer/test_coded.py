@@ -69,6 +69,8 @@ def test_no_launch_that_is_not_needed(
         with coded.engine(codec, digests=digests) as engine:
             assert engine.save_blocks(keys_of(*range(9)), range(9), first=False).wait().all()
             coder, names = plans(engine)
+            if codec == "plane":  # a counter, and a cell for each tile
+                assert coder.work_bytes == 4 * (1 + coder.codec.tiles)
             for direction, launches in wanted.items():
                 for busy in (False, True):
                     plan = coder.plan(direction, np.arange(9), np.arange(9)[::-1].copy(), busy)
