@@ -65,7 +65,7 @@ def codec_for(config: KVortexConfig, layout: KVLayout | None, device: Device) ->
         raise ConfigError(f"{what}: codes what is staged, and transfer_route = {seen}; {how}")
     layout, codec = _made(what, config.codec, config, layout)
     if on_gpu:
-        from kvortex.transfer.coders import check_codable
+        from kvortex.transfer.coded.coders import check_codable
 
         try:
             check_codable(codec, layout.fragments)

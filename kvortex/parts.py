@@ -32,7 +32,7 @@ from kvortex.tiers.room import Room
 from kvortex.tiers.urls import OpenTier
 from kvortex.transfer.executor import Executor
 from kvortex.transfer.plan import Pool
-from kvortex.transfer.profile import Profile
+from kvortex.transfer.profiles.profile import Profile
 from kvortex.transfer.routes import Route
 
 _LONGEST_EXIT_S = 5.0  # that the end of a process waits for tiers
@@ -158,7 +158,7 @@ def _profile(config: KVortexConfig, device: Device, notes: list[str]) -> Profile
     """What transfers on a GPU are shaped by; None for the host device."""
     if not isinstance(device, CudaDevice):
         return None
-    from kvortex.transfer.calibrate import profile_for
+    from kvortex.transfer.profiles.calibrate import profile_for
 
     return _overridden(profile_for(device, config.calibrate, notes), config)
 

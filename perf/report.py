@@ -18,7 +18,7 @@ from typing import Any
 import kvortex
 from kvortex.devices.cuda import CudaDevice
 from kvortex.errors import ArgumentError
-from kvortex.transfer import profile_store
+from kvortex.transfer.profiles import store as profile_store
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("numpy", "numba", "numba-cuda", "cuda-bindings", "cuda-core")

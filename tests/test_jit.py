@@ -430,7 +430,7 @@ def test_an_index_is_made_of_its_policies(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_stamp_is_the_same_in_every_process() -> None:
     """Also where strings and sets have another order."""
-    program = "import conftest; from kvortex.jit.stamp import stamp; from kvortex.transfer import submitting as s\n"
+    program = "import conftest; from kvortex.jit.stamp import stamp; from kvortex.transfer.issue import submitting as s\n"
     program += "from kvortex.index import core as c; from kvortex.digests import host as h\n"
     program += "print(*[stamp(f) for m in (s, c, h) for f in vars(m).values() if hasattr(f, 'py_func')])"
     told = set()

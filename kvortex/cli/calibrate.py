@@ -12,11 +12,11 @@ from kvortex.devices import open_device
 from kvortex.devices.cuda import CudaDevice
 from kvortex.errors import DeviceUnavailableError
 from kvortex.transfer.executor import Direction
-from kvortex.transfer.measurements import Measurement
-from kvortex.transfer.profile import to_plain
+from kvortex.transfer.profiles.measurements import Measurement
+from kvortex.transfer.profiles.profile import to_plain
 
 if TYPE_CHECKING:
-    from kvortex.transfer.calibrate import Calibration
+    from kvortex.transfer.profiles.calibrate import Calibration
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -30,8 +30,8 @@ def run(arguments: argparse.Namespace) -> int:
     device = open_device(arguments.device)
     if not isinstance(device, CudaDevice):
         raise DeviceUnavailableError("calibrate needs a GPU: the host device has one way to move blocks")
-    from kvortex.transfer.calibrate import STEPS, calibrate  # with all that is compiled, so only where there is a GPU
-    from kvortex.transfer.profile_store import alone, path_of, save
+    from kvortex.transfer.profiles.calibrate import STEPS, calibrate  # with all that is compiled, so only where there is a GPU
+    from kvortex.transfer.profiles.store import alone, path_of, save
 
     with alone(device), console.Progress("calibrating", STEPS) as progress:
         found = calibrate(device, progress.advance)

@@ -16,7 +16,7 @@ from kvortex.devices import cuda_available
 from kvortex.devices.cuda import CudaDevice
 from kvortex.devices.driver import api, check
 from kvortex.errors import hidden
-from kvortex.transfer.profile import guess
+from kvortex.transfer.profiles.profile import guess
 
 Facts = dict[str, Any]
 COMPILER_LIBRARIES = ("nvvm", "nvrtc", "nvJitLink")
@@ -72,7 +72,7 @@ def gpu(ordinal: int) -> Facts:
 def transfers(ordinal: int) -> Facts:
     """The profile that engines on a GPU work with: measured on a GPU of this kind, or guessed."""
     device = CudaDevice(ordinal)
-    profile_store = importlib.import_module("kvortex.transfer.profile_store")
+    profile_store = importlib.import_module("kvortex.transfer.profiles.store")
     stored = profile_store.load(device)
     profile = stored if stored is not None else guess(device.link_rate, device.multiprocessors)
     told = "yes" if stored is not None else "no: guessed from the link; run kvortex calibrate"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvortex.transfer.executor import Direction
-from kvortex.transfer.profile import Profile
+from kvortex.transfer.profiles.profile import Profile
 from kvortex.transfer.routes import Ability, tabulate
 
 

@@ -20,13 +20,14 @@ from kvortex.memory.arena import SLOT_ALIGNMENT
 from kvortex.memory.ids import IdPool
 from kvortex.memory.staging import StagingRing
 from kvortex.transfer._layers import load_compiled as load_layers
-from kvortex.transfer.cells import COUNTER_BYTES, NO_STREAM
-from kvortex.transfer.coded_layers import LayeredCoder, LayeredLoad
-from kvortex.transfer.coders import coder_for
+from kvortex.transfer.coded.coders import coder_for
+from kvortex.transfer.coded.layers import LayeredCoder, LayeredLoad
 from kvortex.transfer.cuda_completion import CudaCompletion, CudaMark
 from kvortex.transfer.cuda_digests import Digests
 from kvortex.transfer.digesting import Digesting
 from kvortex.transfer.executor import Completion, Direction
+from kvortex.transfer.issue.cells import COUNTER_BYTES, NO_STREAM
+from kvortex.transfer.issue.resident import FLAG_BYTES
 from kvortex.transfer.lane import Lane
 from kvortex.transfer.layer_load import LayerLoad
 from kvortex.transfer.layers import Ordered, Sections, group_count, in_order, split_groups
@@ -34,8 +35,7 @@ from kvortex.transfer.layerwise import LayerSave
 from kvortex.transfer.lending import Lender
 from kvortex.transfer.plan import FIRST, LAST, NONE, OFFSET, Int64s, Plan, Pool, plan_direct
 from kvortex.transfer.planner import AT_ONCE, Planner
-from kvortex.transfer.profile import Profile, most_resident_ctas
-from kvortex.transfer.resident import FLAG_BYTES
+from kvortex.transfer.profiles.profile import Profile, most_resident_ctas
 from kvortex.transfer.routes import Ability, Route, choose, tabulate
 
 LAYER_CTAS = 4  # times the CTAs of a resident kernel, for layers that a model waits for: nothing else hides their scatter

@@ -14,9 +14,9 @@ from kvortex.devices.cuda import CudaDevice
 from kvortex.devices.streams import cuda_stream_handle
 from kvortex.digests.host import add_lengths
 from kvortex.errors import DeviceError, TransferError, TransferTimeoutError
-from kvortex.transfer import cells
 from kvortex.transfer.digesting import Digesting, room_for, status_of, sums_of
 from kvortex.transfer.executor import Direction, Mark, Part, poll
+from kvortex.transfer.issue import cells
 from kvortex.transfer.lane import ROW_WORDS, Job, is_short
 from kvortex.transfer.plan import Int64s, Plan
 from kvortex.transfer.routes import Route

@@ -13,7 +13,7 @@ from kvortex.devices.cuda import CudaDevice
 from kvortex.digests.keys import kernel_numbers
 from kvortex.errors import DeviceError
 from kvortex.transfer.digesting import Digesting, Reading, buffers_reading, pieces_apart
-from kvortex.transfer.launching import PIECE_ROW_BYTES
+from kvortex.transfer.issue.launching import PIECE_ROW_BYTES
 from kvortex.transfer.plan import Int64s
 from kvortex.transfer.routes import Route
 

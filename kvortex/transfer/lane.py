@@ -11,15 +11,15 @@ from kvortex.devices import driver as cu
 from kvortex.devices.cuda import CudaDevice
 from kvortex.errors import DeviceError
 from kvortex.memory.ids import IdBuffer
-from kvortex.transfer import cells, resident
 from kvortex.transfer import digesting as dg
 from kvortex.transfer.digesting import Digesting
-from kvortex.transfer.dma import SCRATCH_CELLS
 from kvortex.transfer.executor import Direction
-from kvortex.transfer.holding import FLAGS, NOTHING, STREAMS
-from kvortex.transfer.pacing import PACED_S, addresses, hurry, pace
+from kvortex.transfer.issue import cells, resident
+from kvortex.transfer.issue.dma import SCRATCH_CELLS
+from kvortex.transfer.issue.holding import FLAGS, NOTHING, STREAMS
+from kvortex.transfer.issue.pacing import PACED_S, addresses, hurry, pace
+from kvortex.transfer.issue.submitting import RESIDENT, STREAMED, Submitter
 from kvortex.transfer.plan import BASE_CELLS, IDS, INSTEAD, N_PIECES, PARAMETERS, STATUS, SUMS, Int64s, Plan
-from kvortex.transfer.submitting import RESIDENT, STREAMED, Submitter
 
 THREADS = 128  # of a CTA that stages: a small one finds room sooner beside a model's, and leaves it sooner
 READING_THREADS = 512  # of one that only reads, and has much to read
@@ -27,7 +27,7 @@ ROW_WORDS = 2 * resident.ROW_CELLS  # of an IdBuffer's int32
 RESIDENT_THREADS = 512  # of kvortex.kernels.resident, which needs numba.cuda to import
 
 
-Job: TypeAlias = "tuple[int, tuple[Any, ...]]"  # of kvortex.transfer.submitting
+Job: TypeAlias = "tuple[int, tuple[Any, ...]]"  # of kvortex.transfer.issue.submitting
 _AT_ONCE = 32  # calls of the driver, of a hundred microseconds at most in all, that are not worth waking a thread for
 _FEW_THREADS = 128  # of a CTA that only reads, where there is so little that it is to be spread over all multiprocessors
 _READING_LAUNCHES = 2  # times the CTAs of a launch, for one that only reads: as many as keep the bus of the VRAM busy
@@ -40,7 +40,7 @@ def is_short(plan: Plan) -> bool:
 
 
 def _kind(plan: Plan) -> int:
-    """Of :mod:`kvortex.transfer.holding`."""
+    """Of :mod:`kvortex.transfer.issue.holding`."""
     if plan.ctas:
         return FLAGS
     return STREAMS if len(plan.chunks) and plan.chunks[0, N_PIECES] and not plan.chunks[0, INSTEAD] else NOTHING
@@ -166,7 +166,7 @@ class Lane:
         events ``after``; ``outcome`` will tell how that went. ``ids`` has room as :func:`kvortex.transfer.digesting.room_for`
         says.
 
-        ``events`` are recorded before, after, and at each mark. See :func:`kvortex.transfer.issue.issue`.
+        ``events`` are recorded before, after, and at each mark. See :func:`kvortex.transfer.issue.plans.issue`.
         """
         if caller != cells.NO_STREAM:
             after = self._caller_event
@@ -304,12 +304,12 @@ class Lane:
         )
 
     def issue(self, job: Job) -> bool:
-        """Issues a job, if nobody else issues one here. See :meth:`kvortex.transfer.submitting.Submitter.issue`."""
+        """Issues a job, if nobody else issues one here. See :meth:`kvortex.transfer.issue.submitting.Submitter.issue`."""
         assert self._submitter is not None
         return self._submitter.issue(*job)
 
     def leave(self, job: Job) -> None:
-        """Leaves a job to the lane's thread. See :meth:`kvortex.transfer.submitting.Submitter.leave`."""
+        """Leaves a job to the lane's thread. See :meth:`kvortex.transfer.issue.submitting.Submitter.leave`."""
         assert self._submitter is not None
         self._submitter.leave(*job)
 

@@ -13,11 +13,11 @@ from kvortex.cli import doctor, main
 from kvortex.cli.profiles import facts, size
 from kvortex.devices.cuda import CudaDevice
 from kvortex.errors import DeviceError
-from kvortex.transfer import calibrate as module
-from kvortex.transfer import profile_store as store
-from kvortex.transfer.calibrate import Calibration
 from kvortex.transfer.executor import Direction
-from kvortex.transfer.measurements import Measurement
+from kvortex.transfer.profiles import calibrate as module
+from kvortex.transfer.profiles import store as store
+from kvortex.transfer.profiles.calibrate import Calibration
+from kvortex.transfer.profiles.measurements import Measurement
 from kvortex.transfer.routes import Ranking, Route
 from tests.cli.screen import rows
 from tests.fake_gpu import FakeGpu, fake_gpu

@@ -13,11 +13,11 @@ import pytest
 from kvortex.devices.cuda import CudaDevice
 from kvortex.errors import ConfigError, DeviceError
 from kvortex.parts import _staging_bytes
-from kvortex.transfer import calibrate as module
-from kvortex.transfer import profile_store as store
 from kvortex.transfer.cuda import CudaExecutor
 from kvortex.transfer.executor import Direction
-from kvortex.transfer.profile import Profile, guess
+from kvortex.transfer.profiles import calibrate as module
+from kvortex.transfer.profiles import store as store
+from kvortex.transfer.profiles.profile import Profile, guess
 from tests.fake_gpu import FakeGpu, fake_gpu
 from tests.pages import PagedCache, keys_of
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kvortex.transfer import cells
 from kvortex.transfer import digesting as dg
-from kvortex.transfer.coded import plan_coded
-from kvortex.transfer.dma import SCRATCH_CELLS
-from kvortex.transfer.issue import issue
+from kvortex.transfer.coded.plans import plan_coded
+from kvortex.transfer.issue import cells
+from kvortex.transfer.issue.dma import SCRATCH_CELLS
+from kvortex.transfer.issue.pacing import addresses
+from kvortex.transfer.issue.plans import issue
 from kvortex.transfer.layers import cut_layers, cut_sections, group_layers, in_order, plan_layers
-from kvortex.transfer.pacing import addresses
 from kvortex.transfer.plan import (
     ARGUMENTS,
     BUFFER,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from kvortex.devices.cuda import CudaDevice
-from kvortex.transfer.profile import Profile, guess
+from kvortex.transfer.profiles.profile import Profile, guess
 
 H100 = guess(32e9 * 16 * 128 / 130 / 8, 132)  # PCIe 5 x16
 
@@ -19,4 +19,4 @@ def shape(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
     def profile_for(device: CudaDevice, *_: object) -> Profile:
         return replace(guess(device.link_rate, device.multiprocessors), **changes)
 
-    monkeypatch.setattr("kvortex.transfer.calibrate.profile_for", profile_for)
+    monkeypatch.setattr("kvortex.transfer.profiles.calibrate.profile_for", profile_for)

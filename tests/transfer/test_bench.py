@@ -15,16 +15,16 @@ from kvortex.devices import driver as cu
 from kvortex.devices import open_device
 from kvortex.devices.cuda import CudaDevice
 from kvortex.errors import DeviceError, KVortexError, TransferError, TransferTimeoutError
-from kvortex.transfer import bench as module
-from kvortex.transfer import calibrate as calibration
-from kvortex.transfer import load as loads
-from kvortex.transfer import profile_store as store
-from kvortex.transfer.bench import Bench
-from kvortex.transfer.calibrate import calibrate
-from kvortex.transfer.cells import PACED
 from kvortex.transfer.executor import Direction
-from kvortex.transfer.load import Load
-from kvortex.transfer.profile import Profile, guess
+from kvortex.transfer.issue.cells import PACED
+from kvortex.transfer.profiles import bench as module
+from kvortex.transfer.profiles import calibrate as calibration
+from kvortex.transfer.profiles import load as loads
+from kvortex.transfer.profiles import store as store
+from kvortex.transfer.profiles.bench import Bench
+from kvortex.transfer.profiles.calibrate import calibrate
+from kvortex.transfer.profiles.load import Load
+from kvortex.transfer.profiles.profile import Profile, guess
 from kvortex.transfer.routes import Route
 from tests.fake_driver import Result
 from tests.fake_gpu import FakeGpu, fake_gpu

@@ -12,12 +12,12 @@ import pytest
 
 from kvortex.devices.cuda import CudaDevice
 from kvortex.errors import DeviceError, TransferError
-from kvortex.transfer import calibrate as module
-from kvortex.transfer import profile_store as store
-from kvortex.transfer.bench import FRAGMENTS
-from kvortex.transfer.calibrate import Calibration, Machine, measure, profile_for
 from kvortex.transfer.executor import Direction
-from kvortex.transfer.profile import Profile
+from kvortex.transfer.profiles import calibrate as module
+from kvortex.transfer.profiles import store as store
+from kvortex.transfer.profiles.bench import FRAGMENTS
+from kvortex.transfer.profiles.calibrate import Calibration, Machine, measure, profile_for
+from kvortex.transfer.profiles.profile import Profile
 from kvortex.transfer.routes import Ability, Route, choose, tabulate
 from tests.transfer.profiles import H100
 from tests.transfer.test_profile import gpu

@@ -15,8 +15,8 @@ from kvortex.codecs.base import HEADER
 from kvortex.codecs.lossy import LossyCodec
 from kvortex.devices import Device, open_device
 from kvortex.devices.cuda import CudaDevice
-from kvortex.transfer.coded import DeviceCoder, plan_coded
-from kvortex.transfer.coders import used_lengths
+from kvortex.transfer.coded.coders import used_lengths
+from kvortex.transfer.coded.plans import DeviceCoder, plan_coded
 from kvortex.transfer.executor import Direction
 from kvortex.transfer.plan import COPY_BYTES, CTAS, DEVICE_SIDE, HOST_PITCH, HOST_SIDE, KERNEL, LINES, PITCH, Pool
 from tests.engine.coded import CODED, Coded, kv, slot_of, slots_of

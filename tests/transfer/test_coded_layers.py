@@ -17,9 +17,9 @@ from kvortex.codecs.lossy import LossyCodec
 from kvortex.codecs.plane import PlaneCodec
 from kvortex.devices.cuda import CudaDevice
 from kvortex.kernels.plane_form import FIXED_BYTES
-from kvortex.transfer import _coded, _strips
-from kvortex.transfer.coded_layers import LayeredCoder, coded_group_count, group_edges
-from kvortex.transfer.coders import slots_as_words
+from kvortex.transfer.coded import _lookups, _strips
+from kvortex.transfer.coded.coders import slots_as_words
+from kvortex.transfer.coded.layers import LayeredCoder, coded_group_count, group_edges
 from kvortex.transfer.executor import Direction, poll
 from kvortex.transfer.layers import Least
 from kvortex.transfer.plan import (
@@ -99,7 +99,7 @@ def test_slots_are_seen_as_words() -> None:
     memory = np.arange(4 * 256, dtype=np.uint32)
     words = slots_as_words(Pool(memory.ctypes.data, 1024, 4), 3)
     assert (words == memory[:768]).all() and not words.flags.writeable and words.flags.c_contiguous
-    _coded.load_compiled()
+    _lookups.load_compiled()
 
 
 def coder_of(engine: Any) -> LayeredCoder:
@@ -247,7 +247,7 @@ def test_plans_are_those_of_the_naive_planner(codec: str, monkeypatch: pytest.Mo
                         patch.setattr(coder, name, value)
                     compared += same_as_naive(coder, filled, busy=case % 5 == 0)
             assert compared == 24
-    loaded = _coded.tail_offsets, _strips.pitch_of_all, _strips.part_chunks, _strips.list_groups
+    loaded = _lookups.tail_offsets, _strips.pitch_of_all, _strips.part_chunks, _strips.list_groups
     assert [len(function.signatures) for function in loaded] == [1] * 4, "all that is called was loaded before VRAM was taken"
 
 

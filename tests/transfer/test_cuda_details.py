@@ -16,7 +16,7 @@ from kvortex.errors import EngineClosedError, LayoutError, TransferError
 from kvortex.memory.ids import _READY, IdPool
 from kvortex.transfer.cuda_completion import Events
 from kvortex.transfer.executor import Direction
-from kvortex.transfer.profile import most_resident_ctas
+from kvortex.transfer.profiles.profile import most_resident_ctas
 from tests.fake_driver import Result
 from tests.fake_gpu import FakeGpu, fake_gpu
 from tests.pages import PagedCache, Tensor, keys_of

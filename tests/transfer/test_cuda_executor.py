@@ -359,7 +359,7 @@ def test_streams_under_capture_are_refused(gpu: FakeGpu) -> None:
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_an_interrupt_around_the_issue(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
     """A signal that comes inside the compiled call is told when that returns, with everything on its way."""
-    from kvortex.transfer import submitting
+    from kvortex.transfer.issue import submitting
 
     real = submitting._streamed
 

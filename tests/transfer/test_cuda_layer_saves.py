@@ -334,7 +334,7 @@ def test_an_interrupt_at_any_line(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch,
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_an_interrupt_around_the_issue(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
-    from kvortex.transfer import submitting
+    from kvortex.transfer.issue import submitting
 
     real = submitting._streamed
 

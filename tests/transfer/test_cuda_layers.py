@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from kvortex.devices.cuda import CudaDevice
-from kvortex.transfer.cells import ERROR, LAST
 from kvortex.transfer.cuda_completion import CudaCompletion
+from kvortex.transfer.issue.cells import ERROR, LAST
 from kvortex.transfer.layer_load import LayerLoad
 from tests.fake_gpu import FakeGpu, fake_gpu
 from tests.pages import PagedCache, Tensor, assert_same, keys_of

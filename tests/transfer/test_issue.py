@@ -9,7 +9,7 @@ import pytest
 
 from kvortex.devices import driver as cu
 from kvortex.transfer import digesting as dg
-from kvortex.transfer.cells import COPIED, COUNTER_BYTES, HANDED
+from kvortex.transfer.issue.cells import COPIED, COUNTER_BYTES, HANDED
 from kvortex.transfer.plan import (
     FIRST_BLOCK,
     FIRST_COPY,

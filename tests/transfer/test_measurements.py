@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from kvortex.transfer.executor import Direction
-from kvortex.transfer.measurements import (
+from kvortex.transfer.profiles.measurements import (
     Measurement,
     first_of_the_best,
     least_short,
@@ -16,7 +16,7 @@ from kvortex.transfer.measurements import (
     seconds_each,
     shortfall,
 )
-from kvortex.transfer.profile import guess
+from kvortex.transfer.profiles.profile import guess
 from kvortex.transfer.routes import Ability, Ranking, Route, choose, tabulate
 
 S, R, L, B, M = Route.STAGED, Route.RESIDENT, Route.STRIDED, Route.BATCHED, Route.MAPPED

@@ -14,7 +14,8 @@ import pytest
 from kvortex.devices import driver as cu
 from kvortex.devices.asking import NOT_READY
 from kvortex.devices.cuda import CudaDevice
-from kvortex.transfer.cells import (
+from kvortex.transfer.executor import Direction, poll
+from kvortex.transfer.issue.cells import (
     CLOCK,
     COPIED,
     DUE,
@@ -27,11 +28,10 @@ from kvortex.transfer.cells import (
     PACED,
     QUEUED,
 )
-from kvortex.transfer.dma import SCRATCH_CELLS
-from kvortex.transfer.executor import Direction, poll
-from kvortex.transfer.pacing import begin_turns, hurry, nap, pace, take_turn
+from kvortex.transfer.issue.dma import SCRATCH_CELLS
+from kvortex.transfer.issue.pacing import begin_turns, hurry, nap, pace, take_turn
+from kvortex.transfer.issue.submitting import _STREAMED_LIKE, STREAMED
 from kvortex.transfer.plan import CHUNK_COLUMNS, COPY_BYTES, COPY_COLUMNS, FIRST_COPY, LINES, N_COPIES, Int64s, Plan
-from kvortex.transfer.submitting import _STREAMED_LIKE, STREAMED
 from tests.engine.coded import Coded
 from tests.fake_gpu import fake_gpu
 from tests.late_gpu import LateGpu

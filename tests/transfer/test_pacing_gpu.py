@@ -10,7 +10,7 @@ import pytest
 from kvortex import KVortexEngine
 from kvortex.devices import open_device
 from kvortex.devices.cuda import CudaDevice
-from kvortex.transfer.cells import PACED
+from kvortex.transfer.issue.cells import PACED
 from tests.pages import PagedCache, Tensor, assert_same, keys_of
 
 pytestmark = pytest.mark.gpu

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from kvortex.transfer.executor import Direction
-from kvortex.transfer.profile import guess
+from kvortex.transfer.profiles.profile import guess
 from kvortex.transfer.routes import Ability, Ranking, Route, choose, tabulate
 from tests.transfer.profiles import H100
 

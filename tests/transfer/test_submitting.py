@@ -14,8 +14,8 @@ from numba.core.errors import TypingError
 from kvortex.devices.cuda import CudaDevice
 from kvortex.devices.native import load_tuple, store_tuple
 from kvortex.errors import TransferError, TransferTimeoutError
-from kvortex.transfer import submitting
 from kvortex.transfer.cuda import CudaExecutor
+from kvortex.transfer.issue import submitting
 from kvortex.transfer.transfer import Transfer
 from tests.fake_gpu import FakeGpu, fake_gpu
 from tests.pages import PagedCache, Tensor, assert_same, keys_of

@@ -17,11 +17,11 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from kvortex.transfer._strips import list_groups, part_chunks, pitch_of_all
-from kvortex.transfer.coded import DeviceCoder
+from kvortex.transfer.coded._strips import list_groups, part_chunks, pitch_of_all
+from kvortex.transfer.coded.plans import DeviceCoder
 from kvortex.transfer.layers import Least, run_count
 from kvortex.transfer.plan import FIRST_COPY, FIRST_LAUNCH, LAST, Int32s, Int64s, Plan, even, ramp
-from kvortex.transfer.profile import WORTH
+from kvortex.transfer.profiles.profile import WORTH
 
 _MOST = 4  # groups: a fifth one would hide a 24th of a model's time
 # A model computes for at least such a part of the time that its KV is on the link: 12 of 55 ms, where 32K tokens of
@@ -41,7 +41,7 @@ class Cut(NamedTuple):
     fixed : (g, s, STRIP_COLUMNS) int64
         Strips of each group, but for what differs from record to record.
     rows : (g, k, LAUNCH_COLUMNS) int64
-        Launches of a chunk in each group, as :func:`kvortex.transfer._strips.list_groups` takes them.
+        Launches of a chunk in each group, as :func:`kvortex.transfer.coded._strips.list_groups` takes them.
     likely_pitch : int
         Bytes of a record in a staging buffer, in the widest group.
     """
@@ -251,7 +251,7 @@ class LayeredLoad:
         offsets: Int64s,
         done: Int64s,
     ) -> tuple[Segment, Int64s]:
-        """Of :func:`kvortex.transfer._strips.list_groups`, and where that ends which is digested by then."""
+        """Of :func:`kvortex.transfer.coded._strips.list_groups`, and where that ends which is digested by then."""
         coder, (fixed, rows) = self._coder, groups
         bounds, most_ctas = (coder.least, coder.codec.slot_bytes), coder.most_ctas[1]
         pool = coder._pool.address, coder._pool.slot_bytes, coder._pool.segment_slots

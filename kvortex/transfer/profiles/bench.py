@@ -16,10 +16,10 @@ from kvortex.memory.arena import PinnedArena
 from kvortex.transfer.cuda import CudaExecutor, resident_kernels_can_run
 from kvortex.transfer.cuda_completion import CudaCompletion
 from kvortex.transfer.executor import Completion, Direction, poll
-from kvortex.transfer.load import Load
-from kvortex.transfer.measurements import seconds_each
 from kvortex.transfer.plan import Int64s, Pool
-from kvortex.transfer.profile import Profile
+from kvortex.transfer.profiles.load import Load
+from kvortex.transfer.profiles.measurements import seconds_each
+from kvortex.transfer.profiles.profile import Profile
 from kvortex.transfer.routes import Route
 
 FRAGMENTS = 64  # of a record: keys and values of 32 layers

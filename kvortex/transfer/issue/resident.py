@@ -28,7 +28,8 @@ from kvortex.devices.driver import (
 )
 from kvortex.devices.native import call, release
 from kvortex.jit import njit
-from kvortex.transfer.cells import (
+from kvortex.transfer.digesting import NUMBERS, SUMS, SUMS_BYTES, read_back
+from kvortex.transfer.issue.cells import (
     CALLER_EVENT,
     CONTEXT,
     ERROR,
@@ -39,9 +40,8 @@ from kvortex.transfer.cells import (
     TABLE,
     TO_HOST,
 )
-from kvortex.transfer.digesting import NUMBERS, SUMS, SUMS_BYTES, read_back
-from kvortex.transfer.dma import MODE, copy_chunk
-from kvortex.transfer.ordering import follow, follow_stream, join
+from kvortex.transfer.issue.dma import MODE, copy_chunk
+from kvortex.transfer.issue.ordering import follow, follow_stream, join
 from kvortex.transfer.plan import FIRST_BLOCK, FIRST_PIECE, N_BLOCKS, N_PIECES
 
 # Cells of ``ring``: what a lane has for resident kernels beside its other cells.
@@ -109,7 +109,7 @@ def issue_resident(  # type: ignore[no-untyped-def]
     Parameters
     ----------
     functions, lane, caller, after, start, chunks, copies, pitch, marks, events, scratch, outcome
-        As of :func:`kvortex.transfer.issue.issue`; marks of loads only.
+        As of :func:`kvortex.transfer.issue.plans.issue`; marks of loads only.
     ring : (RING_CELLS,) int64
         Stream and event of the kernel, the kernel, its threads in a CTA times ``ctas``, the flags in VRAM, the stream that
         writes ``ready``, and the event that it waits for each time.
@@ -184,7 +184,7 @@ def issue_resident(  # type: ignore[no-untyped-def]
             break
         at = (first + c) % depth
         flag = ring[FLAGS] + 2 * FLAG_BYTES * at
-        if not error and sums and to_host and c == len(chunks) - 1:  # see kvortex.transfer.issue: the kernel ends before that
+        if not error and sums and to_host and c == len(chunks) - 1:  # the kernel ends before that: see plans.py
             error = follow_stream(functions, stream, kernel_stream, ring[EVENT])
             if not error:
                 error = read_back(functions, digest, stream)

@@ -2,11 +2,11 @@
 
 A chunk has launches on its buffer's stream, each a row of a kernel, its grid and its parameters (:mod:`kvortex.transfer.plan`),
 and copies between the buffer and slots. What a codec launches is all that a :class:`DeviceCoder` has of its own
-(:mod:`kvortex.transfer.coders`).
+(:mod:`kvortex.transfer.coded.coders`).
 
 A slot holds ``codec.slot_bytes``, with zeros behind a record that is shorter. A save cannot know how long its records become,
 and zeros belong to them, so it moves whole slots. A load knows it, so it moves as much as the longest of neighbours needs, and
-no zeros, which add nothing to a digest either. Loads in groups of layers are in :mod:`kvortex.transfer.coded_layers`.
+no zeros, which add nothing to a digest either. Loads in groups of layers are in :mod:`kvortex.transfer.coded.layers`.
 """
 
 from __future__ import annotations

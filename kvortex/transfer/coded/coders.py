@@ -20,9 +20,9 @@ from kvortex.codecs.plane import PlaneCodec
 from kvortex.devices.cuda import CudaDevice
 from kvortex.errors import CodecError
 from kvortex.kernels.plane_form import ENCODE_WARPS, FIXED_BYTES, WARPS
-from kvortex.transfer import _coded, _strips
-from kvortex.transfer.coded import Parameter
-from kvortex.transfer.coded_layers import LayeredCoder
+from kvortex.transfer.coded import _lookups, _strips
+from kvortex.transfer.coded.layers import LayeredCoder
+from kvortex.transfer.coded.plans import Parameter
 from kvortex.transfer.plan import ABSOLUTE, BUFFER, IDS, STATUS, WORK, Int64s, Pool
 
 _USED_AT = HEADER.fields["used_bytes"][1]  # type: ignore[index]
@@ -74,7 +74,7 @@ class _TileCoder(LayeredCoder):
         kernel: Callable[[str], int],
         numbers: int,
     ) -> None:
-        _coded.load_compiled()
+        _lookups.load_compiled()
         _strips.load_compiled()
         super().__init__(device, codec, pool, kernel, numbers)
         self.tiles = codec.tiles
@@ -160,7 +160,7 @@ class PlaneCoder(_TileCoder):
         if 4 * len(words) < count * self._pool.slot_bytes:  # it takes tens of microseconds; two threads may both do it
             words = self._words = slots_as_words(self._pool, count)
         where = self._pool.slot_bytes // 4, slots, HEADER_BYTES // 4, _USED_AT // 4
-        _coded.tail_offsets(words, *where, self.tiles, edges, self.codec.slot_bytes, made)
+        _lookups.tail_offsets(words, *where, self.tiles, edges, self.codec.slot_bytes, made)
         return made
 
     def _fixed(self, edges: Int64s) -> Int64s:

@@ -7,7 +7,7 @@ import numpy as np
 from kvortex.devices.driver import CTX_POP, CTX_PUSH, EVENT_RECORD, STREAM_WAIT
 from kvortex.devices.native import call
 from kvortex.jit import njit
-from kvortex.transfer.cells import CALLER_EVENT, CONTEXT, ERROR, JOIN_STREAM
+from kvortex.transfer.issue.cells import CALLER_EVENT, CONTEXT, ERROR, JOIN_STREAM
 
 
 @njit(nogil=True)

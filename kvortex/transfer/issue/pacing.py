@@ -13,8 +13,8 @@ from kvortex.devices.asking import NOT_READY, ask_relaxed
 from kvortex.devices.driver import EVENT_QUERY
 from kvortex.devices.native import call, libc_address
 from kvortex.jit import njit
-from kvortex.transfer.cells import CLOCK, DUE, FS_OF_BYTE, HURRIED, NAP, PACED, QUEUED
-from kvortex.transfer.dma import MODE, TIME
+from kvortex.transfer.issue.cells import CLOCK, DUE, FS_OF_BYTE, HURRIED, NAP, PACED, QUEUED
+from kvortex.transfer.issue.dma import MODE, TIME
 from kvortex.transfer.plan import COPY_BYTES, FIRST_COPY, LINES, N_COPIES
 
 # For so long the link is to have something before it while this thread naps, as a plan and in the other buffers. Each nap costs

@@ -21,10 +21,10 @@ from kvortex.devices.native import call, load_tuple, release, store_tuple
 from kvortex.devices.threads import Mutex, Semaphore, busy_address
 from kvortex.errors import TransferTimeoutError
 from kvortex.jit import njit
-from kvortex.transfer.cells import LANE_CELLS, OUTCOME_CELLS, PACED, QUEUED
 from kvortex.transfer.executor import poll
-from kvortex.transfer.holding import issue_holding, issue_resident_holding
-from kvortex.transfer.pacing import hurry
+from kvortex.transfer.issue.cells import LANE_CELLS, OUTCOME_CELLS, PACED, QUEUED
+from kvortex.transfer.issue.holding import issue_holding, issue_resident_holding
+from kvortex.transfer.issue.pacing import hurry
 from kvortex.transfer.plan import Int64s
 
 _CAPACITY = 256  # plans that wait
@@ -142,7 +142,7 @@ class Submitter:
     ----------
     name
     lane : (LANE_CELLS,) int64
-        What it says of who is hurried (:mod:`kvortex.transfer.pacing`).
+        What it says of who is hurried (:mod:`kvortex.transfer.issue.pacing`).
     """
 
     def __init__(self, name: str, lane: Int64s) -> None:

@@ -15,7 +15,7 @@ from kvortex import __version__
 from kvortex.devices.cuda import CudaDevice
 from kvortex.kernels import cache
 from kvortex.transfer.executor import poll
-from kvortex.transfer.profile import Profile, from_plain, to_plain
+from kvortex.transfer.profiles.profile import Profile, from_plain, to_plain
 
 _MAGIC, _VERSION = b"KVXPROFL", 8  # another version where what is measured, or how, changes
 _LONGEST_WAIT_S = 60.0

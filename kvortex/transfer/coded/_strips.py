@@ -10,7 +10,7 @@ import functools
 import numpy as np
 
 from kvortex.jit import njit
-from kvortex.transfer.coded import MOST_RUN, READ_PIECE
+from kvortex.transfer.coded.plans import MOST_RUN, READ_PIECE
 from kvortex.transfer.plan import (
     ARGUMENTS,
     CHUNK_COLUMNS,

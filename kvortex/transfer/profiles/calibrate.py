@@ -13,12 +13,12 @@ from typing import Protocol, TypeVar
 
 from kvortex.devices.cuda import CudaDevice
 from kvortex.errors import DeviceError, KVortexError
-from kvortex.transfer import profile_store as store
-from kvortex.transfer.bench import FRAGMENTS, Bench
 from kvortex.transfer.cuda import launches_block
 from kvortex.transfer.executor import Direction
-from kvortex.transfer.measurements import Measurement, first_of_the_best, least_short, long_enough, rank
-from kvortex.transfer.profile import KERNEL_S, STAGED_CTAS_EACH, Profile, guess, most_resident_ctas
+from kvortex.transfer.profiles import store as store
+from kvortex.transfer.profiles.bench import FRAGMENTS, Bench
+from kvortex.transfer.profiles.measurements import Measurement, first_of_the_best, least_short, long_enough, rank
+from kvortex.transfer.profiles.profile import KERNEL_S, STAGED_CTAS_EACH, Profile, guess, most_resident_ctas
 from kvortex.transfer.routes import OVER_THE_LINK, Route
 
 FRAGMENT_BYTES = (4 << 10, 16 << 10, 32 << 10, 128 << 10)
@@ -38,7 +38,7 @@ _T = TypeVar("_T")
 
 
 class Machine(Protocol):
-    """What is measured with; see :class:`kvortex.transfer.bench.Bench`."""
+    """What is measured with; see :class:`kvortex.transfer.profiles.bench.Bench`."""
 
     nbytes: int
     multiprocessors: int

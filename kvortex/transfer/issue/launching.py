@@ -7,8 +7,8 @@ import numpy as np
 from kvortex.devices.driver import LAUNCH
 from kvortex.devices.native import call
 from kvortex.jit import njit
-from kvortex.transfer.cells import COUNTER_BYTES, COUNTERS, KERNEL, MAX_CTAS, TABLE, THREADS
 from kvortex.transfer.digesting import IDS, NUMBERS, ONLY, PIECE_BYTES, RECORD_BYTES, SUMS, SUMS_BYTES
+from kvortex.transfer.issue.cells import COUNTER_BYTES, COUNTERS, KERNEL, MAX_CTAS, TABLE, THREADS
 from kvortex.transfer.plan import (
     ARGUMENTS,
     BUFFER,

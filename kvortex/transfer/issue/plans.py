@@ -12,7 +12,8 @@ from kvortex.devices.driver import CTX_POP, CTX_PUSH, EVENT_RECORD, STREAM_WAIT
 from kvortex.devices.native import call, release
 from kvortex.jit import njit
 from kvortex.transfer import digesting
-from kvortex.transfer.cells import (
+from kvortex.transfer.digesting import EVENT, PIECE_BYTES, STREAM, SUMS_BYTES, read, read_back, send
+from kvortex.transfer.issue.cells import (
     CALLER_EVENT,
     CONTEXT,
     COPIED,
@@ -27,11 +28,10 @@ from kvortex.transfer.cells import (
     PACED,
     TO_HOST,
 )
-from kvortex.transfer.digesting import EVENT, PIECE_BYTES, STREAM, SUMS_BYTES, read, read_back, send
-from kvortex.transfer.dma import copy_batch, copy_chunk
-from kvortex.transfer.launching import aim_chunk, run_chunk
-from kvortex.transfer.ordering import follow, follow_stream, join
-from kvortex.transfer.pacing import begin_turns, has_passed, is_due, nap, take_turn
+from kvortex.transfer.issue.dma import copy_batch, copy_chunk
+from kvortex.transfer.issue.launching import aim_chunk, run_chunk
+from kvortex.transfer.issue.ordering import follow, follow_stream, join
+from kvortex.transfer.issue.pacing import begin_turns, has_passed, is_due, nap, take_turn
 from kvortex.transfer.plan import N_COPIES, N_PIECES
 
 _READS = digesting.KERNEL
@@ -54,7 +54,7 @@ def issue(  # type: ignore[no-untyped-def]
     lane : (LANE_CELLS,) int64
         Context, kernel, launch shape, piece table, join stream, event for the caller's stream, direction, stream for copies
         between staging buffers and the host, the event that joins it, and counters of shares, one for each of ``streams``;
-        and what :mod:`kvortex.transfer.pacing` needs.
+        and what :mod:`kvortex.transfer.issue.pacing` needs.
     streams, buffers, joins : (s,) int64
         Each stream with its staging buffer and the event that joins it. Kernels of a buffer are on its stream; its copies
         too where there is one buffer alone.

@@ -7,10 +7,10 @@ another one's. Between finding who holds the buffers and issuing there is no suc
 from __future__ import annotations
 
 from kvortex.jit import njit
-from kvortex.transfer.cells import ERROR, ISSUED
-from kvortex.transfer.issue import issue
-from kvortex.transfer.ordering import hand_over
-from kvortex.transfer.resident import issue_resident
+from kvortex.transfer.issue.cells import ERROR, ISSUED
+from kvortex.transfer.issue.ordering import hand_over
+from kvortex.transfer.issue.plans import issue
+from kvortex.transfer.issue.resident import issue_resident
 
 # What keeps the next chunk out of a staging buffer that is in use: nothing, since none is used; the order of the buffer's
 # stream; flags.
@@ -32,7 +32,7 @@ def _take(kind, holder, streams, joins, functions, lane, scratch, outcome):  # t
 
 @njit(nogil=True)
 def issue_holding(kind, holder, streams, joins, arguments):  # type: ignore[no-untyped-def]
-    """:func:`kvortex.transfer.issue.issue`, with the staging buffers in hand.
+    """:func:`kvortex.transfer.issue.plans.issue`, with the staging buffers in hand.
 
     Parameters
     ----------
@@ -51,6 +51,6 @@ def issue_holding(kind, holder, streams, joins, arguments):  # type: ignore[no-u
 
 @njit(nogil=True)
 def issue_resident_holding(holder, streams, joins, arguments):  # type: ignore[no-untyped-def]
-    """:func:`kvortex.transfer.resident.issue_resident` likewise, as ``FLAGS``."""
+    """:func:`kvortex.transfer.issue.resident.issue_resident` likewise, as ``FLAGS``."""
     if _take(FLAGS, holder, streams, joins, arguments[0], arguments[1], arguments[-2], arguments[-1]):
         issue_resident(*arguments)
