@@ -18,12 +18,9 @@ While a warp works on a tile, the next one's loads are in flight. They are plain
 
 from __future__ import annotations
 
-from typing import Any
-
 from numba import cuda
 from numba.cuda import types
 
-from kvortex.kernels import plane
 from kvortex.kernels.eights import differences, from_lane, joined, scaled, sums, turned
 from kvortex.kernels.float32 import number_of, times, word_of
 from kvortex.kernels.lossy_form import (
@@ -43,7 +40,6 @@ from kvortex.kernels.lossy_form import (
 )
 from kvortex.kernels.warp import uniform
 
-SIGNATURE: Any = plane.SHARED_SIGNATURE
 uint32, uint64, int32 = types.uint32, types.uint64, types.int32
 
 

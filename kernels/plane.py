@@ -22,6 +22,7 @@ from kvortex.kernels.plane_form import (
     BASES,
     CODED,
     DECLINED,
+    FIXED_BYTES,
     GROUPS,
     HEADER,
     HEADER_WORDS,
@@ -49,7 +50,6 @@ uint8, uint16, uint32, uint64, int32 = types.uint8, types.uint16, types.uint32, 
 SIGNATURE: Any = types.void(
     uint64, uint64, types.CPointer(uint64), uint64, types.CPointer(types.int32), types.int32, types.int32
 )
-SHARED_SIGNATURE: Any = types.void(*SIGNATURE.args, uint64)  # with a counter of shares
 DIGEST_SIGNATURE: Any = types.void(*SIGNATURE.args, uint64, uint64, uint64)  # with digests' numbers and sums, and a counter
 ENCODE_SIGNATURE: Any = types.void(*SIGNATURE.args, uint64, uint64, uint64, uint64)  # with status of records besides
 
@@ -58,6 +58,18 @@ ENCODE_SIGNATURE: Any = types.void(*SIGNATURE.args, uint64, uint64, uint64, uint
 def tiles_of(codec):  # type: ignore[no-untyped-def]
     """Tiles of a record."""
     return uint32(uint32(codec[N_PLANES]) * uint32(codec[GROUPS]) * uint32(codec[ACROSS]))
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def head_bytes(codec):  # type: ignore[no-untyped-def]
+    """Bytes of a record before the first fixed part: header and table."""
+    return uint32(uint32(4 * HEADER_WORDS) + uint32(4) * uint32(codec[TABLE_WORDS]))
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def fixed_bytes(codec):  # type: ignore[no-untyped-def]
+    """Bytes of a record before the first tail."""
+    return uint32(head_bytes(codec) + uint32(FIXED_BYTES) * tiles_of(codec))
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
@@ -151,7 +163,7 @@ def write_header(record, header, stored, used, lane):  # type: ignore[no-untyped
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def verbatim_at(codec, tile):  # type: ignore[no-untyped-def]
+def _verbatim_at(codec, tile):  # type: ignore[no-untyped-def]
     """Where the first row of a tile lies in a record that is kept as it is, counted from the record's begin."""
     across = uint32(codec[ACROSS])
     high = uint32(tile // across)
@@ -166,7 +178,7 @@ def verbatim(to_record: bool) -> Callable[..., None]:
     def copy(record, codec, block, tile, last, lane):  # type: ignore[no-untyped-def]
         while tile < last:
             page, step, _ = place(codec, tile, block, lane)
-            kept = record + verbatim_at(codec, tile) + uint64(4) * uint64(lane)
+            kept = record + _verbatim_at(codec, tile) + uint64(4) * uint64(lane)
             target, source = (kept, page) if to_record else (page, kept)
             row = uint32(0)
             while row < uint32(ROWS):

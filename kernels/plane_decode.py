@@ -45,10 +45,11 @@ from kvortex.kernels.plane import (
     HEADER,
     HEADER_WORDS,
     STORED_AT,
-    TABLE_WORDS,
     USED_AT,
     VERBATIM,
     WARPS,
+    fixed_bytes,
+    head_bytes,
     place,
     tail_bytes,
     tails,
@@ -267,12 +268,6 @@ def _tiles(codec, block, tile, count, record, fixed_at, tail_at, room, shared, l
     return good
 
 
-@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _head_bytes(codec):  # type: ignore[no-untyped-def]
-    """Of a record's header and table."""
-    return uint32(uint32(4 * HEADER_WORDS) + uint32(4) * uint32(codec[TABLE_WORDS]))
-
-
 def _decoder(digests: bool) -> Callable[..., None]:
     @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
     def decode(  # type: ignore[no-untyped-def]
@@ -285,8 +280,8 @@ def _decoder(digests: bool) -> Callable[..., None]:
         count = uint32(uint32(end) - uint32(first))
         each = min(uint32(run), uint32(32))
         runs = ceil_div(count, each)
-        head_bytes = _head_bytes(codec)
-        own_bytes = uint32(head_bytes + uint32(FIXED_BYTES) * count)  # in front of the tails in staging
+        heads = head_bytes(codec)
+        own_bytes = uint32(heads + uint32(FIXED_BYTES) * count)  # in front of the tails in staging
         room = uint32(uint32(pitch) - own_bytes)
         shares = uint32(uint32(n_blocks) * runs)
         asker = asker_of(shares, lane)
@@ -305,12 +300,12 @@ def _decoder(digests: bool) -> Callable[..., None]:
                 good = good and uint64(own_bytes) <= pitch
                 if good:
                     before, total = tails(record + uint64(4 * HEADER_WORDS), uint32(uint32(first) + tile), tiles, lane)
-                    fixed_bytes = uint32(head_bytes + uint32(FIXED_BYTES) * tiles)
-                    good = uint32(fixed_bytes + total) == used
-                    tail_at = uint32(uint32(fixed_bytes + before) - uint32(tails_from))  # before the first one it is beyond all
+                    fixed = uint32(heads + uint32(FIXED_BYTES) * tiles)
+                    good = uint32(fixed + total) == used
+                    tail_at = uint32(uint32(fixed + before) - uint32(tails_from))  # before the first one it is beyond all
                     good = good and tail_at <= room
                 if good:
-                    fixed_at = uint32(head_bytes + uint32(FIXED_BYTES) * tile)
+                    fixed_at = uint32(heads + uint32(FIXED_BYTES) * tile)
                     tile = uint32(uint32(first) + tile)
                     left = uint32(room - tail_at)
                     tail_at = uint32(own_bytes + tail_at)
@@ -367,6 +362,5 @@ def plane_decode_digest(  # type: ignore[no-untyped-def]
     numbers, sums : uint64
         As of :func:`kvortex.kernels.coded_read.read_records`.
     """
-    tiles = tiles_of(codec)
-    fixed, end = int32(uint32(_head_bytes(codec) + uint32(FIXED_BYTES) * tiles)), int32(tiles)
+    fixed, end = int32(fixed_bytes(codec)), int32(tiles_of(codec))
     _decode_digest(staging, pitch, codec, status, blocks, n_blocks, run, int32(0), end, fixed, numbers, sums, counter)

@@ -26,8 +26,9 @@ from kvortex.kernels.plane import (
     DECLINED,
     HEADER,
     HEADER_WORDS,
-    TABLE_WORDS,
     VERBATIM,
+    fixed_bytes,
+    head_bytes,
     place,
     tiles_of,
     write_header,
@@ -59,25 +60,26 @@ _verbatim = plane.verbatim(to_record=True)
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def _runs(codec, run):  # type: ignore[no-untyped-def]
+    """Shares of a record, and the tiles of each but the last."""
+    each = min(uint32(run), uint32(32))
+    return ceil_div(tiles_of(codec), each), each
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
 def _share(codec, at, run):  # type: ignore[no-untyped-def]
-    """Of a share its record, first tile, and tiles."""
-    tiles, each = tiles_of(codec), min(uint32(run), uint32(32))
-    runs = ceil_div(tiles, each)
+    """Of a share its record, which one of that it is, its first tile, and how many it has."""
+    runs, each = _runs(codec, run)
     b = uint32(at // runs)
-    tile = uint32(uint32(at - uint32(b * runs)) * each)
-    return b, tile, min(uint32(tiles - tile), each)
+    r = uint32(at - uint32(b * runs))
+    tile = uint32(r * each)
+    return b, r, tile, min(uint32(tiles_of(codec) - tile), each)
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _head_bytes(codec):  # type: ignore[no-untyped-def]
-    """Bytes of a record before the first fixed part."""
-    return uint32(uint32(4 * HEADER_WORDS) + uint32(4) * uint32(codec[TABLE_WORDS]))
-
-
-@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _fixed_bytes(codec):  # type: ignore[no-untyped-def]
-    """Bytes of a record before the first tail."""
-    return uint32(_head_bytes(codec) + uint32(FIXED_BYTES) * tiles_of(codec))
+def _done_at(codec, counts, b):  # type: ignore[no-untyped-def]
+    """Where it is counted who has done his share of a record; behind it are the shares' cells."""
+    return counts + uint64(4) * uint64(b) * uint64(uint32(tiles_of(codec) + uint32(1)))
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
@@ -101,8 +103,8 @@ def _tiles(codec, block, tile, count, record, pitch, cells, share, shared, lane)
     stage = shared + uint64(FIXED_AT)
     signs = stage + uint64(SIGN_AT) + uint64(2) * uint64(lane)
     kept = shared + uint64(SHARED_BYTES)
-    fits = uint64(_fixed_bytes(codec)) <= pitch
-    fixed = record + uint64(uint32(_head_bytes(codec) + uint32(FIXED_BYTES) * tile))
+    fits = uint64(fixed_bytes(codec)) <= pitch
+    fixed = record + uint64(uint32(head_bytes(codec) + uint32(FIXED_BYTES) * tile))
     entries, total, tail_at = uint32(0), uint32(0), uint32(0)
     next_pair = uint32(early_cached2(base))
     next_words = eight_words(source, step)
@@ -122,7 +124,7 @@ def _tiles(codec, block, tile, count, record, pitch, cells, share, shared, lane)
         groups = uint32(uint32(12) * uint32(uint32(n + uint32(31)) >> uint32(5)))
         most = uint32(groups + uint32(uint32(n + uint32(3)) & uint32(0xFFFFFFFC)))
         if tail_at == uint32(0) and uint32(total + most) > uint32(KEPT_TAILS):
-            tail_at = uint32(_fixed_bytes(codec) + bytes_before(cells, share, lane))
+            tail_at = uint32(fixed_bytes(codec) + bytes_before(cells, share, lane))
             _put_tails(record, pitch, tail_at, kept, total, lane)
             cuda.syncwarp()
         tail = kept
@@ -147,7 +149,7 @@ def _tiles(codec, block, tile, count, record, pitch, cells, share, shared, lane)
         fixed += uint64(FIXED_BYTES)
     publish(cells, share, total, lane)
     if tail_at == uint32(0):
-        tail_at = uint32(_fixed_bytes(codec) + bytes_before(cells, share, lane))
+        tail_at = uint32(fixed_bytes(codec) + bytes_before(cells, share, lane))
         _put_tails(record, pitch, tail_at, kept, total, lane)
     if lane < count and fits:
         store4(record + uint64(4 * HEADER_WORDS) + uint64(4) * uint64(uint32(tile + lane)), entries)
@@ -167,7 +169,7 @@ def _finished(codec, record, pitch, done, runs, block, sums, status, lane):  # t
     if uniform(before) == uint32(runs - uint32(1)):
         cuda.syncwarp()  # what lane 0 has seen of others all lanes have
         tiles, head = tiles_of(codec), uint32(4 * HEADER_WORDS)
-        used = uint32(_fixed_bytes(codec) + bytes_before(done + uint64(4), runs, lane))
+        used = uint32(fixed_bytes(codec) + bytes_before(done + uint64(4), runs, lane))
         verbatim_bytes = uint32(head + uint32(2 * VALUES) * tiles)
         stored = uint32(CODED)
         if used >= verbatim_bytes:
@@ -185,7 +187,7 @@ def _finished(codec, record, pitch, done, runs, block, sums, status, lane):  # t
             if lane == uint32(0):
                 store4(status, uint32(1))
         else:
-            zero(record + uint64(uint32(head + uint32(4) * tiles)), record + uint64(_head_bytes(codec)), lane)
+            zero(record + uint64(uint32(head + uint32(4) * tiles)), record + uint64(head_bytes(codec)), lane)
         zero(record + uint64(live), record + pitch, lane)
         write_header(record, codec[HEADER], stored, used, lane)
         k = lane
@@ -203,7 +205,7 @@ def _range(codec, tile, n, tail_at, total, k):  # type: ignore[no-untyped-def]
         begin = uint32(uint32(4 * HEADER_WORDS) + uint32(4) * tile)
         end = uint32(begin + uint32(4) * n)
     elif k == uint32(1):
-        begin = uint32(_head_bytes(codec) + uint32(FIXED_BYTES) * tile)
+        begin = uint32(head_bytes(codec) + uint32(FIXED_BYTES) * tile)
         end = uint32(begin + uint32(FIXED_BYTES) * n)
     else:
         begin, end = tail_at, uint32(tail_at + total)
@@ -244,18 +246,14 @@ def plane_encode(  # type: ignore[no-untyped-def]
     all_shared = cuda.shared.array(_SHARED, types.uint64, ALIGNED)
     shared = uint64(shared_at(all_shared.ctypes.data)) + uint64(_WARP) * uint64(cuda.threadIdx.x >> 5)
     lane = uint32(cuda.threadIdx.x & 31)
-    shares = uint32(uint32(n_blocks) * ceil_div(tiles_of(codec), min(uint32(run), uint32(32))))
+    shares = uint32(uint32(n_blocks) * _runs(codec, run)[0])
     at = first_share(all_shared, counter, lane)
     while at < shares:
         ahead_at = ask_next(counter, lane, at)
-        b, tile, n = _share(codec, at, run)
-        tiles = tiles_of(codec)
-        runs = ceil_div(tiles, min(uint32(run), uint32(32)))
-        done = counts + uint64(4) * uint64(b) * uint64(uint32(tiles + uint32(1)))
-        record = staging + uint64(b) * pitch
-        share = uint32(at - uint32(b * runs))
-        tail_at, total = _tiles(codec, blocks[b], tile, n, record, pitch, done + uint64(4), share, shared, lane)
-        b, tile, n = _share(codec, at, run)  # again: no register has kept it
+        b, r, tile, n = _share(codec, at, run)
+        record, cells = staging + uint64(b) * pitch, _done_at(codec, counts, b) + uint64(4)
+        tail_at, total = _tiles(codec, blocks[b], tile, n, record, pitch, cells, r, shared, lane)
+        b, r, tile, n = _share(codec, at, run)  # again: no register has kept it
         record = staging + uint64(b) * pitch
         sums_at = sums
         if sums != uint64(0):
@@ -268,9 +266,7 @@ def plane_encode(  # type: ignore[no-untyped-def]
                 if uint64(end) > pitch:  # it is declined, and not all of that was written
                     end = begin
             else:
-                tiles = tiles_of(codec)
-                runs = ceil_div(tiles, min(uint32(run), uint32(32)))
-                done = counts + uint64(4) * uint64(b) * uint64(uint32(tiles + uint32(1)))
+                done, runs = _done_at(codec, counts, b), _runs(codec, run)[0]
                 end = _finished(codec, record, pitch, done, runs, blocks[b], sums_at, status + uint64(4) * uint64(b), lane)
             if sums != uint64(0) and begin < end:
                 mine, other = digest_written(record, begin, end, numbers, lane)

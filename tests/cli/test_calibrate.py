@@ -15,7 +15,7 @@ from kvortex.devices.cuda import CudaDevice
 from kvortex.errors import DeviceError
 from kvortex.transfer.executor import Direction
 from kvortex.transfer.profiles import calibrate as module
-from kvortex.transfer.profiles import store as store
+from kvortex.transfer.profiles import store
 from kvortex.transfer.profiles.calibrate import Calibration
 from kvortex.transfer.profiles.measurements import Measurement
 from kvortex.transfer.routes import Ranking, Route

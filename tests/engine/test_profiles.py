@@ -16,7 +16,7 @@ from kvortex.parts import _staging_bytes
 from kvortex.transfer.cuda import CudaExecutor
 from kvortex.transfer.executor import Direction
 from kvortex.transfer.profiles import calibrate as module
-from kvortex.transfer.profiles import store as store
+from kvortex.transfer.profiles import store
 from kvortex.transfer.profiles.profile import Profile, guess
 from tests.fake_gpu import FakeGpu, fake_gpu
 from tests.pages import PagedCache, keys_of

@@ -14,12 +14,13 @@ from kvortex.codecs import RecordShape, _ranges, cachegen, make_codec
 from kvortex.codecs.base import HEADER_BYTES
 from kvortex.codecs.on_device_cachegen import cells, constants
 from kvortex.errors import CodecError
-from kvortex.kernels import build, cachegen_encode, plane
+from kvortex.kernels import cachegen_encode, plane
 from kvortex.kernels import cachegen_form as kernels
 from kvortex.kernels.cachegen import BODY
 from tests.kernels.beside import Simulated
 from tests.kernels.cachegen_cases import CASES, GUARD, CacheGenCase, damages, escaping
 from tests.kernels.compiled import compiled, sass
+from tests.kernels.on_gpu import Gpu
 
 NAMES = ("cachegen_count", "cachegen_encode", "cachegen_decode")
 
@@ -87,46 +88,28 @@ def test_the_numbers_agree_with_the_host() -> None:
     assert BODY == HEADER_BYTES
 
 
-class Gpu:
-    """Buffers in VRAM, and launches of the kernels."""
-
-    def __init__(self) -> None:
-        from kvortex.devices.cuda import CudaDevice
-
-        self.device, self.held = CudaDevice(0), []  # type: ignore[var-annotated]
-
-    def upload(self, array: np.ndarray) -> Any:
-        self.held.append(self.device.allocate(array.nbytes))
-        self.held[-1].write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-        return self.held[-1]
+class OnGpu(Gpu):
+    """Launches of these kernels."""
 
     def form(self, case: CacheGenCase, memory: Any, pages: int | None = None) -> Any:
         fixed = self.upload(constants(case.cachegen))
         return self.upload(cells(case.cachegen, case.fragments(memory.address, pages), fixed.address))
 
-    def launch(self, name: str, staging: int, pitch: int, form: Any, extra: Any, ids: Any, n: int) -> None:
-        from kvortex.devices import driver as cu
-
-        cubin = build.load(name, self.device.compute_capability)
+    def run(self, name: str, staging: int, pitch: int, form: Any, extra: Any, ids: Any, n: int) -> None:
         u64, i32 = ctypes.c_uint64, ctypes.c_int32
         values = (staging, pitch, form.address, extra.address, ids.address, n, 1)
-        with cu.current(self.device.context) as driver:
-            module = cu.check(driver.cuModuleLoadData(cubin.code), "cuModuleLoadData")
-            kernel = cu.check(driver.cuModuleGetFunction(module, cubin.entry.encode()), "cuModuleGetFunction")
-            kinds = (u64, u64, u64, u64, u64, i32, i32)
-            cu.check(driver.cuLaunchKernel(kernel, 33, 1, 1, 256, 1, 1, 0, 0, (values, kinds), 0), "cuLaunchKernel")
-            cu.check(driver.cuCtxSynchronize(), "cuCtxSynchronize")
+        self.launch(name, 33, 256, values, (u64, u64, u64, u64, u64, i32, i32))
 
 
 def coded_and_back(case: CacheGenCase) -> None:
     """Pages into records and back: all bytes are the host's."""
-    gpu, n, codec = Gpu(), len(case.blocks), case.cachegen
+    gpu, n, codec = OnGpu(), len(case.blocks), case.cachegen
     memory, staging = gpu.upload(case.memory), gpu.upload(np.full(n * case.pitch + 2 * GUARD, 0xA5, np.uint8))
     form, ids = gpu.form(case, memory), gpu.upload(case.blocks)
     counts, status = gpu.upload(np.zeros((n, case.streams, 2), np.uint32)), gpu.upload(np.zeros(n, np.uint32))
     start = staging.address + GUARD
-    gpu.launch("cachegen_count", start, case.pitch, form, counts, ids, n)
-    gpu.launch("cachegen_encode", start, case.pitch, form, counts, ids, n)
+    gpu.run("cachegen_count", start, case.pitch, form, counts, ids, n)
+    gpu.run("cachegen_encode", start, case.pitch, form, counts, ids, n)
     seen = staging.read()
     coded, sizes = case.coded()
     assert (seen[:GUARD] == 0xA5).all() and (seen[-GUARD:] == 0xA5).all()
@@ -135,7 +118,7 @@ def coded_and_back(case: CacheGenCase) -> None:
     for row, size in zip(rows, sizes, strict=True):
         assert (row[64 if size < 0 else size :] == 0xA5).all()
     memory.write(np.full(case.memory.nbytes, 0x5A, np.uint8))
-    gpu.launch("cachegen_decode", start, case.pitch, form, status, ids, n)
+    gpu.run("cachegen_decode", start, case.pitch, form, status, ids, n)
     assert (status.read().view(np.uint32) == (sizes < 0)).all()
     back, whole = np.empty((n, codec.shape.raw_bytes), np.uint8), sizes > 0
     assert (codec.decode_into(coded, back) == whole).all()
@@ -170,7 +153,7 @@ def test_on_a_gpu_at_size(level: int) -> None:
 @pytest.mark.gpu
 def test_on_a_gpu_damage_is_told_as_the_host_tells_it() -> None:
     """Known lies, and 4,000 records with random bytes or words wrong; where the host sees nothing, pages are the host's."""
-    gpu, case, rng = Gpu(), CASES[0], np.random.default_rng(11)
+    gpu, case, rng = OnGpu(), CASES[0], np.random.default_rng(11)
     codec, (record, size) = case.cachegen, escaping(case)
     rows = np.concatenate((np.stack(list(damages(case).values())), np.repeat(record[None], 4000, 0)))
     n_escapes = int(record[HEADER_BYTES : HEADER_BYTES + 8 * case.streams].view(np.uint32)[-1])
@@ -189,7 +172,7 @@ def test_on_a_gpu_damage_is_told_as_the_host_tells_it() -> None:
     shape = planes, n + 2, *case.memory.shape[2:]
     memory, staging = gpu.upload(np.full(shape, 0x5A5A, np.uint16)), gpu.upload(rows)
     ids, status = gpu.upload(np.arange(1, n + 1, dtype=np.int32)), gpu.upload(np.zeros(n, np.uint32))
-    gpu.launch("cachegen_decode", staging.address, case.pitch, gpu.form(case, memory, n + 2), status, ids, n)
+    gpu.run("cachegen_decode", staging.address, case.pitch, gpu.form(case, memory, n + 2), status, ids, n)
     back = np.empty((n, codec.shape.raw_bytes), np.uint8)
     told = codec.decode_into(rows, back)
     assert 100 < told.sum() < n - 100

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,16 +12,14 @@ import pytest
 from kvortex.codecs import RecordShape, calibrate, make_codec
 from kvortex.codecs._lossy import scales
 from kvortex.codecs.on_device_lossy import cells, constants
-from kvortex.digests import digest_records
-from kvortex.digests.host import add_lengths
 from kvortex.digests.keys import kernel_numbers
 from kvortex.errors import CodecError
-from kvortex.kernels import build
 from kvortex.kernels import lossy_form as lossy
 from kvortex.kernels.eights import LEAST_SCALE, ROOTS
 from tests.kernels.beside import Simulated
 from tests.kernels.compiled import compiled, sass
 from tests.kernels.lossy_cases import FILL, GUARD, LARGE, NAMES, SMALL, LossyCase
+from tests.kernels.on_gpu import Gpu, found_digests, host_digests
 from tests.kernels.plane_cases import usual
 
 KERNELS = ("lossy_encode", "lossy_decode", "lossy_decode_digest")
@@ -103,26 +100,12 @@ def test_cells_and_their_refusals() -> None:
         cells(narrow, np.array([[4096, 4096, 0, shape.raw_bytes]]), 0)  # type: ignore[arg-type]
 
 
-def host_digests(rows: np.ndarray) -> np.ndarray:
-    n, pitch = rows.shape
-    rows, made = np.ascontiguousarray(rows), np.empty((n, 16), np.uint8)
-    digest_records(rows.ctypes.data + pitch * np.arange(n), np.full(n, pitch), made)
-    return made
-
-
-def found_digests(sums: Any, pitch: int) -> np.ndarray:
-    found = sums.read().view(np.uint64).reshape(-1, 2)
-    return add_lengths(found, np.full(len(found), pitch))
-
-
-class OnGpu:
+class OnGpu(Gpu):
     """Pages, staging and what kernels read of a case, in VRAM."""
 
     def __init__(self, case: LossyCase) -> None:
-        from kvortex.devices.cuda import CudaDevice
-
-        self.case, self.device, self.n = case, CudaDevice(0), len(case.rows)
-        self.held: list[Any] = []
+        super().__init__()
+        self.case, self.n = case, len(case.rows)
         self.memory = self.upload(case.memory)
         self.staging = self.upload(np.full(self.n * case.pitch + 2 * GUARD, 0xA5, np.uint8))
         self.form = self.upload(
@@ -131,27 +114,15 @@ class OnGpu:
         self.words, self.rows = self.upload(np.zeros(self.n, np.uint32)), self.upload(case.rows)
         self.counter = self.upload(np.zeros(1, np.uint32))
 
-    def upload(self, array: np.ndarray) -> Any:
-        self.held.append(self.device.allocate(array.nbytes))
-        self.held[-1].write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-        return self.held[-1]
-
-    def launch(self, name: str, grid: int, *digests: int) -> None:
+    def run(self, name: str, grid: int, *digests: int) -> None:
         """``digests`` are the addresses of the table and the sums, and of an encoder's status."""
-        from kvortex.devices import driver as cu
-
-        cubin = build.load(name, self.device.compute_capability)
         u64, i32 = ctypes.c_uint64, ctypes.c_int32
         staging, case = self.staging.address + GUARD, self.case
         span = (0, case.codec.tiles) if name == "lossy_decode" else ()
         values = (staging, case.pitch, self.form.address, self.words.address, self.rows.address, self.n, case.run, *span)
         values = (*values, *digests, self.counter.address)
-        with cu.current(self.device.context) as driver:
-            module = cu.check(driver.cuModuleLoadData(cubin.code), "cuModuleLoadData")
-            kernel = cu.check(driver.cuModuleGetFunction(module, cubin.entry.encode()), "cuModuleGetFunction")
-            kinds = (u64, u64, u64, u64, u64, i32, i32, *[i32] * len(span), *[u64] * len(digests), u64)
-            cu.check(driver.cuLaunchKernel(kernel, grid, 1, 1, 256, 1, 1, 0, 0, (values, kinds), 0), "cuLaunchKernel")
-            cu.check(driver.cuCtxSynchronize(), "cuCtxSynchronize")
+        kinds = (u64, u64, u64, u64, u64, i32, i32, *[i32] * len(span), *[u64] * len(digests), u64)
+        self.launch(name, grid, 256, values, kinds)
         assert not self.counter.read().any(), "the next launch would find shares taken"
 
     def encoded(self, grid: int) -> np.ndarray:
@@ -160,7 +131,7 @@ class OnGpu:
         numbers, sums = self.upload(kernel_numbers(pitch)), self.upload(np.zeros((self.n, 2), np.uint64))
         status = self.upload(np.zeros(self.n, np.uint32))
         self.staging.write(np.full(self.n * pitch + 2 * GUARD, 0xA5, np.uint8))
-        self.launch("lossy_encode", grid, numbers.address, sums.address, status.address)
+        self.run("lossy_encode", grid, numbers.address, sums.address, status.address)
         seen = self.staging.read()
         assert (seen[:GUARD] == 0xA5).all() and (seen[-GUARD:] == 0xA5).all() and not self.words.read().any()
         rows = seen[GUARD:-GUARD].reshape(self.n, pitch)
@@ -177,7 +148,7 @@ class OnGpu:
         for name, digests in (("lossy_decode", ()), ("lossy_decode_digest", (numbers.address, sums.address))):
             self.memory.write(np.full(self.case.memory.size, FILL, np.uint16).view(np.uint8))
             self.words.write(np.zeros(4 * self.n, np.uint8))
-            self.launch(name, grid, *digests)
+            self.run(name, grid, *digests)
             assert (self.words.read().view(np.uint32) == ~good).all()
             back = self.memory.read().view(np.uint16).reshape(expected.shape)
             assert (back == expected).all(), f"{(back != expected).sum()} values differ from the host's"

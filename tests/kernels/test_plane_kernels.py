@@ -13,13 +13,12 @@ import pytest
 
 from kvortex.codecs import RecordShape
 from kvortex.codecs.on_device import cells, constants
-from kvortex.digests import digest_records
-from kvortex.digests.host import add_lengths
 from kvortex.digests.keys import kernel_numbers
 from kvortex.errors import CodecError
-from kvortex.kernels import build, lane, move, plane
+from kvortex.kernels import lane, move, plane
 from tests.kernels.beside import Simulated
 from tests.kernels.compiled import compiled, sass
+from tests.kernels.on_gpu import Gpu, found_digests, host_digests
 from tests.kernels.plane_cases import CASES, GUARD, PlaneCase
 from tests.kernels.test_build import on_hopper
 
@@ -93,14 +92,12 @@ def test_the_codes_agree_with_the_host() -> None:
     assert 4 * plane.HEADER_WORDS == base.HEADER_BYTES
 
 
-class OnGpu:
+class OnGpu(Gpu):
     """Pages, staging and what kernels read of a case, in VRAM."""
 
     def __init__(self, case: PlaneCase) -> None:
-        from kvortex.devices.cuda import CudaDevice
-
-        self.case, self.device, self.n = case, CudaDevice(0), len(case.blocks)
-        self.held: list[Any] = []
+        super().__init__()
+        self.case, self.n = case, len(case.blocks)
         self.memory = self.upload(case.memory)
         self.staging = self.upload(np.full(self.n * case.pitch + 2 * GUARD, 0xA5, np.uint8))
         self.form = self.upload(
@@ -112,25 +109,9 @@ class OnGpu:
         self.sums, self.status = self.upload(np.zeros((self.n, 2), np.uint64)), self.upload(np.zeros(self.n, np.uint32))
         self.whole, self.sizes = case.coded()
         self.whole[np.arange(case.pitch) >= np.where(self.sizes < 0, 64, self.sizes)[:, None]] = 0
-        self.kernels = {name: self.load(name) for name in (*KERNELS, *READERS)}
 
-    def upload(self, array: np.ndarray) -> Any:
-        self.held.append(self.device.allocate(array.nbytes))
-        self.held[-1].write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-        return self.held[-1]
-
-    def load(self, name: str) -> Any:
-        from kvortex.devices import driver as cu
-
-        cubin = build.load(name, self.device.compute_capability)
-        with cu.current(self.device.context) as driver:
-            module = cu.check(driver.cuModuleLoadData(cubin.code), "cuModuleLoadData")
-            return cu.check(driver.cuModuleGetFunction(module, cubin.entry.encode()), "cuModuleGetFunction")
-
-    def launch(self, name: str, grid: int = 3, threads: int = 64, run: int | None = None) -> None:
+    def run(self, name: str, grid: int = 3, threads: int = 64, run: int | None = None) -> None:
         """With sums and status that are zeros before."""
-        from kvortex.devices import driver as cu
-
         u64, i32, case = ctypes.c_uint64, ctypes.c_int32, self.case
         start, sums, status = self.staging.address + GUARD, self.sums.address, self.status.address
         self.sums.write(np.zeros(16 * self.n, np.uint8))
@@ -147,18 +128,14 @@ class OnGpu:
         else:
             values = start, case.pitch, self.n, self.numbers.address, sums, 0, case.pitch, 0, 1
             kinds = u64, u64, i32, u64, u64, i32, i32, i32, i32
-        with cu.current(self.device.context) as driver:
-            packed = (*values, self.counter.address), (*kinds, u64)
-            launched = driver.cuLaunchKernel(self.kernels[name], grid, 1, 1, threads, 1, 1, 0, 0, packed, 0)
-            cu.check(launched, "cuLaunchKernel")
-            cu.check(driver.cuCtxSynchronize(), "cuCtxSynchronize")
+        self.launch(name, grid, threads, (*values, self.counter.address), (*kinds, u64))
         assert not self.counter.read().any(), "the next launch would find shares taken"
 
     def check_encoded(self, *how: int) -> None:
         """Records, zeros behind them, what was declined, and digests are the host's."""
         case = self.case
         self.staging.write(np.full(self.n * case.pitch + 2 * GUARD, 0xA5, np.uint8))
-        self.launch("plane_encode", *how)
+        self.run("plane_encode", *how)
         seen = self.staging.read()
         assert (seen[:GUARD] == 0xA5).all() and (seen[-GUARD:] == 0xA5).all()
         assert (seen[GUARD:-GUARD].reshape(self.n, case.pitch) == self.whole).all()
@@ -167,16 +144,14 @@ class OnGpu:
         self.check_digests()
 
     def check_digests(self) -> None:
-        found = add_lengths(self.sums.read().view(np.uint64).reshape(self.n, 2), np.full(self.n, self.case.pitch))
-        wanted = np.empty((self.n, 16), np.uint8)
-        digest_records(self.whole.ctypes.data + self.case.pitch * np.arange(self.n), np.full(self.n, self.case.pitch), wanted)
-        assert (found[self.sizes > 0] == wanted[self.sizes > 0]).all()
+        good = self.sizes > 0
+        assert (found_digests(self.sums, self.case.pitch)[good] == host_digests(self.whole)[good]).all()
 
     def check_decoded(self, name: str, *how: int) -> None:
         """Pages come back, and those of what was declined are left alone."""
         case = self.case
         self.memory.write(np.full(case.memory.nbytes, 0x5A, np.uint8))
-        self.launch(name, *how)
+        self.run(name, *how)
         assert (self.status.read().view(np.uint32) == (self.sizes < 0)).all()
         back, kept = self.memory.read().view(np.uint16).reshape(case.memory.shape), case.blocks[self.sizes > 0]
         assert (back[:, kept] == case.memory[:, kept]).all()
@@ -194,7 +169,7 @@ def test_a_warp_reads_what_it_wrote_by_plain_loads() -> None:
 def test_on_a_gpu_they_write_what_the_host_writes(case: PlaneCase) -> None:
     gpu = OnGpu(case)
     gpu.check_encoded()
-    gpu.launch("read_records")
+    gpu.run("read_records")
     gpu.check_digests()
     gpu.check_decoded("plane_decode")
     gpu.check_decoded("plane_decode_digest")

@@ -20,7 +20,7 @@ from kvortex.transfer.issue.cells import PACED
 from kvortex.transfer.profiles import bench as module
 from kvortex.transfer.profiles import calibrate as calibration
 from kvortex.transfer.profiles import load as loads
-from kvortex.transfer.profiles import store as store
+from kvortex.transfer.profiles import store
 from kvortex.transfer.profiles.bench import Bench
 from kvortex.transfer.profiles.calibrate import calibrate
 from kvortex.transfer.profiles.load import Load

@@ -14,7 +14,7 @@ from kvortex.devices.cuda import CudaDevice
 from kvortex.errors import DeviceError, TransferError
 from kvortex.transfer.executor import Direction
 from kvortex.transfer.profiles import calibrate as module
-from kvortex.transfer.profiles import store as store
+from kvortex.transfer.profiles import store
 from kvortex.transfer.profiles.bench import FRAGMENTS
 from kvortex.transfer.profiles.calibrate import Calibration, Machine, measure, profile_for
 from kvortex.transfer.profiles.profile import Profile

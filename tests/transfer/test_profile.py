@@ -14,7 +14,7 @@ import pytest
 
 from kvortex.devices import cuda as devices
 from kvortex.devices.cuda import CudaDevice
-from kvortex.transfer.profiles import store as store
+from kvortex.transfer.profiles import store
 from kvortex.transfer.profiles.profile import KERNEL_S, Profile, from_plain, guess, to_plain
 from kvortex.transfer.routes import Route
 from tests.fake_gpu import FakeGpu, fake_gpu

@@ -223,16 +223,10 @@ class DeviceCoder(ABC):
         self, first: Int64s, count: Int64s, most: int, pitch: Any, begin: Any, end: Any, shift: Any, *, headed: bool
     ) -> Int64s:
         """A launch of :func:`kvortex.kernels.coded_read.read_records`; numbers, or one for each chunk."""
-        ctas = self._readers(count, end - begin, most)
+        ctas = np.clip(-(-count * -(-(end - begin) // READ_PIECE) // (READ_THREADS // 32)), 1, most)
         fixed = (BUFFER, 0), (ABSOLUTE, pitch), (ABSOLUTE, count), (ABSOLUTE, self._numbers), self._sums(first)
         span = (ABSOLUTE, begin), (ABSOLUTE, end), (ABSOLUTE, shift), (ABSOLUTE, int(headed))
         return self._row("read_records", ctas, READ_THREADS, *fixed, *span)
-
-    @staticmethod
-    def _readers(count: Int64s, nbytes: Any, most: int) -> Int64s:
-        """CTAs that read so many bytes of ``count`` records."""
-        ctas: Int64s = np.clip(-(-count * -(-nbytes // READ_PIECE) // (READ_THREADS // 32)), 1, most)
-        return ctas
 
     def _sums(self, first: Int64s) -> Parameter:
         return (SUMS, 16 * first) if self._numbers else (ABSOLUTE, 0)

@@ -15,7 +15,7 @@ from kvortex.devices.cuda import CudaDevice
 from kvortex.errors import DeviceError, KVortexError
 from kvortex.transfer.cuda import launches_block
 from kvortex.transfer.executor import Direction
-from kvortex.transfer.profiles import store as store
+from kvortex.transfer.profiles import store
 from kvortex.transfer.profiles.bench import FRAGMENTS, Bench
 from kvortex.transfer.profiles.measurements import Measurement, first_of_the_best, least_short, long_enough, rank
 from kvortex.transfer.profiles.profile import KERNEL_S, STAGED_CTAS_EACH, Profile, guess, most_resident_ctas
