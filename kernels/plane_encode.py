@@ -2,10 +2,11 @@
 :mod:`kvortex.kernels.plane_form`.
 
 Fixed parts have their places from the beginning. Tails lie one behind another, so a warp keeps those of its tiles in shared
-memory until it knows how long all before are (:mod:`kvortex.kernels.sizes`); where they become too many to keep, it asks at
-once. Whether a record fits is known when all its tails are made: who ends last with it, by a counter, writes its header, and
-makes good what others wrote of a record that is kept as it is, or does not fit. He does so alone, which takes a millisecond
-or two of 2 MiB that are kept as they are; slots are too short for that, and an engine never sees it.
+memory until it knows how long all before are (:mod:`kvortex.kernels.sizes`). Of tiles behind those that it can keep it finds
+how long their tails are, and makes them when it knows where they belong: no warp waits before it has told others. Whether a
+record fits is known when all its tails are made: who ends last with it, by a counter, writes its header, and makes good what
+others wrote of a record that is kept as it is, or does not fit. He does so alone, which takes a millisecond or two of 2 MiB
+that are kept as they are; slots are too short for that, and an engine never sees it.
 
 Bytes are the same in every launch, whoever comes first.
 """
@@ -39,6 +40,7 @@ from kvortex.kernels.plane_tile import (
     FIXED_AT,
     SHARED_BYTES,
     beside,
+    count_escapes,
     eight_rows,
     eight_words,
     keep_raw,
@@ -93,64 +95,72 @@ def _put_tails(record, pitch, at, kept, nbytes, lane):  # type: ignore[no-untype
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _tiles(codec, block, tile, count, record, pitch, cells, share, shared, lane):  # type: ignore[no-untyped-def]
+def _tiles(codec, at, run, counts, block, tile, count, record, pitch, shared, lane):  # type: ignore[no-untyped-def]
     """Writes up to 32 tiles of a coded record, one at least, with their entries in the table: where their tails begin, and how
     long these are."""
     across = uint32(codec[ACROSS])
-    source, wide, base = place(codec, tile, block, lane)
-    step = uint32(wide)  # a register less
-    column = uint32(uint32(128) * tile - tile // across * step)
     stage = shared + uint64(FIXED_AT)
     signs = stage + uint64(SIGN_AT) + uint64(2) * uint64(lane)
     kept = shared + uint64(SHARED_BYTES)
     fits = uint64(fixed_bytes(codec)) <= pitch
-    fixed = record + uint64(uint32(head_bytes(codec) + uint32(FIXED_BYTES) * tile))
-    entries, total, tail_at = uint32(0), uint32(0), uint32(0)
-    next_pair = uint32(early_cached2(base))
-    next_words = eight_words(source, step)
-    i = uint32(0)
+    entries, total, tail_at = uint32(0), uint32(0), uint32(0)  # no tail lies at 0: nobody has said where they begin
+    i, not_kept = uint32(0), uint32(0)  # the first tile of which no tail is kept, and 64; above, how long those before are
     while i < count:
-        pair, words = next_pair, next_words
-        more = eight_words(source + uint64(8) * uint64(step), step)
-        bases = distances_from(pair)
-        n = eight_rows(words, bases, shared, stage, signs, uint32(0), lane)
-        i = uint32(i + uint32(1))
-        if i < count:
-            source, base, column = beside(codec, uint32(tile + i), block, lane, source, step, base, column)
-            next_pair = uint32(early_cached2(base))
-            next_words = eight_words(source, step)
-        n = eight_rows(more, bases, shared, stage + uint64(128), signs + uint64(512), n, lane)
-        cuda.syncwarp()
-        groups = uint32(uint32(12) * uint32(uint32(n + uint32(31)) >> uint32(5)))
-        most = uint32(groups + uint32(uint32(n + uint32(3)) & uint32(0xFFFFFFFC)))
-        if tail_at == uint32(0) and uint32(total + most) > uint32(KEPT_TAILS):
+        source, wide, base = place(codec, uint32(tile + i), block, lane)
+        step = uint32(wide)  # a register less
+        column = uint32(uint32(128) * uint32(tile + i) - uint32(tile + i) // across * step)
+        fixed = record + uint64(uint32(head_bytes(codec) + uint32(FIXED_BYTES) * uint32(tile + i)))
+        next_pair = uint32(early_cached2(base))
+        next_words = eight_words(source, step)
+        while i < count:
+            pair, words = next_pair, next_words
+            more = eight_words(source + uint64(8) * uint64(step), step)
+            bases = distances_from(pair)
+            n = eight_rows(words, bases, shared, stage, signs, uint32(0), lane)
+            i = uint32(i + uint32(1))
+            if i < count:
+                source, base, column = beside(codec, uint32(tile + i), block, lane, source, step, base, column)
+                next_pair = uint32(early_cached2(base))
+                next_words = eight_words(source, step)
+            n = eight_rows(more, bases, shared, stage + uint64(128), signs + uint64(512), n, lane)
+            cuda.syncwarp()
+            groups = uint32(uint32(12) * uint32(uint32(n + uint32(31)) >> uint32(5)))
+            most = uint32(groups + uint32(uint32(n + uint32(3)) & uint32(0xFFFFFFFC)))
+            if uint32(tail_at | not_kept) == uint32(0) and uint32(total + most) > uint32(KEPT_TAILS):
+                not_kept = uint32(total << uint32(8) | uint32(i + uint32(63)))
+            tail = kept
+            if not_kept == uint32(0):
+                if tail_at == uint32(0):
+                    tail += uint64(total)
+                escapes = uint32(make_tail(tail, n, lane, shared))
+            else:
+                escapes = uint32(count_escapes(n, lane, shared))
+            size = uint32(groups + uint32(uint32(escapes + uint32(3)) & uint32(0xFFFFFFFC)))
+            entry = uint32(n | escapes << uint32(16))
+            cuda.syncwarp()
+            if size > uint32(MOST_TAIL):
+                size, entry = uint32(RAW_TAIL), uint32(RAW_TILE)
+                if not_kept == uint32(0):
+                    keep_raw(codec, uint32(tile + i - uint32(1)), block, fixed, fits, tail, lane)
+                    cuda.syncwarp()
+            elif fits:
+                write_fixed(fixed, stage, lane)
+            if lane == uint32(i - uint32(1)):
+                entries = entry
+            if tail_at != uint32(0):
+                _put_tails(record, pitch, uint32(tail_at + total), kept, size, lane)
+            total = uint32(total + size)
+            cuda.syncwarp()
+            fixed += uint64(FIXED_BYTES)
+        if tail_at == uint32(0):
+            b, share, _, _ = _share(codec, at, run)  # again: no register has kept it
+            cells = _done_at(codec, counts, b) + uint64(4)
+            publish(cells, share, total, lane)
             tail_at = uint32(fixed_bytes(codec) + bytes_before(cells, share, lane))
+            if not_kept != uint32(0):  # once more, from there on
+                i, total, not_kept = uint32(not_kept & uint32(63)), uint32(not_kept >> uint32(8)), uint32(0)
             _put_tails(record, pitch, tail_at, kept, total, lane)
             cuda.syncwarp()
-        tail = kept
-        if tail_at == uint32(0):
-            tail += uint64(total)
-        escapes = uint32(make_tail(tail, n, lane, shared))
-        size = uint32(groups + uint32(uint32(escapes + uint32(3)) & uint32(0xFFFFFFFC)))
-        entry = uint32(n | escapes << uint32(16))
-        cuda.syncwarp()
-        if size > uint32(MOST_TAIL):
-            size, entry = uint32(RAW_TAIL), uint32(RAW_TILE)
-            keep_raw(codec, uint32(tile + i - uint32(1)), block, fixed, fits, tail, lane)
-            cuda.syncwarp()
-        elif fits:
-            write_fixed(fixed, stage, lane)
-        if lane == uint32(i - uint32(1)):
-            entries = entry
-        if tail_at != uint32(0):
-            _put_tails(record, pitch, uint32(tail_at + total), kept, size, lane)
-        total = uint32(total + size)
-        cuda.syncwarp()
-        fixed += uint64(FIXED_BYTES)
-    publish(cells, share, total, lane)
-    if tail_at == uint32(0):
-        tail_at = uint32(fixed_bytes(codec) + bytes_before(cells, share, lane))
-        _put_tails(record, pitch, tail_at, kept, total, lane)
     if lane < count and fits:
         store4(record + uint64(4 * HEADER_WORDS) + uint64(4) * uint64(uint32(tile + lane)), entries)
     cuda.syncwarp()
@@ -249,11 +259,10 @@ def plane_encode(  # type: ignore[no-untyped-def]
     shares = uint32(uint32(n_blocks) * _runs(codec, run)[0])
     at = first_share(all_shared, counter, lane)
     while at < shares:
-        ahead_at = ask_next(counter, lane, at)
         b, r, tile, n = _share(codec, at, run)
-        record, cells = staging + uint64(b) * pitch, _done_at(codec, counts, b) + uint64(4)
-        tail_at, total = _tiles(codec, blocks[b], tile, n, record, pitch, cells, r, shared, lane)
-        b, r, tile, n = _share(codec, at, run)  # again: no register has kept it
+        record = staging + uint64(b) * pitch
+        tail_at, total = _tiles(codec, at, run, counts, blocks[b], tile, n, record, pitch, shared, lane)
+        b, r, tile, n = _share(codec, at, run)
         record = staging + uint64(b) * pitch
         sums_at = sums
         if sums != uint64(0):
@@ -272,5 +281,5 @@ def plane_encode(  # type: ignore[no-untyped-def]
                 mine, other = digest_written(record, begin, end, numbers, lane)
                 add_up(sums_at, mine, other, lane)
             k = uint32(k + uint32(1))
-        at = answer(ahead_at)
+        at = answer(ask_next(counter, lane, at))  # not before: who holds a share and does another keeps all behind it waiting
     leave(counter, at, shares, lane)

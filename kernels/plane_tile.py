@@ -10,7 +10,7 @@ from numba import cuda
 
 from kvortex.kernels.ahead import get4, get16, near, put1, put2, put4, put4_where, put_pair
 from kvortex.kernels.lane import all_here, early4, load4, store4, store16
-from kvortex.kernels.plane import int32, place, uint32, uint64
+from kvortex.kernels.plane import int32, place, uint32, uint64, warp_sum
 from kvortex.kernels.plane_form import FIXED_BYTES, RAW_ROWS, ROWS, VALUES
 from kvortex.kernels.plane_row import AT_BASE, FAR, distances, first_codes, lower_halves, sign_bytes, upper_halves
 from kvortex.kernels.warp import ALL
@@ -169,6 +169,18 @@ def make_tail(tail, n, lane, table):  # type: ignore[no-untyped-def]
         put4(tail + uint64(4) * uint64(at), word)
         at = uint32(at + uint32(32))
     return escapes
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def count_escapes(n, lane, table):  # type: ignore[no-untyped-def]
+    """As :func:`make_tail`, which makes none."""
+    escapes = uint32(0)
+    k = lane
+    while k < n:
+        if _late(uint32(uint32(get4(table + uint64(4) * uint64(k))) & uint32(0xFFFF))) == uint32(7):
+            escapes = uint32(escapes + uint32(1))
+        k = uint32(k + uint32(32))
+    return warp_sum(escapes)
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]

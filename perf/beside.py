@@ -86,7 +86,7 @@ def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]]
 
 def own_share(name: str, slot: float) -> dict[str, Any]:
     """Options by which blocks in slots of this part of an original move at the rate that is asked for."""
-    return {"link_share_beside_compute": min(1.0, _MORE * ASKED[name] * slot)}
+    return {"link_share_beside_compute": min(1.0, _MORE * ASKED.get(name, 1.0) * slot)}
 
 
 def alone(one: Coded) -> None:

@@ -7,6 +7,7 @@ of :mod:`kvortex.kernels.coded_read` for their digests.
 from __future__ import annotations
 
 import ctypes
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -22,9 +23,10 @@ from kvortex.errors import CodecError
 from kvortex.kernels.plane_form import ENCODE_WARPS, FIXED_BYTES, WARPS
 from kvortex.transfer.coded import _lookups, _strips
 from kvortex.transfer.coded.layers import LayeredCoder
-from kvortex.transfer.coded.plans import Parameter
+from kvortex.transfer.coded.plans import MOST_RUN, Parameter
 from kvortex.transfer.plan import ABSOLUTE, BUFFER, IDS, STATUS, WORK, Int64s, Pool
 
+FloatArray = npt.NDArray[np.float64]
 _USED_AT = HEADER.fields["used_bytes"][1]  # type: ignore[index]
 
 
@@ -90,7 +92,7 @@ class _TileCoder(LayeredCoder):
             if self._numbers:
                 return [self._decode_digest(room, first, count, most)]
             return [self._decode(0, self.tiles, room, first, count, most)]
-        head, tail, shape = self._launch(self.codec.slot_bytes, self.tiles, first, count, most, self.save_warps)
+        head, tail, shape = self._launch(self.codec.slot_bytes, self.tiles, first, count, most, save=True)
         where = (ABSOLUTE, self._numbers), self._sums(first), (STATUS, 4 * first)
         return [self._row(self.encoder, *shape, *head, (WORK, 0), *tail, *where)]
 
@@ -116,12 +118,18 @@ class _TileCoder(LayeredCoder):
         return ()
 
     def _launch(
-        self, pitch: Any, tiles: int, first: Int64s, count: Int64s, most: int, warps: int = WARPS
+        self, pitch: Any, tiles: int, first: Int64s, count: Int64s, most: int, *, save: bool = False
     ) -> tuple[tuple[Parameter, ...], tuple[Parameter, ...], tuple[Int64s, int]]:
         """The first and the last parameters of a kernel over so many tiles of each record, and its shape."""
-        run, ctas = self._share(count, tiles, warps, most, self.tiles // self.codec.shape.planes)
+        warps = self.save_warps if save else WARPS
+        run = self._run(count * tiles / (warps * most), save)
+        ctas = np.minimum(most, -(-count * -(-tiles // run) // warps))
         head = (BUFFER, 0), (ABSOLUTE, pitch), (ABSOLUTE, self._cells)
         return head, ((IDS, self.row_bytes * first), (ABSOLUTE, count), (ABSOLUTE, run)), (ctas, 32 * warps)
+
+    @abstractmethod
+    def _run(self, tiles: FloatArray, save: bool) -> Int64s:
+        """Tiles that a warp takes at a time, where it has so many in all, (c,)."""
 
 
 class PlaneCoder(_TileCoder):
@@ -131,6 +139,9 @@ class PlaneCoder(_TileCoder):
     encoder, save_warps = "plane_encode", ENCODE_WARPS
     decoder = "plane_decode"
     ctas_each, ctas_before = (5, 3), (4, 2)
+    # Of a save: 13 tiles of real KV have longer tails than a warp keeps in one share of 300, 16 in one of 3; and a warp looks at
+    # the cells of all shares before its own.
+    runs = (4, 12), (1, MOST_RUN)
     row_bytes = 4  # a page, int32
     kernels = (encoder, decoder, decoder + "_digest", "read_records")
     strips = 3  # header and table, which are digested with the first tiles; fixed parts; tails
@@ -175,6 +186,11 @@ class PlaneCoder(_TileCoder):
     def _where(self) -> tuple[Parameter, ...]:
         return ((ABSOLUTE, self.codec.fixed_bytes),)
 
+    def _run(self, tiles: FloatArray, save: bool) -> Int64s:
+        least, most = self.runs[not save]
+        turns = np.ceil(tiles / most)  # of all warps as many: with one and a half of 16 tiles half of them had nothing to do
+        return np.maximum(np.ceil(tiles / turns), least).astype(np.int64)
+
 
 class LossyCoder(_TileCoder):
     """:class:`kvortex.codecs.lossy.LossyCodec`: a launch to save a chunk, and one to load it.
@@ -210,6 +226,10 @@ class LossyCoder(_TileCoder):
         ends = before[edges // (self.tiles // self.codec.shape.planes)]
         ends[edges == 0] = 0  # the header lies before the first tile
         return np.stack((ends[:-1], ends[1:], ends[:-1]), axis=1)[:, None]
+
+    def _run(self, tiles: FloatArray, save: bool) -> Int64s:
+        run, plane = np.clip(tiles, 1, MOST_RUN).astype(np.int64), self.tiles // self.codec.shape.planes
+        return run - np.where(run > plane, run % plane, 0)  # whole planes lie in one range, parts of them in up to 17
 
 
 _CODERS: dict[type[Codec], type[_TileCoder]] = {PlaneCodec: PlaneCoder, LossyCodec: LossyCoder}

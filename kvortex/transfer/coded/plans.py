@@ -202,14 +202,6 @@ class DeviceCoder(ABC):
         ``first`` and ``count`` are (c,): records of each chunk. ``most`` CTAs are as many as one launch may have.
         """
 
-    @staticmethod
-    def _share(count: Int64s, tiles: int, warps: int, most: int, whole: int = 1) -> tuple[Int64s, Int64s]:
-        """Tiles that a warp takes at a time, and CTAs, of launches over ``count`` records of so many tiles. More than ``whole``
-        of these are a multiple of it."""
-        run = np.clip(count * tiles // (warps * most), 1, MOST_RUN)
-        run -= np.where(run > whole, run % whole, 0)
-        return run, np.minimum(most, -(-count * -(-tiles // run) // warps))
-
     def _row(self, kernel: str, ctas: Int64s, threads: int, *parameters: Parameter) -> Int64s:
         """A launch of each chunk, by a kernel whose last parameter is a counter of shares."""
         made = np.zeros((len(ctas), LAUNCH_COLUMNS), np.int64)
