@@ -75,11 +75,11 @@ put2 = _put("st.shared.u16 [$0], $1;", ctypes.c_uint16)
 put1 = _put("st.shared.u8 [$0], $1;", ctypes.c_uint8)
 
 
-@statement("{ .reg .pred p; setp.ne.u32 p, $2, 0; @p st.shared.u32 [$0], $1; }", "rrr")
-def put4_where(address, value, flag):  # type: ignore[no-untyped-def]
-    """4 bytes, if a flag is not 0."""
+@statement("{ .reg .pred p; setp.ne.u32 p, $2, 0; @p st.shared.u16 [$0], $1; }", "rrr")
+def put2_where(address, value, flag):  # type: ignore[no-untyped-def]
+    """The lower 2 bytes of a word, if a flag is not 0."""
     if flag:
-        ctypes.c_uint32.from_address(int(address)).value = int(value)
+        ctypes.c_uint16.from_address(int(address)).value = int(value) & 0xFFFF
 
 
 @statement("ld.shared.s16 $0, [$1];", "r", "r")

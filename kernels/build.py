@@ -125,13 +125,12 @@ def compile_kernel(name: str, compute_capability: tuple[int, int]) -> Cubin:
             from cuda.core import Linker, LinkerOptions, ObjectCode
             from numba import cuda
 
-            from kvortex.kernels.lane import all_here
+            from kvortex.kernels.ptx import text_for
 
             module = importlib.import_module(KERNELS[name])
             signature = module.DIGEST_SIGNATURE if name.endswith("_digest") else module.SIGNATURE
             ptx, _ = cuda.compile_ptx(getattr(module, name), signature, cc=compute_capability)
-        if compute_capability < (9, 0):
-            ptx = ptx.replace(all_here.ptx[0], "")
+        ptx = text_for(ptx, compute_capability)
         entry = _ENTRY.search(ptx)
         if entry is None:
             raise BuildError(f"{name}: the compiler wrote no kernel")

@@ -51,12 +51,12 @@ def early4(address):  # type: ignore[no-untyped-def]
     return ctypes.c_uint32.from_address(int(address)).value
 
 
-@statement("bar.warp.sync 0xffffffff; // loads", "", together=True)
+@statement("bar.warp.sync 0xffffffff;", "", together=True, before="")
 def all_here():  # type: ignore[no-untyped-def]
     """Keeps loads of a whole warp before what follows, where no store does that. All lanes must come to it.
 
     From 9.0 on it is no instruction. Before it would be a call, over which every loaded word is kept in a register of its own,
-    more than there are: :mod:`kvortex.kernels.build` leaves it out there.
+    more than there are: there it is left out.
     """
 
 

@@ -35,7 +35,7 @@ from kvortex.kernels.plane import (
     write_header,
 )
 from kvortex.kernels.plane_form import ENCODE_WARPS, FIXED_BYTES, MOST_TAIL, RAW_TAIL, RAW_TILE, SIGN_AT, VALUES
-from kvortex.kernels.plane_row import distances_from
+from kvortex.kernels.plane_row import shifted_bases
 from kvortex.kernels.plane_tile import (
     FIXED_AT,
     SHARED_BYTES,
@@ -115,7 +115,7 @@ def _tiles(codec, at, run, counts, block, tile, count, record, pitch, shared, la
         while i < count:
             pair, words = next_pair, next_words
             more = eight_words(source + uint64(8) * uint64(step), step)
-            bases = distances_from(pair)
+            bases = shifted_bases(pair)
             n = eight_rows(words, bases, shared, stage, signs, uint32(0), lane)
             i = uint32(i + uint32(1))
             if i < count:

@@ -6,7 +6,8 @@ both there, and a bit above the lower one, which lends where base - 1 - code is 
 What a value of the second tier has, 16 bits in shared memory, is how much is to be added to what code 3 alone would be; or, of
 an escape, its exponent, and bits 0 and 2 say so.
 
-What is coded is seen as distances: of both values ``base - 1 - exponent`` in the halves of a word, and FAR instead of a sign.
+What is coded is seen as distances: of both values ``base - exponent`` in the halves of a word, and FAR for all that has no code
+of its own. What is kept of a value until its tail is made has 255 - exponent in the upper byte of 16 bits.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ uint32: Any = types.uint32
 ESCAPED = 5
 _LOW, _HIGH = 0x7F80, 0x7F800000
 _SIGNS = 0x807F807F
-FAR, AT_BASE = 0x100, 0x1FF
+FAR = 10
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
@@ -83,48 +84,58 @@ def row_word(codes, bases, three, first, other, signs):  # type: ignore[no-untyp
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def distances_from(pair):  # type: ignore[no-untyped-def]
-    """What :func:`distances` takes of the lane's two bases, a byte each."""
-    return uint32((pair & uint32(255)) + uint32(255) + (((pair >> uint32(8)) + uint32(255)) << uint32(16)))
+def shifted_bases(pair):  # type: ignore[no-untyped-def]
+    """Of the lane's two bases, a byte each, what is to be added to 255 - exponent for the distance, in 16 bits each."""
+    low, high = uint32(pair & uint32(255)), uint32(pair >> uint32(8))
+    return uint32(uint32(low + uint32(0xFF01)) & uint32(0xFFFF) | uint32(high + uint32(0xFF01)) << uint32(16))
 
 
-@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def distances(word, bases):  # type: ignore[no-untyped-def]
-    """Of a row's two values; AT_BASE is -1."""
-    return uint32(uint32(bases - ((word >> uint32(7)) & uint32(0x00FF00FF))) ^ uint32(FAR * 0x10001))
-
-
-@statement(
-    # 4 and more become ones all along: a sum's upper bit says so, and is repeated
-    "{ .reg .b32 a; and.b32 a, $1, 0x03FC03FC; add.u32 a, a, 0x7FFF7FFF; prmt.b32 a, a, a, 0xBB99;"
-    " lop3.b32 $0, a, $1, 0x00030003, 0xA8; }",
-    "r",
-    "r",
-    pure=True,
-)
-def first_codes(far):  # type: ignore[no-untyped-def]
-    """Codes of the first tier, in bits 0 and 1 of both halves, by :func:`distances`."""
-    return min(int(far) & 0xFFFF, 3) | min(int(far) >> 16, 3) << 16
-
-
-@statement("prmt.b32 $0, $1, $2, 0x5410;", "rr", "r", pure=True)
-def lower_halves(a, b):  # type: ignore[no-untyped-def]
-    return int(a) & 0xFFFF | (int(b) & 0xFFFF) << 16
-
-
-@statement("prmt.b32 $0, $1, $2, 0x7632;", "rr", "r", pure=True)
-def upper_halves(a, b):  # type: ignore[no-untyped-def]
-    return int(a) >> 16 | int(b) >> 16 << 16
+@statement("{ .reg .b32 a; mad.lo.u32 a, $1, 0xFFFFFFFE, 0xFFFFFFFF; prmt.b32 $0, a, 0, 0x4341; }", "r", "r", pure=True)
+def inverted(word):  # type: ignore[no-untyped-def]
+    """255 - exponent of two bf16, in the halves of a word: bytes of the complement of the word's double."""
+    return 255 - (int(word) >> 7 & 255) | 255 - (int(word) >> 23 & 255) << 16
 
 
 @statement(
-    "{ .reg .b32 a; shr.u32 a, $1, 8; lop3.b32 a, a, $1, 0x00800080, 0xE4; prmt.b32 $0, a, a, 0x4420; }",
+    f"{{ .reg .b32 a, k; add.u16x2 a, $1, $2; mov.b32 k, {FAR * 0x10001:#x}; min.u16x2 $0, a, k; }}",
+    "rr",
+    "r",
+    pure=True,
+    before="{ .reg .b32 a, k, z; mov.b32 z, 0; vadd2.u32.u32.u32 a, $1, $2, z;"
+    f" mov.b32 k, {FAR * 0x10001:#x}; vmin2.u32.u32.u32 $0, a, k, z; }}",
+)
+def distances(inverse, bases):  # type: ignore[no-untyped-def]
+    """``base - exponent`` of a row's two values, by :func:`inverted` and :func:`shifted_bases`; FAR where it is more, or less
+    than 0."""
+    both = zip(_halves(inverse), _halves(bases), strict=True)
+    low, high = (min(a + b & 0xFFFF, FAR) for a, b in both)
+    return low | high << 16
+
+
+@statement(
+    "{ .reg .b32 k; mov.b32 k, 0x00040004; min.u16x2 $0, $1, k; }",
     "r",
     "r",
     pure=True,
+    before="{ .reg .b32 k, z; mov.b32 z, 0; mov.b32 k, 0x00040004; vmin2.u32.u32.u32 $0, $1, k, z; }",
 )
-def sign_bytes(word):  # type: ignore[no-untyped-def]
-    """Sign and mantissa of two bf16, a byte each, in the lower half; the upper one is of no use, and the same byte twice."""
-    low, high = (int(word) >> shift & 0xFFFF for shift in (0, 16))
-    low, high = low >> 8 & 128 | low & 127, high >> 8 & 128 | high & 127
-    return low | high << 8 | low << 16 | low << 24
+def first_codes(near):  # type: ignore[no-untyped-def]
+    """Codes of the first tier by :func:`distances`, if 3 is added and bits above the two lowest are dropped."""
+    low, high = (min(each, 4) for each in _halves(near))
+    return low | high << 16
+
+
+def _halves(word: Any) -> tuple[int, int]:
+    return int(word) & 0xFFFF, int(word) >> 16 & 0xFFFF
+
+
+@statement(
+    "{ .reg .b32 m, h; prmt.b32 m, $1, $2, 0x6420; prmt.b32 h, $1, $2, 0x7531; lop3.b32 $0, h, m, 0x80808080, 0xE4; }",
+    "rr",
+    "r",
+    pure=True,
+)
+def sign_bytes(word, other):  # type: ignore[no-untyped-def]
+    """Sign and mantissa of four bf16, a byte each."""
+    each = (*_halves(word), *_halves(other))
+    return sum((value >> 8 & 128 | value & 127) << 8 * at for at, value in enumerate(each))

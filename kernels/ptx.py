@@ -6,6 +6,7 @@ Every line of Numba's CUDA extension API is in this file.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -33,13 +34,26 @@ _KINDS: dict[str, tuple[Any, Any]] = {
 }
 
 
+# Around both texts of a statement, until it is known for which GPU they are.
+_NEW, _OLD, _END = "/*9.0*/", "/*before*/", "/*end*/"
+_EITHER = re.compile("|".join(re.escape(each) for each in (_NEW, _OLD, _END)))
+
+
+def text_for(ptx: str, compute_capability: tuple[int, int]) -> str:
+    """PTX with those texts alone that are for such a GPU."""
+    parts = _EITHER.split(ptx)  # what is for all, new, old, and so on
+    return "".join(parts[at] for at in range(len(parts)) if at % 3 != (2 if compute_capability >= (9, 0) else 1))
+
+
 def _fits(kind: Any, letter: str) -> bool:
     if letter in _TUPLES:
         return bool(kind == _TUPLES[letter][0])
     return isinstance(kind, types.Float if letter == "f" else types.Integer)
 
 
-def statement(text: str, arguments: str, result: str = "", *, pure: bool = False, together: bool = False) -> Callable[[F], F]:
+def statement(
+    text: str, arguments: str, result: str = "", *, pure: bool = False, together: bool = False, before: str | None = None
+) -> Callable[[F], F]:
     """Gives a function a PTX statement for kernels.
 
     Parameters
@@ -57,11 +71,15 @@ def statement(text: str, arguments: str, result: str = "", *, pure: bool = False
         Whether it is arithmetic. Else it counts as one that touches memory and has effects, so its order among others is kept.
     together
         Whether all lanes of a warp must come to it at once.
+    before
+        Another text for what comes before compute capability 9.0, if that cannot do as ``text`` says: see :func:`text_for`.
     """
+    both = text if before is None else f"{_NEW}{text}{_OLD}{before}{_END}"
     returned = _TUPLES[result][0] if result in _TUPLES else _KINDS[result][0] if result else types.void
 
     def decorate(function: F) -> F:
         function.ptx = text, arguments, result  # type: ignore[attr-defined]
+        function.ptx_before = text if before is None else before  # type: ignore[attr-defined]
         if config.ENABLE_CUDASIM:
             return function
 
@@ -93,7 +111,7 @@ def statement(text: str, arguments: str, result: str = "", *, pure: bool = False
                 form = ir.LiteralStructType([one] * count) if result in _TUPLES else one
             constraints = ",".join([*("=" + o for o in outputs), *letters, *([] if pure else ["~{memory}"])])
             types_of = ir.FunctionType(form, [_KINDS[letter][1] for letter in letters])
-            asm = ir.InlineAsm(types_of, text, constraints, side_effect=not pure)
+            asm = ir.InlineAsm(types_of, both, constraints, side_effect=not pure)
             made = builder.call(asm, operands, attrs=("convergent",) if together else ())
             if result in _TUPLES:
                 parts = [builder.extract_value(made, at) for at in range(count)]

@@ -89,6 +89,11 @@ def _brain(high: Words, low: Words) -> Words:
     return (near(low) | near(high) << np.uint64(16)).astype(np.uint32)
 
 
+def _halves(of: Callable[..., Any]) -> Callable[..., Words]:
+    """Of the halves of words, each by itself."""
+    return lambda *given: of(*(np.ascontiguousarray(each).view(np.uint16) for each in given)).view(np.uint32)
+
+
 def _shifted(left: bool) -> Callable[[Words, Words], Words]:
     return lambda a, b: a << b if left else a >> b
 
@@ -117,6 +122,11 @@ _WORD: dict[str, Callable[..., Any]] = {
     "sub.u32": np.subtract,
     "max.u32": np.maximum,
     "add.u64": np.add,
+    "mad.lo.u32": lambda a, b, c: a * b + c,
+    "add.u16x2": _halves(np.add),
+    "min.u16x2": _halves(np.minimum),
+    "vadd2.u32.u32.u32": lambda a, b, c: _halves(np.add)(a, b),
+    "vmin2.u32.u32.u32": lambda a, b, c: _halves(np.minimum)(a, b),
     "mul.wide.u32": lambda a, b: a.astype(np.uint64) * b,
     "mad.wide.u32": lambda a, b, c: a.astype(np.uint64) * b + c,
     "setp.gt.u32": np.greater,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from kvortex.errors import BuildError
-from kvortex.kernels import build
+from kvortex.kernels import build, ptx
 from kvortex.transfer import lane
 from tests.kernels.compiled import ARCHITECTURES, compiled, sass
 
@@ -93,7 +93,7 @@ def test_sums_of_a_piece_leave_in_one_store(name: str) -> None:
     assert len(re.findall(r"\bATOMG?\b", text)) == (0 if name in READERS else 2), "sums by atomics that give something back"
 
 
-@pytest.mark.parametrize("name", SHARING)
+@pytest.mark.parametrize("name", [name for name in SHARING if name != "plane_encode"])  # which asks when it has none
 def test_who_asks_for_a_share_does_not_wait_for_it(name: str) -> None:
     """Of additions of 1 by several lanes the assembler makes one, whose answer is dealt out by a shuffle right behind it."""
     text = on_hopper(name)
@@ -107,6 +107,18 @@ def test_who_asks_for_a_share_does_not_wait_for_it(name: str) -> None:
 def test_nothing_is_called(name: str) -> None:
     """A division of numbers of 64 bits is a call of a hundred instructions and more, in each warp of short launches."""
     assert "CALL.REL" not in on_hopper(name)
+
+
+def test_two_distances_take_one_instruction_on_hopper(tmp_path: Path) -> None:
+    """A sum and a minimum of both halves of a word; what has no such instruction gets the other text of a statement."""
+    assert len(re.findall(r"\bVIADDMNMX\.U16x2\b", on_hopper("plane_encode"))) >= 16
+    assert "U16x2" not in sass(compiled("plane_encode", (8, 0)).code, tmp_path)
+
+
+def test_a_text_for_each_generation() -> None:
+    both = f"a; {ptx._NEW}b;{ptx._OLD}c;{ptx._END} d; {ptx._NEW}e;{ptx._OLD}{ptx._END} f;"
+    assert ptx.text_for(both, (9, 0)) == ptx.text_for(both, (12, 0)) == "a; b; d; e; f;"
+    assert ptx.text_for(both, (8, 6)) == "a; c; d;  f;"
 
 
 @pytest.mark.parametrize("name", SHARING)

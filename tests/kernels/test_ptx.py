@@ -64,8 +64,17 @@ def _late(rng: Rng, places: int) -> np.ndarray:
 
 
 def _distances(rng: Rng, places: int) -> np.ndarray:
-    near, any_of = rng.integers(0, 6, (2, places, 32)), rng.integers(0, plane_row.AT_BASE + 1, (2, places, 32))
-    low, high = np.where(rng.random((2, places, 32)) < 0.5, near, any_of).astype(np.uint32)
+    low, high = rng.integers(0, plane_row.FAR + 1, (2, places, 32)).astype(np.uint32)
+    return low | high << np.uint32(16)
+
+
+def _shifted_bases(rng: Rng, places: int) -> np.ndarray:
+    low, high = rng.choice([0, 1, 9, 10, 11, 127, 254, 255], (2, places, 32)).astype(np.uint32) + np.uint32(0xFF01)
+    return low & np.uint32(0xFFFF) | high << np.uint32(16)
+
+
+def _inverted(rng: Rng, places: int) -> np.ndarray:
+    low, high = rng.integers(0, 256, (2, places, 32)).astype(np.uint32)
     return low | high << np.uint32(16)
 
 
@@ -85,6 +94,7 @@ GIVEN: dict[str, dict[int, Callable[[Rng, int], np.ndarray]]] = {
     "eights.key_numbers": {2: _fixed(2**23 + 2048 - 128), 3: _between(0.001, 1), 5: _fixed(2**23)},
     "plane_row.row_word": {1: _bases, 3: _late, 4: _late},
     "plane_row.first_codes": {0: _distances},
+    "plane_row.distances": {0: _inverted, 1: _shifted_bases},
     "float32.half_down": {0: _between(-65504, 65504)},
     "float32.half_up": {0: _between(0, 70)},
     "float32.whole": {0: _whole(0, 1 << 24)},
@@ -100,9 +110,12 @@ def _drawn(name: str, letters: str, rng: Rng) -> list[np.ndarray]:
     return made
 
 
-def _executed(function: Any, drawn: list[np.ndarray], *, shared: bool = False) -> np.ndarray:
-    """(places, 32) words that a text leaves; ``shared``: results are in registers of arguments, as a compiler may put them."""
+def _executed(function: Any, drawn: list[np.ndarray], *, shared: bool = False, before: bool = False) -> np.ndarray:
+    """(places, 32) words that a text leaves, or the one ``before`` it; ``shared``: results are in registers of arguments, as a
+    compiler may put them."""
     text, _, result = function.ptx
+    if before:
+        text = function.ptx_before
     count = PLACES.get(result, 1)
     registers = {f"${count + at}": row for at, row in enumerate(row for each in drawn for row in each)}
     first = count if shared else 0
@@ -128,6 +141,7 @@ def test_a_statement_does_what_its_body_says(name: str) -> None:
     for _ in range(6):
         drawn = _drawn(name, letters, rng)
         made = _executed(function, drawn)
+        assert (made == _executed(function, drawn, before=True)).all(), "a GPU before 9.0 does something else"
         if sum(map(len, drawn)) >= len(made):
             assert (made == _executed(function, drawn, shared=True)).all(), "a result came before all arguments were read"
         for lane in LANES:
