@@ -82,10 +82,12 @@ def put2_where(address, value, flag):  # type: ignore[no-untyped-def]
         ctypes.c_uint16.from_address(int(address)).value = int(value) & 0xFFFF
 
 
-@statement("ld.shared.s16 $0, [$1];", "r", "r")
-def signed2(address):  # type: ignore[no-untyped-def]
-    """Two bytes as a number with a sign, in 32 bits."""
-    return int(ctypes.c_int16.from_address(int(address)).value) & 0xFFFFFFFF
+@statement(
+    "{ .reg .pred p; .reg .b32 t; setp.ne.u32 p, $2, 0; mov.b32 t, 0; @p ld.shared.u16 t, [$1]; mov.b32 $0, t; }", "rr", "r"
+)
+def get2_where(address, flag):  # type: ignore[no-untyped-def]
+    """2 bytes, if a flag is not 0; else 0."""
+    return ctypes.c_uint16.from_address(int(address)).value if flag else 0
 
 
 @statement("st.shared.v2.u32 [$0], {$1,$2};", "rrr")

@@ -28,13 +28,13 @@ from kvortex.kernels.ahead import (
     copy16,
     get1,
     get2,
+    get2_where,
     get4,
     get16,
     near,
     put2,
     put_pair,
     shared_at,
-    signed2,
     wait_for_last_but_one,
 )
 from kvortex.kernels.coded_read import digest_slice
@@ -56,7 +56,7 @@ from kvortex.kernels.plane import (
     tiles_of,
 )
 from kvortex.kernels.plane_form import FIXED_BYTES, RAW_TAIL, RAW_TILE, ROWS, SIGN_AT, VALUES
-from kvortex.kernels.plane_row import ESCAPED, bases_of, late_of, row_word
+from kvortex.kernels.plane_row import ESCAPED, bases_of, halves, late_of, row_word
 from kvortex.kernels.shares import answer, ask_next, asker_of, ceil_div, first_share, leave
 from kvortex.kernels.warp import ALL, uniform
 from kvortex.kernels.warp_words import summed, turned
@@ -134,7 +134,7 @@ def _second_tier(tail, late, entry, lane):  # type: ignore[no-untyped-def]
         groups = uint32(groups - some)
         while some != uint32(0):
             code = uint32(bits & uint32(7))
-            value = late_of(code)
+            value = uint32(late_of(code))
             mask = uint32(cuda.ballot_sync(ALL, code == uint32(7)))
             if mask != uint32(0):
                 k = uint32(escapes + uint32(cuda.popc(uint32(mask & lower))))
@@ -149,36 +149,42 @@ def _second_tier(tail, late, entry, lane):  # type: ignore[no-untyped-def]
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _row(target, codes, three, bases, cells, signs, late, lower):  # type: ignore[no-untyped-def]
-    """Writes a row; ``cells``: where of both channels who has code 3, and where in the second tier these begin."""
-    words = get16(cells)
+def _late_of_row(words, three, low, high, late, lower):  # type: ignore[no-untyped-def]
+    """What both values of a row have in the second tier; ``words``: where of both channels who has code 3, and where in the
+    second tier these begin. ``low`` and ``high`` are the bits of ``three`` that say so of this lane."""
     first = near(words[1], late) + uint64(2) * uint64(uint32(cuda.popc(uint32(uint32(words[0]) & lower))))
     other = near(words[3], late) + uint64(2) * uint64(uint32(cuda.popc(uint32(uint32(words[2]) & lower))))
-    store4(target, row_word(codes, bases, three, signed2(first), signed2(other), get2(signs)))
+    return halves(get2_where(first, uint32(three & uint32(low))), get2_where(other, uint32(three & uint32(high))))
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def _two_rows(target, step, codes, after, three, bases, cells, signs, late, lower):  # type: ignore[no-untyped-def]
+    """Writes two rows, whose codes of the first tier are ``codes`` and ``after``."""
+    words, more = get16(cells), get16(cells + uint64(16))
+    first, other = _late_of_row(words, three, 1, 4, late, lower), _late_of_row(more, three, 16, 64, late, lower)
+    store4(target, row_word(codes, bases, first, get2(signs)))
+    target += step
+    store4(target, row_word(after, bases, other, get2(signs + uint64(64))))
+    return target + step
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def _four_rows(target, step, codes, three, bases, cells, signs, late, lower):  # type: ignore[no-untyped-def]
+    """Writes four rows, whose codes lie beside each other as those of exponents will."""
+    first, other = uint32(codes << uint32(7)), uint32(codes << uint32(3))
+    target = _two_rows(target, step, first, other, three, bases, cells, signs, late, lower)
+    first, other, three = uint32(codes >> uint32(1)), uint32(codes >> uint32(5)), uint32(three >> uint32(8))
+    return _two_rows(target, step, first, other, three, bases, cells + uint64(32), signs + uint64(128), late, lower)
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
 def _eight_rows(target, step, word, bases, cells, signs, late, lower):  # type: ignore[no-untyped-def]
     """Writes eight rows, of which a lane has four bits each in a word."""
     three = uint32(word & (word >> uint32(1)) & uint32(0x55555555))
-    codes = uint32(word & uint32(0xFFFF) | (word << uint32(14)) & uint32(0xFFFF0000))  # of four rows, as exponents lie
-    _row(target, codes << uint32(7), three, bases, cells, signs, late, lower)
-    target += step
-    _row(target, codes << uint32(3), three >> uint32(4), bases, cells + uint64(16), signs + uint64(64), late, lower)
-    target += step
-    _row(target, codes >> uint32(1), three >> uint32(8), bases, cells + uint64(32), signs + uint64(128), late, lower)
-    target += step
-    _row(target, codes >> uint32(5), three >> uint32(12), bases, cells + uint64(48), signs + uint64(192), late, lower)
-    target += step
-    codes = uint32(word >> uint32(16) | (word >> uint32(2)) & uint32(0xFFFF0000))
-    _row(target, codes << uint32(7), three >> uint32(16), bases, cells + uint64(64), signs + uint64(256), late, lower)
-    target += step
-    _row(target, codes << uint32(3), three >> uint32(20), bases, cells + uint64(80), signs + uint64(320), late, lower)
-    target += step
-    _row(target, codes >> uint32(1), three >> uint32(24), bases, cells + uint64(96), signs + uint64(384), late, lower)
-    target += step
-    _row(target, codes >> uint32(5), three >> uint32(28), bases, cells + uint64(112), signs + uint64(448), late, lower)
-    return target + step
+    codes = uint32(word & uint32(0xFFFF) | (word << uint32(14)) & uint32(0xFFFF0000))
+    target = _four_rows(target, step, codes, three, bases, cells, signs, late, lower)
+    codes, three = uint32(word >> uint32(16) | (word >> uint32(2)) & uint32(0xFFFF0000)), uint32(three >> uint32(16))
+    return _four_rows(target, step, codes, three, bases, cells + uint64(64), signs + uint64(256), late, lower)
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]

@@ -3,8 +3,8 @@
 Bits 7 to 14 and 23 to 30 of a word are the exponents of the lane's two channels, as in two bf16. ``bases`` holds base - 1 of
 both there, and a bit above the lower one, which lends where base - 1 - code is below zero: no borrow goes further.
 
-What a value of the second tier has, 16 bits in shared memory, is how much is to be added to what code 3 alone would be; or, of
-an escape, its exponent, and bits 0 and 2 say so.
+What a value of the second tier has, 16 bits in shared memory, is how much is to be added to what code 3 alone would be, in 15
+bits; or, of an escape, its exponent, and the highest bit says so.
 
 What is coded is seen as distances: of both values ``base - exponent`` in the halves of a word, and FAR for all that has no code
 of its own. What is kept of a value until its tail is made has 255 - exponent in the upper byte of 16 bits.
@@ -20,8 +20,7 @@ from numba.cuda import types
 from kvortex.kernels.ptx import statement
 
 uint32: Any = types.uint32
-ESCAPED = 5
-_LOW, _HIGH = 0x7F80, 0x7F800000
+ESCAPED = 0x8000
 _SIGNS = 0x807F807F
 FAR = 10
 
@@ -34,29 +33,33 @@ def bases_of(pair):  # type: ignore[no-untyped-def]
     return uint32(low << uint32(7) | high << uint32(23) | uint32(0x8000))
 
 
-@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def late_of(code):  # type: ignore[no-untyped-def]
-    """Of a code of the second tier that is no escape: 0 is the base itself, others are 4 and more below it."""
-    late = uint32(uint32(128) - uint32(128) * code)
-    if code == uint32(0):
-        late = uint32(512)
-    return late
-
-
 @statement(
-    "{ .reg .b32 t, a, h; .reg .pred p, q, r, s;"
-    " and.b32 t, $1, 0x01800180; sub.u32 t, $2, t; shl.b32 h, $5, 16;"
-    # of the low one, then the high one: whether it is late and no escape, and whether it is one
-    " lop3.b32 a, $3, $4, 1, 0x20; setp.ne.u32 p, a, 0; lop3.b32 a, $3, $5, 4, 0x20; setp.ne.u32 q, a, 0;"
-    " lop3.b32 a, $3, $4, 1, 0x80; setp.ne.u32 r, a, 0; lop3.b32 a, $3, $5, 4, 0x80; setp.ne.u32 s, a, 0;"
-    " @p add.u32 t, t, $4; @q add.u32 t, t, h;"
-    f" @r lop3.b32 t, $4, t, {_LOW:#x}, 0xE4; @s lop3.b32 t, h, t, {_HIGH:#x}, 0xE4;"
-    f" prmt.b32 a, $6, $6, 0x1100; lop3.b32 $0, a, t, {_SIGNS:#x}, 0xE4; }}",
-    "rrrrrr",
+    "{ .reg .b32 a, b; mov.b32 a, 0xFEFF0004; mov.b32 b, 0x00FBFCFD; prmt.b32 a, a, b, $1; shl.b32 $0, a, 7; }",
+    "r",
     "r",
     pure=True,
 )
-def row_word(codes, bases, three, first, other, signs):  # type: ignore[no-untyped-def]
+def late_of(code):  # type: ignore[no-untyped-def]
+    """Of a code of the second tier that is no escape, in the lower half: 0 is the base itself, others are 4 and more below."""
+    return (((1 - int(code)) % 256 if 0 < int(code) < 7 else 4 * (int(code) == 0)) | 0x04040400) << 7 & 0xFFFFFFFF
+
+
+@statement("prmt.b32 $0, $1, $2, 0x5410;", "rr", "r", pure=True)
+def halves(low, high):  # type: ignore[no-untyped-def]
+    """A word of the lower halves of two."""
+    return int(low) & 0xFFFF | (int(high) & 0xFFFF) << 16
+
+
+@statement(
+    # Carries of the lower sum end in bits whose place signs and mantissas take.
+    "{ .reg .b32 t, a; and.b32 t, $1, 0x01800180; sub.u32 t, $2, t; add.u32 t, t, $3;"
+    " prmt.b32 a, $3, $3, 0xBB99; lop3.b32 t, $3, t, a, 0xE4;"  # an escape's highest bit, all along: its own exponent
+    f" prmt.b32 a, $4, $4, 0x1100; lop3.b32 $0, a, t, {_SIGNS:#x}, 0xE4; }}",
+    "rrrr",
+    "r",
+    pure=True,
+)
+def row_word(codes, bases, late, signs):  # type: ignore[no-untyped-def]
     """Two bf16.
 
     Parameters
@@ -65,22 +68,17 @@ def row_word(codes, bases, three, first, other, signs):  # type: ignore[no-untyp
         Those of the first tier in bits 7 and 8, 23 and 24; other bits do not count.
     bases
         Of :func:`bases_of`.
-    three
-        Bits 0 and 2: whether the low one, and the high one, has code 3.
-    first, other
-        What they have in the second tier, with their signs in 32 bits; of no meaning where the code is another.
+    late
+        What both have in the second tier, 16 bits each; 0 where the code is another than 3.
     signs
         Sign and mantissa of both, a byte each.
     """
-    word = (int(bases) - (int(codes) & 0x01800180)) & 0xFFFFFFFF
-    for late, bit, shift, field in ((int(first), 1, 0, _LOW), (int(other), 4, 16, _HIGH)):
-        moved = late << shift & 0xFFFFFFFF
-        if three & bit and late & bit:
-            word = word & ~field | moved & field
-        elif three & bit:
-            word = (word + moved) & 0xFFFFFFFF
+    word = 0
+    for own, shift in zip(_halves(late), (0, 16), strict=True):
+        exponent = (int(bases) >> shift + 7 & 255) - (int(codes) >> shift + 7 & 3) + (own >> 7)
+        word |= ((own if own & ESCAPED else exponent << 7) & 0x7F80) << shift
     spread = int(signs) & 255 | (int(signs) & 255) << 8 | (int(signs) >> 8 & 255) << 16 | (int(signs) >> 8 & 255) << 24
-    return spread & _SIGNS | word & ~_SIGNS & 0xFFFFFFFF
+    return spread & _SIGNS | word
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]

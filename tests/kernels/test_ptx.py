@@ -57,10 +57,11 @@ def _bases(rng: Rng, places: int) -> np.ndarray:
 
 
 def _late(rng: Rng, places: int) -> np.ndarray:
-    """How much is to be added, from 4 to -5 exponents; or an escaped one."""
-    near = 128 * rng.integers(-5, 5, (places, 32))
-    escaped = (rng.integers(0, 256, (places, 32)) << 7 | plane_row.ESCAPED).astype(np.uint16).view(np.int16)
-    return np.where(rng.random((places, 32)) < 0.3, escaped, near).astype(np.int32).view(np.uint32)
+    """How much is to be added, from 4 to -5 exponents, or an escaped exponent, or nothing; of two values."""
+    near = 128 * rng.integers(-5, 5, (2, places, 32)) & 0x7FFF
+    escaped = rng.integers(0, 256, (2, places, 32)) << 7 | plane_row.ESCAPED
+    both = np.where(rng.random((2, places, 32)) < 0.3, escaped, near) * (rng.random((2, places, 32)) < 0.7)
+    return (both[0] | both[1] << 16).astype(np.uint32)
 
 
 def _distances(rng: Rng, places: int) -> np.ndarray:
@@ -92,7 +93,8 @@ GIVEN: dict[str, dict[int, Callable[[Rng, int], np.ndarray]]] = {
     "eights.high_codes": {0: _between(-9, 9), 1: _fixed(1), 2: _fixed(8), 3: _fixed(7.5)},
     "eights.value_codes": dict(enumerate([_between(-3, 20)] * 4 + [_fixed(-3), _fixed(11, 3.7)])),
     "eights.key_numbers": {2: _fixed(2**23 + 2048 - 128), 3: _between(0.001, 1), 5: _fixed(2**23)},
-    "plane_row.row_word": {1: _bases, 3: _late, 4: _late},
+    "plane_row.row_word": {1: _bases, 2: _late},
+    "plane_row.late_of": {0: _whole(0, 8)},
     "plane_row.first_codes": {0: _distances},
     "plane_row.distances": {0: _inverted, 1: _shifted_bases},
     "float32.half_down": {0: _between(-65504, 65504)},
