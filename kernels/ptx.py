@@ -15,6 +15,8 @@ from numba.cuda import types
 from numba.cuda.core import config
 from numba.cuda.extending import lower_builtin, type_callable
 
+from kvortex.errors import BuildError
+
 F = TypeVar("F", bound=Callable[..., Any])
 WORDS = types.UniTuple(types.uint32, 4)
 PAIR, TWO_WORDS = types.UniTuple(types.uint64, 2), types.UniTuple(types.uint32, 2)
@@ -40,7 +42,9 @@ _EITHER = re.compile("|".join(re.escape(each) for each in (_NEW, _OLD, _END)))
 
 
 def text_for(ptx: str, compute_capability: tuple[int, int]) -> str:
-    """PTX with those texts alone that are for such a GPU."""
+    """PTX with those texts alone that are for such a GPU. BuildError where they cannot be told apart."""
+    if _EITHER.findall(ptx) != [_NEW, _OLD, _END] * ptx.count(_NEW):
+        raise BuildError("texts of statements for several GPUs are not whole in the compiler's PTX")
     parts = _EITHER.split(ptx)  # what is for all, new, old, and so on
     return "".join(parts[at] for at in range(len(parts)) if at % 3 != (2 if compute_capability >= (9, 0) else 1))
 

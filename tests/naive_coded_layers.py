@@ -172,7 +172,8 @@ class NaiveLoad:
                 made.append(self.launch("read_records", ctas, [*head, *((ABSOLUTE, value) for value in span)]))
             at += strip.end - strip.begin
         tiles = end - first
-        run = min(max(n * tiles // (8 * most), 1), 16)
+        turns = -(-n * tiles // (8 * most * coder.runs[1][1]))
+        run = -(-n * tiles // (8 * most * turns))
         ctas = min(most, -(-n * -(-tiles // run) // 8))
         ids = chunk[0] * (4 if isinstance(coder.codec, PlaneCodec) else 8)
         head = (BUFFER, 0), (ABSOLUTE, pitch), (ABSOLUTE, coder._cells), (STATUS, 4 * chunk[0]), (IDS, ids)

@@ -53,8 +53,9 @@ def run(case: PlaneCase) -> None:
     tail = (case.blocks, n, case.run)
     rows, numbers, (_, sizes) = staging[GUARD:-GUARD].reshape(n, case.pitch), kernel_numbers(case.pitch), case.coded()
     usual = plane_encode.KEPT_TAILS
-    for digests, how_many, threads, kept in ((True, case.run, 64, usual), (False, 33, 32, 300), (True, 1, 64, 99)):
-        plane_encode.KEPT_TAILS = kept  # or tails are put where they belong before all are made
+    ways = (True, case.run, 64, usual), (False, 33, 32, 300), (False, 33, 64, 1024), (True, 1, 64, 99)
+    for digests, how_many, threads, kept in ways:
+        plane_encode.KEPT_TAILS = kept  # of some tiles tails are only counted, and made when it is known where they belong
         staging[:] = 0xA5
         sums, status = np.zeros((n, 2), np.uint64), np.zeros(n, np.uint32)
         where = numbers.ctypes.data, sums.ctypes.data if digests else 0, status.ctypes.data

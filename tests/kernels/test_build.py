@@ -119,6 +119,15 @@ def test_a_text_for_each_generation() -> None:
     both = f"a; {ptx._NEW}b;{ptx._OLD}c;{ptx._END} d; {ptx._NEW}e;{ptx._OLD}{ptx._END} f;"
     assert ptx.text_for(both, (9, 0)) == ptx.text_for(both, (12, 0)) == "a; b; d; e; f;"
     assert ptx.text_for(both, (8, 6)) == "a; c; d;  f;"
+    for lost in (ptx._NEW, ptx._OLD, ptx._END):
+        with pytest.raises(BuildError, match="not whole"):
+            ptx.text_for(both.replace(lost, "", 1), (9, 0))
+
+
+def test_who_codes_asks_for_a_share_when_the_last_one_is_done() -> None:
+    """Behind the addition by which a warp says so: all shares behind one that waits for its turn would wait too."""
+    text = on_hopper("plane_encode")
+    assert text.rindex("ATOMG.E.ADD") < text.index("ATOMG.E.INC")
 
 
 @pytest.mark.parametrize("name", SHARING)

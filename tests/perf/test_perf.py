@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import kvortex
+from kvortex.codecs import CODECS
 from kvortex.devices import HostDevice
 from kvortex.memory.arena import PinnedArena
 from kvortex.transfer import host
@@ -506,6 +507,13 @@ def test_coded_blocks_beside_computation() -> None:
     assert seen == {(codec, way) for codec in ("raw", *coded.BARS) for way in ("save", "load")}
     assert set(notes["left_out"]) == {"cachegen"}
     assert all(row["wrong_bytes"] == 0 and row["alone"] > 0 and set(beside.COLUMNS) <= set(row) for row in rows)
+
+
+def test_every_codec_has_a_share_of_the_link() -> None:
+    """Also those that no engine of a GPU takes, which are asked for before that is known."""
+    for name in CODECS:
+        (share_of_link,) = beside.own_share(name, 0.5).values()
+        assert 0 < share_of_link <= 1, name
 
 
 @pytest.mark.gpu

@@ -299,7 +299,7 @@ def test_one_wild_record_makes_no_other_wait_in_vain(monkeypatch: pytest.MonkeyP
             offsets = np.array([[begin + 100, begin + 200, begin + 300], [begin + 900, begin + 1000, begin + 1100]])
             slots, starts, done = np.arange(2), np.arange(2), np.full(2, begin + 960)
             groups = cut.fixed[1:], offsets, done, begin, most, cut.rows[1:]
-            listed = _strips.list_groups(slots, 0, starts, starts[-1:], *groups, (0, codec.slot_bytes, 64), 8)
+            listed = _strips.list_groups(slots, 0, starts, starts[-1:], *groups, (0, codec.slot_bytes, 64), 8, 16)
             tails = listed[2].reshape(2, 2, 3, -1)[:, :, 1, ARGUMENTS + 5 : ARGUMENTS + 7]  # digested
             assert (tails[0, :, 0] == done).all() and (tails[1, :, 0] == tails[0, :, 1]).all()
             assert (np.diff(tails) >= 0).all() and (tails <= most).all() and (listed[4] == tails[1, :, 1]).all()

@@ -10,7 +10,7 @@ import functools
 import numpy as np
 
 from kvortex.jit import njit
-from kvortex.transfer.coded.plans import MOST_RUN, READ_PIECE
+from kvortex.transfer.coded.plans import READ_PIECE
 from kvortex.transfer.plan import (
     ARGUMENTS,
     CHUNK_COLUMNS,
@@ -128,7 +128,7 @@ def _list_copies(slots, breaks, first, end, strips, pitch, pool, copies, at):  #
 
 
 @njit(nogil=True)
-def _list_launches(rows, varies, first, count, strips, pitch, most_ctas, launches):  # type: ignore[no-untyped-def]
+def _list_launches(rows, varies, first, count, strips, pitch, most_ctas, most_run, launches):  # type: ignore[no-untyped-def]
     """Launches that digest the last strips of a chunk, and one that decodes."""
     reads = len(rows) - 1
     behind = pitch
@@ -144,7 +144,9 @@ def _list_launches(rows, varies, first, count, strips, pitch, most_ctas, launche
     row = launches[reads]
     row[:] = rows[reads]
     tiles, warps = row[_LAST_TILE] - row[_TILE], row[THREADS] // _WARP
-    run = min(max(count * tiles // (warps * most_ctas), 1), MOST_RUN)
+    each = (count * tiles + warps * most_ctas - 1) // (warps * most_ctas)  # of a warp at most; in as many turns for all
+    turns = max((each + most_run - 1) // most_run, 1)
+    run = max((each + turns - 1) // turns, 1)
     row[CTAS] = min(most_ctas, (count * ((tiles + run - 1) // run) + warps - 1) // warps)
     row[_PITCH], row[_COUNT], row[_RUN] = pitch, count, run
     row[_STATUS], row[_IDS] = first * rows[reads, _STATUS], first * rows[reads, _IDS]
@@ -154,7 +156,7 @@ def _list_launches(rows, varies, first, count, strips, pitch, most_ctas, launche
 
 @njit(nogil=True)
 def list_groups(  # type: ignore[no-untyped-def]
-    slots, kept, starts, tail, fixed, offsets, done, least, most, rows, pool, most_ctas
+    slots, kept, starts, tail, fixed, offsets, done, least, most, rows, pool, most_ctas, most_run
 ):
     """The same chunks of records for each group, with their launches, and a copy of each strip for each run of slots that are
     neighbours in one chunk and one registration.
@@ -182,6 +184,8 @@ def list_groups(  # type: ignore[no-untyped-def]
     pool : (int, int, int)
         Of :class:`kvortex.transfer.plan.Pool`.
     most_ctas : int
+    most_run : int
+        Tiles that a warp takes at a time, at most.
 
     Returns
     -------
@@ -217,8 +221,8 @@ def list_groups(  # type: ignore[no-untyped-def]
                 chunk[FIRST_COPY], chunk[FIRST_LAUNCH], chunk[N_LAUNCHES] = moved, at * k, k
                 moved, more = _list_copies(slots, breaks, first, end, strips, pitch, pool, copies, moved)
                 chunk[N_COPIES] = moved - chunk[FIRST_COPY]
-                mine = launches[at * k : at * k + k]
-                _list_launches(rows[g], offsets.shape[1] > 0, kept + first, end - first, strips, pitch, most_ctas, mine)
+                mine, varies = launches[at * k : at * k + k], offsets.shape[1] > 0
+                _list_launches(rows[g], varies, kept + first, end - first, strips, pitch, most_ctas, most_run, mine)
                 nbytes += more
                 at += 1
         marks[g] = at
@@ -232,4 +236,4 @@ def load_compiled() -> None:
     fixed, rows = np.zeros((1, 1, STRIP_COLUMNS), np.int64), np.full((1, 1, LAUNCH_COLUMNS), _WARP, np.int64)
     pitch_of_all(fixed, offsets, 0, 0)
     part_chunks(fixed, offsets, one, 1, one, 0, 0, 1)
-    list_groups(one, 0, one, one, fixed, offsets, one, 0, 0, rows, (0, 1, 1), 1)
+    list_groups(one, 0, one, one, fixed, offsets, one, 0, 0, rows, (0, 1, 1), 1, 1)

@@ -107,6 +107,7 @@ class LayeredCoder(DeviceCoder):
     again = 0  # bytes of a record that every group needs
     least = 0  # where in records that begins which differs from one to the other
     tiles: int  # of a record: of all planes as many, in the order of planes
+    runs: ClassVar[tuple[tuple[int, int], tuple[int, int]]]  # tiles of a share, the fewest and the most: of saves, and of loads
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -253,10 +254,10 @@ class LayeredLoad:
     ) -> tuple[Segment, Int64s]:
         """Of :func:`kvortex.transfer.coded._strips.list_groups`, and where that ends which is digested by then."""
         coder, (fixed, rows) = self._coder, groups
-        bounds, most_ctas = (coder.least, coder.codec.slot_bytes), coder.most_ctas[1]
+        bounds, most = (coder.least, coder.codec.slot_bytes), (coder.most_ctas[1], coder.runs[1][1])
         pool = coder._pool.address, coder._pool.slot_bytes, coder._pool.segment_slots
         where = slots, kept, starts, tail, fixed, offsets, done
-        chunks, copies, launches, marks, done, nbytes = list_groups(*where, *bounds, rows, pool, most_ctas)
+        chunks, copies, launches, marks, done, nbytes = list_groups(*where, *bounds, rows, pool, *most)
         return Segment(chunks, copies, launches, marks, nbytes), done
 
     def _joined(self, segments: list[Segment]) -> Plan:
