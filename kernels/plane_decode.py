@@ -31,7 +31,6 @@ from kvortex.kernels.ahead import (
     get2_where,
     get4,
     get16,
-    near,
     put2,
     put_pair,
     shared_at,
@@ -56,7 +55,7 @@ from kvortex.kernels.plane import (
     tiles_of,
 )
 from kvortex.kernels.plane_form import FIXED_BYTES, RAW_TAIL, RAW_TILE, ROWS, SIGN_AT, VALUES
-from kvortex.kernels.plane_row import ESCAPED, bases_of, halves, late_of, row_word
+from kvortex.kernels.plane_row import ESCAPED, bases_of, halves, late_of, places, row_word
 from kvortex.kernels.shares import answer, ask_next, asker_of, ceil_div, first_share, leave
 from kvortex.kernels.warp import ALL, uniform
 from kvortex.kernels.warp_words import summed, turned
@@ -150,10 +149,9 @@ def _second_tier(tail, late, entry, lane):  # type: ignore[no-untyped-def]
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
 def _late_of_row(words, three, low, high, late, lower):  # type: ignore[no-untyped-def]
-    """What both values of a row have in the second tier; ``words``: where of both channels who has code 3, and where in the
-    second tier these begin. ``low`` and ``high`` are the bits of ``three`` that say so of this lane."""
-    first = near(words[1], late) + uint64(2) * uint64(uint32(cuda.popc(uint32(uint32(words[0]) & lower))))
-    other = near(words[3], late) + uint64(2) * uint64(uint32(cuda.popc(uint32(uint32(words[2]) & lower))))
+    """What both values of a row have in the second tier; ``words`` as of :func:`places`. ``low`` and ``high`` are the bits of
+    ``three`` that say so of this lane."""
+    first, other = places(words, late, lower)
     return halves(get2_where(first, uint32(three & uint32(low))), get2_where(other, uint32(three & uint32(high))))
 
 

@@ -259,10 +259,10 @@ def plane_encode(  # type: ignore[no-untyped-def]
     shares = uint32(uint32(n_blocks) * _runs(codec, run)[0])
     at = first_share(all_shared, counter, lane)
     while at < shares:
-        b, r, tile, n = _share(codec, at, run)
+        b, _, tile, n = _share(codec, at, run)
         record = staging + uint64(b) * pitch
         tail_at, total = _tiles(codec, at, run, counts, blocks[b], tile, n, record, pitch, shared, lane)
-        b, r, tile, n = _share(codec, at, run)
+        b, _, tile, n = _share(codec, at, run)  # again, as in there
         record = staging + uint64(b) * pitch
         sums_at = sums
         if sums != uint64(0):

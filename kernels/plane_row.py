@@ -17,9 +17,11 @@ from typing import Any
 from numba import cuda
 from numba.cuda import types
 
+from kvortex.kernels.ahead import near
 from kvortex.kernels.ptx import statement
 
 uint32: Any = types.uint32
+uint64: Any = types.uint64
 ESCAPED = 0x8000
 _SIGNS = 0x807F807F
 FAR = 10
@@ -41,7 +43,7 @@ def bases_of(pair):  # type: ignore[no-untyped-def]
 )
 def late_of(code):  # type: ignore[no-untyped-def]
     """Of a code of the second tier that is no escape, in the lower half: 0 is the base itself, others are 4 and more below."""
-    return (((1 - int(code)) % 256 if 0 < int(code) < 7 else 4 * (int(code) == 0)) | 0x04040400) << 7 & 0xFFFFFFFF
+    return ((4, 0, 255, 254, 253, 252, 251, 0)[int(code)] | 0x04040400) << 7 & 0xFFFFFFFF
 
 
 @statement("prmt.b32 $0, $1, $2, 0x5410;", "rr", "r", pure=True)
@@ -79,6 +81,24 @@ def row_word(codes, bases, late, signs):  # type: ignore[no-untyped-def]
         word |= ((own if own & ESCAPED else exponent << 7) & 0x7F80) << shift
     spread = int(signs) & 255 | (int(signs) & 255) << 8 | (int(signs) >> 8 & 255) << 16 | (int(signs) >> 8 & 255) << 24
     return spread & _SIGNS | word
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def places(words, table, lower):  # type: ignore[no-untyped-def]
+    """Where in the second tier's values those of a lane are, if they are there at all.
+
+    Parameters
+    ----------
+    words
+        Of the lower channels of a row who has code 3, and the address of the first one's value; then of the upper ones.
+    table
+        Address of all values.
+    lower
+        Bits of the lanes before.
+    """
+    first = near(words[1], table) + uint64(2) * uint64(uint32(cuda.popc(uint32(uint32(words[0]) & lower))))
+    other = near(words[3], table) + uint64(2) * uint64(uint32(cuda.popc(uint32(uint32(words[2]) & lower))))
+    return first, other
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]

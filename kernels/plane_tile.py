@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from numba import cuda
 
-from kvortex.kernels.ahead import get2, get4, get16, near, put1, put2, put2_where, put4, put_pair
+from kvortex.kernels.ahead import get2, get4, get16, put1, put2, put2_where, put4, put_pair
 from kvortex.kernels.lane import all_here, early4, load4, store4, store16
 from kvortex.kernels.plane import int32, place, uint32, uint64, warp_sum
 from kvortex.kernels.plane_form import FIXED_BYTES, RAW_ROWS, ROWS, VALUES
-from kvortex.kernels.plane_row import FAR, distances, first_codes, inverted, sign_bytes
+from kvortex.kernels.plane_row import FAR, distances, first_codes, inverted, places, sign_bytes
 from kvortex.kernels.warp import ALL
 from kvortex.kernels.warp_words import summed, turned
 
@@ -55,21 +55,13 @@ def beside(codec, tile, block, lane, source, step, base, column):  # type: ignor
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _places(words, table, lower):  # type: ignore[no-untyped-def]
-    """Where the lane's two values of a row go, if they are of the second tier."""
-    first = near(words[1], table) + uint64(2) * uint64(uint32(cuda.popc(uint32(uint32(words[0]) & lower))))
-    other = near(words[3], table) + uint64(2) * uint64(uint32(cuda.popc(uint32(uint32(words[2]) & lower))))
-    return first, other
-
-
-@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
 def _two_rows(a, b, three, cells, table, lower):  # type: ignore[no-untyped-def]
     """Puts what two rows have in the second tier behind what those before have: distances, and what exponents follow from."""
     words, more = get16(cells), get16(cells + uint64(16))
-    first, other = _places(words, table, lower)
+    first, other = places(words, table, lower)
     put2_where(first, a, uint32(three & uint32(1)))
     put2_where(other, uint32(a >> uint32(16)), uint32(three & uint32(4)))
-    first, other = _places(more, table, lower)
+    first, other = places(more, table, lower)
     put2_where(first, b, uint32(three & uint32(16)))
     put2_where(other, uint32(b >> uint32(16)), uint32(three & uint32(64)))
 

@@ -6,6 +6,7 @@ Listed by rows of NumPy calls, the groups behind the first one were issued when 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
 
@@ -127,6 +128,18 @@ def _list_copies(slots, breaks, first, end, strips, pitch, pool, copies, at):  #
     return at, nbytes
 
 
+def even_run(tiles: Any, least: int, most: int) -> Any:
+    """Tiles that a warp takes at a time, within bounds, where one has so many at most: numbers, or (c,) int64.
+
+    All warps have as many turns: else a part of them has nothing to do in the end.
+    """
+    turns = np.maximum(-(-tiles // most), 1)
+    return np.maximum(-(-tiles // turns), least)
+
+
+_even_run = njit(nogil=True)(even_run)
+
+
 @njit(nogil=True)
 def _list_launches(rows, varies, first, count, strips, pitch, most_ctas, most_run, launches):  # type: ignore[no-untyped-def]
     """Launches that digest the last strips of a chunk, and one that decodes."""
@@ -144,9 +157,7 @@ def _list_launches(rows, varies, first, count, strips, pitch, most_ctas, most_ru
     row = launches[reads]
     row[:] = rows[reads]
     tiles, warps = row[_LAST_TILE] - row[_TILE], row[THREADS] // _WARP
-    each = (count * tiles + warps * most_ctas - 1) // (warps * most_ctas)  # of a warp at most; in as many turns for all
-    turns = max((each + most_run - 1) // most_run, 1)
-    run = max((each + turns - 1) // turns, 1)
+    run = _even_run(-(-count * tiles // (warps * most_ctas)), 1, most_run)
     row[CTAS] = min(most_ctas, (count * ((tiles + run - 1) // run) + warps - 1) // warps)
     row[_PITCH], row[_COUNT], row[_RUN] = pitch, count, run
     row[_STATUS], row[_IDS] = first * rows[reads, _STATUS], first * rows[reads, _IDS]

@@ -22,10 +22,10 @@ from kvortex.errors import CodecError
 from kvortex.kernels.plane_form import ENCODE_WARPS, FIXED_BYTES, WARPS
 from kvortex.transfer.coded import _lookups, _strips
 from kvortex.transfer.coded.layers import LayeredCoder
-from kvortex.transfer.coded.plans import MOST_RUN, Parameter
+from kvortex.transfer.coded.plans import Parameter
 from kvortex.transfer.plan import ABSOLUTE, BUFFER, IDS, STATUS, WORK, Int64s, Pool
 
-FloatArray = npt.NDArray[np.float64]
+_MOST_RUN = 16  # tiles that a warp takes at a time
 _USED_AT = HEADER.fields["used_bytes"][1]  # type: ignore[index]
 
 
@@ -121,16 +121,15 @@ class _TileCoder(LayeredCoder):
     ) -> tuple[tuple[Parameter, ...], tuple[Parameter, ...], tuple[Int64s, int]]:
         """The first and the last parameters of a kernel over so many tiles of each record, and its shape."""
         warps = self.save_warps if save else WARPS
-        run = self._run(count * tiles / (warps * most), save)
+        run = self._run(count * tiles, warps * most, save)
         ctas = np.minimum(most, -(-count * -(-tiles // run) // warps))
         head = (BUFFER, 0), (ABSOLUTE, pitch), (ABSOLUTE, self._cells)
         return head, ((IDS, self.row_bytes * first), (ABSOLUTE, count), (ABSOLUTE, run)), (ctas, 32 * warps)
 
-    def _run(self, tiles: FloatArray, save: bool) -> Int64s:
-        """Tiles that a warp takes at a time, where it has so many in all, (c,)."""
-        least, most = self.runs[not save]
-        turns = np.maximum(np.ceil(tiles / most), 1)  # of all warps as many: else a part of them has nothing to do in the end
-        return np.maximum(np.ceil(tiles / turns), least).astype(np.int64)
+    def _run(self, tiles: Int64s, warps: int, save: bool) -> Int64s:
+        """Tiles that a warp takes at a time, (c,), where so many warps share so many."""
+        run: Int64s = _strips.even_run(-(-tiles // warps), *self.runs[not save])
+        return run
 
 
 class PlaneCoder(_TileCoder):
@@ -143,7 +142,7 @@ class PlaneCoder(_TileCoder):
     # Of a save: 13 tiles of real KV have longer tails than a warp keeps in one share of 300, 16 in one of 3; and a warp looks
     # at the cells of all shares before its own: 3 blocks took 48, 35 and 37 us by 1, 2 and 4 tiles, 7 took 53, 50 and 41 by 2,
     # 3 and 4 (an H200).
-    runs = (4, 12), (1, MOST_RUN)
+    runs = (4, 12), (1, _MOST_RUN)
     row_bytes = 4  # a page, int32
     kernels = (encoder, decoder, decoder + "_digest", "read_records")
     strips = 3  # header and table, which are digested with the first tiles; fixed parts; tails
@@ -200,7 +199,7 @@ class LossyCoder(_TileCoder):
     encoder = "lossy_encode"
     decoder = "lossy_decode"
     # Of a load, 4 and 16 tiles took 99 and 114 us for 57 blocks of k6v4, 85 and 93 for 115 (per 128 MiB, an H200).
-    runs = (1, MOST_RUN), (1, MOST_RUN // 2)
+    runs = (1, _MOST_RUN), (1, _MOST_RUN // 2)
     row_bytes = 8  # a page, and which part of it the record is, int32
     kernels = (encoder, decoder, decoder + "_digest", "read_records")
     ctas_each = 2, 3
@@ -226,10 +225,10 @@ class LossyCoder(_TileCoder):
         ends[edges == 0] = 0  # the header lies before the first tile
         return np.stack((ends[:-1], ends[1:], ends[:-1]), axis=1)[:, None]
 
-    def _run(self, tiles: FloatArray, save: bool) -> Int64s:
+    def _run(self, tiles: Int64s, warps: int, save: bool) -> Int64s:
         if not save:
-            return super()._run(tiles, save)
-        run, plane = np.clip(tiles, 1, MOST_RUN).astype(np.int64), self.tiles // self.codec.shape.planes
+            return super()._run(tiles, warps, save)
+        run, plane = np.clip(tiles // warps, *self.runs[0]), self.tiles // self.codec.shape.planes
         return run - np.where(run > plane, run % plane, 0)  # whole planes lie in one range, parts of them in up to 17
 
 

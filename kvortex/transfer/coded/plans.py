@@ -60,7 +60,6 @@ from kvortex.transfer.plan import (
 
 Parameter = tuple[int, Any]  # one of the bases of a plan, and what is added to it: a number, or one for each chunk
 READ_PIECE, READ_THREADS = 4096, 256  # of kvortex.kernels.coded_read, which needs numba.cuda to import
-MOST_RUN = 16  # tiles that a warp takes at a time, where there are enough for all warps
 _COPY_STEP = 512  # bytes; lines of copies are multiples of that
 
 
