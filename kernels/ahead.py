@@ -32,6 +32,13 @@ def copy16(target, address):  # type: ignore[no-untyped-def]
     ctypes.memmove(int(target), int(address), 16)
 
 
+@statement("cp.async.cg.shared.global [$0], [$1], 16, $2;", "rlr")
+def copy16_of(target, address, nbytes):  # type: ignore[no-untyped-def]
+    """As :func:`copy16` of fewer bytes, or none, and zeros behind them."""
+    ctypes.memset(int(target), 0, 16)
+    ctypes.memmove(int(target), int(address), int(nbytes))
+
+
 @statement("{ .reg .pred p; setp.lt.u32 p, $2, $3; @p cp.async.ca.shared.global [$0], [$1], 4; }", "rlrr")
 def copy4_below(target, address, at, end):  # type: ignore[no-untyped-def]
     """As :func:`copy16` of 4 bytes, if one number is below another."""
@@ -47,6 +54,11 @@ def close_batch():  # type: ignore[no-untyped-def]
 @statement("cp.async.wait_group 1;", "")
 def wait_for_last_but_one():  # type: ignore[no-untyped-def]
     """Until all batches of this lane but the last one are there."""
+
+
+@statement("cp.async.wait_group 3;", "")
+def wait_for_last_but_three():  # type: ignore[no-untyped-def]
+    """Likewise, but the last three."""
 
 
 def _get(text: str, result: str, cell: Any) -> Callable[..., Any]:

@@ -14,11 +14,13 @@ from typing import Any
 from numba import cuda
 from numba.cuda import types
 
-from kvortex.kernels.digest import add_up, digest_aligned, digest_few
+from kvortex.kernels.digest import add_up, digest_aligned
+from kvortex.kernels.digest_staged import digest_by_five, ring_bytes
 from kvortex.kernels.lane import load4
 from kvortex.kernels.plane_form import USED_AT
 from kvortex.kernels.shares import MOST_SHARES, answer, ask_next, asker_of, ceil_div, first_share, leave
 
+SLICE_SHARED = ring_bytes(5)
 CODED_PIECE = 4096  # bytes; a warp takes one or more pieces of a record at a time
 READ_SHARES = MOST_SHARES // 2  # what only reads is through in half the time
 _U32, _U64 = types.uint32, types.uint64
@@ -36,18 +38,19 @@ def _used(record, room):  # type: ignore[no-untyped-def]
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def digest_slice(record, room, at, count, numbers, sums, lane):  # type: ignore[no-untyped-def]
+def digest_slice(record, room, at, count, numbers, sums, shared, lane):  # type: ignore[no-untyped-def]
     """Digests one of ``count`` equal slices of what a record uses, as its header says, for who decodes it in as many shares.
 
     It is not what the share decodes, whose bytes lie apart; but others work on the same record at about the same time, so one
-    of both finds it in L2. What it adds goes to the 16 bytes at ``sums``. All lanes must call it.
+    of both finds it in L2. What it adds goes to the 16 bytes at ``sums``; ``shared`` are ``SLICE_SHARED`` bytes of shared
+    memory of this warp. All lanes must call it.
     """
     each = _U32(ceil_div(_U32(room), count) + _U32(511)) & ~_U32(511)  # rows, so that lanes stay in their columns
     begin = _U64(_U32(at * each))
     last = min(_used(record, room), begin + _U64(each))
     if begin < last:
         piece = (last - begin) & _U64(0x7FFFFFFF)  # 32 bits, as the compiler sees
-        mine, other = digest_few(_U64(0), record + begin, piece, lane, begin, None, numbers)
+        mine, other = digest_by_five(shared, record + begin, piece, begin, numbers, lane)
         add_up(sums, mine, other, lane)
 
 

@@ -24,10 +24,10 @@ from kvortex.kernels.move import CONSTANT, FRESH, four_of, put_four
 from kvortex.kernels.ptx import statement
 
 _U32, _U64 = types.uint32, types.uint64
-_ROWS_AT = _U64(128 * 16)  # where R begins in the table
+ROWS_AT = _U64(128 * 16)  # where R begins in the table
 # Both numbers of a row as words, the lower one of each first. Loads through the constant path are moved to the front of a
 # piece, where registers run out.
-_row_of: Any = early_cached16
+row_of: Any = early_cached16
 _lock = threading.Lock()  # of the simulator's threads
 
 
@@ -96,14 +96,14 @@ def columns_of(numbers, offset, lane):  # type: ignore[no-untyped-def]
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _nothing():  # type: ignore[no-untyped-def]
+def no_sums():  # type: ignore[no-untyped-def]
     """Sums of four columns: of both halves by the lower words of rows' numbers, then by the upper words."""
     none, zero = _U64(0), _U32(0)
     return none, none, none, none, none, none, none, none, zero, zero, zero, zero, zero, zero, zero, zero
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _row16(s, words, row):  # type: ignore[no-untyped-def]
+def row16(s, words, row):  # type: ignore[no-untyped-def]
     """Adds the lane's 16 bytes of a row, whose two numbers are the four words ``row``."""
     p, q, r, t = _U32(words[0]), _U32(words[1]), _U32(words[2]), _U32(words[3])
     low, high = _U32(row[0]), _U32(row[1])
@@ -124,7 +124,7 @@ def _joined(low, high):  # type: ignore[no-untyped-def]
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _both(s, c):  # type: ignore[no-untyped-def]
+def both_sums(s, c):  # type: ignore[no-untyped-def]
     """The thread's two sums, of those of its columns and their numbers."""
     first = c[0] * _joined(s[0], s[8]) + c[2] * _joined(s[1], s[9]) + c[4] * _joined(s[2], s[10]) + c[6] * _joined(s[3], s[11])
     second = c[1] * _joined(s[4], s[12]) + c[3] * _joined(s[5], s[13])
@@ -136,7 +136,7 @@ def digest_word(first, second, value, offset, numbers):  # type: ignore[no-untyp
     """A part of a word, or a whole one, that lies at ``offset`` in the record."""
     word = value << (_U64(8) * (offset & _U64(3)))
     column = _pair(numbers + ((offset * _U64(4)) & _U64(0x7F0)))
-    row = _pair(numbers + _ROWS_AT + (offset >> _U64(9)) * _U64(16))
+    row = _pair(numbers + ROWS_AT + (offset >> _U64(9)) * _U64(16))
     return first + row[0] * (column[0] * word), second + row[1] * (column[1] * _U64(_turned(word)))
 
 
@@ -156,10 +156,10 @@ def _digester(
 
     @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
     def four(dst, words, rows, s):  # type: ignore[no-untyped-def]
-        n, p, q, r = _row_of(rows), _row_of(rows + _U64(16)), _row_of(rows + _U64(32)), _row_of(rows + _U64(48))
+        n, p, q, r = row_of(rows), row_of(rows + _U64(16)), row_of(rows + _U64(32)), row_of(rows + _U64(48))
         if write:
             put_four(dst, words)
-        return _row16(_row16(_row16(_row16(s, words[0], n), words[1], p), words[2], q), words[3], r)
+        return row16(row16(row16(row16(s, words[0], n), words[1], p), words[2], q), words[3], r)
 
     @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
     def move(dst, src, nbytes, lane, offset, columns, numbers):  # type: ignore[no-untyped-def]
@@ -172,8 +172,8 @@ def _digester(
         at = _U64(lane)
         if align & _U64(15) == _U64(0):
             at = at * _U64(16)
-            rows = numbers + _ROWS_AT + ((offset + at) >> _U64(9)) * _U64(16)
-            s = _nothing()
+            rows = numbers + ROWS_AT + ((offset + at) >> _U64(9)) * _U64(16)
+            s = no_sums()
             # Eight loads in flight: 4 KiB a warp and turn.
             while not few and at + _U64(8 * 512) <= nbytes + _U64(lane * 16):
                 a, b = get_four(src + at), get_four(src + at + _U64(2048))
@@ -190,16 +190,16 @@ def _digester(
                 at += _U64(2048)
                 rows += _U64(64)
             while at + _U64(16) <= nbytes:
-                words, row = get16(src + at), _row_of(rows)
+                words, row = get16(src + at), row_of(rows)
                 if write:
                     store16(dst + at, words)
-                s = _row16(s, words, row)
+                s = row16(s, words, row)
                 at += _U64(512)
                 rows += _U64(16)
             if held:
-                first, second = _both(s, columns)
+                first, second = both_sums(s, columns)
             else:
-                first, second = _both(s, columns_of(numbers, offset, lane))
+                first, second = both_sums(s, columns_of(numbers, offset, lane))
             at = (nbytes & ~_U64(15)) + _U64(lane)
         elif align & _U64(7) == _U64(0):
             at = at * _U64(8)
@@ -243,7 +243,8 @@ def _digester(
 # The counterparts of those in kvortex.kernels.move, which also give a thread's two sums; and one that only reads. The first
 # one is given what :func:`columns_of` gives; the others, which have no registers for that, None, and ask when a piece ends.
 # ``digest_aligned`` reads what begins at multiples of 16, in memory and in the record: narrower lanes would cost registers;
-# and ``digest_few`` too, with no more than four loads in flight, for kernels that have no registers for eight.
+# and ``digest_few`` too, with no more than four loads in flight, for kernels that have no registers for eight. Who has shared
+# memory to spare digests faster: :mod:`kvortex.kernels.digest_staged`.
 digest_move_held: Any = _digester(*CONSTANT, write=True, held=True)
 digest_move: Any = _digester(*CONSTANT, write=True, held=False)
 digest_move_fresh: Any = _digester(*FRESH, write=True, held=False)

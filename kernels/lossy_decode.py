@@ -16,8 +16,9 @@ from numba import cuda
 from numba.cuda import types
 
 from kvortex.kernels import lossy, plane
+from kvortex.kernels.ahead import ALIGNED, shared_at
 from kvortex.kernels.bit_planes import bit_planes, bytes_turned, few_codes, traded
-from kvortex.kernels.coded_read import digest_slice
+from kvortex.kernels.coded_read import SLICE_SHARED, digest_slice
 from kvortex.kernels.eights import (
     LEAST_SCALE,
     brain,
@@ -52,6 +53,8 @@ SIGNATURE: Any = types.void(
     uint64, uint64, types.CPointer(uint64), uint64, types.CPointer(types.int32), int32, int32, int32, int32, uint64
 )
 DIGEST_SIGNATURE: Any = plane.DIGEST_SIGNATURE
+WARPS = 8  # of a CTA at most, for which there is shared memory where records are digested
+_SHARED = WARPS * SLICE_SHARED // 8
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
@@ -94,10 +97,14 @@ def _words(address, bits):  # type: ignore[no-untyped-def]
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
 def _loaded(codec, form, at, key_bits, value, plane_at, lane):  # type: ignore[no-untyped-def]
-    """A lane's codes of a tile, and scales of K or step and zero of V; in flight before what earlier tiles store."""
+    """A lane's codes of a tile, scales of K or step and zero of V, and of K the means of its channels; in flight before what
+    earlier tiles store. All of it together: one scoreboard counts what is in flight over a branch, so who began to load means
+    when the next tile's codes were under way would wait for these too."""
     across, each_tiles = form
-    _, key, _, group, column = at
+    number, key, _, group, column = at
     tile = uint32(group * across + column)
+    none = uint32(0)
+    mean = none, none, none, none
     if key:
         eighth = uint32(lane & uint32(7))
         row = uint32(uint32(16) * group + uint32(uint32(4) * uint32(lane & uint32(3)) + uint32(lane >> uint32(3))))
@@ -105,6 +112,8 @@ def _loaded(codec, form, at, key_bits, value, plane_at, lane):  # type: ignore[n
         codes = uint32(uint32(64) * each_tiles + uint32(uint32(4) * key_bits) * word)
         words = _words(plane_at + uint64(codes), key_bits)
         scales = uint64(early_cached8(plane_at + uint64(uint32(uint32(64) * tile + uint32(8) * eighth))))
+        channel = uint32(uint32(128) * uint32(number * across + column) + uint32(16) * eighth)
+        mean = early_cached16(codec[MEANS] + uint64(channel))
     else:
         bits, lanes, _ = value
         word = uint32(uint32(32) * tile + lane)
@@ -112,7 +121,7 @@ def _loaded(codec, form, at, key_bits, value, plane_at, lane):  # type: ignore[n
         codes = uint32(uint32(uint32(128) * each_tiles >> shift) + uint32(uint32(4) * bits) * word)
         words = _words(plane_at + uint64(codes), bits)
         scales = uint64(early_cached4(plane_at + uint64(uint32(uint32(4) * uint32(word >> shift)))))
-    return words, scales
+    return words, scales, mean
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
@@ -122,20 +131,17 @@ def _codes(words, bits):  # type: ignore[no-untyped-def]
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _target(codec, form, at, page, lane):  # type: ignore[no-untyped-def]
-    """Where a lane's first 16 bytes of a tile go, and of K the means of its channels."""
+def _target(form, at, page, lane):  # type: ignore[no-untyped-def]
+    """Where a lane's first 16 bytes of a tile go."""
     across, _ = form
-    number, key, _, group, column = at
-    none = uint32(0)
-    mean = none, none, none, none
+    _, key, _, group, column = at
     if key:
         row_bytes = uint32(uint32(128) * across)
         channel = uint32(uint32(128) * column + uint32(16) * uint32(lane & uint32(7)))
-        mean = early_cached16(codec[MEANS] + uint64(uint32(number * row_bytes + channel)))
         offset = uint32(uint32(uint32(16) * group + uint32(lane >> uint32(3))) * row_bytes + channel)
     else:
         offset = uint32(uint32(2048) * uint32(group * across + column) + uint32(64) * lane)
-    return page + uint64(offset), mean
+    return page + uint64(offset)
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
@@ -196,6 +202,8 @@ def _decoder(digests: bool) -> Callable[..., None]:
     def decode(  # type: ignore[no-untyped-def]
         staging, pitch, codec, status, blocks, n_blocks, run, first, end, numbers, sums, counter
     ):
+        all_shared = cuda.shared.array(_SHARED if digests else 1, types.uint64, ALIGNED)
+        shared = uint64(shared_at(all_shared.ctypes.data)) + uint64(SLICE_SHARED) * uint64(cuda.threadIdx.x >> 5)
         lane = uint32(cuda.threadIdx.x & 31)
         form = form_of(codec)
         key_bits, value = uniform(uint32(codec[K_BITS])), values_of(codec)
@@ -210,7 +218,7 @@ def _decoder(digests: bool) -> Callable[..., None]:
         whole_range = count == tiles
         shares = uint32(uint32(n_blocks) * runs)
         asker = asker_of(shares, lane)
-        at = first_share(cuda.shared.array(1, types.uint32), counter, asker)
+        at = first_share(all_shared, counter, asker)
         while at < shares:
             ahead_at = ask_next(counter, asker, at)
             b = uint32(at // runs)
@@ -219,16 +227,16 @@ def _decoder(digests: bool) -> Callable[..., None]:
             last = min(uint32(tile + uint32(run)), uint32(end))
             record = staging + uint64(b) * pitch
             if digests:  # first, since nothing of what follows is known yet, and to be kept meanwhile
-                digest_slice(record, pitch, r, runs, numbers, sums + uint64(16) * uint64(b), lane)
+                digest_slice(record, pitch, r, runs, numbers, sums + uint64(16) * uint64(b), shared, lane)
             block, part = blocks[uint32(uint32(2) * b)], blocks[uint32(uint32(2) * b + uint32(1))]
             good = fits and (part < int32(0) or whole_range)
             following = place(codec, form, tile)
             page = page_of(codec, following[0], block)
             none = uint32(0)
-            words, scales = (none, none, none, none, none, none, none, none), uint64(0)
+            words, scales, means = (none, none, none, none, none, none, none, none), uint64(0), (none, none, none, none)
             before = record - uint64(missing)
             if good and part < int32(0):  # in flight while the header is looked at, which leads nowhere
-                words, scales = _loaded(codec, form, following, key_bits, value, before + uint64(following[2]), lane)
+                words, scales, means = _loaded(codec, form, following, key_bits, value, before + uint64(following[2]), lane)
             if good and uint32(first) == uint32(0):
                 good = _is_ours(codec, record, part, lane)
             if not good:
@@ -243,14 +251,16 @@ def _decoder(digests: bool) -> Callable[..., None]:
                 left = uint32(last - tile)
                 while left > uint32(0):
                     number, key = following[0], following[1]
-                    codes, own_scales = _codes(words, key_bits if key else value[0]), scales
-                    target, mean = _target(codec, form, following, page, lane)
+                    codes, own_scales, mean = _codes(words, key_bits if key else value[0]), scales, means
+                    target = _target(form, following, page, lane)
                     left = uint32(left - uint32(1))
                     if left > uint32(0):  # the next one's loads are in flight while this one is decoded
                         following = after(codec, form, following)
                         if following[0] != number:
                             page = page_of(codec, following[0], block)
-                        words, scales = _loaded(codec, form, following, key_bits, value, before + uint64(following[2]), lane)
+                        words, scales, means = _loaded(
+                            codec, form, following, key_bits, value, before + uint64(following[2]), lane
+                        )
                     if key:
                         _key_tile(form, key_bits, codes, own_scales, mean, target, magic, lane)
                     else:

@@ -64,7 +64,7 @@ from kvortex.kernels.lossy_form import (
 )
 from kvortex.kernels.shares import answer, ask_next, asker_of, ceil_div, first_share, leave
 from kvortex.kernels.warp import ALL, uniform
-from kvortex.kernels.written import digest_written, zero
+from kvortex.kernels.written import digest_written_few, zero
 
 SIGNATURE = plane.ENCODE_SIGNATURE
 uint32, uint64, int32 = lossy.uint32, lossy.uint64, lossy.int32
@@ -251,7 +251,7 @@ def _digested(codec, form, part, headed, tile, last, record, numbers, lane):  # 
     while ranges > uint32(0) or tile < last:
         if ranges == uint32(0):
             tile, ranges, begin, end, following, behind, step = _span(codec, form, part, tile, last)
-        one, two = digest_written(record, begin, end, numbers, lane)
+        one, two = digest_written_few(record, begin, end, numbers, uint64(0), lane)
         mine, other = mine + one, other + two
         begin, end = following, behind
         following, behind = uint32(following + step), uint32(behind + step)

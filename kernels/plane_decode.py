@@ -298,7 +298,7 @@ def _decoder(digests: bool) -> Callable[..., None]:
             n = min(uint32(count - tile), each)
             record = staging + uint64(b) * pitch
             if digests:  # first, since nothing of what follows is known yet, and to be kept meanwhile
-                digest_slice(record, pitch, r, runs, numbers, sums + uint64(16) * uint64(b), lane)
+                digest_slice(record, pitch, r, runs, numbers, sums + uint64(16) * uint64(b), shared, lane)
             good, stored, used = _told(record, codec[HEADER], lane)
             if stored == uint32(CODED):
                 good = good and uint64(own_bytes) <= pitch

@@ -42,6 +42,7 @@ from kvortex.kernels.plane_tile import (
     beside,
     count_escapes,
     eight_rows,
+    eight_signs,
     eight_words,
     keep_raw,
     make_tail,
@@ -95,15 +96,39 @@ def _put_tails(record, pitch, at, kept, nbytes, lane):  # type: ignore[no-untype
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _tiles(codec, at, run, counts, block, tile, count, record, pitch, shared, lane):  # type: ignore[no-untyped-def]
-    """Writes up to 32 tiles of a coded record, one at least, with their entries in the table: where their tails begin, and how
-    long these are."""
+def _range(codec, tile, n, tail_at, total, k):  # type: ignore[no-untyped-def]
+    """Begin and end of what a share has written: entries, fixed parts, and tails."""
+    if k == uint32(0):
+        begin = uint32(uint32(4 * HEADER_WORDS) + uint32(4) * tile)
+        end = uint32(begin + uint32(4) * n)
+    elif k == uint32(1):
+        begin = uint32(head_bytes(codec) + uint32(FIXED_BYTES) * tile)
+        end = uint32(begin + uint32(FIXED_BYTES) * n)
+    else:
+        begin, end = tail_at, uint32(tail_at + total)
+    return begin, end
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def _digested(record, pitch, begin, end, numbers, sums, shared, lane):  # type: ignore[no-untyped-def]
+    """Adds what bytes of a record that the warp has written add to its digest."""
+    if uint64(end) <= pitch:  # else it is declined, and not all of that was written
+        mine, other = digest_written(record, begin, end, numbers, shared, lane)
+        add_up(sums, mine, other, lane)
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def _tiles(codec, at, run, counts, block, tile, count, record, pitch, numbers, sums, shared, lane):  # type: ignore[no-untyped-def]
+    """Writes up to 32 tiles of a coded record, one at least, with their entries in the table: where their tails begin, how long
+    these are, and how many ranges of :func:`_range` are digested already, while others were still at work, without whom nobody
+    knows where tails begin."""
     across = uint32(codec[ACROSS])
     stage = shared + uint64(FIXED_AT)
     signs = stage + uint64(SIGN_AT) + uint64(2) * uint64(lane)
     kept = shared + uint64(SHARED_BYTES)
     fits = uint64(fixed_bytes(codec)) <= pitch
     entries, total, tail_at = uint32(0), uint32(0), uint32(0)  # no tail lies at 0: nobody has said where they begin
+    digested = uint32(0)
     i, not_kept = uint32(0), uint32(0)  # the first tile of which no tail is kept, and 64; above, how long those before are
     while i < count:
         source, wide, base = place(codec, uint32(tile + i), block, lane)
@@ -116,13 +141,15 @@ def _tiles(codec, at, run, counts, block, tile, count, record, pitch, shared, la
             pair, words = next_pair, next_words
             more = eight_words(source + uint64(8) * uint64(step), step)
             bases = shifted_bases(pair)
-            n = eight_rows(words, bases, shared, stage, signs, uint32(0), lane)
+            eight_signs(words, signs)
+            n = eight_rows(words, bases, shared, stage, uint32(0), lane)
+            eight_signs(more, signs + uint64(512))
             i = uint32(i + uint32(1))
             if i < count:
                 source, base, column = beside(codec, uint32(tile + i), block, lane, source, step, base, column)
                 next_pair = uint32(early_cached2(base))
                 next_words = eight_words(source, step)
-            n = eight_rows(more, bases, shared, stage + uint64(128), signs + uint64(512), n, lane)
+            n = eight_rows(more, bases, shared, stage + uint64(128), n, lane)
             cuda.syncwarp()
             groups = uint32(uint32(12) * uint32(uint32(n + uint32(31)) >> uint32(5)))
             most = uint32(groups + uint32(uint32(n + uint32(3)) & uint32(0xFFFFFFFC)))
@@ -156,15 +183,20 @@ def _tiles(codec, at, run, counts, block, tile, count, record, pitch, shared, la
             b, share, _, _ = _share(codec, at, run)  # again: no register has kept it
             cells = _done_at(codec, counts, b) + uint64(4)
             publish(cells, share, total, lane)
+            if lane < count and fits:
+                store4(record + uint64(4 * HEADER_WORDS) + uint64(4) * uint64(uint32(tile + lane)), entries)
+            cuda.syncwarp()
+            if not_kept == uint32(0) and sums != uint64(0):
+                while digested < uint32(2):
+                    begin, end = _range(codec, tile, count, uint32(0), uint32(0), digested)
+                    _digested(record, pitch, begin, end, numbers, sums + uint64(16) * uint64(b), shared, lane)
+                    digested = uint32(digested + uint32(1))
             tail_at = uint32(fixed_bytes(codec) + bytes_before(cells, share, lane))
             if not_kept != uint32(0):  # once more, from there on
                 i, total, not_kept = uint32(not_kept & uint32(63)), uint32(not_kept >> uint32(8)), uint32(0)
             _put_tails(record, pitch, tail_at, kept, total, lane)
             cuda.syncwarp()
-    if lane < count and fits:
-        store4(record + uint64(4 * HEADER_WORDS) + uint64(4) * uint64(uint32(tile + lane)), entries)
-    cuda.syncwarp()
-    return tail_at, total
+    return tail_at, total, digested
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
@@ -208,20 +240,6 @@ def _finished(codec, record, pitch, done, runs, block, sums, status, lane):  # t
     return head
 
 
-@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _range(codec, tile, n, tail_at, total, k):  # type: ignore[no-untyped-def]
-    """Begin and end of what a share has written: entries, fixed parts, and tails."""
-    if k == uint32(0):
-        begin = uint32(uint32(4 * HEADER_WORDS) + uint32(4) * tile)
-        end = uint32(begin + uint32(4) * n)
-    elif k == uint32(1):
-        begin = uint32(head_bytes(codec) + uint32(FIXED_BYTES) * tile)
-        end = uint32(begin + uint32(FIXED_BYTES) * n)
-    else:
-        begin, end = tail_at, uint32(tail_at + total)
-    return begin, end
-
-
 def plane_encode(  # type: ignore[no-untyped-def]
     staging, pitch, codec, counts, blocks, n_blocks, run, numbers, sums, status, counter
 ):
@@ -261,25 +279,21 @@ def plane_encode(  # type: ignore[no-untyped-def]
     while at < shares:
         b, _, tile, n = _share(codec, at, run)
         record = staging + uint64(b) * pitch
-        tail_at, total = _tiles(codec, at, run, counts, blocks[b], tile, n, record, pitch, shared, lane)
+        tail_at, total, k = _tiles(codec, at, run, counts, blocks[b], tile, n, record, pitch, numbers, sums, shared, lane)
         b, _, tile, n = _share(codec, at, run)  # again, as in there
         record = staging + uint64(b) * pitch
         sums_at = sums
         if sums != uint64(0):
             sums_at = sums + uint64(16) * uint64(b)
-        k = uint32(0)
         while k < uint32(4):
             begin, end = uint32(0), uint32(0)
             if k < uint32(3):
                 begin, end = _range(codec, tile, n, tail_at, total, k)
-                if uint64(end) > pitch:  # it is declined, and not all of that was written
-                    end = begin
             else:
                 done, runs = _done_at(codec, counts, b), _runs(codec, run)[0]
                 end = _finished(codec, record, pitch, done, runs, blocks[b], sums_at, status + uint64(4) * uint64(b), lane)
             if sums != uint64(0) and begin < end:
-                mine, other = digest_written(record, begin, end, numbers, lane)
-                add_up(sums_at, mine, other, lane)
+                _digested(record, pitch, begin, end, numbers, sums_at, shared, lane)
             k = uint32(k + uint32(1))
         at = answer(ask_next(counter, lane, at))  # not before: who holds a share and does another keeps all behind it waiting
     leave(counter, at, shares, lane)

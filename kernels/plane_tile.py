@@ -88,14 +88,20 @@ def _four_codes(a, b, c, d):  # type: ignore[no-untyped-def]
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def eight_rows(words, bases, shared, planes, signs, n, lane):  # type: ignore[no-untyped-def]
+def eight_signs(words, signs):  # type: ignore[no-untyped-def]
+    """Signs and mantissas of eight rows into shared memory. Behind it all words are there: so whoever needs them does not wait
+    for loads that are begun behind it. One scoreboard counts all that is in flight over a branch."""
+    _put_signs(signs, uint32(words[0]), uint32(words[1]))
+    _put_signs(signs + uint64(128), uint32(words[2]), uint32(words[3]))
+    _put_signs(signs + uint64(256), uint32(words[4]), uint32(words[5]))
+    _put_signs(signs + uint64(384), uint32(words[6]), uint32(words[7]))
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def eight_rows(words, bases, shared, planes, n, lane):  # type: ignore[no-untyped-def]
     """Eight rows into shared memory, words of the first tier at ``planes``; how many values the second tier has now."""
     a, b, c, d = uint32(words[0]), uint32(words[1]), uint32(words[2]), uint32(words[3])
     e, f, g, h = uint32(words[4]), uint32(words[5]), uint32(words[6]), uint32(words[7])
-    _put_signs(signs, a, b)
-    _put_signs(signs + uint64(128), c, d)
-    _put_signs(signs + uint64(256), e, f)
-    _put_signs(signs + uint64(384), g, h)
     a, b, c, d = uint32(inverted(a)), uint32(inverted(b)), uint32(inverted(c)), uint32(inverted(d))
     e, f, g, h = uint32(inverted(e)), uint32(inverted(f)), uint32(inverted(g)), uint32(inverted(h))
     p, q, r, s = distances(a, bases), distances(b, bases), distances(c, bases), distances(d, bases)
@@ -151,12 +157,15 @@ def make_tail(tail, n, lane, table):  # type: ignore[no-untyped-def]
     cuda.syncwarp()
     escapes = uint32(0)
     at = table + uint64(2) * uint64(lane)
+    following = uint32(get2(at))
     while groups != uint32(0):
         some = min(groups, uint32(10))  # of so many a lane collects its codes in a word
         groups = uint32(groups - some)
         codes, unit, end = uint32(0), uint32(1), uint32(uint32(1) << uint32(uint32(3) * some))
         while unit != end:
-            value = uint32(get2(at))
+            value = following
+            at += uint64(64)
+            following = uint32(get2(at))  # on its way while the others vote; behind the last one it is of no use
             code = _late(value)
             mask = uint32(cuda.ballot_sync(ALL, code == uint32(7)))
             if mask != uint32(0):
@@ -168,7 +177,6 @@ def make_tail(tail, n, lane, table):  # type: ignore[no-untyped-def]
                 cuda.syncwarp()
             codes = uint32(codes + code * unit)  # a product, of which there is room beside logic
             unit = uint32(unit * uint32(8))
-            at += uint64(64)
         word = turned(codes, lane)
         if lane < uint32(uint32(3) * some):
             put4(tail + uint64(4) * uint64(lane), word)

@@ -75,6 +75,7 @@ def _rows(steps: int) -> Numbers:
 
 
 def kernel_numbers(nbytes: int) -> Numbers:
-    """(k,) uint64: ``C``, the halves of each column side by side, then ``R`` for records of up to ``nbytes``. What kernels
-    read (:mod:`kvortex.kernels.digest`)."""
-    return np.concatenate((columns().T.ravel(), rows(nbytes)[: -(-nbytes // ROW_BYTES)].ravel()))
+    """(k,) uint64: ``C``, the halves of each column side by side, then ``R`` for records of up to ``nbytes`` and two rows more.
+    What kernels read (:mod:`kvortex.kernels.digest`), some of them three rows at a time."""
+    count = -(-nbytes // ROW_BYTES) + 2
+    return np.concatenate((columns().T.ravel(), rows(count * ROW_BYTES)[:count].ravel()))

@@ -10,12 +10,13 @@ import warnings
 
 import numpy as np
 from numba import cuda
+from numba.cuda import types
 from numba.cuda.core import config
 
 import conftest  # noqa: F401  (makes kvortex.kernels importable)
 from kvortex.codecs.on_device_lossy import cells, constants
 from kvortex.digests.keys import kernel_numbers
-from kvortex.kernels import coded_read, lossy, lossy_decode, lossy_encode, plane, shares, written
+from kvortex.kernels import coded_read, digest_staged, lossy, lossy_decode, lossy_encode, plane, shares, written
 from kvortex.kernels import warp as kernels_warp
 from tests.kernels import warp
 from tests.kernels.lossy_cases import FILL, GUARD, SMALL, LossyCase
@@ -129,8 +130,11 @@ def run_ranges(case: LossyCase) -> None:
 
 @cuda.jit
 def _slices(record, room, count, numbers, sums):  # type: ignore[no-untyped-def]
+    shared = cuda.shared.array(coded_read.SLICE_SHARED // 8, types.uint64)
+    place = lossy.uint64(shared.ctypes.data)
     for at in range(count):
-        coded_read.digest_slice(record, room, lossy.uint32(at), lossy.uint32(count), numbers, sums, cuda.threadIdx.x & 31)
+        share = lossy.uint32(at), lossy.uint32(count)
+        coded_read.digest_slice(record, room, share[0], share[1], numbers, sums, place, cuda.threadIdx.x & 31)
 
 
 def run_slices() -> None:
@@ -149,7 +153,7 @@ def run_slices() -> None:
 def main() -> int:
     assert config.ENABLE_CUDASIM
     warnings.simplefilter("ignore", RuntimeWarning)
-    warp.install(plane, lossy, lossy_encode, lossy_decode, shares, written, kernels_warp)
+    warp.install(plane, lossy, lossy_encode, lossy_decode, shares, digest_staged, written, kernels_warp)
     for case in SMALL:
         run(case)
         print(f"simulated lossy: {case.name}", flush=True)

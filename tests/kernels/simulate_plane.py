@@ -17,7 +17,18 @@ import conftest  # noqa: F401  (makes kvortex.kernels importable)
 from kvortex.codecs.on_device import cells, constants
 from kvortex.digests.host import add_lengths
 from kvortex.digests.keys import kernel_numbers
-from kvortex.kernels import coded_read, plane, plane_decode, plane_encode, plane_row, plane_tile, shares, sizes, written
+from kvortex.kernels import (
+    coded_read,
+    digest_staged,
+    plane,
+    plane_decode,
+    plane_encode,
+    plane_row,
+    plane_tile,
+    shares,
+    sizes,
+    written,
+)
 from kvortex.kernels import warp as kernels_warp
 from tests.kernels import warp
 from tests.kernels.plane_cases import CASES, GUARD, PlaneCase, ranged
@@ -231,7 +242,7 @@ def run_ranges(case: PlaneCase, edges: list[int]) -> None:
 def main() -> int:
     assert config.ENABLE_CUDASIM
     warnings.filterwarnings("ignore", "overflow encountered", RuntimeWarning)  # sums are modulo 2**64
-    warp.install(plane, plane_encode, plane_tile, plane_decode, plane_row, shares, sizes, written, kernels_warp)
+    warp.install(plane, plane_encode, plane_tile, plane_decode, plane_row, shares, sizes, digest_staged, written, kernels_warp)
     for case in CASES:
         run(case)
         print(f"simulated plane: {case.name}", flush=True)
