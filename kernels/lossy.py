@@ -21,6 +21,7 @@ from __future__ import annotations
 from numba import cuda
 from numba.cuda import types
 
+from kvortex.kernels.divide import quotient
 from kvortex.kernels.eights import differences, from_lane, joined, scaled, sums, turned
 from kvortex.kernels.float32 import number_of, times, word_of
 from kvortex.kernels.lossy_form import (
@@ -82,7 +83,7 @@ def values_of(codec):  # type: ignore[no-untyped-def]
 def plane_of(codec, number):  # type: ignore[no-untyped-def]
     """Whether a plane is K, and where it begins in a record."""
     each = uint32(codec[EACH])
-    layer = uint32(number // uint32(uint32(2) * each))
+    layer = uint32(quotient(number, uint32(uint32(2) * each)))
     position = uint32(number - layer * uint32(uint32(2) * each))
     keys = uint32(layer * each + min(position, each))
     begin = uint32(uint32(HEADER_BYTES) + keys * uint32(codec[KEY_BYTES]) + uint32(number - keys) * uint32(codec[VALUE_BYTES]))
@@ -93,9 +94,9 @@ def plane_of(codec, number):  # type: ignore[no-untyped-def]
 def place(codec, form, tile):  # type: ignore[no-untyped-def]
     """A tile's plane, whether that is K, where it begins in a record, and the tile's group and column in it."""
     across, each_tiles = form
-    number = uint32(tile // each_tiles)
+    number = uint32(quotient(tile, each_tiles))
     within = uint32(tile - number * each_tiles)
-    group = uint32(within // across)
+    group = uint32(quotient(within, across))
     key, begin = plane_of(codec, number)
     return number, key, begin, group, uint32(within - group * across)
 
@@ -126,7 +127,7 @@ def part_at(codec, part, block, offset):  # type: ignore[no-untyped-def]
     """Where a byte of a part, a multiple of 16, lies in the pages."""
     plane_bytes = uint32(uint32(TILE_BYTES) * uint32(codec[GROUPS]) * uint32(codec[ACROSS]))
     begin = uint32(part * uint32(codec[BODY_BYTES]) + offset)
-    number = uint32(begin // plane_bytes)
+    number = uint32(quotient(begin, plane_bytes))
     return page_of(codec, number, block) + uint64(uint32(begin - number * plane_bytes))
 
 

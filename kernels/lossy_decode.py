@@ -16,9 +16,10 @@ from numba import cuda
 from numba.cuda import types
 
 from kvortex.kernels import lossy, plane
-from kvortex.kernels.ahead import ALIGNED, shared_at
+from kvortex.kernels.ahead import ALIGNED, close_batch, copy16, get16, shared_at, wait_for_last_but_one
 from kvortex.kernels.bit_planes import bit_planes, bytes_turned, few_codes, traded
 from kvortex.kernels.coded_read import SLICE_SHARED, digest_slice
+from kvortex.kernels.divide import quotient
 from kvortex.kernels.eights import (
     LEAST_SCALE,
     brain,
@@ -53,8 +54,8 @@ SIGNATURE: Any = types.void(
     uint64, uint64, types.CPointer(uint64), uint64, types.CPointer(types.int32), int32, int32, int32, int32, uint64
 )
 DIGEST_SIGNATURE: Any = plane.DIGEST_SIGNATURE
-WARPS = 8  # of a CTA at most, for which there is shared memory where records are digested
-_SHARED = WARPS * SLICE_SHARED // 8
+WARPS = 8  # of a CTA at most, for which there is shared memory
+_SLOTS = 2 * 128  # a warp's: means of this tile and of the next one
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
@@ -96,15 +97,13 @@ def _words(address, bits):  # type: ignore[no-untyped-def]
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _loaded(codec, form, at, key_bits, value, plane_at, lane):  # type: ignore[no-untyped-def]
-    """A lane's codes of a tile, scales of K or step and zero of V, and of K the means of its channels; in flight before what
-    earlier tiles store. All of it together: one scoreboard counts what is in flight over a branch, so who began to load means
-    when the next tile's codes were under way would wait for these too."""
+def _loaded(codec, form, at, key_bits, value, plane_at, slot, lane):  # type: ignore[no-untyped-def]
+    """A lane's codes of a tile, and scales of K or step and zero of V; in flight before what earlier tiles store. Of K the
+    means of its channels go to a slot, as one batch of copies: one scoreboard counts all loads that are in flight over a
+    branch, so who loaded means for the tile before would wait for these codes too."""
     across, each_tiles = form
     number, key, _, group, column = at
     tile = uint32(group * across + column)
-    none = uint32(0)
-    mean = none, none, none, none
     if key:
         eighth = uint32(lane & uint32(7))
         row = uint32(uint32(16) * group + uint32(uint32(4) * uint32(lane & uint32(3)) + uint32(lane >> uint32(3))))
@@ -112,8 +111,9 @@ def _loaded(codec, form, at, key_bits, value, plane_at, lane):  # type: ignore[n
         codes = uint32(uint32(64) * each_tiles + uint32(uint32(4) * key_bits) * word)
         words = _words(plane_at + uint64(codes), key_bits)
         scales = uint64(early_cached8(plane_at + uint64(uint32(uint32(64) * tile + uint32(8) * eighth))))
-        channel = uint32(uint32(128) * uint32(number * across + column) + uint32(16) * eighth)
-        mean = early_cached16(codec[MEANS] + uint64(channel))
+        if lane < uint32(8):
+            channel = uint32(uint32(128) * uint32(number * across + column) + uint32(16) * lane)
+            copy16(slot + uint64(16) * uint64(lane), codec[MEANS] + uint64(channel))
     else:
         bits, lanes, _ = value
         word = uint32(uint32(32) * tile + lane)
@@ -121,7 +121,8 @@ def _loaded(codec, form, at, key_bits, value, plane_at, lane):  # type: ignore[n
         codes = uint32(uint32(uint32(128) * each_tiles >> shift) + uint32(uint32(4) * bits) * word)
         words = _words(plane_at + uint64(codes), bits)
         scales = uint64(early_cached4(plane_at + uint64(uint32(uint32(4) * uint32(word >> shift)))))
-    return words, scales, mean
+    close_batch()
+    return words, scales
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
@@ -145,9 +146,11 @@ def _target(form, at, page, lane):  # type: ignore[no-untyped-def]
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _key_tile(form, bits, words, scales, mean, target, magic, lane):  # type: ignore[no-untyped-def]
+def _key_tile(form, bits, words, scales, slot, target, magic, lane):  # type: ignore[no-untyped-def]
     """16 tokens of 64 channels of K."""
-    mean = eight(mean)
+    wait_for_last_but_one()
+    cuda.syncwarp()  # others have copied them
+    mean = eight(get16(slot + uint64(16) * uint64(lane & uint32(7))))
     step = scales_of(
         uint32(scales), uint32(scales >> uint64(32)), uint32(uint32(0x01010101) * uint32(uint32(LEAST_SCALE - 7) - bits))
     )
@@ -198,12 +201,15 @@ def _in_front(codec, form, tile, tiles):  # type: ignore[no-untyped-def]
 
 
 def _decoder(digests: bool) -> Callable[..., None]:
+    warp_shared = _SLOTS + SLICE_SHARED if digests else _SLOTS
+    shared_words = WARPS * warp_shared // 8
+
     @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
     def decode(  # type: ignore[no-untyped-def]
         staging, pitch, codec, status, blocks, n_blocks, run, first, end, numbers, sums, counter
     ):
-        all_shared = cuda.shared.array(_SHARED if digests else 1, types.uint64, ALIGNED)
-        shared = uint64(shared_at(all_shared.ctypes.data)) + uint64(SLICE_SHARED) * uint64(cuda.threadIdx.x >> 5)
+        all_shared = cuda.shared.array(shared_words, types.uint64, ALIGNED)
+        slots = uint64(shared_at(all_shared.ctypes.data)) + uint64(warp_shared) * uint64(cuda.threadIdx.x >> 5)
         lane = uint32(cuda.threadIdx.x & 31)
         form = form_of(codec)
         key_bits, value = uniform(uint32(codec[K_BITS])), values_of(codec)
@@ -221,22 +227,23 @@ def _decoder(digests: bool) -> Callable[..., None]:
         at = first_share(all_shared, counter, asker)
         while at < shares:
             ahead_at = ask_next(counter, asker, at)
-            b = uint32(at // runs)
+            b = uint32(quotient(at, runs))
             r = uint32(at - uint32(b * runs))
             tile = uint32(uint32(first) + r * uint32(run))
             last = min(uint32(tile + uint32(run)), uint32(end))
             record = staging + uint64(b) * pitch
             if digests:  # first, since nothing of what follows is known yet, and to be kept meanwhile
-                digest_slice(record, pitch, r, runs, numbers, sums + uint64(16) * uint64(b), shared, lane)
+                digest_slice(record, pitch, r, runs, numbers, sums + uint64(16) * uint64(b), slots + uint64(_SLOTS), lane)
             block, part = blocks[uint32(uint32(2) * b)], blocks[uint32(uint32(2) * b + uint32(1))]
             good = fits and (part < int32(0) or whole_range)
             following = place(codec, form, tile)
             page = page_of(codec, following[0], block)
             none = uint32(0)
-            words, scales, means = (none, none, none, none, none, none, none, none), uint64(0), (none, none, none, none)
+            words, scales = (none, none, none, none, none, none, none, none), uint64(0)
             before = record - uint64(missing)
             if good and part < int32(0):  # in flight while the header is looked at, which leads nowhere
-                words, scales, means = _loaded(codec, form, following, key_bits, value, before + uint64(following[2]), lane)
+                slot = slots + uint64(128) * uint64(uint32(last - tile) & uint32(1))
+                words, scales = _loaded(codec, form, following, key_bits, value, before + uint64(following[2]), slot, lane)
             if good and uint32(first) == uint32(0):
                 good = _is_ours(codec, record, part, lane)
             if not good:
@@ -251,18 +258,20 @@ def _decoder(digests: bool) -> Callable[..., None]:
                 left = uint32(last - tile)
                 while left > uint32(0):
                     number, key = following[0], following[1]
-                    codes, own_scales, mean = _codes(words, key_bits if key else value[0]), scales, means
+                    codes, own_scales = _codes(words, key_bits if key else value[0]), scales
+                    slot = slots + uint64(128) * uint64(left & uint32(1))
                     target = _target(form, following, page, lane)
                     left = uint32(left - uint32(1))
                     if left > uint32(0):  # the next one's loads are in flight while this one is decoded
                         following = after(codec, form, following)
                         if following[0] != number:
                             page = page_of(codec, following[0], block)
-                        words, scales, means = _loaded(
-                            codec, form, following, key_bits, value, before + uint64(following[2]), lane
-                        )
+                        plane_at, other = before + uint64(following[2]), slots + uint64(128) * uint64(left & uint32(1))
+                        words, scales = _loaded(codec, form, following, key_bits, value, plane_at, other, lane)
+                    else:
+                        close_batch()
                     if key:
-                        _key_tile(form, key_bits, codes, own_scales, mean, target, magic, lane)
+                        _key_tile(form, key_bits, codes, own_scales, slot, target, magic, lane)
                     else:
                         _value_tile(value, codes, own_scales, target, magic, lane)
             at = answer(ahead_at)

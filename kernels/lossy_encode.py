@@ -15,6 +15,7 @@ from numba.cuda import types
 from kvortex.kernels import lossy, plane
 from kvortex.kernels.bit_planes import bit_planes, bytes_turned, few_bit_planes, store_planes, traded
 from kvortex.kernels.digest import add_up
+from kvortex.kernels.divide import quotient
 from kvortex.kernels.eights import (
     LEAST_SCALE,
     differences,
@@ -205,7 +206,7 @@ def _span(codec, form, part, tile, last):  # type: ignore[no-untyped-def]
     """The next tiles of a share, from ``tile`` to ``last``, that lie in like ranges of the record: up to which tile, how many
     ranges, the first one's begin and end, the second one's, and how far it is from there to the third, and so on."""
     across, each = form
-    number = uint32(tile // each)
+    number = uint32(quotient(tile, each))
     within = uint32(tile - number * each)
     key, begin = plane_of(codec, number)
     left = uint32(last - tile)
@@ -215,12 +216,12 @@ def _span(codec, form, part, tile, last):  # type: ignore[no-untyped-def]
         end = uint32(HEADER_BYTES) + min(uint32(codec[BODY_BYTES]), uint32(uint32(TILE_BYTES) * last))
         found = last, uint32(1), min(begin, end), end, none, none, none
     elif within == none and left >= each:
-        planes = uint32(left // each)
+        planes = uint32(quotient(left, each))
         _, end = plane_of(codec, uint32(number + planes))
         found = uint32(tile + planes * each), uint32(1), begin, end, none, none, none
     elif key:
         bits = uint32(codec[K_BITS])
-        group = uint32(within // across)
+        group = uint32(quotient(within, across))
         column = uint32(within - group * across)
         columns = min(uint32(across - column), left)
         codes = uint32(begin + uint32(64) * each + uint32(8) * bits * (uint32(16) * group * across + column))
@@ -301,7 +302,7 @@ def lossy_encode(  # type: ignore[no-untyped-def]
     at = first_share(cuda.shared.array(1, types.uint32), counter, asker)
     while at < shares:
         ahead_at = ask_next(counter, asker, at)
-        b = uint32(at // runs)
+        b = uint32(quotient(at, runs))
         tile = uint32(uint32(at - uint32(b * runs)) * uint32(run))
         last = min(uint32(tile + uint32(run)), tiles)
         record = staging + uint64(b) * pitch

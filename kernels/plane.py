@@ -16,6 +16,7 @@ from typing import Any
 from numba import cuda
 from numba.cuda import types
 
+from kvortex.kernels.divide import quotient
 from kvortex.kernels.lane import all_here, early4, load4, store4
 from kvortex.kernels.plane_form import (
     ACROSS,
@@ -139,9 +140,9 @@ def place(codec, tile, block, lane):  # type: ignore[no-untyped-def]
     """Where a tile's first row lies in the pages for this lane, bytes from row to row, and the lane's two bases as 16 bits."""
     across = uint32(codec[ACROSS])
     groups = uint32(codec[GROUPS])
-    high = uint32(tile // across)
+    high = uint32(quotient(tile, across))
     column = uint32(tile - high * across)
-    plane = uint32(high // groups)
+    plane = uint32(quotient(high, groups))
     group = uint32(high - plane * groups)
     step = uint64(across) * uint64(128)
     page = codec[uint32(PLANES) + uint32(2) * plane] + uint64(block) * codec[uint32(PLANES + 1) + uint32(2) * plane]
@@ -166,7 +167,7 @@ def write_header(record, header, stored, used, lane):  # type: ignore[no-untyped
 def _verbatim_at(codec, tile):  # type: ignore[no-untyped-def]
     """Where the first row of a tile lies in a record that is kept as it is, counted from the record's begin."""
     across = uint32(codec[ACROSS])
-    high = uint32(tile // across)
+    high = uint32(quotient(tile, across))
     column = uint32(tile - high * across)
     return uint64(64) + uint64(high) * uint64(2048) * uint64(across) + uint64(column) * uint64(128)
 

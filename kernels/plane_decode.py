@@ -37,6 +37,7 @@ from kvortex.kernels.ahead import (
     wait_for_last_but_one,
 )
 from kvortex.kernels.coded_read import digest_slice
+from kvortex.kernels.divide import quotient
 from kvortex.kernels.lane import early_cached2, load4, store4
 from kvortex.kernels.plane import (
     ACROSS,
@@ -234,7 +235,7 @@ def _tiles(codec, block, tile, count, record, fixed_at, tail_at, room, shared, l
     where = uint32(where + tail_at)
     good = fit == uint32(0xFFFFFFFF)
     across = uint32(codec[ACROSS])
-    column = uint32(tile - tile // across * across)
+    column = uint32(tile - quotient(tile, across) * across)
     next_target, step, base = place(codec, tile, block, lane)
     late = shared
     stage = shared + uint64(_LATE)
@@ -292,7 +293,7 @@ def _decoder(digests: bool) -> Callable[..., None]:
         at = first_share(all_shared, counter, asker)
         while at < shares:
             ahead_at = ask_next(counter, asker, at)
-            b = uint32(at // runs)
+            b = uint32(quotient(at, runs))
             r = uint32(at - uint32(b * runs))
             tile = uint32(r * each)  # counted from the first one that is decoded
             n = min(uint32(count - tile), each)

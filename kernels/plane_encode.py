@@ -19,6 +19,7 @@ from numba.cuda import types
 from kvortex.kernels import plane
 from kvortex.kernels.ahead import ALIGNED, get4, shared_at
 from kvortex.kernels.digest import add_up
+from kvortex.kernels.divide import quotient
 from kvortex.kernels.flags import join, tell
 from kvortex.kernels.lane import early_cached2, store4, store8
 from kvortex.kernels.plane import (
@@ -73,7 +74,7 @@ def _runs(codec, run):  # type: ignore[no-untyped-def]
 def _share(codec, at, run):  # type: ignore[no-untyped-def]
     """Of a share its record, which one of that it is, its first tile, and how many it has."""
     runs, each = _runs(codec, run)
-    b = uint32(at // runs)
+    b = uint32(quotient(at, runs))
     r = uint32(at - uint32(b * runs))
     tile = uint32(r * each)
     return b, r, tile, min(uint32(tiles_of(codec) - tile), each)
@@ -133,7 +134,7 @@ def _tiles(codec, at, run, counts, block, tile, count, record, pitch, numbers, s
     while i < count:
         source, wide, base = place(codec, uint32(tile + i), block, lane)
         step = uint32(wide)  # a register less
-        column = uint32(uint32(128) * uint32(tile + i) - uint32(tile + i) // across * step)
+        column = uint32(uint32(128) * uint32(tile + i) - quotient(uint32(tile + i), across) * step)
         fixed = record + uint64(uint32(head_bytes(codec) + uint32(FIXED_BYTES) * uint32(tile + i)))
         next_pair = uint32(early_cached2(base))
         next_words = eight_words(source, step)

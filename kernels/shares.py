@@ -18,6 +18,7 @@ from typing import Any
 
 from numba import cuda
 
+from kvortex.kernels.divide import quotient
 from kvortex.kernels.lane import store4
 from kvortex.kernels.ptx import statement
 from kvortex.kernels.warp import uint32, uniform, warps_of_grid
@@ -33,7 +34,7 @@ answer: Any = uniform
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
 def ceil_div(total, each):  # type: ignore[no-untyped-def]
     """How many shares of ``each`` pieces there are, the last of which may have fewer; or pieces of each of so many shares."""
-    return uint32(uint32(total + each - uint32(1)) // each)
+    return uint32(quotient(uint32(total + each - uint32(1)), each))
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
