@@ -84,9 +84,9 @@ def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]]
     return device.name, rows, notes
 
 
-def own_share(name: str, used: float) -> dict[str, Any]:
-    """Options by which blocks whose records are this part of an original move at the rate that is asked for."""
-    return {"link_share_beside_compute": min(1.0, _MORE * ASKED.get(name, 1.0) * used)}
+def own_share(name: str, slot: float) -> dict[str, Any]:
+    """Options by which blocks in slots of this part of an original, as saves move them, have the rate that is asked for."""
+    return {"link_share_beside_compute": min(1.0, _MORE * ASKED.get(name, 1.0) * slot)}
 
 
 def alone(one: Coded) -> None:

@@ -165,16 +165,13 @@ def engines(
     sets
         The pool holds as many times all blocks.
     own
-        Gives options of a codec's engine, by the codec's name and what its records are of an original.
+        Gives options of a codec's engine, by the codec's name and what its slots are of an original.
     """
-    some = pages.records(pages.checked)
     for name in CODECS:
-        codec = make_codec(name, SHAPE, pages.tables)
-        slot_bytes, coded = codec.slot_bytes, np.zeros((len(some), codec.slot_bytes), np.uint8)
-        used = float(codec.encode_into(some, coded).mean())
+        slot_bytes = make_codec(name, SHAPE, pages.tables).slot_bytes
         given = {"codec": name, "gpu_pool_size_bytes": staging << 20 or None, "device": pages.device.name}
         given |= {"cpu_pool_size_bytes": sets * pages.count * -(-slot_bytes // 4096) * 4096, "codec_tables": str(pages.path)}
-        given |= own(name, used / SHAPE.raw_bytes)
+        given |= own(name, slot_bytes / SHAPE.raw_bytes)
         try:
             engine = kvortex.KVortexEngine.create(kvortex.KVortexConfig(**given), pages.layout)
         except ConfigError as error:
