@@ -61,6 +61,11 @@ def wait_for_last_but_three():  # type: ignore[no-untyped-def]
     """Likewise, but the last three."""
 
 
+@statement("cp.async.wait_group 0;", "")
+def wait_for_all():  # type: ignore[no-untyped-def]
+    """Until no batch of this lane is under way."""
+
+
 def _get(text: str, result: str, cell: Any) -> Callable[..., Any]:
     @statement(text, "r", result)
     def get(address):  # type: ignore[no-untyped-def]

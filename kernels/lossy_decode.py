@@ -16,7 +16,7 @@ from numba import cuda
 from numba.cuda import types
 
 from kvortex.kernels import lossy, plane
-from kvortex.kernels.ahead import ALIGNED, close_batch, copy16, get16, shared_at, wait_for_last_but_one
+from kvortex.kernels.ahead import ALIGNED, close_batch, copy16, get16, shared_at, wait_for_all, wait_for_last_but_one
 from kvortex.kernels.bit_planes import bit_planes, bytes_turned, few_codes, traded
 from kvortex.kernels.coded_read import SLICE_SHARED, digest_slice
 from kvortex.kernels.divide import quotient
@@ -151,6 +151,7 @@ def _key_tile(form, bits, words, scales, slot, target, magic, lane):  # type: ig
     wait_for_last_but_one()
     cuda.syncwarp()  # others have copied them
     mean = eight(get16(slot + uint64(16) * uint64(lane & uint32(7))))
+    cuda.syncwarp()  # the slot is free
     step = scales_of(
         uint32(scales), uint32(scales >> uint64(32)), uint32(uint32(0x01010101) * uint32(uint32(LEAST_SCALE - 7) - bits))
     )
@@ -247,6 +248,7 @@ def _decoder(digests: bool) -> Callable[..., None]:
             if good and uint32(first) == uint32(0):
                 good = _is_ours(codec, record, part, lane)
             if not good:
+                wait_for_all()  # means that nobody asks for, whose slot the next share needs
                 if lane == uint32(0):
                     store4(status + uint64(4) * uint64(b), uint32(1))
                 tile = last

@@ -140,8 +140,8 @@ def _slices(record, room, count, numbers, sums):  # type: ignore[no-untyped-def]
 def run_slices() -> None:
     """Of any number, in rooms of any length, whatever a header says: each byte once, and none beyond the room."""
     rng = np.random.default_rng(5)
-    for count in (1, 2, 3, 5, 8, 13, 40):
-        room = 16 * int(rng.integers(4, 300))
+    some = [(count, 16 * int(rng.integers(4, 300))) for count in (1, 2, 3, 5, 8, 13, 40)]
+    for count, room in [*some, (1, 13 * 1024 + 16), (3, 24 * 1024 - 16)]:  # slots of the ring that are filled again and again
         for used in (0, 15, 33, 512, 513, room - 1, room, room + 1, 1 << 32, (1 << 32) + 64, 1 << 63):
             record, numbers, sums = aligned(room, 0), kernel_numbers(room), np.zeros(2, np.uint64)
             record[:] = rng.integers(0, 256, room)

@@ -15,7 +15,7 @@ from kvortex.codecs import RecordShape
 from kvortex.codecs.on_device import cells, constants
 from kvortex.digests.keys import kernel_numbers
 from kvortex.errors import CodecError
-from kvortex.kernels import lane, move, plane
+from kvortex.kernels import coded_read, lane, lossy_decode, move, plane, plane_decode, plane_tile, written
 from tests.kernels.beside import Simulated
 from tests.kernels.compiled import compiled, sass
 from tests.kernels.on_gpu import Gpu, found_digests, host_digests
@@ -52,6 +52,22 @@ def test_a_tile_is_copied_while_another_is_decoded() -> None:
     kinds = "".join(names.get(each, "?") for each in found)
     assert re.search(r"CCCc+B+CCCc+BWS*S{16}", kinds), kinds  # the first tile's; in the loop, the next one's, and rows
     assert "?" not in kinds and kinds.count("W") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "left"), [("plane_encode", [1, 1]), ("plane_decode_digest", [1, 3]), ("lossy_decode_digest", [0, 1, 3])]
+)
+def test_who_waits_for_copies_lets_others_be(name: str, left: list[int], tmp_path: Path) -> None:
+    """Of a ring of three or five slots all batches but the one that is digested next, and of tiles the last one. A simulator's
+    copies are there at once, so that nothing else on a CPU tells."""
+    waits = re.findall(r"\bDEPBAR\.LE SB0, 0x(\w+)", sass(compiled(name, (9, 0)).code, tmp_path))
+    assert sorted(int(each, 16) for each in waits) == left
+
+
+def test_rings_lie_in_what_is_free() -> None:
+    """Of a warp: in an encoder before the tails that it keeps, in a decoder where no tile lies yet, and 8 warps in 48 KiB."""
+    assert written.WRITTEN_SHARED <= plane_tile.SHARED_BYTES
+    assert coded_read.SLICE_SHARED <= plane_decode._WARP and 8 * (coded_read.SLICE_SHARED + lossy_decode._SLOTS) <= 48 << 10
 
 
 def test_rows_are_loaded_eight_at_a_time() -> None:

@@ -138,7 +138,7 @@ class PlaneCoder(_TileCoder):
     form: ClassVar[Any] = on_device
     encoder, save_warps = "plane_encode", ENCODE_WARPS
     decoder = "plane_decode"
-    ctas_each, ctas_before = (6, 3), (4, 2)
+    ctas_each, ctas_elsewhere = (6, 3), (4, 2)
     # Of a save: 13 tiles of real KV have longer tails than a warp keeps in one share of 300, 16 in one of 3; and a warp looks
     # at the cells of all shares before its own: 3 blocks took 48, 35 and 37 us by 1, 2 and 4 tiles, 7 took 53, 50 and 41 by 2,
     # 3 and 4 (an H200).

@@ -126,7 +126,9 @@ class DeviceCoder(ABC):
     # wave of their own, in which two thirds of the GPU had nothing to do: 1,631 and not 1,918 GB/s of blocks by k4v3 were
     # decoded (an H200).
     ctas_each: ClassVar[tuple[int, int]] = (3, 3)
-    ctas_before: ClassVar[tuple[int, int]] = (2, 2)  # 9.0, where kernels have registers for no more (kvortex.kernels.build)
+    # Before 9.0, where kernels have registers for no more (kvortex.kernels.build), and from 12.0 on, where there are 100 KiB of
+    # shared memory a multiprocessor.
+    ctas_elsewhere: ClassVar[tuple[int, int]] = (2, 2)
     work_bytes = 0  # of each record of a chunk
 
     def __init__(
@@ -136,7 +138,7 @@ class DeviceCoder(ABC):
         self.works: list[int] = []
         self._held: list[Any] = []
         self._kernels = {name: kernel(name) for name in self.kernels if numbers or not name.endswith("_digest")}
-        save, load = self.ctas_before if device.compute_capability < (9, 0) else self.ctas_each
+        save, load = self.ctas_each if (9, 0) <= device.compute_capability < (12, 0) else self.ctas_elsewhere
         self.most_ctas = save * device.multiprocessors, load * device.multiprocessors
 
     def open(self, buffers: int, buffer_bytes: int) -> None:
