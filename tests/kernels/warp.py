@@ -12,8 +12,9 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 from numba import cuda
-from numba.cuda.simulator.kernelapi import FakeCUDAModule
+from numba.cuda.simulator.kernelapi import FakeCUDAModule, FakeCUDAShared
 
 _warps: dict[int, tuple[threading.Barrier, list[Any]]] = {}
 _lock = threading.Lock()
@@ -43,12 +44,20 @@ def _from_lane(self: Any, mask: int, value: Any, source: int) -> Any:
     return _exchange(value, lambda slots, _: slots[source])
 
 
+def _shared_array(self: Any, shape: int, dtype: Any, alignment: None = None) -> Any:
+    """One array for each line that asks; the simulator itself may give threads that ask at the same time one each."""
+    asker = sys._getframe(1)
+    made = np.empty(shape, str(dtype))
+    return self._allocations.setdefault((asker.f_code.co_filename, asker.f_lineno), made)  # which no other thread divides
+
+
 def install(*modules: ModuleType) -> None:
     """Gives the simulator what it lacks, and kernels' modules casts to unsigned and signed integers of a width."""
     sys.setswitchinterval(5e-4)  # the simulator's block manager spins with the GIL held
     FakeCUDAModule.ballot_sync, FakeCUDAModule.shfl_xor_sync, FakeCUDAModule.shfl_sync = _ballot, _shuffle, _from_lane
     cuda.shfl_xor_sync = lambda mask, value, flip: _exchange(value, lambda slots, lane: slots[lane ^ flip])
     FakeCUDAModule.syncwarp = lambda self, mask=0: _exchange(0, lambda slots, lane: None)
+    FakeCUDAShared.array = _shared_array
     FakeCUDAModule.popc = lambda self, value: (int(value) & 0xFFFFFFFF).bit_count()
     for module in modules:
         for bits in (8, 16, 32, 64):
