@@ -27,7 +27,7 @@ _U32, _U64 = types.uint32, types.uint64
 ROWS_AT = _U64(128 * 16)  # where R begins in the table
 # Both numbers of a row as words, the lower one of each first. Loads through the constant path are moved to the front of a
 # piece, where registers run out.
-row_of: Any = early_cached16
+_row_of: Any = early_cached16
 _lock = threading.Lock()  # of the simulator's threads
 
 
@@ -156,7 +156,7 @@ def _digester(
 
     @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
     def four(dst, words, rows, s):  # type: ignore[no-untyped-def]
-        n, p, q, r = row_of(rows), row_of(rows + _U64(16)), row_of(rows + _U64(32)), row_of(rows + _U64(48))
+        n, p, q, r = _row_of(rows), _row_of(rows + _U64(16)), _row_of(rows + _U64(32)), _row_of(rows + _U64(48))
         if write:
             put_four(dst, words)
         return row16(row16(row16(row16(s, words[0], n), words[1], p), words[2], q), words[3], r)
@@ -190,7 +190,7 @@ def _digester(
                 at += _U64(2048)
                 rows += _U64(64)
             while at + _U64(16) <= nbytes:
-                words, row = get16(src + at), row_of(rows)
+                words, row = get16(src + at), _row_of(rows)
                 if write:
                     store16(dst + at, words)
                 s = row16(s, words, row)

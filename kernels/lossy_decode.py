@@ -46,6 +46,7 @@ from kvortex.kernels.lossy_form import (
     TILE_BYTES,
     USED_AT,
 )
+from kvortex.kernels.plane_form import WARPS
 from kvortex.kernels.shares import answer, ask_next, asker_of, ceil_div, first_share, leave
 from kvortex.kernels.warp import ALL, uniform
 
@@ -54,7 +55,6 @@ SIGNATURE: Any = types.void(
     uint64, uint64, types.CPointer(uint64), uint64, types.CPointer(types.int32), int32, int32, int32, int32, uint64
 )
 DIGEST_SIGNATURE: Any = plane.DIGEST_SIGNATURE
-WARPS = 8  # of a CTA at most, for which there is shared memory
 _SLOTS = 2 * 128  # a warp's: means of this tile and of the next one
 
 
@@ -74,6 +74,12 @@ def _is_ours(codec, record, part, lane):  # type: ignore[no-untyped-def]
                 own = uint32(uint32(HEADER_BYTES) + part_bytes(codec, uint32(part)))
         same = uint32(load4(record + offset)) == own
     return uint32(cuda.ballot_sync(ALL, same)) == uint32(0xFFFFFFFF)
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def _slot(slots, left):  # type: ignore[no-untyped-def]
+    """That of the tile with so many left in its share, itself among them."""
+    return slots + uint64(_SLOTS // 2) * uint64(left & uint32(1))
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
@@ -243,7 +249,7 @@ def _decoder(digests: bool) -> Callable[..., None]:
             words, scales = (none, none, none, none, none, none, none, none), uint64(0)
             before = record - uint64(missing)
             if good and part < int32(0):  # in flight while the header is looked at, which leads nowhere
-                slot = slots + uint64(128) * uint64(uint32(last - tile) & uint32(1))
+                slot = _slot(slots, uint32(last - tile))
                 words, scales = _loaded(codec, form, following, key_bits, value, before + uint64(following[2]), slot, lane)
             if good and uint32(first) == uint32(0):
                 good = _is_ours(codec, record, part, lane)
@@ -261,15 +267,15 @@ def _decoder(digests: bool) -> Callable[..., None]:
                 while left > uint32(0):
                     number, key = following[0], following[1]
                     codes, own_scales = _codes(words, key_bits if key else value[0]), scales
-                    slot = slots + uint64(128) * uint64(left & uint32(1))
+                    slot = _slot(slots, left)
                     target = _target(form, following, page, lane)
                     left = uint32(left - uint32(1))
                     if left > uint32(0):  # the next one's loads are in flight while this one is decoded
                         following = after(codec, form, following)
                         if following[0] != number:
                             page = page_of(codec, following[0], block)
-                        plane_at, other = before + uint64(following[2]), slots + uint64(128) * uint64(left & uint32(1))
-                        words, scales = _loaded(codec, form, following, key_bits, value, plane_at, other, lane)
+                        plane_at, next_slot = before + uint64(following[2]), _slot(slots, left)
+                        words, scales = _loaded(codec, form, following, key_bits, value, plane_at, next_slot, lane)
                     else:
                         close_batch()
                     if key:

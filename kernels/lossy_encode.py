@@ -252,7 +252,7 @@ def _digested(codec, form, part, headed, tile, last, record, numbers, lane):  # 
     while ranges > uint32(0) or tile < last:
         if ranges == uint32(0):
             tile, ranges, begin, end, following, behind, step = _span(codec, form, part, tile, last)
-        one, two = digest_written_few(record, begin, end, numbers, uint64(0), lane)
+        one, two = digest_written_few(record, begin, end, numbers, lane)
         mine, other = mine + one, other + two
         begin, end = following, behind
         following, behind = uint32(following + step), uint32(behind + step)

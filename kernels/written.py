@@ -7,9 +7,6 @@ lanes must come to each function; between the lanes' stores and :func:`digest_wr
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 from numba import cuda
 from numba.cuda import types
 
@@ -21,31 +18,40 @@ WRITTEN_SHARED = ring_bytes(3)
 _U32, _U64 = types.uint32, types.uint64
 
 
-def _digester(staged: bool) -> Callable[..., Any]:
-    @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-    def digest(record, begin, end, numbers, shared, lane):  # type: ignore[no-untyped-def]
-        first = min(_U32(_U32(begin + _U32(15)) & _U32(0xFFFFFFF0)), end)
-        last = max(_U32(end & _U32(0xFFFFFFF0)), first)
-        source, nbytes, offset = record + _U64(first), _U32(last - first), _U64(first)
-        if staged:
-            mine, other = digest_by_three(shared, source, nbytes, offset, numbers, lane)
-        else:
-            mine, other = digest_few(_U64(0), source, _U64(nbytes), lane, offset, None, numbers)
-        at, stop = _U32(begin + _U32(4) * lane), first
-        if lane >= _U32(4):
-            at, stop = _U32(last + _U32(4) * _U32(lane - _U32(4))), end
-        if at < stop:
-            mine, other = digest_word(mine, other, _U64(early4(record + _U64(at))), _U64(at), numbers)
-        return mine, other
-
-    return digest  # type: ignore[no-any-return]
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def _whole(begin, end):  # type: ignore[no-untyped-def]
+    """The part of a range that lies in whole 16 bytes."""
+    first = min(_U32(_U32(begin + _U32(15)) & _U32(0xFFFFFFF0)), end)
+    return first, max(_U32(end & _U32(0xFFFFFFF0)), first)
 
 
-# A thread's two sums of bytes ``begin`` to ``end`` of the record at ``record``: 32-bit multiples of 4. By lanes of 16 bytes,
-# and word by word before and behind these. ``shared`` are ``WRITTEN_SHARED`` bytes of shared memory of this warp. The other one
-# takes no notice of it: four rows at a time go through registers, which is as fast where there are enough of them.
-digest_written: Any = _digester(True)
-digest_written_few: Any = _digester(False)
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def _with_ends(mine, other, record, begin, end, numbers, lane):  # type: ignore[no-untyped-def]
+    """Both sums with the words before and behind that part."""
+    first, last = _whole(begin, end)
+    at, stop = _U32(begin + _U32(4) * lane), first
+    if lane >= _U32(4):
+        at, stop = _U32(last + _U32(4) * _U32(lane - _U32(4))), end
+    if at < stop:
+        mine, other = digest_word(mine, other, _U64(early4(record + _U64(at))), _U64(at), numbers)
+    return mine, other
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def digest_written(record, begin, end, numbers, shared, lane):  # type: ignore[no-untyped-def]
+    """A thread's two sums of bytes ``begin`` to ``end`` of the record at ``record``: 32-bit multiples of 4. ``shared`` are
+    ``WRITTEN_SHARED`` bytes of shared memory of this warp."""
+    first, last = _whole(begin, end)
+    mine, other = digest_by_three(shared, record + _U64(first), _U32(last - first), _U64(first), numbers, lane)
+    return _with_ends(mine, other, record, begin, end, numbers, lane)
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def digest_written_few(record, begin, end, numbers, lane):  # type: ignore[no-untyped-def]
+    """The same by four rows at a time in registers, which is as fast where there are enough of them."""
+    first, last = _whole(begin, end)
+    mine, other = digest_few(_U64(0), record + _U64(first), _U64(_U32(last - first)), lane, _U64(first), None, numbers)
+    return _with_ends(mine, other, record, begin, end, numbers, lane)
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
