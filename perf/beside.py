@@ -40,7 +40,7 @@ COLUMNS = (*KEYS, *BETTER, "asked", "slowdown_least", "slowdown_most", "alone", 
 def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]], dict[str, Any]]:
     """The device's name, a row for each codec and direction, and what the rows have in common."""
     device = open_gpu(device_name)
-    blocks, seconds, rounds = (16, 0.05, 1) if quick else (256, 0.2, 5)
+    blocks, seconds, rounds = (16, 0.05, 1) if quick else (256, 0.2, 9)
     notes: dict[str, Any] = {"blocks": blocks, "block_bytes": SHAPE.raw_bytes, "rounds": rounds, "loop_seconds": seconds}
     notes |= {"gpu_pool_size_bytes": STAGING_BYTES, "load": LOAD, "unit": "GB/s of original bytes"}
     with contextlib.ExitStack() as stack:
@@ -65,6 +65,7 @@ def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]]
             movers[one.name, "load"] = Mover(tickets(one.load), lambda one=one: moved(one.save()))  # type: ignore[misc]
         turns = Turns(movers)
         turns.run(Loop(LOAD, seconds), rounds, LOAD)
+        notes["nothing_moves"] = turns.control()
         failed |= {f"{name or 'one DMA'}, {way}": why for (name, way), why in turns.failed.items()}
         rows = []
         for name, one in coded.items():

@@ -1,12 +1,12 @@
 """How fast do blocks move while the GPU computes, and what does that cost the computation?
 
-A loop of passes runs on a stream of default priority, without a pause. In one span of it blocks are saved, or loaded, two
-transfers at a time, and in the spans before and after nothing moves (:mod:`perf.turns`). What is asked is the cost to a loop
-without an end, on a GPU that has come to the end of its power: a span ahead brings it there, and a span is as long as several
-of the transfers, so that those with which it begins and ends count for little. Contiguous DMAs of random bytes, one behind
-the other beside the same loop, are what ``ratio`` is to; ``raw_slowdown`` is what these cost. ``slowdown_least`` and
-``slowdown_most`` are those of all rounds, also of the DMAs: they show how well any slowdown can be told. ``wrong_bytes`` are
-those of a round trip ahead, and in all pages behind each load's last turn.
+A loop of passes runs on a stream of default priority, without a pause or an end. In one span of it blocks are saved, or loaded,
+two transfers at a time, and in spans before and after nothing moves (:mod:`perf.turns`). What is asked is the cost to a loop on
+a GPU that has come to the end of its power, and a span is as long as several of the transfers, so that those with which it
+begins and ends count for little. Contiguous DMAs of random bytes, one behind the other beside the same loop, are what ``ratio``
+is to; ``raw_slowdown`` is what these cost, and ``nothing_moves`` what a span seems to cost in which nothing moves either.
+``slowdown_least`` and ``slowdown_most`` are those of all rounds: they show how well any slowdown can be told. ``wrong_bytes``
+are those of a round trip ahead, and in all pages behind each load's last turn.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]]
                 found |= zip([(kind, way) for way in WAYS], blocks.movers(), strict=True)
             turns = Turns(found)
             turns.run(Loop(name, seconds), rounds, name)
+            notes.setdefault("nothing_moves", {})[name] = turns.control()
             for (kind, way), why in turns.failed.items():
                 what = f"{kind[0] >> 10} KiB, {kind[1]}" if kind else "one DMA"
                 notes.setdefault("failed", {})[f"{name}, {what}, {way}"] = why

@@ -10,6 +10,7 @@ from kvortex.errors import TransferError
 from perf import foreign
 
 LOADS = ("gemm", "sdpa", "prefill")
+_NAP_S = 1e-4
 _HIDDEN, _QKV, _KV, _FEED_FORWARD, _TOKENS = 4096, 6144, 1024, 14336, 8192  # of Llama-3-8B, and a prompt
 
 
@@ -46,60 +47,98 @@ def make(name: str) -> Callable[[], Any]:
 
 
 class Loop:
-    """Passes of a load without a pause on a stream of default priority, cut into spans by events.
+    """Passes of a load without a pause or an end, on a stream of default priority, cut into spans by events.
 
     Clocks follow temperature and power from one moment to the next, so what a span costs more than others shows only between
-    neighbours; and a GPU that was idle runs faster than one that has come to the end of its power, so the first span is no
-    one's neighbour. A driver takes a thousand launches before it makes who launches wait: so passes are put on the stream as
-    others end, by each call of :meth:`running`, ``AHEAD_S`` before their turn.
+    neighbours. And a GPU that comes to the end of its power behind a pause, if only of some milliseconds, swings about it: spans
+    of 0.1 s took up to a tenth longer and shorter, up and down once a second, 3 percent still after four seconds (an H200). So the
+    loop goes on from the first turn of who is measured beside it to the end of the last one, and begins with
+    ``SETTLE_SPANS`` that nobody looks at. A driver takes a thousand launches before it makes who launches wait: so passes are
+    put on the stream as others end, by each call of :meth:`running`, ``AHEAD_S`` before their turn.
+
+    Spans have numbers. One ends where the next one begins, but for the one in which the loop was started again.
+
+    Parameters
+    ----------
+    name
+        As of :func:`make`.
+    seconds
+        Of a span, about.
     """
 
-    WARM, BEFORE, BESIDE, DRAIN, AFTER = range(SPANS := 5)
+    SETTLE_SPANS = 50
     AHEAD_S = 0.1
 
     def __init__(self, name: str, seconds: float) -> None:
         self._torch = foreign.torch()
         self._run, self._stream = make(name), self._torch.cuda.Stream()
-        self._edges = [self._event() for _ in range(self.SPANS + 1)]
+        self._edges: list[Any] = []  # of spans: the events with which they begin
+        self._now = 0  # the span that runs
+        self._put = 0
         self.passes = 4  # of a span
-        self._behind = [self._event() for _ in range(4 * self.SPANS)]  # passes that are on the stream
-        self.start()
-        one = self.seconds()[self.AFTER] / self.passes
+        self._behind = [self._event() for _ in range(self.passes)]  # passes that are on the stream
+        self._begin()
+        while self.running(1):
+            time.sleep(_NAP_S)
+        one = self.seconds(1) / self.passes
+        self._end()
         self._behind = [self._event() for _ in range(max(4, round(self.AHEAD_S / one)))]
         self.passes = max(4, round(seconds / one))
 
     def _event(self) -> Any:
         return self._torch.cuda.Event(enable_timing=True)
 
-    def start(self) -> None:
-        """Begins with the first span."""
-        self._put = 0
+    def _begin(self) -> None:
+        self._now = len(self._edges)
         with self._torch.no_grad(), self._torch.cuda.stream(self._stream):
             self._run()
-            self._edges[0].record()
+            self._edge()
         self._go_on()
+
+    def _end(self) -> None:
+        """Waits for the passes that are on the stream."""
+        while not self._behind[(self._put - 1) % len(self._behind)].query():
+            time.sleep(_NAP_S)
+        self._put = 0
+
+    def _edge(self) -> None:
+        self._edges.append(self._event())
+        self._edges[-1].record()
+
+    def start(self) -> None:
+        """Begins, also once more; clocks have settled when this returns, and a span begins."""
+        if self._put:
+            self._end()
+        self._begin()
+        last = self._now + self.SETTLE_SPANS - 1
+        while self.running(last):
+            time.sleep(_NAP_S)
 
     def _go_on(self) -> None:
         """Puts passes on the stream, as many as are to be there."""
         count = len(self._behind)
         with self._torch.no_grad(), self._torch.cuda.stream(self._stream):
-            while self._put < self.SPANS * self.passes and (self._put < count or self._behind[self._put % count].query()):
+            while self._put < count or self._behind[self._put % count].query():
                 if self._put >= count and self._behind[(self._put - 1) % count].query():
                     raise TransferError("a load had nothing left to do: what was measured with it takes too long")
                 self._run()
                 self._behind[self._put % count].record()
                 self._put += 1
                 if self._put % self.passes == 0:
-                    self._edges[self._put // self.passes].record()
+                    self._edge()
+
+    @property
+    def span(self) -> int:
+        """The number of the one that runs, as far as :meth:`running` was asked."""
+        return self._now
 
     def running(self, span: int) -> bool:
-        """Whether passes of a span, or of one before it, are left. To be asked every ``AHEAD_S`` at least."""
+        """Whether a span, or one before it, has not ended. To be asked every ``AHEAD_S`` at least."""
         self._go_on()
-        return self._put < (span + 1) * self.passes or not self._edges[span + 1].query()
+        while self._now + 1 < len(self._edges) and self._edges[self._now + 1].query():
+            self._now += 1
+        return self._now <= span
 
-    def seconds(self) -> list[float]:
-        """Waits for the end; the time of each span."""
-        while self.running(self.SPANS - 1):
-            time.sleep(1e-4)
-        pairs = zip(self._edges[:-1], self._edges[1:], strict=True)
-        return [float(first.elapsed_time(last)) * 1e-3 for first, last in pairs]
+    def seconds(self, span: int) -> float:
+        """How long one took that has ended."""
+        return float(self._edges[span].elapsed_time(self._edges[span + 1])) * 1e-3

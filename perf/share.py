@@ -46,6 +46,7 @@ def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]]
             movers |= zip([(share, way) for way in WAYS], kinds[share].movers(), strict=True)
         turns = Turns(movers)
         turns.run(Loop(LOAD, seconds), rounds, LOAD)
+        notes["nothing_moves"] = turns.control()
         if turns.failed:
             notes["failed"] = {f"{share or 'one DMA'}, {way}": why for (share, way), why in turns.failed.items()}
         rows: list[dict[str, Any]] = []

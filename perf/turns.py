@@ -1,10 +1,11 @@
 """What moves beside a load, by turns, and what that costs the load.
 
-Two transfers at a time of each kind run in one span of a loop (:class:`perf.loads.Loop`); the rate is that of what ended
-meanwhile, but for the first few, which fill staging buffers. The slowdown is the time of this span against the spans before and
-after, where nothing moves: two thirds of the one, whose middle is a span away, and a third of the other, which is two away.
-Clocks wander by a percent or two from span to span, and what was measured behind a pause differs from what was not: so all that
-is to be compared takes turns, in many rounds.
+Two transfers at a time of each kind run in one span of an endless loop (:class:`perf.loads.Loop`); the rate is that of what
+ended meanwhile, but for the first few, which fill staging buffers. In the next span they end, and what moves next is prepared;
+in the one behind that nothing moves. The slowdown is the time of the first against those in which nothing moves, before and
+behind it: two thirds of the one, which is a span away, and a third of the other, which is two away. Clocks wander by a percent
+or two from span to span: so all that is to be compared takes turns, in many rounds. In one more turn of each round nothing
+moves: what that seems to cost, no slowdown can be told from.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from perf.raw import RawCopy
 from perf.report import progress
 
 PRIMING = 3  # transfers that are not counted
-_NAP_S = 1e-4
+_NAP_S, _STILL_S = 1e-4, 5e-3
+_NOTHING = "nothing", "still"
 
 
 @dataclass
@@ -78,27 +80,45 @@ class Turns:
 
     Attributes
     ----------
+    nothing : Mover
+        Of nothing, for each round.
     failed : dict
         Why one takes no more turns: it may be too slow beside the loop, and the others still count.
     """
 
     movers: Mapping[tuple[Any, str], Mover]
+    nothing: Mover = field(default_factory=lambda: Mover(_still()))
     failed: dict[tuple[Any, str], str] = field(default_factory=dict)
 
     def run(self, loop: Loop, rounds: int, name: str) -> None:
         """So many turns of each, beside a load with that name."""
+        loop.start()
+        taken: list[tuple[Mover, int, int]] = []  # who, in which span, and the one before in which nothing moved
         for at in range(rounds):
             progress(f"beside {name}, round {at + 1} of {rounds}")
-            for key, mover in self.movers.items():
-                if key not in self.failed:
-                    try:
-                        mover.prepare()
-                        rate, slowdown = beside(loop, mover.flow)
-                    except TransferError as error:
-                        self.failed[key] = str(error)
-                    else:
-                        mover.rates.append(rate)
-                        mover.slowdowns.append(slowdown)
+            for key, mover in {_NOTHING: self.nothing, **self.movers}.items():
+                if key in self.failed:
+                    continue
+                try:
+                    mover.prepare()
+                    idle = nothing_moves(loop)
+                    rate = beside(loop, mover.flow)
+                except TransferError as error:
+                    self.failed[key] = str(error)
+                    loop.start()
+                else:
+                    mover.rates.append(rate)
+                    taken.append((mover, idle + 1, idle))
+        idle = nothing_moves(loop)
+        for mover, span, before in reversed(taken):
+            mover.slowdowns.append(_slowdown(loop, span, before, idle))
+            idle = before
+        progress(f"beside {name}, nothing moves at {self.nothing.slowdown:.4f}")
+
+    def control(self) -> dict[str, float]:
+        """What it seems to cost where nothing moves: the median, and that of all rounds."""
+        found = self.nothing.slowdowns
+        return {"slowdown": self.nothing.slowdown, "slowdown_least": min(found), "slowdown_most": max(found)}
 
     def ended(self, kind: Any) -> list[str]:
         """Ways of a kind that there are :meth:`figures` of."""
@@ -113,23 +133,45 @@ class Turns:
         return made | {"raw_slowdown_least": min(raw.slowdowns), "raw_slowdown_most": max(raw.slowdowns)}
 
 
-def beside(loop: Loop, flow: TwoInFlight) -> tuple[float, float]:
-    """GB/s of one flow beside the loop, and what that costs the loop."""
-    loop.start()
-    while loop.running(Loop.BEFORE):
+def _still() -> TwoInFlight:
+    """Transfers of nothing."""
+
+    def nap() -> int:
+        time.sleep(_STILL_S)
+        return 1
+
+    return TwoInFlight(lambda: (lambda: True, nap))
+
+
+def nothing_moves(loop: Loop) -> int:
+    """Waits for the end of a span that has not begun yet; its number."""
+    loop.running(loop.span)
+    span = loop.span + 1
+    while loop.running(span):
         time.sleep(_NAP_S)
+    return span
+
+
+def beside(loop: Loop, flow: TwoInFlight) -> float:
+    """GB/s of one flow in the span of the loop that has just begun; nothing runs any more when this returns."""
+    span, nbytes = loop.span, 0
     try:
         for _ in range(PRIMING):  # what counts is how it goes on
             flow()
-            loop.running(Loop.BESIDE)
-        nbytes, began = 0, time.perf_counter()
-        ended = began
-        while loop.running(Loop.BESIDE):
+            loop.running(span)
+        began = ended = time.perf_counter()
+        while loop.running(span):
             nbytes += flow()
             ended = time.perf_counter()
     finally:
         flow.drain()
-    if not nbytes or not loop.running(Loop.DRAIN):
+    loop.running(span)
+    if not nbytes:
         raise TransferError("transfers did not end soon enough beside the computation that they were measured with")
-    times = loop.seconds()
-    return nbytes / (ended - began) / 1e9, 3 * times[Loop.BESIDE] / (2 * times[Loop.BEFORE] + times[Loop.AFTER])
+    return nbytes / (ended - began) / 1e9
+
+
+def _slowdown(loop: Loop, span: int, before: int, after: int) -> float:
+    """The time of a span to that which it would have taken between two others, if clocks fell or rose evenly."""
+    weight = (span - before) / (after - before)
+    return loop.seconds(span) / ((1 - weight) * loop.seconds(before) + weight * loop.seconds(after))

@@ -13,7 +13,7 @@ from kvortex.errors import TransferError
 from perf import foreign, loads, turns
 from perf.flow import TwoInFlight
 from perf.loads import Loop
-from perf.turns import PRIMING, Mover, Turns, beside
+from perf.turns import PRIMING, Mover, Turns, beside, nothing_moves
 
 PASS_S = 0.01
 
@@ -78,20 +78,33 @@ def test_spans_are_as_long_as_was_asked_and_few_passes_wait(gpu: _Gpu) -> None:
     assert loop.passes == 50
     gpu.step, gpu.most = 1e-4, 0
     loop.start()
-    for span in range(Loop.SPANS):
-        assert loop.running(span)
+    first = loop.span
+    for span in range(first, first + 20):
+        assert loop.running(span) and loop.span == span
         while loop.running(span):
-            assert loop.running(Loop.AFTER)
-    assert loop.seconds() == pytest.approx([0.5] * Loop.SPANS)
+            assert loop.running(span + 1)
+    assert [loop.seconds(span) for span in range(first, first + 20)] == pytest.approx([0.5] * 20)
     assert 9 <= gpu.most <= 11, "a driver makes who launches wait where too many do"
+
+
+def test_nobody_looks_at_a_loop_before_clocks_have_settled(gpu: _Gpu) -> None:
+    loop = Loop("any", 0.5)
+    gpu.step = 1e-4
+    for _ in range(2):
+        gpu.now += 10.0
+        began = gpu.now
+        loop.start()
+        assert gpu.now - began == pytest.approx(Loop.SETTLE_SPANS * 0.5, abs=0.2)
+        assert nothing_moves(loop) == loop.span - 1 and loop.seconds(loop.span - 1) == pytest.approx(0.5)
 
 
 def test_a_loop_that_was_left_alone_too_long_says_so(gpu: _Gpu) -> None:
     loop = Loop("any", 0.5)
+    gpu.step = 1e-4
     loop.start()
     gpu.now += 2 * Loop.AHEAD_S
     with pytest.raises(TransferError, match="nothing left to do"):
-        loop.running(Loop.WARM)
+        loop.running(loop.span)
 
 
 def _flow(gpu: _Gpu, seconds: float, taken: float, nbytes: int = 1000) -> TwoInFlight:
@@ -106,14 +119,28 @@ def _flow(gpu: _Gpu, seconds: float, taken: float, nbytes: int = 1000) -> TwoInF
 
 
 def test_what_costs_a_loop_time_is_told_from_its_neighbours(gpu: _Gpu) -> None:
-    """Transfers that take a tenth of the GPU, in the span that they are in and no other."""
+    """Transfers that take a tenth of the GPU, in the span that they are in and no other; and what takes none of it."""
     loop = Loop("any", 0.5)
     gpu.step = 1e-5
-    flow = _flow(gpu, 0.02, 0.002)
-    rate, slowdown = beside(loop, flow)
-    assert not flow._running, "what runs on would cost the spans behind"
-    assert slowdown == pytest.approx(1.11, abs=0.02) and rate == pytest.approx(1000 / 0.02 / 1e9, rel=0.05)
-    assert beside(loop, _flow(gpu, 0.02, 0.0))[1] == pytest.approx(1, abs=1e-3)
+    movers = {"costly": Mover(_flow(gpu, 0.02, 0.002)), "free": Mover(_flow(gpu, 0.02, 0.0))}
+    every = Turns(movers)
+    every.run(loop, 3, "any")
+    assert every.control() == pytest.approx(dict.fromkeys(("slowdown", "slowdown_least", "slowdown_most"), 1), abs=1e-3)
+    assert movers["costly"].slowdowns == pytest.approx([1.11] * 3, abs=0.02)
+    assert movers["free"].slowdowns == pytest.approx([1] * 3, abs=1e-3)
+    assert all(rate == pytest.approx(1000 / 0.02 / 1e9, rel=0.05) for mover in movers.values() for rate in mover.rates)
+    assert not any(mover.flow._running for mover in movers.values()), "what runs on would cost the spans behind"
+
+
+def test_a_turn_takes_three_spans_of_a_loop_that_never_pauses(gpu: _Gpu) -> None:
+    loop = Loop("any", 0.5)
+    gpu.step = 1e-5
+    loop.start()
+    began = gpu.now
+    movers = {name: Mover(_flow(gpu, 0.02, 0.0), lambda: setattr(gpu, "now", gpu.now + 0.05)) for name in "abc"}
+    Turns(movers).run(loop, 4, "any")
+    assert gpu.now - began == pytest.approx((Loop.SETTLE_SPANS + 3 * 4 * 4 + 2) * 0.5, abs=0.6)
+    assert gpu.end - gpu.now > 0, "it went on until the end"
 
 
 def test_the_first_transfers_do_not_count(gpu: _Gpu) -> None:
@@ -126,18 +153,18 @@ def test_the_first_transfers_do_not_count(gpu: _Gpu) -> None:
         gpu.now += 1e-4 if len(ended) < PRIMING else 0.02
         return 10**6 if len(ended) < PRIMING else 1000
 
-    rate, _ = beside(loop, TwoInFlight(lambda: (lambda: True, wait)))
-    assert rate == pytest.approx(1000 / 0.02 / 1e9, rel=0.05)
+    loop.start()
+    assert beside(loop, TwoInFlight(lambda: (lambda: True, wait))) == pytest.approx(1000 / 0.02 / 1e9, rel=0.05)
 
 
 def test_transfers_that_end_too_late_are_told(gpu: _Gpu) -> None:
     """And nothing of them runs on."""
     loop = Loop("any", 0.05)
     gpu.step = 1e-5
-    began = gpu.now
+    loop.start()
 
     def wait() -> int:
-        gpu.now += 0.08 if gpu.now > began + 2.8 * 0.05 else 0.005
+        gpu.now += 0.03
         return 1000
 
     flow = TwoInFlight(lambda: (lambda: True, wait))
@@ -148,8 +175,10 @@ def test_transfers_that_end_too_late_are_told(gpu: _Gpu) -> None:
 
 def test_clocks_that_fall_steadily_are_no_cost(gpu: _Gpu) -> None:
     loop = Loop("any", 0.5)
-    gpu.step, gpu.drift = 1e-5, 1e-3
-    assert beside(loop, _flow(gpu, 0.02, 0.0))[1] == pytest.approx(1, abs=2e-3)
+    gpu.step, gpu.drift = 1e-5, 1e-4
+    mover = Mover(_flow(gpu, 0.02, 0.0))
+    Turns({"any": mover}).run(loop, 3, "any")
+    assert mover.slowdowns == pytest.approx([1] * 3, abs=1e-4)
 
 
 def test_all_take_turns_and_who_is_too_slow_takes_no_more(gpu: _Gpu) -> None:
@@ -158,14 +187,18 @@ def test_all_take_turns_and_who_is_too_slow_takes_no_more(gpu: _Gpu) -> None:
     movers = {
         "fast": Mover(_flow(gpu, 0.02, 0.0), lambda: order.append("fast")),
         "slow": Mover(_flow(gpu, 0.09, 0.0, nbytes=0), lambda: order.append("slow")),
-        "last": Mover(_flow(gpu, 0.01, 0.0), lambda: order.append("last")),
+        "slowest": Mover(_flow(gpu, 0.4, 0.0), lambda: order.append("slowest")),
+        "last": Mover(_flow(gpu, 0.01, 0.001), lambda: order.append("last")),
     }
     every = Turns(movers)
     every.run(loop, 3, "any")
-    assert order == ["fast", "slow", "last", "fast", "last", "fast", "last"]
-    assert list(every.failed) == ["slow"] and "did not end soon enough" in every.failed["slow"]
+    assert order == ["fast", "slow", "slowest", "last", "fast", "last", "fast", "last"]
+    assert list(every.failed) == ["slow", "slowest"] and "did not end soon enough" in every.failed["slow"]
+    assert "nothing left to do" in every.failed["slowest"]
     assert len(movers["fast"].rates) == len(movers["last"].slowdowns) == 3 and not movers["slow"].rates
     assert movers["last"].rate == pytest.approx(2 * movers["fast"].rate, rel=0.05)
+    assert movers["fast"].slowdowns == pytest.approx([1] * 3, abs=1e-3)
+    assert movers["last"].slowdowns == pytest.approx([1.11] * 3, abs=0.02)
 
 
 def test_who_cannot_prepare_takes_no_more_turns_either(gpu: _Gpu) -> None:
