@@ -50,9 +50,9 @@ class Loop:
     """Passes of a load without a pause or an end, on a stream of default priority, cut into spans by events.
 
     Clocks follow temperature and power from one moment to the next, so what a span costs more than others shows only between
-    neighbours. And a GPU that comes to the end of its power behind a pause, if only of some milliseconds, swings about it: spans
-    of 0.1 s took up to a tenth longer and shorter, up and down once a second, 3 percent still after four seconds (an H200). So the
-    loop goes on from the first turn of who is measured beside it to the end of the last one, and begins with
+    neighbours. And a GPU that comes to the end of its power behind a pause, if only of some milliseconds, swings about it:
+    spans of 0.1 s took up to a tenth longer and shorter, up and down once a second, 3 percent still after four seconds (an
+    H200). So the loop goes on from the first turn of who is measured beside it to the end of the last one, and begins with
     ``SETTLE_SPANS`` that nobody looks at. A driver takes a thousand launches before it makes who launches wait: so passes are
     put on the stream as others end, by each call of :meth:`running`, ``AHEAD_S`` before their turn.
 

@@ -1,11 +1,11 @@
 """What moves beside a load, by turns, and what that costs the load.
 
-Two transfers at a time of each kind run in one span of an endless loop (:class:`perf.loads.Loop`); the rate is that of what
-ended meanwhile, but for the first few, which fill staging buffers. In the next span they end, and what moves next is prepared;
-in the one behind that nothing moves. The slowdown is the time of the first against those in which nothing moves, before and
-behind it: two thirds of the one, which is a span away, and a third of the other, which is two away. Clocks wander by a percent
-or two from span to span: so all that is to be compared takes turns, in many rounds. In one more turn of each round nothing
-moves: what that seems to cost, no slowdown can be told from.
+Two transfers at a time of each kind run in one span of an endless loop (:class:`perf.loads.Loop`); the rate is that at which
+they end, but for the first few, which fill staging buffers. In the next span the last ones end, and what moves next is
+prepared; in the one behind that nothing moves. The slowdown is the time of the first against those in which nothing moves,
+before and behind it: two thirds of the one, which is a span away, and a third of the other, which is two away. Clocks wander by
+a percent or two from span to span: so all that is to be compared takes turns, in many rounds. In one more turn of each round
+nothing moves: what that seems to cost, no slowdown can be told from.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from kvortex.errors import TransferError
 from perf.flow import TwoInFlight, copies
@@ -153,22 +155,28 @@ def nothing_moves(loop: Loop) -> int:
 
 
 def beside(loop: Loop, flow: TwoInFlight) -> float:
-    """GB/s of one flow in the span of the loop that has just begun; nothing runs any more when this returns."""
-    span, nbytes = loop.span, 0
+    """GB/s of one flow in the span of the loop that has just begun; nothing runs any more when this returns.
+
+    A load ends when a kernel of the loop does, which may be some milliseconds later than it could: so the rate is that of the
+    straight line through all ends, and not from the first to the last of them.
+    """
+    span, ends = loop.span, []
     try:
         for _ in range(PRIMING):  # what counts is how it goes on
             flow()
             loop.running(span)
-        began = ended = time.perf_counter()
+        moved, at, began = 0, 0.0, time.perf_counter()
         while loop.running(span):
-            nbytes += flow()
-            ended = time.perf_counter()
+            ends.append((at, moved))
+            moved += flow()
+            at = time.perf_counter() - began
     finally:
         flow.drain()
     loop.running(span)
-    if not nbytes:
+    ends.append((at, moved))
+    if not moved:
         raise TransferError("transfers did not end soon enough beside the computation that they were measured with")
-    return nbytes / (ended - began) / 1e9
+    return float(np.polyfit(*zip(*ends, strict=True), 1)[0]) / 1e9
 
 
 def _slowdown(loop: Loop, span: int, before: int, after: int) -> float:
