@@ -160,7 +160,7 @@ def test_the_first_transfers_do_not_count(gpu: _Gpu) -> None:
 
 @pytest.mark.parametrize("phase", [0.0, 0.001, 0.003, 0.006])
 def test_ends_that_wait_for_a_kernel_of_the_loop_do_not_shift_a_rate(gpu: _Gpu, phase: float) -> None:
-    """Of 8.5 ms each, told at multiples of 7 ms: from the first end to the last one the rate would be wrong by up to 4 percent."""
+    """Of 8.5 ms each, told at multiples of 7 ms: from the first end to the last one the rate is wrong by up to 4 percent."""
     loop, count, begin = Loop("any", 0.2), [0], gpu.now
     gpu.step = 1e-6
 
