@@ -63,7 +63,7 @@ def _digester(slots: int) -> Callable[..., Any]:
             words, more = get16(this + column), get16(this + column + _U64(512))
             s = row16(row16(s, words, get16(this + own_row)), more, get16(this + own_row + _U64(16)))
             this += _U64(_SLOT)
-            if this == shared + _U64(ring):
+            if _U32(this) == _U32(shared + _U64(ring)):  # else upper halves of addresses, which nobody needs, have registers
                 this = shared
             at = _I32(at + _I32(_BATCH))
         cuda.syncwarp()  # the ring is free for others

@@ -307,17 +307,17 @@ def _values() -> str:
     lines = [f"mov.b32 m, {_NEAREST};"]
     for j in range(8):
         for i in range(4):
-            lines += [f"sub.rn.f32 u{i}, ${8 + 8 * i + j}, $40;", f"mul.rn.f32 u{i}, u{i}, $41;", f"add.rn.f32 u{i}, u{i}, m;"]
+            lines += [f"sub.rn.f32 u{i}, ${8 + 4 * j + i}, $40;", f"mul.rn.f32 u{i}, u{i}, $41;", f"add.rn.f32 u{i}, u{i}, m;"]
         lines += ["prmt.b32 u0, u0, u1, 0x0040;", "prmt.b32 u2, u2, u3, 0x0040;", f"prmt.b32 t{j}, u0, u2, 0x5410;"]
     return _whole(lines, [f"t{k}" for k in range(8)], ".reg .b32 t<8>, u<4>, m;")
 
 
 @statement(_values(), "eeeeff", "w", pure=True)
 def value_codes(a, b, c, d, zero, inverse):  # type: ignore[no-untyped-def]
-    """Byte i of word j: how many steps number j of eight i lies above zero, the nearest, of two the even one."""
+    """A byte for each number, in their order: how many steps it lies above zero, the nearest, of two the even one."""
     with np.errstate(all="ignore"):
-        steps = np.rint((np.stack([_floats(x) for x in (a, b, c, d)], 1) - np.float32(zero)) * np.float32(inverse))
-        return tuple(np.ascontiguousarray(steps.astype(np.uint8)).view(np.uint32).ravel().tolist())
+        steps = np.rint((np.stack([_floats(x) for x in (a, b, c, d)]) - np.float32(zero)) * np.float32(inverse))
+        return tuple(steps.astype(np.uint8).view(np.uint32).ravel().tolist())
 
 
 def _counted(codes: list[tuple[str, int]], magic: str) -> list[str]:
@@ -347,26 +347,21 @@ def key_numbers(low, high, middle, step, mean, magic):  # type: ignore[no-untype
         return brain(tuple(count * _floats(step) + _floats(mean)))
 
 
-def _value_numbers(byte: int) -> str:
-    lines = _counted([(f"${8 + k}", byte) for k in range(8)], "$18")
-    lines += [f"sub.rn.f32 t{k}, t{k}, $18; fma.rn.f32 t{k}, t{k}, $16, $17;" for k in range(8)]
+def _value_numbers() -> str:
+    """Two words, then step, zero and magic."""
+    lines = _counted([(f"${8 + k // 4}", k % 4) for k in range(8)], "$12")
+    lines += [f"sub.rn.f32 t{k}, t{k}, $12; fma.rn.f32 t{k}, t{k}, $10, $11;" for k in range(8)]
     return _whole(lines, [f"t{k}" for k in range(8)], ".reg .b32 t<8>;")
 
 
-def _numbers_of(byte: int) -> Any:
-    @statement(_value_numbers(byte), "wfff", "e", pure=True)
-    def numbers(words, step, zero, magic):  # type: ignore[no-untyped-def]
-        """Eight numbers from one byte of each word, where ``step`` is a 256th of one, and ``magic`` as of :func:`key_numbers`.
+@statement(_value_numbers(), "rrfff", "e", pure=True)
+def value_numbers(low, high, step, zero, magic):  # type: ignore[no-untyped-def]
+    """Eight numbers from the bytes of two words, where ``step`` is a 256th of one, and ``magic`` as of :func:`key_numbers`.
 
-        A step has 11 bits and a code 8, so their product is exact: with its sum there is one rounding in two operations too.
-        """
-        codes = np.float32(256) * _words(words).view(np.uint8).reshape(8, 4)[:, byte].astype(np.float32)
-        return tuple(codes * np.float32(step) + np.float32(zero))
-
-    return numbers
-
-
-value_numbers_0, value_numbers_1, value_numbers_2, value_numbers_3 = (_numbers_of(byte) for byte in range(4))
+    A step has 11 bits and a code 8, so their product is exact: with its sum there is one rounding in two operations too.
+    """
+    codes = np.float32(256) * _words((low, high)).view(np.uint8).astype(np.float32)
+    return tuple(codes * np.float32(step) + np.float32(zero))
 
 
 @statement(

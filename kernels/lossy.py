@@ -10,7 +10,8 @@ What a record's bytes are is in :mod:`kvortex.codecs.lossy`; all floats are floa
 order that :mod:`kvortex.codecs._lossy` has on the host (:mod:`kvortex.kernels.float32`).
 
 Of K each lane has 8 neighbouring channels of 4 tokens, so that the largest of a channel takes two exchanges; of V it has 32
-neighbouring channels of one token: most of a rotation, and the words of its codes, without any.
+neighbouring channels of one token: most of a rotation. No codes change lanes: those of 8 neighbours are packed by who has them
+(:mod:`kvortex.kernels.packed`).
 
 While a warp works on a tile, the next one's loads are in flight. They are plain ``ld.global``
 (:func:`kvortex.kernels.lane.early16`), and their words go nowhere before they are needed.
@@ -113,6 +114,22 @@ def after(codec, form, at):  # type: ignore[no-untyped-def]
             group, number = uint32(0), uint32(number + uint32(1))
             key, begin = plane_of(codec, number)
     return number, key, begin, group, column
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def key_at(form, group, column, lane):  # type: ignore[no-untyped-def]
+    """Where a lane's 16 bytes of the first of its four tokens lie in a plane of K, and how far it is from each to the next."""
+    row = uint32(uint32(128) * form[0])
+    within = uint32(uint32(128) * column + uint32(16) * uint32(lane & uint32(7)))
+    return uint32(uint32(uint32(16) * group + uint32(lane >> uint32(3))) * row + within), uint32(uint32(4) * row)
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def key_codes_at(form, group, column, bits, lane):  # type: ignore[no-untyped-def]
+    """Where codes of 64 channels of a lane's first token begin in a coded plane of K, and how far it is to its next one's."""
+    across, each_tiles = form
+    row = uint32(uint32(uint32(16) * group + uint32(lane >> uint32(3))) * across + column)
+    return uint32(uint32(64) * each_tiles + uint32(8) * bits * row), uint32(uint32(32) * bits * across)
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]

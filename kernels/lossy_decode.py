@@ -17,7 +17,6 @@ from numba.cuda import types
 
 from kvortex.kernels import lossy, plane
 from kvortex.kernels.ahead import ALIGNED, close_batch, copy16, get16, shared_at, wait_for_all, wait_for_last_but_one
-from kvortex.kernels.bit_planes import bit_planes, bytes_turned, few_codes, traded
 from kvortex.kernels.coded_read import SLICE_SHARED, digest_slice
 from kvortex.kernels.divide import quotient
 from kvortex.kernels.eights import (
@@ -26,14 +25,33 @@ from kvortex.kernels.eights import (
     eight,
     key_numbers,
     scales_of,
-    value_numbers_0,
-    value_numbers_1,
-    value_numbers_2,
-    value_numbers_3,
+    value_numbers,
 )
 from kvortex.kernels.float32 import number_of, times, whole
-from kvortex.kernels.lane import all_here, early_cached4, early_cached8, early_cached16, load4, load16, store4, store16
-from kvortex.kernels.lossy import after, form_of, from_half, page_of, part_at, part_bytes, place, rotated, values_of
+from kvortex.kernels.lane import (
+    all_here,
+    early_cached2,
+    early_cached4,
+    early_cached8,
+    early_cached16,
+    load4,
+    load16,
+    store4,
+    store16,
+)
+from kvortex.kernels.lossy import (
+    after,
+    form_of,
+    from_half,
+    key_at,
+    key_codes_at,
+    page_of,
+    part_at,
+    part_bytes,
+    place,
+    rotated,
+    values_of,
+)
 from kvortex.kernels.lossy_form import (
     BODY_BYTES,
     HEADER_BYTES,
@@ -46,6 +64,7 @@ from kvortex.kernels.lossy_form import (
     TILE_BYTES,
     USED_AT,
 )
+from kvortex.kernels.packed import codes_of_four, codes_of_planes, codes_of_six
 from kvortex.kernels.plane_form import WARPS
 from kvortex.kernels.shares import answer, ask_next, asker_of, ceil_div, first_share, leave
 from kvortex.kernels.warp import ALL, uniform
@@ -83,22 +102,46 @@ def _slot(slots, left):  # type: ignore[no-untyped-def]
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _words(address, bits):  # type: ignore[no-untyped-def]
-    """A lane's 3, 4, 6 or 8 words, and zeros: each way by itself, since a load waits for one before it to the same register."""
+def _key_words(address, apart, bits, lane):  # type: ignore[no-untyped-def]
+    """What there is of a lane's 8 channels of four tokens, and zeros: two words of each, or the words of lower bits, then those
+    of upper ones."""
+    eighth, none = uint32(lane & uint32(7)), uint32(0)
+    a, b, c, d, e, f, g, h = none, none, none, none, none, none, none, none
+    if bits == uint32(8):
+        at = address + uint64(uint32(8) * eighth)
+        p, q = uint64(early_cached8(at)), uint64(early_cached8(at + apart))
+        r, s = uint64(early_cached8(at + uint64(2) * apart)), uint64(early_cached8(at + uint64(3) * apart))
+        half = uint64(32)
+        a, b, c, d = uint32(p), uint32(p >> half), uint32(q), uint32(q >> half)
+        e, f, g, h = uint32(r), uint32(r >> half), uint32(s), uint32(s >> half)
+    elif bits == uint32(6):
+        at = address + uint64(uint32(4) * eighth)
+        a, b = uint32(early_cached4(at)), uint32(early_cached4(at + apart))
+        c, d = uint32(early_cached4(at + uint64(2) * apart)), uint32(early_cached4(at + uint64(3) * apart))
+        at = address + uint64(uint32(uint32(32) + uint32(2) * eighth))
+        e, f = uint32(early_cached2(at)), uint32(early_cached2(at + apart))
+        g, h = uint32(early_cached2(at + uint64(2) * apart)), uint32(early_cached2(at + uint64(3) * apart))
+    else:
+        at = address + uint64(uint32(4) * eighth)
+        a, b = uint32(early_cached4(at)), uint32(early_cached4(at + apart))
+        c, d = uint32(early_cached4(at + uint64(2) * apart)), uint32(early_cached4(at + uint64(3) * apart))
+    return a, b, c, d, e, f, g, h
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def _value_words(address, bits):  # type: ignore[no-untyped-def]
+    """A lane's 3, 4 or 8 words of one token, and zeros. Each way has a load's words in the same places: else they were moved as
+    soon as asked for, and that would wait for them."""
     none = uint32(0)
-    e, f, g, h = none, none, none, none
-    if bits == uint32(4):
-        a, b, c, d = early_cached16(address)
-    elif bits == uint32(8):
+    a, b, c, d, e, f, g, h = none, none, none, none, none, none, none, none
+    if bits == uint32(8):
         a, b, c, d = early_cached16(address)
         e, f, g, h = early_cached16(address + uint64(16))
     elif bits == uint32(3):
-        a, b, c, d = early_cached4(address), early_cached4(address + uint64(4)), early_cached4(address + uint64(8)), none
+        a, b, c = early_cached4(address), early_cached4(address + uint64(4)), early_cached4(address + uint64(8))
         all_here()  # else both ways become one, where loads of the one wait for those of the other
     else:
-        p, q, r = early_cached8(address), early_cached8(address + uint64(8)), early_cached8(address + uint64(16))
-        a, b, c, d = uint32(p), uint32(p >> uint64(32)), uint32(q), uint32(q >> uint64(32))
-        e, f = uint32(r), uint32(r >> uint64(32))
+        a, b, c, d = early_cached16(address)
     return a, b, c, d, e, f, g, h
 
 
@@ -112,10 +155,8 @@ def _loaded(codec, form, at, key_bits, value, plane_at, slot, lane):  # type: ig
     tile = uint32(group * across + column)
     if key:
         eighth = uint32(lane & uint32(7))
-        row = uint32(uint32(16) * group + uint32(uint32(4) * uint32(lane & uint32(3)) + uint32(lane >> uint32(3))))
-        word = uint32(row * uint32(uint32(2) * across) + uint32(uint32(2) * column + uint32(eighth >> uint32(2))))
-        codes = uint32(uint32(64) * each_tiles + uint32(uint32(4) * key_bits) * word)
-        words = _words(plane_at + uint64(codes), key_bits)
+        codes, apart = key_codes_at(form, group, column, key_bits, lane)
+        words = _key_words(plane_at + uint64(codes), uint64(apart), key_bits, lane)
         scales = uint64(early_cached8(plane_at + uint64(uint32(uint32(64) * tile + uint32(8) * eighth))))
         if lane < uint32(8):
             channel = uint32(uint32(128) * uint32(number * across + column) + uint32(16) * lane)
@@ -125,7 +166,7 @@ def _loaded(codec, form, at, key_bits, value, plane_at, slot, lane):  # type: ig
         word = uint32(uint32(32) * tile + lane)
         shift = uint32(cuda.popc(uint32(lanes - uint32(1))))  # lanes are a power of two
         codes = uint32(uint32(uint32(128) * each_tiles >> shift) + uint32(uint32(4) * bits) * word)
-        words = _words(plane_at + uint64(codes), bits)
+        words = _value_words(plane_at + uint64(codes), bits)
         scales = uint64(early_cached4(plane_at + uint64(uint32(uint32(4) * uint32(word >> shift)))))
     close_batch()
     return words, scales
@@ -133,8 +174,15 @@ def _loaded(codec, form, at, key_bits, value, plane_at, slot, lane):  # type: ig
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
 def _codes(words, bits):  # type: ignore[no-untyped-def]
-    """Codes of so many bits from words of one bit each."""
-    return few_codes(words) if bits <= uint32(4) else bit_planes(words)
+    """Of four eights, two words for each, a byte for each code."""
+    a, b, c, d, e, f, g, h = words
+    if bits == uint32(4):
+        words = codes_of_four((a, b, c, d))
+    elif bits == uint32(6):
+        words = codes_of_six((a, b, c, d), (e, f, g, h))
+    elif bits == uint32(3):
+        words = codes_of_planes((a, b, c, uint32(0)))
+    return words
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
@@ -143,9 +191,7 @@ def _target(form, at, page, lane):  # type: ignore[no-untyped-def]
     across, _ = form
     _, key, _, group, column = at
     if key:
-        row_bytes = uint32(uint32(128) * across)
-        channel = uint32(uint32(128) * column + uint32(16) * uint32(lane & uint32(7)))
-        offset = uint32(uint32(uint32(16) * group + uint32(lane >> uint32(3))) * row_bytes + channel)
+        offset, _ = key_at(form, group, column, lane)
     else:
         offset = uint32(uint32(2048) * uint32(group * across + column) + uint32(64) * lane)
     return page + uint64(offset)
@@ -161,8 +207,7 @@ def _key_tile(form, bits, words, scales, slot, target, magic, lane):  # type: ig
     step = scales_of(
         uint32(scales), uint32(scales >> uint64(32)), uint32(uint32(0x01010101) * uint32(uint32(LEAST_SCALE - 7) - bits))
     )
-    # Each lane has all channels of one token: now it gets 8 channels of four.
-    a0, b0, c0, d0, a1, b1, c1, d1 = traded(bytes_turned(words), lane)
+    a0, a1, b0, b1, c0, c1, d0, d1 = words
     apart = uint64(uint32(uint32(512) * form[0]))
     half = uint32(uint32(256) * uint32(uint32(1) << uint32(bits - uint32(1))))
     middle = whole(uint32(uint32(0x800000) + half - uint32(128)))
@@ -178,8 +223,9 @@ def _value_tile(value, words, both, target, magic, lane):  # type: ignore[no-unt
     _, lanes, factor = value
     step = times(from_half(uint32(both & uint64(0xFFFF))), number_of(uint32(0x3B800000)))  # a 256th
     zero = from_half(uint32(both >> uint64(16)))
-    a, b = value_numbers_0(words, step, zero, magic), value_numbers_1(words, step, zero, magic)
-    c, d = value_numbers_2(words, step, zero, magic), value_numbers_3(words, step, zero, magic)
+    e, f, g, h, w, x, y, z = words
+    a, b = value_numbers(e, f, step, zero, magic), value_numbers(g, h, step, zero, magic)
+    c, d = value_numbers(w, x, step, zero, magic), value_numbers(y, z, step, zero, magic)
     if factor != uint32(0):
         a, b, c, d = rotated(a, b, c, d, lane, lanes, number_of(factor))
     store16(target, brain(a))
@@ -227,8 +273,10 @@ def _decoder(digests: bool) -> Callable[..., None]:
         missing = uint32(0)
         if uint32(first) > uint32(0):
             missing = _in_front(codec, form, uint32(first), tiles)
-        fits = uint64(uint32(_in_front(codec, form, uint32(end), tiles) - missing)) <= pitch
-        whole_range = count == tiles
+        allowed = uint32(0)  # bits: records of a codec, and parts
+        if uint64(uint32(_in_front(codec, form, uint32(end), tiles) - missing)) <= pitch:
+            allowed = uint32(3) if count == tiles else uint32(1)
+        allowed = uniform(allowed)  # which keeps one register, and not four of what it is made of
         shares = uint32(uint32(n_blocks) * runs)
         asker = asker_of(shares, lane)
         at = first_share(all_shared, counter, asker)
@@ -242,7 +290,7 @@ def _decoder(digests: bool) -> Callable[..., None]:
             if digests:  # first, since nothing of what follows is known yet, and to be kept meanwhile
                 digest_slice(record, pitch, r, runs, numbers, sums + uint64(16) * uint64(b), slots + uint64(_SLOTS), lane)
             block, part = blocks[uint32(uint32(2) * b)], blocks[uint32(uint32(2) * b + uint32(1))]
-            good = fits and (part < int32(0) or whole_range)
+            good = uint32(allowed & (uint32(1) if part < int32(0) else uint32(2))) != uint32(0)
             following = place(codec, form, tile)
             page = page_of(codec, following[0], block)
             none = uint32(0)

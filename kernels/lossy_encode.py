@@ -13,7 +13,6 @@ from numba import cuda
 from numba.cuda import types
 
 from kvortex.kernels import lossy, plane
-from kvortex.kernels.bit_planes import bit_planes, bytes_turned, few_bit_planes, store_planes, traded
 from kvortex.kernels.digest import add_up
 from kvortex.kernels.divide import quotient
 from kvortex.kernels.eights import (
@@ -34,11 +33,13 @@ from kvortex.kernels.eights import (
 )
 from kvortex.kernels.flags import mark, take, tell
 from kvortex.kernels.float32 import half_down, half_up, larger, minus, number_of, over, plus, reach, smaller, whole, word_of
-from kvortex.kernels.lane import early_cached16, load4, load16, store4, store8, store16
+from kvortex.kernels.lane import early_cached16, load4, load16, store2, store4, store8, store16
 from kvortex.kernels.lossy import (
     after,
     form_of,
     from_half,
+    key_at,
+    key_codes_at,
     page_of,
     part_at,
     part_bytes,
@@ -63,6 +64,7 @@ from kvortex.kernels.lossy_form import (
     USED_AT,
     V_BITS,
 )
+from kvortex.kernels.packed import bit_planes, lower_bits, upper_bits
 from kvortex.kernels.shares import answer, ask_next, asker_of, ceil_div, first_share, leave
 from kvortex.kernels.warp import ALL, uniform
 from kvortex.kernels.written import digest_written_few, zero
@@ -79,13 +81,12 @@ def _loaded(form, at, page, means, lane):  # type: ignore[no-untyped-def]
     none = uint32(0)
     mean = none, none, none, none
     if key:
-        step = uint32(across * uint32(128))
-        row = uint32(uint32(16) * group + uint32(lane >> uint32(3)))
-        eighth = uint32(uint32(128) * column + uint32(16) * uint32(lane & uint32(7)))
-        source, apart = page + uint64(uint32(row * step + eighth)), uint64(uint32(uint32(4) * step))
+        first, step = key_at(form, group, column, lane)
+        source, apart = page + uint64(first), uint64(step)
         p, q = early_cached16(source), early_cached16(source + apart)
         r, s = early_cached16(source + uint64(2) * apart), early_cached16(source + uint64(3) * apart)
-        mean = early_cached16(means + uint64(uint32(number * step + eighth)))
+        channel = uint32(uint32(128) * uint32(number * across + column) + uint32(16) * uint32(lane & uint32(7)))
+        mean = early_cached16(means + uint64(channel))
     else:
         source = page + uint64(uint32(uint32(2048) * uint32(group * across + column) + uint32(64) * lane))
         p, q = early_cached16(source), early_cached16(source + uint64(16))
@@ -94,15 +95,9 @@ def _loaded(form, at, page, means, lane):  # type: ignore[no-untyped-def]
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _planes(codes, bits):  # type: ignore[no-untyped-def]
-    """Codes of so many bits as words of one bit each."""
-    return few_bit_planes(codes) if bits <= uint32(4) else bit_planes(codes)
-
-
-@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
 def _key_tile(form, group, column, bits, e, f, g, h, plane_at, lane):  # type: ignore[no-untyped-def]
     """16 tokens of 64 channels of K without their means; False where a value is too large, or none."""
-    across, each_tiles = form
+    across, _ = form
     token, eighth = uint32(lane >> uint32(3)), uint32(lane & uint32(7))
     found = uint32(scale_codes(reaches(reaches(e, f), reaches(g, h)), lane))
     low, high = gathered(found, lane)
@@ -117,12 +112,26 @@ def _key_tile(form, group, column, bits, e, f, g, h, plane_at, lane):  # type: i
     b0, b1 = low_codes(f, inverse, half, top), high_codes(f, inverse, half, top)
     c0, c1 = low_codes(g, inverse, half, top), high_codes(g, inverse, half, top)
     d0, d1 = low_codes(h, inverse, half, top), high_codes(h, inverse, half, top)
-    # Four lanes have 32 channels of four tokens: now each gets all channels of one.
-    words = _planes(bytes_turned(traded((a0, b0, c0, d0, a1, b1, c1, d1), lane)), bits)
-    row = uint32(uint32(16) * group + uint32(4) * uint32(lane & uint32(3)) + token)
-    place = uint32(row * uint32(uint32(2) * across) + uint32(uint32(2) * column + uint32(eighth >> uint32(2))))
-    codes = uint32(uint32(64) * each_tiles + uint32(uint32(4) * bits) * place)
-    store_planes(plane_at + uint64(codes), bits, words)
+    first, step = key_codes_at(form, group, column, bits, lane)
+    codes, apart = plane_at + uint64(first), uint64(step)
+    if bits == uint32(8):
+        target = codes + uint64(uint32(8) * eighth)
+        store8(target, uint64(a0) | uint64(a1) << uint64(32))
+        store8(target + apart, uint64(b0) | uint64(b1) << uint64(32))
+        store8(target + uint64(2) * apart, uint64(c0) | uint64(c1) << uint64(32))
+        store8(target + uint64(3) * apart, uint64(d0) | uint64(d1) << uint64(32))
+    else:
+        target = codes + uint64(uint32(4) * eighth)
+        store4(target, lower_bits(a0, a1))
+        store4(target + apart, lower_bits(b0, b1))
+        store4(target + uint64(2) * apart, lower_bits(c0, c1))
+        store4(target + uint64(3) * apart, lower_bits(d0, d1))
+    if bits == uint32(6):
+        target = codes + uint64(uint32(uint32(32) + uint32(2) * eighth))
+        store2(target, upper_bits(a0, a1))
+        store2(target + apart, upper_bits(b0, b1))
+        store2(target + uint64(2) * apart, upper_bits(c0, c1))
+        store2(target + uint64(3) * apart, upper_bits(d0, d1))
     return uint32(found & uint32(0xFF00FF00)) == uint32(0)
 
 
@@ -162,7 +171,19 @@ def _value_tile(form, group, column, value, a, b, c, d, plane_at, lane):  # type
     if uint32(lane & uint32(lanes - uint32(1))) == uint32(0):
         store4(plane_at + uint64(uint32(uint32(4) * uint32(at >> shift))), uint32(step_half | zero_half << uint32(16)))
     codes = uint32(uint32(uint32(128) * each_tiles >> shift) + uint32(uint32(4) * bits) * at)
-    store_planes(plane_at + uint64(codes), bits, _planes(value_codes(a, b, c, d, zero, inverse), bits))
+    target = plane_at + uint64(codes)
+    words = value_codes(a, b, c, d, zero, inverse)
+    e, f, g, h, w, x, y, z = words
+    if bits == uint32(8):
+        store16(target, (e, f, g, h))
+        store16(target + uint64(16), (w, x, y, z))
+    elif bits == uint32(4):
+        store16(target, (lower_bits(e, f), lower_bits(g, h), lower_bits(w, x), lower_bits(y, z)))
+    else:
+        low, middle, high, _ = bit_planes(words)
+        store4(target, low)
+        store4(target + uint64(4), middle)
+        store4(target + uint64(8), high)
     return good
 
 

@@ -2,8 +2,15 @@
 
 :mod:`kvortex.kernels.lossy_encode` and its neighbours make the same bytes on a GPU: what changes here changes there.
 
-A plane's codes are bit planes: of each token, of each 32 neighbouring channels, a 32-bit word a bit, lowest first. Before
-them lie a K plane's scales, u8[tokens / 16][channels], or a V plane's steps and zeros, fp16[tokens][heads][2].
+A plane's codes lie token by token, channel by channel: bytes where they have 8 bits, else in little-endian words:
+
+- of 4 bits, a word of each 8 channels: byte j has channel j, and above it channel 4 + j;
+- of 6 bits, of each 64 channels 8 such words of lower bits, then 8 half-words: nibble j has the upper two bits of channel j,
+  and above them those of channel 4 + j;
+- of 3 bits, of each 32 channels a word a bit, the lowest first: bit 8 * i + j is that of channel 4 * j + i.
+
+So a lane of a GPU, which has bytes of four neighbours in each word, packs them by few instructions and trades none with others.
+Before the codes lie a K plane's scales, u8[tokens / 16][channels], or a V plane's steps and zeros, fp16[tokens][heads][2].
 """
 
 from __future__ import annotations
@@ -16,8 +23,8 @@ from kvortex.jit import njit
 
 GROUP = 16  # tokens that share a scale of K
 SCALE_ZERO = 128  # the scale that is 1
-_GATHER = np.uint64(0x0102040810204080)
-_BYTE = np.uint64(56)
+_NIBBLES, _PAIRS, _BITS = np.uint32(0x0F0F0F0F), np.uint32(0x03030303), np.uint32(0x01010101)
+_FOUR, _TWO = np.uint32(4), np.uint32(2)
 _HUGE = 0x6000  # the bf16 of 2**65
 _LARGEST_HALF = np.float32(65504)
 _SUBNORMAL_STEP = np.float32(2.0**-24)
@@ -80,32 +87,82 @@ def _rotate(row: Any, at: int, dim: int, factor: Any) -> None:
 
 
 @njit(nogil=True)
-def _pack(codes: Any, bits: int, out: Any, at: int, scratch: Any, scratch64: Any) -> Any:
-    """Writes a row's codes as bit planes to ``out[at:]``; gives the place behind."""
-    for group in range(len(codes) // 32):
-        part = codes[32 * group : 32 * group + 32]
-        for bit in range(bits):
-            for k in range(32):
-                scratch[k] = (part[k] >> np.uint8(bit)) & np.uint8(1)
-            word = np.uint32(0)
-            for k in range(4):
-                word |= np.uint32((scratch64[k] * _GATHER) >> _BYTE) << np.uint32(8 * k)
-            out[at] = word
+def _pair_up(low: Any, high: Any) -> Any:
+    """Lower four bits of two words' bytes."""
+    return (low & _NIBBLES) | (high & _NIBBLES) << _FOUR
+
+
+@njit(nogil=True)
+def _upper(low: Any, high: Any) -> Any:
+    """16 bits: the upper two of six of two words' bytes."""
+    both = (low >> _FOUR & _PAIRS) | (high >> _FOUR & _PAIRS) << _TWO
+    both |= both >> _FOUR
+    return (both & np.uint32(0xFF)) | (both >> np.uint32(8) & np.uint32(0xFF00))
+
+
+@njit(nogil=True)
+def _spread(half: Any) -> Any:
+    """Nibbles of 16 bits as the lower ones of four bytes."""
+    both = (half & np.uint32(0xFF)) | (half & np.uint32(0xFF00)) << np.uint32(8)
+    return (both | both << _FOUR) & _NIBBLES
+
+
+@njit(nogil=True)
+def _pack(codes: Any, bits: int, out: Any, at: int) -> Any:
+    """Writes a row's codes to ``out[at:]``; gives the place behind."""
+    words = codes.view(np.uint32)
+    if bits == 8:
+        out[at : at + len(words)] = words
+        at += len(words)
+    elif bits == 4:
+        for k in range(0, len(words), 2):
+            out[at] = _pair_up(words[k], words[k + 1])
             at += 1
+    elif bits == 6:
+        for first in range(0, len(words), 16):
+            for k in range(8):
+                out[at + k] = _pair_up(words[first + 2 * k], words[first + 2 * k + 1])
+            for k in range(4):
+                of = first + 4 * k
+                halves = _upper(words[of], words[of + 1]), _upper(words[of + 2], words[of + 3])
+                out[at + 8 + k] = halves[0] | halves[1] << np.uint32(16)
+            at += 12
+    else:
+        for first in range(0, len(words), 8):
+            for bit in range(bits):
+                word = np.uint32(0)
+                for k in range(8):
+                    word |= (words[first + k] >> np.uint32(bit) & _BITS) << np.uint32(k)
+                out[at] = word
+                at += 1
     return at
 
 
 @njit(nogil=True)
 def _unpack(codes: Any, bits: int, coded: Any, at: int) -> Any:
     """The reverse of :func:`_pack`."""
-    for group in range(len(codes) // 32):
-        part = codes[32 * group : 32 * group + 32]
-        part[:] = 0
-        for bit in range(bits):
-            word = coded[at]
-            for k in range(32):
-                part[k] |= np.uint8(((word >> np.uint32(k)) & np.uint32(1)) << np.uint32(bit))
+    words = codes.view(np.uint32)
+    if bits == 8:
+        words[:] = coded[at : at + len(words)]
+        at += len(words)
+    elif bits == 4:
+        for k in range(0, len(words), 2):
+            words[k], words[k + 1] = coded[at] & _NIBBLES, coded[at] >> _FOUR & _NIBBLES
             at += 1
+    elif bits == 6:
+        for first in range(0, len(words), 16):
+            for k in range(8):
+                word, upper = coded[at + k], _spread(coded[at + 8 + k // 2] >> np.uint32(16 * (k & 1)))
+                words[first + 2 * k] = (word & _NIBBLES) | (upper & _PAIRS) << _FOUR
+                words[first + 2 * k + 1] = (word >> _FOUR & _NIBBLES) | (upper >> _TWO & _PAIRS) << _FOUR
+            at += 12
+    else:
+        for first in range(0, len(words), 8):
+            for k in range(8):
+                words[first + k] = np.uint32(0)
+                for bit in range(bits):
+                    words[first + k] |= (coded[at + bit] >> np.uint32(k) & _BITS) << np.uint32(bit)
+            at += bits
     return at
 
 
@@ -113,7 +170,7 @@ def _unpack(codes: Any, bits: int, coded: Any, at: int) -> Any:
 def _encode_k(plane: Any, mean: Any, bits: int, table: Any, out: Any, at: int, work: Any) -> Any:
     """A K plane (tokens, channels) of float32 to ``out[at:]``: the place behind, or -1 where a scale would have to clip."""
     tokens, channels = plane.shape
-    scale_bytes, codes, scratch, scratch64, most, step = work[0], work[1], work[2], work[3], work[4], work[5]
+    scale_bytes, codes, most, step = work[0], work[1], work[2], work[3]
     half = np.float32(1 << (bits - 1))
     code_at = at + tokens // GROUP * channels // 4
     for group in range(tokens // GROUP):
@@ -134,7 +191,7 @@ def _encode_k(plane: Any, mean: Any, bits: int, table: Any, out: Any, at: int, w
                     low = middle + 1
             scale_bytes[c] = low
             step[c] = half / table[low]
-        packed = scale_bytes[:channels].view(np.uint32)
+        packed = scale_bytes.view(np.uint32)
         begin = at + group * channels // 4
         out[begin : begin + channels // 4] = packed
         for row in range(GROUP * group, GROUP * group + GROUP):
@@ -142,14 +199,14 @@ def _encode_k(plane: Any, mean: Any, bits: int, table: Any, out: Any, at: int, w
             for c in range(channels):
                 q = np.floor((line[c] - mean[c]) * step[c])
                 codes[c] = np.uint8(min(max(q, -half), half - np.float32(1)) + half)
-            code_at = _pack(codes[:channels], bits, out, code_at, scratch, scratch64)
+            code_at = _pack(codes, bits, out, code_at)
     return code_at
 
 
 @njit(nogil=True)
 def _decode_k(plane: Any, mean: Any, bits: int, table: Any, coded: Any, at: int, work: Any) -> Any:
     tokens, channels = plane.shape
-    codes, step = work[1], work[5]
+    codes, step = work[1], work[3]
     half = np.float32(1 << (bits - 1))
     code_at = at + tokens // GROUP * channels // 4
     for group in range(tokens // GROUP):
@@ -157,7 +214,7 @@ def _decode_k(plane: Any, mean: Any, bits: int, table: Any, coded: Any, at: int,
             word = coded[at + (group * channels + c) // 4]
             step[c] = table[(word >> np.uint32(8 * (c & 3))) & np.uint32(255)] / half
         for row in range(GROUP * group, GROUP * group + GROUP):
-            code_at = _unpack(codes[:channels], bits, coded, code_at)
+            code_at = _unpack(codes, bits, coded, code_at)
             line = plane[row]
             for c in range(channels):
                 line[c] = (np.float32(codes[c]) - half + np.float32(0.5)) * step[c] + mean[c]
@@ -168,7 +225,7 @@ def _decode_k(plane: Any, mean: Any, bits: int, table: Any, coded: Any, at: int,
 def _encode_v(plane: Any, dim: int, bits: int, factor: Any, out: Any, at: int, work: Any) -> Any:
     """A V plane likewise; ``factor`` is 1 / sqrt(dim), or 0 for no rotation."""
     tokens, channels = plane.shape
-    codes, scratch, scratch64, cell, cell_bits = work[1], work[2], work[3], work[6], work[7]
+    codes, cell, cell_bits = work[1], work[4], work[5]
     heads, most = channels // dim, np.float32((1 << bits) - 1)
     code_at = at + tokens * heads
     for row in range(tokens):
@@ -193,18 +250,18 @@ def _encode_v(plane: Any, dim: int, bits: int, factor: Any, out: Any, at: int, w
             for k in range(dim):
                 q = np.rint((part[k] - zero) * inverse)
                 codes[head * dim + k] = np.uint8(min(max(q, np.float32(0)), most))
-        code_at = _pack(codes[:channels], bits, out, code_at, scratch, scratch64)
+        code_at = _pack(codes, bits, out, code_at)
     return code_at
 
 
 @njit(nogil=True)
 def _decode_v(plane: Any, dim: int, bits: int, factor: Any, coded: Any, at: int, work: Any) -> Any:
     tokens, channels = plane.shape
-    codes, cell, cell_bits = work[1], work[6], work[7]
+    codes, cell, cell_bits = work[1], work[4], work[5]
     heads = channels // dim
     code_at = at + tokens * heads
     for row in range(tokens):
-        code_at = _unpack(codes[:channels], bits, coded, code_at)
+        code_at = _unpack(codes, bits, coded, code_at)
         line = plane[row]
         for head in range(heads):
             word = coded[at + row * heads + head]
@@ -220,12 +277,10 @@ def _decode_v(plane: Any, dim: int, bits: int, factor: Any, coded: Any, at: int,
 
 @njit(nogil=True)
 def _work(channels: int) -> Any:
-    cell, scratch = np.zeros(1, np.float32), np.zeros(32, np.uint8)
+    cell = np.zeros(1, np.float32)
     return (
         np.zeros(channels, np.uint8),
         np.zeros(channels, np.uint8),
-        scratch,
-        scratch.view(np.uint64),
         np.zeros(channels, np.float32),
         np.zeros(channels, np.float32),
         cell,

@@ -124,6 +124,7 @@ class LossyCodec(BoundedCodec):
         What rotated values are multiplied by; 0 for no rotation.
     """
 
+    version = 2
     k_bits: ClassVar[int]
     v_bits: ClassVar[int]
     rotated: ClassVar[bool]

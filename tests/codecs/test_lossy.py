@@ -72,6 +72,52 @@ def test_no_scale_clips(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_codes_lie_as_described(name: str) -> None:
+    """As :mod:`kvortex.codecs._lossy` says; K's codes are made here by NumPy, and those of V only give them back."""
+    patterns = wide(np.random.default_rng(3), 2)
+    tables = calibrate(patterns.reshape(2, -1).view(np.uint8), SHAPE)
+    codec, records, back = coded(name, patterns, tables)
+    x, table, half = floats(patterns)[1, 0], scales(), 2 ** (codec.k_bits - 1)
+    tokens, channels = x.shape
+    left = x - tables.means[0]
+    scale = np.searchsorted(table, np.abs(left).max(0))
+    body = records[1, 64:]
+    assert (body[:channels] == scale).all() and tokens == 16
+    wanted = (np.clip(np.floor(left * (half / table[scale])), -half, half - 1) + half).astype(np.uint8)
+    assert (_codes_of(body[channels:], codec.k_bits, tokens, channels) == wanted).all()
+    values = _codes_of(body[codec.key_bytes + tokens * SHAPE.heads * 4 :], codec.v_bits, tokens, channels)
+    both = body[codec.key_bytes :][: tokens * SHAPE.heads * 4].view("<f2").reshape(tokens, SHAPE.heads, 2).astype(np.float32)
+    numbers = values.reshape(tokens, SHAPE.heads, -1) * both[..., :1] + both[..., 1:]
+    if codec.rotated:
+        turned = np.array([[(-1.0) ** bin(i & j).count("1") for j in range(64)] for i in range(64)], np.float32) / 8
+        numbers = numbers @ turned
+    assert np.allclose(numbers.reshape(tokens, channels), floats(back)[1, 1], rtol=2**-7, atol=1e-4 * np.abs(numbers).max())
+
+
+def _codes_of(codes: np.ndarray, bits: int, tokens: int, channels: int) -> np.ndarray:
+    """(tokens, channels) uint8, read by another way than the codec's."""
+    codes = codes[: tokens * channels * bits // 8]
+    if bits == 8:
+        return codes.reshape(tokens, channels)
+    seen = np.zeros((tokens, channels), np.uint8)
+    for t in range(tokens):
+        row = codes.reshape(tokens, -1)[t]
+        for c in range(channels):
+            if bits == 4:
+                seen[t, c] = row[c // 8 * 4 + c % 4] >> 4 * (c % 8 // 4) & 15
+            elif bits == 6:
+                unit = row[c // 64 * 48 :][:48]
+                eight, j, high = c % 64 // 8, c % 4, c % 8 // 4
+                half = int(unit[32 + 2 * eight]) | int(unit[33 + 2 * eight]) << 8
+                seen[t, c] = unit[4 * eight + j] >> 4 * high & 15 | (half >> 4 * j + 2 * high & 3) << 4
+            else:
+                words = row.view("<u4")[c // 32 * 3 :][:3]
+                at = 8 * (c % 4) + c % 32 // 4
+                seen[t, c] = sum((int(words[b]) >> at & 1) << b for b in range(3))
+    return seen
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_numbers_as_described(name: str) -> None:
     """Against the recipe in NumPy: codes are the same but where float32 sums in another order fall on another side."""
     patterns = wide(np.random.default_rng(2), 2)

@@ -10,19 +10,18 @@ import numpy as np
 import pytest
 
 from kvortex.codecs._lossy import scales
-from kvortex.kernels import bit_planes, digest, eights, float32, plane_row, shares, warp_words
+from kvortex.kernels import digest, eights, float32, packed, plane_row, shares, warp_words
 from kvortex.kernels.eights import LEAST_SCALE, ROOTS
 from tests.kernels.ptx_machine import LANES, Machine, floats, words
 
 Rng = np.random.Generator
 PLACES = {"e": 8, "w": 8, "v": 4, "p": 2}
-TOGETHER = ("from_lane", "traded", "scale_codes", "gathered", "turned", "summed")
-MEMORY = ("store_planes",)
+TOGETHER = ("from_lane", "scale_codes", "gathered", "turned", "summed")
 STATEMENTS = {
     f"{module.__name__.rsplit('.', 1)[1]}.{name}": function
-    for module in (bit_planes, eights, float32, plane_row)
+    for module in (eights, float32, packed, plane_row)
     for name, function in vars(module).items()
-    if hasattr(function, "ptx") and function.__module__ == module.__name__ and name not in TOGETHER + MEMORY
+    if hasattr(function, "ptx") and function.__module__ == module.__name__ and name not in TOGETHER
 }
 
 
@@ -49,6 +48,10 @@ def _between(low: float, high: float) -> Callable[[Rng, int], np.ndarray]:
 
 def _whole(low: int, high: int) -> Callable[[Rng, int], np.ndarray]:
     return lambda rng, places: rng.integers(low, high, (places, 32)).astype(np.uint32)
+
+
+def _bytes_below(end: int) -> Callable[[Rng, int], np.ndarray]:
+    return lambda rng, places: rng.integers(0, end, (places, 32, 4), np.uint8).view(np.uint32)[..., 0]
 
 
 def _bases(rng: Rng, places: int) -> np.ndarray:
@@ -81,11 +84,14 @@ def _inverted(rng: Rng, places: int) -> np.ndarray:
 
 # Arguments that are not of any kind, by statement and place.
 GIVEN: dict[str, dict[int, Callable[[Rng, int], np.ndarray]]] = {
-    "bit_planes.few_bit_planes": {0: lambda rng, places: _whole(0, 1 << 32)(rng, places) & np.uint32(0x0F0F0F0F)},
+    "packed.lower_bits": {0: _bytes_below(64), 1: _bytes_below(64)},
+    "packed.upper_bits": {0: _bytes_below(64), 1: _bytes_below(64)},
+    "packed.codes_of_six": {1: _whole(0, 1 << 16)},
+    "packed.bit_planes": {0: _bytes_below(16)},
     "eights.joined": {2: _fixed(1, -1)},
     "eights.inverses_of": {2: lambda rng, places: np.uint32(0x01010101) * _whole(65, 255)(rng, places)},
     "eights.scales_of": {2: lambda rng, places: np.uint32(0x01010101) * _whole(1, 191)(rng, places)},
-    **{f"eights.value_numbers_{k}": {1: _short_float, 3: _fixed(2**23)} for k in range(4)},
+    "eights.value_numbers": {2: _short_float, 4: _fixed(2**23)},
     **{f"eights.{name}": {0: _between(-9, 9)} for name in ("smallest", "largest")},
     **{f"eights.{name}_each": {0: _between(-9, 9), 1: _between(-9, 9)} for name in ("smaller", "larger")},
     **{f"float32.{name}": {0: _between(-9, 9), 1: _between(-9, 9)} for name in ("smaller", "larger")},
@@ -155,9 +161,6 @@ def test_a_statement_does_what_its_body_says(name: str) -> None:
 def test_lanes_trade() -> None:
     rng = np.random.default_rng(1)
     given = rng.integers(0, 1 << 32, (8, 32)).astype(np.uint32)
-    made = _executed(bit_planes.traded, [given, LANES[None].astype(np.uint32)])
-    squares = given.reshape(2, 4, 8, 4)  # four words, four lanes
-    assert (made.reshape(2, 4, 8, 4) == squares.swapaxes(1, 3)).all()
     word = given[:1]
     bits = np.unpackbits(word[0].view(np.uint8), bitorder="little").reshape(32, 32)
     turned = _executed(warp_words.turned, [word, LANES[None].astype(np.uint32)])
@@ -191,15 +194,25 @@ def test_lanes_find_scales_together() -> None:
             assert (all_codes == codes[:, lane & 7])[codes[:, lane & 7] < 256].all()
 
 
-@pytest.mark.parametrize("bits", [3, 4, 6, 8])
-def test_planes_of_bits_in_memory(bits: int) -> None:
-    rng = np.random.default_rng(bits)
-    memory, before = np.zeros((32, bits + 2), np.uint32), rng.integers(1, 1 << 32, (8, 32)).astype(np.uint32)
-    places = memory.ctypes.data + np.arange(32, dtype=np.uint64) * np.uint64(4 * (bits + 2))
-    number = np.full(32, bits, np.uint32)
-    stored = {"$0": places, "$1": number} | {f"${2 + at}": row for at, row in enumerate(before)}
-    Machine(stored).run(bit_planes.store_planes.ptx[0])  # type: ignore[attr-defined]
-    assert (memory[:, :bits] == before.T[:, :bits]).all() and not memory[:, bits:].any()
+def test_what_is_packed_comes_back() -> None:
+    rng = np.random.default_rng(3)
+    for end, pack, back in ((16, _fours, packed.codes_of_four), (64, _sixes, packed.codes_of_six)):
+        codes = _bytes_below(end)(rng, 8)
+        for lane in LANES:
+            own = codes[:, lane].tolist()
+            assert list(back(*pack(own))) == own
+    codes = _bytes_below(8)(rng, 8)
+    for lane in LANES:
+        planes = packed.bit_planes(tuple(codes[:, lane].tolist()))
+        assert list(packed.codes_of_planes(planes)) == codes[:, lane].tolist() and planes[3] == 0
+
+
+def _fours(codes: list[int]) -> list[tuple[int, ...]]:
+    return [tuple(packed.lower_bits(codes[2 * k], codes[2 * k + 1]) for k in range(4))]
+
+
+def _sixes(codes: list[int]) -> list[tuple[int, ...]]:
+    return [*_fours(codes), tuple(packed.upper_bits(codes[2 * k], codes[2 * k + 1]) for k in range(4))]
 
 
 def _on_a_warp(function: Any, *arguments: Any) -> dict[str, Any]:
