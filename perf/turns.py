@@ -10,6 +10,8 @@ nothing moves: what that seems to cost, no slowdown can be told from.
 
 from __future__ import annotations
 
+import contextlib
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -28,6 +30,7 @@ from perf.report import progress
 PRIMING = 3  # transfers that are not counted
 _NAP_S, _STILL_S = 1e-4, 5e-3
 _NOTHING = "nothing", "still"
+_STARTS = 3
 
 
 @dataclass
@@ -93,34 +96,40 @@ class Turns:
     failed: dict[tuple[Any, str], str] = field(default_factory=dict)
 
     def run(self, loop: Loop, rounds: int, name: str) -> None:
-        """So many turns of each, beside a load with that name."""
-        loop.start()
-        taken: list[tuple[Mover, int, int]] = []  # who, in which span, and the one before in which nothing moved
+        """So many turns of each, beside a load with that name; in each round in another order, since who moves behind somebody
+        finds a GPU that he has left warmer, or cooler."""
+        _start(loop)
+        taken, idle = list[tuple[Mover, int]](), list[int]()  # who, and the span before; spans in which nothing moved
+        everybody = {_NOTHING: self.nothing, **self.movers}
         for at in range(rounds):
             progress(f"beside {name}, round {at + 1} of {rounds}")
-            for key, mover in {_NOTHING: self.nothing, **self.movers}.items():
+            for key in random.Random(at).sample(list(everybody), len(everybody)):
                 if key in self.failed:
                     continue
+                mover = everybody[key]
                 try:
                     mover.prepare()
-                    idle = nothing_moves(loop)
+                    idle.append(nothing_moves(loop))
                     rate = beside(loop, mover.flow)
                 except TransferError as error:
-                    self.failed[key] = str(error)
-                    loop.start()
+                    if key != _NOTHING:
+                        self.failed[key] = str(error)
+                    _start(loop)
                 else:
                     mover.rates.append(rate)
-                    taken.append((mover, idle + 1, idle))
-        idle = nothing_moves(loop)
-        for mover, span, before in reversed(taken):
-            mover.slowdowns.append(_slowdown(loop, span, before, idle))
-            idle = before
-        progress(f"beside {name}, nothing moves at {self.nothing.slowdown:.4f}")
+                    taken.append((mover, idle[-1]))
+        with contextlib.suppress(TransferError):  # then the last turn has no such span behind it
+            idle.append(nothing_moves(loop))
+        for mover, before in taken:
+            after = min((span for span in idle if span > before), default=None)
+            mover.slowdowns.append(_slowdown(loop, before + 1, before, after))
+        if self.nothing.slowdowns:
+            progress(f"beside {name}, nothing moves at {self.nothing.slowdown:.4f}")
 
     def control(self) -> dict[str, float]:
-        """What it seems to cost where nothing moves: the median, and that of all rounds."""
+        """What it seems to cost where nothing moves: the median, and that of all rounds; empty where there is none."""
         found = self.nothing.slowdowns
-        return {"slowdown": self.nothing.slowdown, "slowdown_least": min(found), "slowdown_most": max(found)}
+        return {"slowdown": self.nothing.slowdown, "slowdown_least": min(found), "slowdown_most": max(found)} if found else {}
 
     def ended(self, kind: Any) -> list[str]:
         """Ways of a kind that there are :meth:`figures` of."""
@@ -133,6 +142,14 @@ class Turns:
         made |= {"raw_rate": raw.rate, "raw_slowdown": raw.slowdown}
         made |= {"slowdown_least": min(mover.slowdowns), "slowdown_most": max(mover.slowdowns)}
         return made | {"raw_slowdown_least": min(raw.slowdowns), "raw_slowdown_most": max(raw.slowdowns)}
+
+
+def _start(loop: Loop) -> None:
+    """Starts the loop, once more where this thread was kept from it."""
+    for _ in range(_STARTS):
+        with contextlib.suppress(TransferError):
+            return loop.start()
+    loop.start()
 
 
 def _still() -> TwoInFlight:
@@ -158,28 +175,31 @@ def beside(loop: Loop, flow: TwoInFlight) -> float:
     """GB/s of one flow in the span of the loop that has just begun; nothing runs any more when this returns.
 
     A load ends when a kernel of the loop does, which may be some milliseconds later than it could: so the rate is that of the
-    straight line through all ends, and not from the first to the last of them.
+    straight line through all ends, whose times are what is uncertain, and not from the first to the last of them.
     """
-    span, ends = loop.span, []
+    span, amounts, times = loop.span, list[int](), list[float]()
     try:
         for _ in range(PRIMING):  # what counts is how it goes on
             flow()
             loop.running(span)
         moved, at, began = 0, 0.0, time.perf_counter()
         while loop.running(span):
-            ends.append((at, moved))
+            amounts.append(moved)
+            times.append(at)
             moved += flow()
             at = time.perf_counter() - began
     finally:
         flow.drain()
     loop.running(span)
-    ends.append((at, moved))
     if not moved:
         raise TransferError("transfers did not end soon enough beside the computation that they were measured with")
-    return float(np.polyfit(*zip(*ends, strict=True), 1)[0]) / 1e9
+    return 1e-9 / float(np.polyfit([*amounts, moved], [*times, at], 1)[0])
 
 
-def _slowdown(loop: Loop, span: int, before: int, after: int) -> float:
-    """The time of a span to that which it would have taken between two others, if clocks fell or rose evenly."""
-    weight = (span - before) / (after - before)
-    return loop.seconds(span) / ((1 - weight) * loop.seconds(before) + weight * loop.seconds(after))
+def _slowdown(loop: Loop, span: int, before: int, after: int | None) -> float:
+    """The time of a span to that which it would have taken between two others, if clocks fell or rose evenly; or, where there
+    is none behind it, to that of the one before."""
+    alone = loop.seconds(before)
+    if after is not None:
+        alone += (span - before) / (after - before) * (loop.seconds(after) - alone)
+    return loop.seconds(span) / alone

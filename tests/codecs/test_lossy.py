@@ -94,6 +94,18 @@ def test_codes_lie_as_described(name: str) -> None:
     assert np.allclose(numbers.reshape(tokens, channels), floats(back)[1, 1], rtol=2**-7, atol=1e-4 * np.abs(numbers).max())
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_records_of_the_version_before_are_none(name: str) -> None:
+    """Their codes lie otherwise; nothing else in them says so."""
+    patterns = wide(np.random.default_rng(4), 2)
+    codec, records, _ = coded(name, patterns, calibrate(patterns.reshape(2, -1).view(np.uint8), SHAPE))
+    assert codec.version == 2 and (records[:, :HEADER_BYTES].copy().view(HEADER)["version"] == 2).all()
+    records[0, :HEADER_BYTES].view(HEADER)["version"] = 1
+    back = np.full((2, SHAPE.raw_bytes), 0x5A, np.uint8)
+    assert codec.decode_into(records, back).tolist() == [False, True] and (back[0] == 0x5A).all()
+    assert "version 1" in str(codec.refusal(records[0]))
+
+
 def _codes_of(codes: np.ndarray, bits: int, tokens: int, channels: int) -> np.ndarray:
     """(tokens, channels) uint8, read by another way than the codec's."""
     codes = codes[: tokens * channels * bits // 8]

@@ -147,7 +147,7 @@ class LossyCase:
 SMALL = [
     *(LossyCase(name, RecordShape(1, 1, 64)) for name in ("int8", "k4v3")),
     LossyCase("k4v4", RecordShape(1, 2, 64, tokens=32, order="HND"), 1, hostile=False),
-    LossyCase("k6v4", RecordShape(2, 1, 128), 1, hostile=False, run=1),
+    LossyCase("k6v4", RecordShape(1, 1, 128, tokens=32), 1, hostile=False, run=1),
     LossyCase("int8", RecordShape(1, 4, 32, tokens=32), 1, hostile=False),
 ]
 _8B = RecordShape(2, 8, 128)  # layers of a model of 8 B
