@@ -123,8 +123,8 @@ def test_cells_and_their_refusals() -> None:
     case = SMALL[3]
     made, codec = cells(case.codec, case.fragments(4096), 1 << 20), case.codec
     assert made[lossy.HEADERS] == 1 << 20 and made[lossy.MEANS] == (1 << 20) + 128 and made[lossy.PLANES] == 4096
-    assert made[lossy.N_PLANES : lossy.LANES + 1].tolist() == [4, 1, 2, 1, 6, 4, 4]
-    assert made[lossy.BODY_BYTES] == codec.slot_bytes - 64 == 2 * int(made[lossy.KEY_BYTES] + made[lossy.VALUE_BYTES])
+    assert made[lossy.N_PLANES : lossy.LANES + 1].tolist() == [2, 2, 2, 1, 6, 4, 4]
+    assert made[lossy.BODY_BYTES] == codec.slot_bytes - 64 == int(made[lossy.KEY_BYTES] + made[lossy.VALUE_BYTES])
     assert constants(codec)[128:].tolist() == codec.tables.mean.ravel().view(np.uint8).tolist()
     with pytest.raises(CodecError, match="multiples of 16"):
         cells(codec, case.fragments(4104), 0)
