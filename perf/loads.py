@@ -78,8 +78,7 @@ class Loop:
         self.passes = 4  # of a span
         self._behind = [self._event() for _ in range(self.passes)]  # passes that are on the stream
         self._begin()
-        while self.running(1):
-            time.sleep(_NAP_S)
+        self.wait_for(1)
         one = self.seconds(1) / self.passes
         self._end()
         self._behind = [self._event() for _ in range(max(4, round(self.AHEAD_S / one)))]
@@ -110,9 +109,7 @@ class Loop:
         if self._put:
             self._end()
         self._begin()
-        last = self._now + self.SETTLE_SPANS - 1
-        while self.running(last):
-            time.sleep(_NAP_S)
+        self.wait_for(self._now + self.SETTLE_SPANS - 1)
 
     def _go_on(self) -> None:
         """Puts passes on the stream, as many as are to be there."""
@@ -138,6 +135,11 @@ class Loop:
         while self._now + 1 < len(self._edges) and self._edges[self._now + 1].query():
             self._now += 1
         return self._now <= span
+
+    def wait_for(self, span: int) -> None:
+        """Until it has ended."""
+        while self.running(span):
+            time.sleep(_NAP_S)
 
     def seconds(self, span: int) -> float:
         """How long one took that has ended."""

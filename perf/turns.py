@@ -11,6 +11,7 @@ nothing moves: what that seems to cost, no slowdown can be told from.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 import statistics
 import time
@@ -28,7 +29,7 @@ from perf.raw import RawCopy
 from perf.report import progress
 
 PRIMING = 3  # transfers that are not counted
-_NAP_S, _STILL_S = 1e-4, 5e-3
+_STILL_S = 5e-3
 _NOTHING = "nothing", "still"
 _STARTS = 3
 
@@ -63,6 +64,10 @@ class Mover:
     def slowdown(self) -> float:
         """The median."""
         return statistics.median(self.slowdowns)
+
+    def cost(self) -> dict[str, float]:
+        """The slowdown, and the least and the largest of all rounds."""
+        return {"slowdown": self.slowdown, "slowdown_least": min(self.slowdowns), "slowdown_most": max(self.slowdowns)}
 
 
 def raw_movers(raw: RawCopy) -> dict[tuple[None, str], Mover]:
@@ -120,16 +125,15 @@ class Turns:
                     taken.append((mover, idle[-1]))
         with contextlib.suppress(TransferError):  # then the last turn has no such span behind it
             idle.append(nothing_moves(loop))
+        behind = dict(itertools.pairwise(idle))
         for mover, before in taken:
-            after = min((span for span in idle if span > before), default=None)
-            mover.slowdowns.append(_slowdown(loop, before + 1, before, after))
+            mover.slowdowns.append(_slowdown(loop, before + 1, before, behind.get(before)))
         if self.nothing.slowdowns:
             progress(f"beside {name}, nothing moves at {self.nothing.slowdown:.4f}")
 
     def control(self) -> dict[str, float]:
         """What it seems to cost where nothing moves: the median, and that of all rounds; empty where there is none."""
-        found = self.nothing.slowdowns
-        return {"slowdown": self.nothing.slowdown, "slowdown_least": min(found), "slowdown_most": max(found)} if found else {}
+        return self.nothing.cost() if self.nothing.slowdowns else {}
 
     def ended(self, kind: Any) -> list[str]:
         """Ways of a kind that there are :meth:`figures` of."""
@@ -138,10 +142,8 @@ class Turns:
     def figures(self, kind: Any, way: str) -> dict[str, Any]:
         """What one mover came to, beside contiguous DMAs."""
         mover, raw = self.movers[kind, way], self.movers[None, way]
-        made = {"rate": mover.rate, "ratio": mover.rate / raw.rate, "slowdown": mover.slowdown}
-        made |= {"raw_rate": raw.rate, "raw_slowdown": raw.slowdown}
-        made |= {"slowdown_least": min(mover.slowdowns), "slowdown_most": max(mover.slowdowns)}
-        return made | {"raw_slowdown_least": min(raw.slowdowns), "raw_slowdown_most": max(raw.slowdowns)}
+        made = {"rate": mover.rate, "ratio": mover.rate / raw.rate, **mover.cost(), "raw_rate": raw.rate}
+        return made | {f"raw_{name}": value for name, value in raw.cost().items()}
 
 
 def _start(loop: Loop) -> None:
@@ -166,8 +168,7 @@ def nothing_moves(loop: Loop) -> int:
     """Waits for the end of a span that has not begun yet; its number."""
     loop.running(loop.span)
     span = loop.span + 1
-    while loop.running(span):
-        time.sleep(_NAP_S)
+    loop.wait_for(span)
     return span
 
 

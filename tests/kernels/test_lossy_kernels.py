@@ -45,7 +45,7 @@ def test_the_machine_code_is_lean(name: str, tmp_path: Path) -> None:
 
 
 def steps_of(text: str) -> tuple[list[str], dict[str, int]]:
-    """Instructions without their predicates' names, and where each label is among them."""
+    """Instructions with their predicates, and where each label is among them."""
     steps, labels = list[str](), dict[str, int]()
     for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):

@@ -263,7 +263,7 @@ def test_orders_differ_and_figures_are_those_of_their_rounds(gpu: _Gpu) -> None:
     assert movers["a"].slowdowns[3] == pytest.approx(1.17, abs=0.03)
 
 
-def test_a_thread_that_was_kept_from_the_loop_costs_one_turn(gpu: _Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_thread_that_was_kept_from_the_loop_costs_one_turn(gpu: _Gpu) -> None:
     """That of nothing is no failure; who has lost the span behind it is compared with the one before; all else goes on."""
     loop = Loop("any", 0.5)
     gpu.step = 1e-5
