@@ -25,7 +25,8 @@ def _floats(x: Any) -> Any:
     return np.array(x, np.float32)
 
 
-def _words(x: Any) -> Any:
+def uint32s(x: Any) -> Any:
+    """(k,) uint32 of as many words."""
     return np.array([int(each) & 0xFFFFFFFF for each in x], np.uint32)
 
 
@@ -41,10 +42,10 @@ def _each(pattern: str, arguments: str, registers: str = "") -> str:
         for number, letter in enumerate(arguments):
             text = text.replace(f"[{'abcd'[number]}]", f"${places[number] + (k if letter in 'ew' else 0)}")
         made.append(text)
-    return _whole(made, [f"t{k}" for k in range(8)], f".reg .b32 t<8>; {registers}")
+    return whole(made, [f"t{k}" for k in range(8)], f".reg .b32 t<8>; {registers}")
 
 
-def _whole(lines: list[str], results: list[str], registers: str) -> str:
+def whole(lines: list[str], results: list[str], registers: str) -> str:
     """Lines of PTX, and their results into where they belong."""
     return " ".join(["{", registers, *lines, *(f"mov.b32 ${at}, {name};" for at, name in enumerate(results)), "}"])
 
@@ -53,13 +54,13 @@ def _spread() -> str:
     lines = []
     for k in range(4):
         lines += [f"shl.b32 t{2 * k}, ${8 + k}, 16;", f"and.b32 t{2 * k + 1}, ${8 + k}, 0xFFFF0000;"]
-    return _whole(lines, [f"t{k}" for k in range(8)], ".reg .b32 t<8>;")
+    return whole(lines, [f"t{k}" for k in range(8)], ".reg .b32 t<8>;")
 
 
 @statement(_spread(), "v", "e", pure=True)
 def eight(words):  # type: ignore[no-untyped-def]
     """The numbers of 16 bytes of bf16."""
-    each = _words(words)
+    each = uint32s(words)
     return tuple(np.stack((each << np.uint32(16), each & np.uint32(0xFFFF0000)), 1).ravel().view(np.float32))
 
 
@@ -112,7 +113,7 @@ def _folded(step: str) -> str:
     lines = [f"mov.b32 t{k}, ${1 + k};" for k in range(8)]
     lines += [f"{step} t{k}, t{k}, t{k + 4};" for k in range(4)]
     lines += [f"{step} t0, t0, t2;", f"{step} t1, t1, t3;", f"{step} t0, t0, t1;"]
-    return _whole(lines, ["t0"], ".reg .b32 t<8>;")
+    return whole(lines, ["t0"], ".reg .b32 t<8>;")
 
 
 @statement(_folded("min.f32"), "e", "f", pure=True)
@@ -138,7 +139,7 @@ def _turned() -> str:
                 lines += [f"add.rn.f32 {a}, {names[k]}, {names[k + half]};", f"sub.rn.f32 {b}, {names[k]}, {names[k + half]};"]
                 made[k], made[k + half] = a, b
         names = made
-    return _whole(lines, names, ".reg .b32 t<24>;")
+    return whole(lines, names, ".reg .b32 t<24>;")
 
 
 @statement(_turned(), "e", "e", pure=True)
@@ -168,7 +169,7 @@ def _scale_codes() -> str:
             lines += [f"selp.b32 u, {a}, {b}, {upper}; selp.b32 {a}, {b}, {a}, {upper};"]
             lines += [f"shfl.sync.bfly.b32 u, u, {flip}, 0x1F, 0xFFFFFFFF; max.NaN.f32 {a}, {a}, u;"]
     lines += [_SCALE_CODE.replace("[a]", f"t{k}").replace("@", f"t{4 + k}") for k in range(2)]
-    return _whole(
+    return whole(
         [*lines, "shl.b32 t5, t5, 16;", "or.b32 t4, t4, t5;"], ["t4"], ".reg .b32 t<8>, u, w; .reg .pred p, odd, high;"
     )
 
@@ -243,7 +244,7 @@ def _scales(which: str) -> str:
     for at in range(2):
         four = f"{which.replace('[w]', f'${8 + at}')} {_FOUR_SCALES}"
         lines += [re.sub(r"\bt([0-3])\b", lambda found: f"t{4 * at + int(found[1])}", four)]  # noqa: B023
-    return _whole(lines, [f"t{k}" for k in range(8)], ".reg .b32 t<8>, a, b, c, e, i, u;")
+    return whole(lines, [f"t{k}" for k in range(8)], ".reg .b32 t<8>, a, b, c, e, i, u;")
 
 
 @statement(
@@ -281,7 +282,7 @@ def _keys(begin: int) -> str:
     lines = [f"mov.b32 m, {_NEAREST};", "add.rn.f32 m, m, $17;"]
     lines += [_CODE.format(a=1 + begin + k, b=9 + begin + k, top=18, k=k) for k in range(4)]
     lines += ["prmt.b32 t0, t0, t1, 0x0040;", "prmt.b32 t2, t2, t3, 0x0040;", "prmt.b32 t0, t0, t2, 0x5410;"]
-    return _whole(lines, ["t0"], ".reg .b32 t<4>, t, m;")
+    return whole(lines, ["t0"], ".reg .b32 t<4>, t, m;")
 
 
 def _codes(rest: Any, inverse: Any, half: Any, top: Any, which: slice) -> int:
@@ -309,7 +310,7 @@ def _values() -> str:
         for i in range(4):
             lines += [f"sub.rn.f32 u{i}, ${8 + 4 * j + i}, $40;", f"mul.rn.f32 u{i}, u{i}, $41;", f"add.rn.f32 u{i}, u{i}, m;"]
         lines += ["prmt.b32 u0, u0, u1, 0x0040;", "prmt.b32 u2, u2, u3, 0x0040;", f"prmt.b32 t{j}, u0, u2, 0x5410;"]
-    return _whole(lines, [f"t{k}" for k in range(8)], ".reg .b32 t<8>, u<4>, m;")
+    return whole(lines, [f"t{k}" for k in range(8)], ".reg .b32 t<8>, u<4>, m;")
 
 
 @statement(_values(), "eeeeff", "w", pure=True)
@@ -332,7 +333,7 @@ def _key_numbers() -> str:
         f"sub.rn.f32 t{k}, t{k}, $6; mul.rn.f32 t{k}, t{k}, ${7 + k}; add.rn.f32 t{k}, t{k}, ${15 + k};" for k in range(8)
     ]
     lines += [f"cvt.rn.bf16x2.f32 t{k}, t{2 * k + 1}, t{2 * k};" for k in range(4)]
-    return _whole(lines, [f"t{k}" for k in range(4)], ".reg .b32 t<8>;")
+    return whole(lines, [f"t{k}" for k in range(4)], ".reg .b32 t<8>;")
 
 
 @statement(_key_numbers(), "rrfeef", "v", pure=True)
@@ -351,7 +352,7 @@ def _value_numbers() -> str:
     """Two words, then step, zero and magic."""
     lines = _counted([(f"${8 + k // 4}", k % 4) for k in range(8)], "$12")
     lines += [f"sub.rn.f32 t{k}, t{k}, $12; fma.rn.f32 t{k}, t{k}, $10, $11;" for k in range(8)]
-    return _whole(lines, [f"t{k}" for k in range(8)], ".reg .b32 t<8>;")
+    return whole(lines, [f"t{k}" for k in range(8)], ".reg .b32 t<8>;")
 
 
 @statement(_value_numbers(), "rrfff", "e", pure=True)
@@ -360,12 +361,12 @@ def value_numbers(low, high, step, zero, magic):  # type: ignore[no-untyped-def]
 
     A step has 11 bits and a code 8, so their product is exact: with its sum there is one rounding in two operations too.
     """
-    codes = np.float32(256) * _words((low, high)).view(np.uint8).astype(np.float32)
+    codes = np.float32(256) * uint32s((low, high)).view(np.uint8).astype(np.float32)
     return tuple(codes * np.float32(step) + np.float32(zero))
 
 
 @statement(
-    _whole(
+    whole(
         [f"cvt.rn.bf16x2.f32 t{k}, ${5 + 2 * k}, ${4 + 2 * k};" for k in range(4)],
         [f"t{k}" for k in range(4)],
         ".reg .b32 t<4>;",

@@ -5,13 +5,12 @@ A lane has bytes of four neighbours in each word, and of eight neighbours in two
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
+from kvortex.kernels.eights import uint32s, whole
 from kvortex.kernels.ptx import statement
-
-
-def _words(x: object) -> np.ndarray:
-    return np.array([int(each) & 0xFFFFFFFF for each in x], np.uint32)  # type: ignore[attr-defined]
 
 
 # 0xE4 of lop3: where the third is set the first, else the second.
@@ -30,26 +29,26 @@ def lower_bits(low, high):  # type: ignore[no-untyped-def]
 )  # 0xF8: the first, or the second and the third
 def upper_bits(low, high):  # type: ignore[no-untyped-def]
     """16 bits: the upper two of six of each byte of two words."""
-    each = _words((low, high)).view(np.uint8) >> 4
+    each = uint32s((low, high)).view(np.uint8) >> 4
     return int(sum((int(each[k]) | int(each[4 + k]) << 2) << 4 * k for k in range(4)))
 
 
-def _parted() -> str:
+def _parted() -> Any:
     lines = [
         f"and.b32 t{2 * k}, ${8 + k}, 0x0F0F0F0F; shr.u32 u, ${8 + k}, 4; and.b32 t{2 * k + 1}, u, 0x0F0F0F0F;"
         for k in range(4)
     ]
-    return " ".join(["{ .reg .b32 t<8>, u;", *lines, *(f"mov.b32 ${k}, t{k};" for k in range(8)), "}"])
+    return whole(lines, [f"t{k}" for k in range(8)], ".reg .b32 t<8>, u;")
 
 
 @statement(_parted(), "v", "w", pure=True)
 def codes_of_four(words):  # type: ignore[no-untyped-def]
     """Of four words of :func:`lower_bits` what was low and what was high in each, side by side."""
-    each = _words(words)
+    each = uint32s(words)
     return tuple(np.stack((each & 0x0F0F0F0F, each >> 4 & 0x0F0F0F0F), 1).ravel().tolist())
 
 
-def _joined() -> str:
+def _joined() -> Any:
     """Four words of lower bits, and four of upper ones."""
     lines = []
     for k in range(4):
@@ -59,7 +58,7 @@ def _joined() -> str:
             f"shl.b32 v, u, 4; and.b32 v, v, 0x30303030; lop3.b32 {low}, {word}, v, 0x0F0F0F0F, 0xEC;",
             f"shl.b32 v, u, 2; and.b32 v, v, 0x30303030; shr.u32 u, {word}, 4; lop3.b32 {high}, u, v, 0x0F0F0F0F, 0xEC;",
         ]
-    return " ".join(["{ .reg .b32 t<8>, u, v;", *lines, *(f"mov.b32 ${k}, t{k};" for k in range(8)), "}"])
+    return whole(lines, [f"t{k}" for k in range(8)], ".reg .b32 t<8>, u, v;")
 
 
 @statement(_joined(), "vv", "w", pure=True)  # 0xEC: the first and the third, or the second
@@ -89,31 +88,29 @@ _SWAPS = [
 ]
 
 
-def _planes() -> str:
+def _planes() -> Any:
     """The first of three steps only joins two halves of bytes, since codes are below 16."""
     lines = [f"shl.b32 p, ${8 + k}, 4; or.b32 t{k}, ${4 + k}, p;" for k in range(4)]
-    return " ".join(["{ .reg .b32 t<4>, p, q;", *lines, *_SWAPS, *(f"mov.b32 ${k}, t{k};" for k in range(4)), "}"])
+    return whole([*lines, *_SWAPS], [f"t{k}" for k in range(4)], ".reg .b32 t<4>, p, q;")
 
 
 @statement(_planes(), "w", "v", pure=True)
 def bit_planes(words):  # type: ignore[no-untyped-def]
     """Of bytes below 16: bit b of byte i of word j becomes bit 8 * i + j of word b."""
-    bits = np.unpackbits(_words(words).astype("<u4").view(np.uint8), bitorder="little").reshape(8, 4, 8)
+    bits = np.unpackbits(uint32s(words).astype("<u4").view(np.uint8), bitorder="little").reshape(8, 4, 8)
     return tuple(np.packbits(bits.transpose(2, 1, 0), bitorder="little").view("<u4")[:4].tolist())
 
 
-def _codes() -> str:
+def _codes() -> Any:
     lines = [f"mov.b32 t{k}, ${8 + k};" for k in range(4)]
     parted = [
         f"shr.u32 t{k + 4}, t{k}, 4; and.b32 t{k + 4}, t{k + 4}, 0x0F0F0F0F; and.b32 t{k}, t{k}, 0x0F0F0F0F;" for k in range(4)
     ]
-    return " ".join(
-        ["{ .reg .b32 t<8>, p, q;", *lines, *_SWAPS, *parted, *(f"mov.b32 ${k}, t{k};" for k in range(8)), "}"]
-    )
+    return whole([*lines, *_SWAPS, *parted], [f"t{k}" for k in range(8)], ".reg .b32 t<8>, p, q;")
 
 
 @statement(_codes(), "v", "w", pure=True)
 def codes_of_planes(words):  # type: ignore[no-untyped-def]
     """The reverse."""
-    bits = np.unpackbits(_words((*words, 0, 0, 0, 0)).astype("<u4").view(np.uint8), bitorder="little").reshape(8, 4, 8)
+    bits = np.unpackbits(uint32s((*words, 0, 0, 0, 0)).astype("<u4").view(np.uint8), bitorder="little").reshape(8, 4, 8)
     return tuple(np.packbits(bits.transpose(2, 1, 0), bitorder="little").view("<u4").tolist())
