@@ -104,7 +104,7 @@ def _slot(slots, left):  # type: ignore[no-untyped-def]
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
 def _key_words(address, apart, bits, lane):  # type: ignore[no-untyped-def]
     """What there is of a lane's 8 channels of four tokens, and zeros: two words of each, or the words of lower bits, then those
-    of upper ones."""
+    of upper ones. Each way by itself: with one place for lower bits' loads words of 8 bits were moved at once."""
     eighth, none = uint32(lane & uint32(7)), uint32(0)
     a, b, c, d, e, f, g, h = none, none, none, none, none, none, none, none
     if bits == uint32(8):
