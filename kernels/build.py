@@ -55,6 +55,7 @@ KERNELS = {
 _REGISTERS = {
     "kvortex.kernels.paged": 128,
     "kvortex.kernels.resident": 128,
+    "kvortex.kernels.reading": 128,
     "kvortex.kernels.compute": 32,
     "kvortex.kernels.coded_read": 128,
     "kvortex.kernels.plane_encode": 80,

@@ -240,14 +240,15 @@ def _digester(
     return move  # type: ignore[no-any-return]
 
 
-# The counterparts of those in kvortex.kernels.move, which also give a thread's two sums; and one that only reads. The first
-# one is given what :func:`columns_of` gives; the others, which have no registers for that, None, and ask when a piece ends.
+# The counterparts of those in kvortex.kernels.move, which also give a thread's two sums; and one that only reads. Those
+# that end in ``held`` are given what :func:`columns_of` gives; the others, which have no registers for that, None, and ask when
+# a piece ends.
 # ``digest_aligned`` reads what begins at multiples of 16, in memory and in the record: narrower lanes would cost registers;
 # and ``digest_few`` too, with no more than four loads in flight, for kernels that have no registers for eight. Who has shared
 # memory to spare digests faster: :mod:`kvortex.kernels.digest_staged`.
 digest_move_held: Any = _digester(*CONSTANT, write=True, held=True)
 digest_move: Any = _digester(*CONSTANT, write=True, held=False)
 digest_move_fresh: Any = _digester(*FRESH, write=True, held=False)
-digest_read: Any = _digester(*CONSTANT, write=False, held=False)
+digest_read_held: Any = _digester(*FRESH, write=False, held=True)
 digest_aligned: Any = _digester(*CONSTANT, write=False, held=False, aligned=True)
 digest_few: Any = _digester(*CONSTANT, write=False, held=False, aligned=True, few=True)

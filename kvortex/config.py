@@ -18,7 +18,7 @@ from kvortex.errors import ConfigError, cut, shown, shown_tiers
 ENV_PREFIX = "KVORTEX_"
 ENV_NOT_OPTIONS = frozenset({"KVORTEX_CACHE_DIR"})  # read by kvortex.kernels.cache, not an option of the engine
 _MOST = 2**63 - 1  # what NumPy, compiled code and the driver count with
-_ROUTES = ("auto", "staged", "resident", "strided", "batched", "mapped", "split")
+_ROUTES = ("auto", "staged", "resident", "strided", "batched", "mapped")
 _KEY_SCHEMES = ("kvortex", "vllm", "vllm-0.29", "vllm-0.20", "vllm-0.17", "vllm-0.15")
 _CALIBRATE = ("never", "stored", "once")
 _POLICIES = ("arc", "lfu", "lru", "s3fifo")
@@ -55,7 +55,7 @@ class KVortexConfig:
         ``kvortex calibrate`` measured on a GPU of this kind, and guesses where there is none; ``"once"`` measures and stores
         it where there is none, which takes seconds.
     transfer_route
-        How blocks cross the link: ``"staged"``, ``"resident"``, ``"strided"``, ``"batched"``, ``"mapped"`` or ``"split"`` (see
+        How blocks cross the link: ``"staged"``, ``"resident"``, ``"strided"``, ``"batched"`` or ``"mapped"`` (see
         :class:`kvortex.transfer.routes.Route`), or ``"auto"`` to choose for each transfer. The host device has one way.
     beside_compute
         Whether a model computes on the GPU while blocks move, which ``transfer_route = "auto"`` then spares; None to take

@@ -18,7 +18,7 @@ class RouteStats:
     direction
         ``"save"`` or ``"load"``.
     route
-        ``"resident"``, ``"staged"``, ``"strided"``, ``"batched"``, ``"mapped"``, ``"split"``, ``"direct"``, or ``"host"``; see
+        ``"resident"``, ``"staged"``, ``"strided"``, ``"batched"``, ``"mapped"``, ``"direct"``, or ``"host"``; see
         ``transfer_route``.
     transfers, blocks, nbytes
         Operations, blocks, and bytes of payload.

@@ -41,7 +41,7 @@ def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]]
     rows: list[dict[str, Any]] = []
     for fragment_bytes in FRAGMENT_BYTES[:: 3 if quick else 1]:
         for route in routes_of(device):
-            if fragment_bytes >= LEAST_BY_DMA or route not in ("strided", "batched", "split"):
+            if fragment_bytes >= LEAST_BY_DMA or route not in ("strided", "batched"):
                 progress(f"fragments of {fragment_bytes >> 10} KiB, {route}")
                 rows += _transfers(device, fragment_bytes, payload, route, rounds)
     progress("the host's digests")

@@ -123,7 +123,7 @@ def _sum(count: Callable[[int], int]) -> int:
 
 def routes_of(device: Device) -> tuple[str, ...]:
     """Every ``transfer_route`` that a device can be told; the host device has one way."""
-    every = "auto", "mapped", "split", "strided", "batched", "staged", "resident"
+    every = "auto", "mapped", "strided", "batched", "staged", "resident"
     return every if device.name.startswith("cuda") else ("auto",)
 
 

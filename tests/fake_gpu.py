@@ -238,8 +238,16 @@ class FakeGpu(FakeDriver):
         found = np.array(sum_part(page, nbytes, offset, *_NUMBERS), np.uint64)
         cells[:] = found if alone else cells + found
 
+    def awaits(self, call: Call) -> bool:
+        """Whether a kernel that reads has to wait for its flag."""
+        flag, value = call.parameters[9:11]
+        if not flag or not self._reach("a kernel's flag", flag, 4):
+            return False
+        return bool((ctypes.c_uint32.from_address(flag).value - value) & 0x80000000)
+
     def _read(self, call: Call) -> None:
         """A kernel that digests pages or buffers."""
+        assert not self.awaits(call), "its flag is raised by what was issued before"
         table, n_pieces, ids, n_blocks, only, numbers_at, sums, record, piece = call.parameters[:9]
         if call.arguments[0] == _ENTRIES[b"read_buffers"]:
             if self._reach("a kernel's table", table, 16 * n_blocks):

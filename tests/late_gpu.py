@@ -156,6 +156,8 @@ class LateGpu(FakeGpu):
         elif name == "launch" and call.arguments[0] in _CODES:
             yield from fake_codecs.code(self, call)
         elif name == "launch" and call.arguments[0] in (_ENTRIES[b"read_pages"], _ENTRIES[b"read_buffers"]):
+            while self.awaits(call):
+                yield _WAITING
             self._read(call)
             yield "read"
         elif name == "launch":

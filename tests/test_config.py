@@ -23,7 +23,7 @@ GOOD: dict[str, list[Any]] = {
     "num_transfer_streams": [None, 1, 3, 32],
     "staging_buffers": [None, 1, 8, 32],
     "calibrate": ["never", "stored", "once"],
-    "transfer_route": ["auto", "staged", "strided", "batched", "mapped", "split"],
+    "transfer_route": ["auto", "staged", "strided", "batched", "mapped"],
     "eviction_policy": ["lru", "s3fifo", "arc", "lfu"],
     "admit_after": [1, 2, 255],
     "beside_compute": [None, True, False],

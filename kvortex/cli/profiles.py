@@ -29,7 +29,7 @@ def _routes(profile: Profile, direction: Direction, beside: bool) -> str:
     told: list[tuple[int, str]] = []
     mine = [row for row in profile.rankings if row.direction is direction and row.beside_compute is beside]
     for length in sorted({row.fragment_bytes for row in mine}):
-        able = Ability(length, strided=True, split=True, batched=True, resident=True, deep=True)
+        able = Ability(length, strided=True, batched=True, resident=True, deep=True)
         least, routes = tabulate(profile.rankings, able)[direction, beside, False]
         changes = [at for at in range(len(routes)) if not at or routes[at] is not routes[at - 1]]
         words = [routes[at].value + (f" from {size(least[at])}" if least[at] else "") for at in changes]

@@ -33,7 +33,7 @@ from kvortex.transfer.layer_load import LayerLoad
 from kvortex.transfer.layers import Ordered, Sections, group_count, in_order, split_groups
 from kvortex.transfer.layerwise import LayerSave
 from kvortex.transfer.lending import Lender
-from kvortex.transfer.plan import FIRST, LAST, NONE, OFFSET, Int64s, Plan, Pool, plan_direct
+from kvortex.transfer.plan import FIRST, LAST, NONE, OFFSET, Int64s, Plan, Pool, in_one_chunk, plan_direct
 from kvortex.transfer.planner import AT_ONCE, Planner
 from kvortex.transfer.profiles.profile import Profile, most_resident_ctas
 from kvortex.transfer.routes import Ability, Route, choose, tabulate
@@ -129,6 +129,7 @@ class CudaExecutor(Lender):
         self._staging: StagingRing | None = None
         self._table: Any = None
         self._flags: Any = None
+        self._reads_early = False  # whether a kernel may wait on the GPU for what DMAs bring
         self._digests = Digests(digests)
         self._depth = max(self._count, profile.buffers)
         lie = _allocations(device, fragments, num_blocks)
@@ -150,7 +151,7 @@ class CudaExecutor(Lender):
     def _open(self, gpu_budget: int) -> None:
         staged = len(self._fragments) > 0 and self.route is not Route.DIRECT
         depth, pieces = self._depth, self._planner.pieces
-        buffers, table, flags, counters = [0] * (2 * depth), 0, 0, 0
+        buffers, table, flags, counters, flag = [0] * (2 * depth), 0, 0, 0, 0
         kernels = {direction: (0, 0) for direction in Direction}
         self._ids = IdPool(self.device)
         if len(pieces):
@@ -163,11 +164,15 @@ class CudaExecutor(Lender):
         if staged:
             self._staging = StagingRing(self.device, gpu_budget, 2 * depth)
             buffers = self._staging.addresses
-            # Of each direction's two buffers flags, and of each of its streams a counter.
-            flags_bytes = 2 * 2 * 2 * FLAG_BYTES
-            self._flags = self.device.allocate(flags_bytes + 2 * depth * COUNTER_BYTES)
+        if staged or self._digests.summed:
+            # Of each direction's two buffers flags, of each of its streams a counter, and a flag of loads that are read early.
+            flags_bytes, counters_bytes = 2 * 2 * 2 * FLAG_BYTES, 2 * depth * COUNTER_BYTES
+            self._flags = self.device.allocate(flags_bytes + counters_bytes + FLAG_BYTES)
             self._flags.write(np.zeros(self._flags.nbytes, np.uint8))
             flags, counters = self._flags.address, self._flags.address + flags_bytes
+            if depth > 1 and self.device.has_stream_flags:
+                flag = counters + counters_bytes
+        self._reads_early = flag != 0
         works: list[int] | None = None
         if staged and self._codec is not None and self._staging is not None:
             known = self._pool, self._kernel, self._digests.numbers
@@ -198,6 +203,7 @@ class CudaExecutor(Lender):
                 self._staging.buffer_bytes if self._staging is not None else 0,
                 self._profile.link_rate,
                 self._link_share,
+                flag,
             )
 
     def _halves(self, buffers: list[int]) -> list[int]:
@@ -215,11 +221,9 @@ class CudaExecutor(Lender):
 
     def _ability(self) -> Ability:
         staged = self._depth * self._staging.buffer_bytes if self._staging is not None else 0
-        cut = self._planner.cut
         return Ability(
             fragment_bytes=int(self._layer_offsets[-1]) // max(1, len(self._fragments)),
             strided=self._planner.rectangle_bytes >= self._profile.copy_bytes,
-            split=cut.balanced and cut.rectangle_bytes >= self._profile.copy_bytes,
             batched=self._batches,
             resident=resident_kernels_can_run(self.device),
             deep=self._profile.is_deep(staged),
@@ -268,11 +272,13 @@ class CudaExecutor(Lender):
             digests = self._digesting(route, blocks, 0, len(self._planner.pieces)), self._sizes(blocks)
             return CudaCompletion(self, direction, plan, caller, route, sections.group_of, *digests, mark)
         plan, edges = self._plan(direction, route, blocks, slots, busy), np.array([0, len(self._planner.pieces)])
-        if route is Route.SPLIT:  # both kernels read which blocks they are from one list
-            blocks = plan.ids.astype(np.int64)
         if in_groups:  # the other routes take all layers at once
             return self._layer_save([plan], route, busy, np.zeros(num_layers, np.int64), blocks, edges)
-        digests = self._digesting(route, blocks, *edges.tolist()), self._sizes(blocks)
+        early = self._reads_early and direction is Direction.LOAD and not busy
+        digesting = self._digesting(route, blocks, *edges.tolist(), early=early)
+        if digesting is not None and digesting.early:
+            plan = in_one_chunk(plan)
+        digests = digesting, self._sizes(blocks)
         return CudaCompletion(self, direction, plan, caller, route, None, *digests, mark, beside_compute=busy)
 
     def _prepare_coded(
@@ -317,9 +323,9 @@ class CudaExecutor(Lender):
     def _sizes(self, blocks: Int64s) -> Int64s:
         return np.full(len(blocks), self._layer_offsets[-1])
 
-    def _digesting(self, route: Route, blocks: Int64s, first: int, last: int, whole: bool = True) -> Digesting | None:
+    def _digesting(self, route: Route, blocks: Int64s, first: int, last: int, **how: bool) -> Digesting | None:
         table = self._table.address if self._table is not None else 0
-        return self._digests.of_blocks(route, blocks, table, first, last, self._planner.cut.n_pieces, whole=whole)
+        return self._digests.of_blocks(route, blocks, table, first, last, **how)
 
     def _layer_save(
         self, plans: list[Plan], route: Route, busy: bool, group_of: Int64s, blocks: Int64s, edges: Int64s

@@ -18,6 +18,7 @@ from kvortex.transfer.plan import Int64s
 from kvortex.transfer.routes import Route
 
 _MOVED_BY_KERNELS = (Route.STAGED, Route.RESIDENT, Route.MAPPED)
+_ON_ONE_STREAM = (Route.STRIDED, Route.DIRECT)  # copies of a short load, since they are no faster on several
 
 
 class Digests:
@@ -63,7 +64,7 @@ class Digests:
         return sizes if self.summed else None
 
     def of_blocks(
-        self, route: Route, blocks: Int64s, table: int, first: int, last: int, by_engines: int, *, whole: bool = True
+        self, route: Route, blocks: Int64s, table: int, first: int, last: int, *, whole: bool = True, early: bool = False
     ) -> Digesting | None:
         """Of pages.
 
@@ -75,21 +76,20 @@ class Digests:
             Address of the pieces in VRAM.
         first, last
             Pieces that are moved.
-        by_engines
-            Pieces that copy engines move where a record is split, the first of all.
         whole
             Whether they are all that the caller waits for, and not one of many groups of layers, for which there is not that
             much room.
+        early
+            Whether a kernel that reads what DMAs bring may wait on the GPU for these.
         """
         if self._readers is None:
             return None
         apart = pieces_apart(len(blocks), last - first) if whole and route is not Route.RESIDENT else 0
-        if route is Route.SPLIT:
-            last = first + by_engines
-        if route in _MOVED_BY_KERNELS or first == last:
+        if route in _MOVED_BY_KERNELS:
             return Digesting(len(blocks), self.numbers, None, apart)
         reading = Reading(self._readers[0], table + first * PIECE_ROW_BYTES, last - first, blocks.astype(np.int32))
-        return Digesting(len(blocks), self.numbers, reading, apart)
+        early = early and apart > 0 and route in _ON_ONE_STREAM
+        return Digesting(len(blocks), self.numbers, reading, apart, early=early)
 
     def of_buffers(self, addresses: Int64s, sizes: Int64s) -> Digesting | None:
         """Of contiguous buffers."""

@@ -25,10 +25,11 @@ from kvortex.transfer.plan import Int32s, Int64s, Plan
 
 # Cells of ``digest``: table of numbers; sums in VRAM and in pinned memory, and their bytes (0: no digests); what is sent ahead,
 # from where and its bytes; a kernel that reads, or 0, its table, pieces, ids, blocks, CTAs and threads; stream and event; bytes
-# from the sums of a record to the next one's, and of a piece to the next one's, or 0 where a record's are added up; and the
-# page of the only record, or -1.
+# from the sums of a record to the next one's, and of a piece to the next one's, or 0 where a record's are added up; the
+# page of the only record, or -1; and of a kernel that reads while DMAs move (kvortex.transfer.issue.early) the flag that is
+# raised behind them, or 0, and its value then.
 (NUMBERS, SUMS, SUMS_HOST, SUMS_BYTES, SENT_TO, SENT_FROM, SENT_BYTES, KERNEL, TABLE, N_PIECES, IDS, N_BLOCKS, CTAS, THREADS,
- STREAM, EVENT, RECORD_BYTES, PIECE_BYTES, ONLY) = range(DIGEST_CELLS := 19)  # fmt: skip
+ STREAM, EVENT, RECORD_BYTES, PIECE_BYTES, ONLY, FLAG, VALUE) = range(DIGEST_CELLS := 21)  # fmt: skip
 NO_DIGESTS = np.zeros(DIGEST_CELLS, np.int64)
 NO_DIGESTS[ONLY] = -1
 SUM_WORDS = 4  # of an IdBuffer's int32, for both sums of a record
@@ -55,6 +56,8 @@ def read(functions, digest, stream, parameters, pointers):  # type: ignore[no-un
     parameters[6] = digest[SUMS]
     parameters[7] = digest[RECORD_BYTES]
     parameters[8] = digest[PIECE_BYTES]
+    parameters[9] = digest[FLAG]
+    parameters[10] = digest[VALUE]
     shape = (digest[KERNEL], digest[CTAS], 1, 1, digest[THREADS], 1, 1, 0, stream, pointers.ctypes.data, 0)
     return call(functions[LAUNCH], shape)
 
@@ -106,6 +109,8 @@ class Digesting:
         record whether they could. Never where sums are ``apart``.
     summed
         Whether there are sums at all; else only that is told.
+    early
+        Whether the kernel that reads is launched while DMAs move. Then all of these are one chunk.
     """
 
     count: int
@@ -114,6 +119,7 @@ class Digesting:
     apart: int = 0
     coded: bool = False
     summed: bool = True
+    early: bool = False
 
 
 def pieces_apart(count: int, n_pieces: int) -> int:

@@ -46,11 +46,6 @@ def _kind(plan: Plan) -> int:
     return STREAMS if len(plan.chunks) and plan.chunks[0, N_PIECES] and not plan.chunks[0, INSTEAD] else NOTHING
 
 
-def _is_split(plan: Plan) -> bool:
-    """Whether chunks are copies and launches over the link by turns."""
-    return len(plan.chunks) > 1 and not plan.chunks[0, N_PIECES] and bool(plan.chunks[1, N_PIECES])
-
-
 class Lane:
     """Streams, staging buffers and kernels of one direction, and who issues plans to them, one at a time.
 
@@ -82,6 +77,8 @@ class Lane:
         Bytes per second that the link carries one way.
     link_share
         What paced copies are to take of that.
+    flag
+        Address of 4 bytes of VRAM, zeroed, for :mod:`kvortex.transfer.issue.early`; 0 where nothing can be read early.
 
     Attributes
     ----------
@@ -107,8 +104,9 @@ class Lane:
         buffer_bytes: int = 0,
         link_rate: float = 1.0,
         link_share: float = 1.0,
+        flag: int = 0,
     ) -> None:
-        self._device = device
+        self._device, self._flag = device, flag
         self._submitter: Submitter | None = None
         self._ahead_bytes, self._link_rate = (len(buffers) - 1) * buffer_bytes, link_rate
         self.cells = np.zeros(cells.LANE_CELLS, np.int64)
@@ -176,8 +174,8 @@ class Lane:
             return RESIDENT, self._resident_job(functions, plan, caller, after, events, ids, digest, outcome)
         # Batches of short copies need many streams: at 32 KiB 8 of them brought 49 GB/s on an H100, and one 32 / 30.
         used = self._count if kind == NOTHING and not plan.batch.size else len(self.streams)
-        if _is_split(plan):
-            used = 2  # copies on the one, kernels on the other, however many others get
+        if digest[dg.FLAG]:
+            used = 2  # copies on the one, the kernel that reads on the other, however many others get
         return STREAMED, (
             kind,
             self._holder,
@@ -250,6 +248,8 @@ class Lane:
             most, warps = _READING_LAUNCHES * int(self.cells[cells.MAX_CTAS]), reading.n_pieces * digesting.count
             threads = READING_THREADS if warps > most * (_FEW_THREADS // 32) else _FEW_THREADS
             found[dg.CTAS], found[dg.THREADS] = min(most, -(-warps // (threads // 32))), threads
+            if digesting.early:
+                found[dg.FLAG] = self._flag
         return found
 
     def _resident_job(

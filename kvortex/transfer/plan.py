@@ -9,7 +9,7 @@ bytes of records and no padding: a buffer holds other blocks' bytes between its 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -436,6 +436,11 @@ def empty_copies(count: int) -> Int64s:
 def dealt(count: int, streams: int) -> Int64s:
     """Chunks without a kernel that share ``count`` copies out, so that each stream gets several."""
     return _shares(np.arange(0, count, max(1, count // (4 * streams))), count)
+
+
+def in_one_chunk(plan: Plan) -> Plan:
+    """The same copies, of a plan without kernels, on one stream."""
+    return replace(plan, chunks=_shares(np.zeros(1, np.int64), len(plan.copies)))
 
 
 def _shares(starts: Int64s, count: int) -> Int64s:

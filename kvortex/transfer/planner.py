@@ -32,7 +32,6 @@ from kvortex.transfer.plan import (
     strides,
 )
 from kvortex.transfer.routes import Route
-from kvortex.transfer.split import cut_record, plan_split
 
 AT_ONCE = 2  # groups of a layer-wise load that move while the others are planned
 MAX_BLOCKS = 2048  # of kvortex.kernels.paged, which needs numba.cuda to import
@@ -79,10 +78,9 @@ class Planner:
         self._pool, self._streams, self._buffers = pool, streams, buffers
         self._runs = strides(fragments, max_pitch, allocations)
         self.pieces = split_pieces(cut_layers(fragments, layer_offsets))
-        self.cut = cut_record(fragments, self._runs, self.pieces)
         self._sections: dict[tuple[int, bool], Sections] = {}  # by groups, and whether some are joined
         # Those of layer-wise loads: the first groups, the others, and how many layers the first ones have.
-        self._split: dict[int, tuple[Sections, Sections, int]] = {}
+        self._first: dict[int, tuple[Sections, Sections, int]] = {}
 
     @property
     def rectangle_bytes(self) -> int:
@@ -101,11 +99,11 @@ class Planner:
 
     def first_sections(self, count: int) -> tuple[Sections, Sections, int]:
         """The first ``AT_ONCE`` of joined groups, the others, and how many layers the first ones have."""
-        if count not in self._split:
+        if count not in self._first:
             whole = self.sections(count, joined=True)
             layers = int(np.count_nonzero(whole.group_of < AT_ONCE))
-            self._split[count] = *split_sections(whole, AT_ONCE), layers
-        return self._split[count]
+            self._first[count] = *split_sections(whole, AT_ONCE), layers
+        return self._first[count]
 
     def layered(self, route: Route, records: Ordered, sections: Sections, ctas: int) -> Plan:
         """Layer by layer, by copies alone, staged, or with ``ctas`` of a resident kernel."""
@@ -136,8 +134,6 @@ class Planner:
             return plan_batched(blocks, slots, fragments, where, self._pool, self._buffers, one_call=one_call)
         if route is Route.MAPPED:
             return plan_mapped(blocks, slots, self.pieces, self._pool, MAX_BLOCKS)
-        if route is Route.SPLIT:
-            return plan_split(blocks, slots, self.pieces, self.cut, self._pool, MAX_BLOCKS)
         if route is Route.RESIDENT:
             return plan_staged(blocks, slots, self.pieces, self._pool, self.half_bytes, 2, MAX_BLOCKS, **resident)
         return plan_staged(blocks, slots, self.pieces, self._pool, self.buffer_bytes, self._buffers, MAX_BLOCKS)

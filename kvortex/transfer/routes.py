@@ -28,9 +28,6 @@ class Route(enum.Enum):
         once. A call for each DMA where the driver has no such function.
     ``MAPPED``
         A kernel reads or writes the pinned pool over the link. Little latency.
-    ``SPLIT``
-        Strided DMAs for the first fragments of each block, and meanwhile a kernel over the link for the others. The least
-        latency to load one block, or few.
     """
 
     DIRECT = "direct"
@@ -39,10 +36,6 @@ class Route(enum.Enum):
     STRIDED = "strided"
     BATCHED = "batched"
     MAPPED = "mapped"
-    SPLIT = "split"
-
-
-OVER_THE_LINK = frozenset({Route.MAPPED, Route.SPLIT})  # by kernels that keep multiprocessors for each byte on the link
 
 
 @dataclass(frozen=True)
@@ -82,8 +75,6 @@ class Ability:
         Mean length of the layout's fragments.
     strided
         Whether fragments lie so evenly that few rectangles hold them.
-    split
-        Whether fragments lie so evenly, and are so many, that few rectangles hold a little less than half of a block.
     batched
         Whether the driver takes many copies in one call.
     resident
@@ -94,7 +85,6 @@ class Ability:
 
     fragment_bytes: int
     strided: bool
-    split: bool
     batched: bool
     resident: bool
     deep: bool
@@ -123,7 +113,6 @@ def _possible(routes: tuple[Route, ...], ability: Ability, *, beside_compute: bo
     """Those that can run. One DMA or batch takes all layers of a block at once, which is no use to who waits for the first."""
     can = {
         Route.STRIDED: ability.strided and not layerwise,
-        Route.SPLIT: ability.split and not layerwise,
         Route.BATCHED: ability.batched and not layerwise,
         Route.RESIDENT: ability.resident,
     }
@@ -131,7 +120,7 @@ def _possible(routes: tuple[Route, ...], ability: Ability, *, beside_compute: bo
     if beside_compute and not ability.deep:  # the link stands still until the next kernel ends, so only better than nothing
         behind = found[found.index(Route.STAGED) + 1 :]
         found.remove(Route.STAGED)
-        found.insert(next((found.index(route) for route in behind if route in OVER_THE_LINK), len(found)), Route.STAGED)
+        found.insert(found.index(Route.MAPPED) if Route.MAPPED in behind else len(found), Route.STAGED)
     return found
 
 

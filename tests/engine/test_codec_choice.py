@@ -72,7 +72,7 @@ def test_what_a_gpu_cannot_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, c
         cache = PagedCache(device, [Tensor(device, (2, 4, T, H, D)) for _ in range(L)], 1)
         odd = PagedCache(device, [Tensor(device, (2, 4, T, H, D), shift=2) for _ in range(L)], 1)
         options: dict[str, Any] = {"device": "auto", "calibrate": "never", "cpu_pool_size_bytes": 1 << 20}
-        for route in ("resident", "strided", "batched", "mapped", "split"):
+        for route in ("resident", "strided", "batched", "mapped"):
             message = refused(coded.path, cache.layout, codec, transfer_route=route, **options)
             assert f"transfer_route = '{route}'" in message and "'auto' or 'staged'" in message
         held = dict(gpu.memory)

@@ -22,7 +22,7 @@ from tests.fake_gpu import fake_gpu
 from tests.naive_digest import digest
 from tests.pages import PagedCache, Tensor, assert_same, keys_of
 
-ROUTES = ["staged", "resident", "strided", "batched", "mapped", "split"]
+ROUTES = ["staged", "resident", "strided", "batched", "mapped"]
 KINDS = ["layers", "odd", "bytes", "one piece"]
 BLOCKS = 12
 
@@ -190,7 +190,7 @@ def test_flipped_bits_in_staging_on_a_gpu() -> None:
     assert in_staging(CudaDevice(), 1500) == 1500
 
 
-@pytest.mark.parametrize("route", ["staged", "resident", "strided", "batched", "mapped", "split", "direct"])
+@pytest.mark.parametrize("route", ["staged", "resident", "strided", "batched", "mapped", "direct"])
 def test_a_driver_that_refuses_any_call(route: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The transfer fails or is right; no block is dropped as damaged, and nothing that it used is lost."""
     with fake_gpu(monkeypatch) as gpu:

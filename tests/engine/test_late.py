@@ -27,7 +27,7 @@ from tests.pages import PagedCache, Tensor, keys_of
 from tests.transfer.profiles import shape
 
 LAYERS, PAGES, OWNERS = 7, 12, 3  # pages of each owner, which has a stream for all that happens to them
-ROUTES = (Route.STAGED, Route.RESIDENT, Route.STRIDED, Route.BATCHED, Route.MAPPED, Route.SPLIT)
+ROUTES = (Route.STAGED, Route.RESIDENT, Route.STRIDED, Route.BATCHED, Route.MAPPED)
 STREAM = 0x77000
 
 

@@ -14,7 +14,7 @@ from kvortex.transfer.routes import Route
 from tests.engine.test_order import Gate
 from tests.pages import PagedCache, Tensor, assert_same, keys_of
 
-ROUTES = ["staged", "resident", "strided", "batched", "mapped", "split", "auto", "turns"]
+ROUTES = ["staged", "resident", "strided", "batched", "mapped", "auto", "turns"]
 SLOTS = 150
 
 
@@ -28,7 +28,6 @@ def turns(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
                 Route.STAGED,
                 Route.STAGED,
                 Route.MAPPED,
-                Route.SPLIT,
                 Route.BATCHED,
                 Route.RESIDENT,
                 Route.STRIDED,
@@ -135,7 +134,7 @@ def test_a_load_waits_until_the_stream_has_read(device: Device, gate: Gate, rout
         copy.free()
 
 
-@pytest.mark.parametrize("route", ["strided", "mapped", "split", "auto"])
+@pytest.mark.parametrize("route", ["strided", "mapped", "auto"])
 def test_one_block_keeps_the_callers_order_both_ways(device: Device, gate: Gate, route: str) -> None:
     """Which the caller's thread issues: a plan of so few calls is not left to another one."""
     cache = cache_of(device, "even")

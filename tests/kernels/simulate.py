@@ -6,6 +6,8 @@ Started by test_simulator.py as ``NUMBA_ENABLE_CUDASIM=1 python -m tests.kernels
 from __future__ import annotations
 
 import sys
+import threading
+import time
 import warnings
 from typing import Any
 
@@ -133,22 +135,36 @@ def run_reading(case: Case, grid: int, threads: int) -> None:
     sums = np.zeros((len(ids), 2), np.uint64)
     only, listed = (ids[0], ids + np.int32(1000)) if len(ids) == 1 else (np.int32(-1), ids)
     where = np.uint64(table.ctypes.data), np.uint64(sums.ctypes.data), np.uint64(16), np.uint64(0)
-    values = (pieces.reshape(-1), len(pieces), listed, len(ids), only)
-    cuda.jit(reading.read_pages)[grid, threads](*values, *where)
+    values, at_once = (pieces.reshape(-1), len(pieces), listed, len(ids), only), (np.uint64(0), np.uint32(0))
+    cuda.jit(reading.read_pages)[grid, threads](*values, *where, *at_once)
     assert sums.tolist() == [list(pair) for pair in case.sums(memory)]
     cells, into = apart(len(ids), len(pieces))
-    cuda.jit(reading.read_pages)[grid, threads](*values, where[0], *into)
-    assert cells.sum(1, np.uint64).tolist() == sums.tolist() and cells[:, :-1].any(2).all()
+    data, flag = memory.copy(), np.array([0xFFFFFFFD, 0xEE], np.uint32)
+    memory[:] = 0
+
+    def bring() -> None:
+        """A DMA, in two parts of which the first raises the flag of another one; 0 comes behind 2**32 - 1."""
+        for part, value in ((slice(None, None, 2), 0xFFFFFFFF), (slice(1, None, 2), 0)):
+            time.sleep(0.02)
+            memory[part] = data[part]
+            flag[0] = value
+
+    thread = threading.Thread(target=bring)
+    thread.start()
+    awaited = np.uint64(flag.ctypes.data), np.uint32(0)
+    cuda.jit(reading.read_pages)[grid, threads](*values, where[0], *into, *awaited)
+    thread.join()
+    assert cells.sum(1, np.uint64).tolist() == sums.tolist() and cells[:, :-1].any(2).all() and flag.tolist() == [0, 0xEE]
     spans = [(case.starts[0], 4200), (0, 0), (case.starts[-1] + 1, 61), (0, memory.size)]
     spans = [(first, min(count, memory.size - first)) for first, count in spans]
     buffers = np.array([(memory.ctypes.data + first, count) for first, count in spans], np.uint64)
     sums = np.zeros((len(spans), 2), np.uint64)
     most = -(-max(count for _, count in spans) // reading.BUFFER_PIECE)
     values = (buffers.reshape(-1), most, ids, len(spans), np.int32(-1))
-    cuda.jit(reading.read_buffers)[grid, threads](*values, where[0], np.uint64(sums.ctypes.data), *where[2:])
+    cuda.jit(reading.read_buffers)[grid, threads](*values, where[0], np.uint64(sums.ctypes.data), *where[2:], *at_once)
     assert sums.tolist() == [list(naive_sums(memory[first:][:count].tobytes())) for first, count in spans]
     cells, into = apart(len(spans), most)
-    cuda.jit(reading.read_buffers)[grid, threads](*values, where[0], *into)
+    cuda.jit(reading.read_buffers)[grid, threads](*values, where[0], *into, *awaited)
     assert cells.sum(1, np.uint64).tolist() == sums.tolist() and cells[-1, :-1].any(1).all()
 
 

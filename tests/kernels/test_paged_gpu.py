@@ -155,8 +155,9 @@ def test_digests_of_what_is_only_read(case: Case, apart: bool) -> None:
     ids.write(np.array(case.blocks, np.int32))
     found = Sums(device, len(case.blocks), sum(case.sizes), len(pieces) if apart else 0)
     kinds = (ctypes.c_uint64, ctypes.c_int32, ctypes.c_uint64, ctypes.c_int32, ctypes.c_int32, *found.kinds)
+    kinds += (ctypes.c_uint64, ctypes.c_uint32)  # a flag, which is not to be waited for
     only = case.blocks[0] if len(case.blocks) == 1 else -1
-    values = (table.address, len(pieces), ids.address, len(case.blocks), only, *found.values)
+    values = (table.address, len(pieces), ids.address, len(case.blocks), only, *found.values, 0, 0)
     launch(device, "read_pages", (3, 128), values, kinds)
     assert found.read() == case.sums(memory)
     spans = [(case.starts[0], 4200), (0, 0), (case.starts[-1] + 1, 61), (0, memory.size)]
@@ -167,5 +168,5 @@ def test_digests_of_what_is_only_read(case: Case, apart: bool) -> None:
     found = Sums(device, len(spans), memory.size, most if apart else 0)
     if apart:
         found.clear()
-    launch(device, "read_buffers", (3, 128), (buffers.address, most, 0, len(spans), -1, *found.values), kinds)
+    launch(device, "read_buffers", (3, 128), (buffers.address, most, 0, len(spans), -1, *found.values, 0, 0), kinds)
     assert found.read() == [sums(memory[first:][:count].tobytes()) for first, count in spans]

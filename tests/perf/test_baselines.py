@@ -237,7 +237,7 @@ def test_all_are_compared_both_ways_at_once(gpu: FakeGpu, monkeypatch: pytest.Mo
 def test_all_are_compared_for_one_block(gpu: FakeGpu) -> None:
     _, rows, _ = latency.measure("cuda", quick=True)
     routes = list(dict.fromkeys(row["route"] for row in rows))
-    assert routes == ["auto", "mapped", "split", "strided", "batched", "staged", "resident", *METHODS[2:]]
+    assert routes == ["auto", "mapped", "strided", "batched", "staged", "resident", *METHODS[2:]]
     assert all(row["wrong_bytes"] == 0 for row in rows)
 
 

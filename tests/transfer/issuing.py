@@ -33,12 +33,10 @@ from kvortex.transfer.plan import (
     plan_direct,
     plan_staged,
     split_pieces,
-    strides,
 )
 from kvortex.transfer.plan import IDS as IDS_BASE
 from kvortex.transfer.plan import STATUS as STATUS_BASE
 from kvortex.transfer.plan import SUMS as SUMS_BASE
-from kvortex.transfer.split import cut_record, plan_split
 from tests.naive_plan import VRAM
 from tests.transfer.plans import HOST, fragments_of
 from tests.transfer.recorder import Recorder
@@ -54,7 +52,7 @@ SLOT_BYTES, PIECE_BYTES = 128, 16
 class Lane:
     """What ``issue`` takes besides the plan; stream k is 0x5001 + k, its buffer 0xB0000 * (k + 1), its events 0xE001 + k,
     0xD001 + k and 0xC001 + k. ``after`` are events to wait for in the place of the caller's stream; ``place`` is that in the
-    queue of a thread that paces what it issues, or 0."""
+    queue of a thread that paces what it issues, or 0; ``raised`` what the flag for early reading was raised to last."""
 
     count: int
     to_host: bool
@@ -63,6 +61,7 @@ class Lane:
     after: list[int] | None = None
     digest: Int64s | None = None
     place: int = 0
+    raised: int = 0
     cells: Int64s = field(init=False)
 
     def __post_init__(self) -> None:
@@ -80,7 +79,7 @@ class Lane:
         self.cells[cells.CALLER_EVENT] = CALLER_EVENT
         self.cells[cells.TO_HOST] = self.to_host
         self.cells[cells.COPY_STREAM], self.cells[cells.COPY_EVENT] = COPY_STREAM, COPY_EVENT
-        self.cells[cells.COUNTERS] = COUNTERS
+        self.cells[cells.COUNTERS], self.cells[cells.RAISED] = COUNTERS, self.raised
         self.cells[cells.NAP], self.cells[cells.CLOCK] = addresses()
 
     def issue(self, recorder: Recorder, plan: Plan) -> tuple[int, int]:
@@ -101,7 +100,8 @@ class Lane:
         issue(recorder.functions, *fixed, START, DONE, *table, digest, *last)
         assert outcome[cells.ISSUED] == 1
         pushed = len(recorder.calls) > 1
-        assert turn[0] == ((self.turn + len(plan.chunks)) % self.count if pushed else self.turn)
+        moved = len(plan.chunks) if pushed and not digest[dg.FLAG] else 0
+        assert turn[0] == (self.turn + moved) % self.count
         return int(outcome[cells.ERROR]), int(outcome[cells.LAST])
 
     def apart(self, plan: Plan) -> bool:
@@ -158,17 +158,7 @@ def coded(n: int = 9, streams: int = 3) -> Plan:
     return dataclasses.replace(plan, launches=launches)
 
 
-def split(n: int = 9) -> Plan:
-    """Records of four fragments of 25 bytes: DMAs take two of each, in one rectangle, and kernels the others."""
-    fragments, _ = fragments_of([25] * 4, 100, 0, interleaved=False)
-    slots, pieces = np.arange(n) + (np.arange(n) >= 4), split_pieces(fragments, PIECE_BYTES)
-    cut = cut_record(fragments, strides(fragments, 1 << 31, np.zeros(4, np.int64)), pieces)
-    return plan_split(np.arange(n)[::-1].copy(), slots, pieces, cut, Pool(HOST, SLOT_BYTES, 7), 64)
-
-
 PLANS = {
-    "split": split(),
-    "one split": split(1),
     "coded": coded(),
     "one coded": coded(1),
     "batched": batched(),

@@ -123,9 +123,11 @@ def _question(which: int, answer: Callable[..., int]) -> Any:
 
 
 def predecessors(calls: list[Call], fails: dict[int, int] | None = None) -> list[set[int]]:
-    """For each call the positions of all calls that have surely ended when it runs, by streams' order and events."""
+    """For each call the positions of all calls that have surely ended when it runs, by streams' order and events; of a kernel
+    that waits for a flag, when it goes on."""
     last: dict[int, set[int]] = {}  # of a stream: everything on it, and before it
     events: dict[int, set[int]] = {}
+    flags: dict[tuple[int, ...], set[int]] = {}
     before: list[set[int]] = []
     for at, call in enumerate(calls):
         if call.name in ("push", "pop") or at in (fails or {}):
@@ -135,6 +137,11 @@ def predecessors(calls: list[Call], fails: dict[int, int] | None = None) -> list
         before.append(set(known))
         if call.name == "wait":
             known |= events.get(call.arguments[1], set())
+        if call.name == "write_value":
+            flags[call.arguments[1:3]] = {*known, at}
+        if call.name == "launch":
+            known |= flags.get(call.parameters[9:11], set())
+            before[-1] |= known
         known.add(at)
         if call.name == "record":
             events[call.arguments[0]] = set(known)

@@ -47,14 +47,13 @@ class Invented(Machine):
     ctas_beside: int = 1
     staged_ctas: int = 1
     staged_beside: float = 0.95
-    split_s: float = 1e-3
     broken: Route | None = None
     without: tuple[Route, ...] = ()
     checked: list[tuple[int, Route]] = field(default_factory=list)
     runs: list[tuple[Any, ...]] = field(default_factory=list)
 
     def routes(self) -> tuple[Route, ...]:
-        every = Route.STAGED, Route.RESIDENT, Route.STRIDED, Route.BATCHED, Route.MAPPED, Route.SPLIT
+        every = Route.STAGED, Route.RESIDENT, Route.STRIDED, Route.BATCHED, Route.MAPPED
         return tuple(route for route in every if route not in self.without)
 
     def link(self, profile: Profile, direction: Direction) -> float:
@@ -74,7 +73,6 @@ class Invented(Machine):
             Route.STRIDED: lines * self.line_s,
             Route.BATCHED: lines * self.batched_s,
             Route.MAPPED: 0.08 * seconds,
-            Route.SPLIT: self.split_s + 0.04 * seconds,
         }
         return nbytes / (seconds + extra[route])
 
@@ -98,7 +96,7 @@ def found_on(**what: Any) -> Profile:
 
 
 def route(profile: Profile, fragment: int, nbytes: int, busy: bool, direction: Direction = Direction.SAVE) -> Route:
-    able = Ability(fragment, strided=True, split=True, batched=True, resident=True, deep=True)
+    able = Ability(fragment, strided=True, batched=True, resident=True, deep=True)
     return choose(tabulate(profile.rankings, able), direction, nbytes, beside_compute=busy)
 
 
@@ -185,17 +183,7 @@ def test_what_is_hopeless_is_measured_once_and_never_beside_a_computation() -> N
     measure(machine, H100)
     much = [run for run in machine.runs if run == (Direction.SAVE, 4096, 256 * MIB, Route.BATCHED)]
     assert len(much) == 1 and ("beside", Direction.SAVE, 4096, Route.BATCHED) not in machine.runs
-    assert not any(run[0] == "beside" and run[3] in (Route.MAPPED, Route.SPLIT) for run in machine.runs)
-
-
-def test_a_split_is_ranked_where_it_is_the_fastest() -> None:
-    profile = found_on(split_s=1e-6, line_s=200e-9)
-    for direction in Direction:
-        assert route(profile, 32 << 10, 2 * MIB, False, direction) is Route.SPLIT
-        assert route(profile, 32 << 10, 256 * MIB, False, direction) is Route.RESIDENT
-    assert route(found_on(split_s=1e-6), 32 << 10, 2 * MIB, False) is Route.STRIDED, "no multiprocessor, and as fast"
-    slow = found_on(line_s=200e-9)
-    assert route(slow, 32 << 10, 2 * MIB, False) is not Route.SPLIT
+    assert not any(run[0] == "beside" and run[3] is Route.MAPPED for run in machine.runs)
 
 
 def test_a_gpu_without_resident_kernels() -> None:

@@ -21,7 +21,7 @@ from tests.transfer.recorder import Call, predecessors
 
 LAYERS, BLOCKS = 6, 12
 WORK = ("launch", "to_host", "lines", "batch")
-ROUTES = ["staged", "resident", "strided", "batched", "mapped", "split"]
+ROUTES = ["staged", "resident", "strided", "batched", "mapped"]
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_each_group_takes_the_bytes_of_its_moment(
     cache = cache_of(kind)
     if grouped == 2:
         in_pairs(monkeypatch, cache)
-    together = LAYERS if route in ("strided", "batched", "mapped", "split") and kind != "direct" else grouped
+    together = LAYERS if route in ("strided", "batched", "mapped") and kind != "direct" else grouped
     with cache.engine(slots=BLOCKS, gpu_pool_size_bytes=2 * H100.buffers * staging, transfer_route=route) as engine:
         cache.randomize()
         ticket = engine.save_blocks(keys_of(*range(9)), np.arange(9), layerwise=True, stream=0x5)

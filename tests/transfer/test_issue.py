@@ -49,7 +49,6 @@ from tests.transfer.recorder import Call, Recorder, predecessors
 WORK = ("launch", "to_host", "to_device", "lines", "batch", "batch_12")
 STREAM_ORDER, OVERLAP = 1, 1  # CU_MEMCPY_SRC_ACCESS_ORDER_STREAM, CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE of cuda.h
 EVERY = list(itertools.product(PLANS, [True, False], [(1, 0), (3, 0), (3, 2), (20, 7)]))
-EVERY += list(itertools.product(["split", "one split"], [True, False], [(2, 0), (2, 1)]))
 
 
 def issued(name: str, to_host: bool, shape: tuple[int, int]) -> tuple[Lane, Plan, Recorder]:
@@ -61,8 +60,6 @@ def issued(name: str, to_host: bool, shape: tuple[int, int]) -> tuple[Lane, Plan
 def meets(lane: Lane, plan: Plan) -> int:
     """The stream that ``done`` is on."""
     used = lane.used(plan)
-    if len(plan.chunks) > 1 and not plan.chunks[0, N_PIECES] and plan.chunks[1, N_PIECES] and lane.count == 2:
-        return used[1]
     return JOIN_STREAM if len(used) > 1 else used[0]
 
 

@@ -111,7 +111,7 @@ def test_rankings_are_for_every_transfer() -> None:
     found = rank(table, LINK)
     profile = replace(guess(None, 8), rankings=found)
     for fragment in (0, 1, 99, 10**9):
-        able = Ability(fragment, strided=True, split=True, batched=True, resident=True, deep=True)
+        able = Ability(fragment, strided=True, batched=True, resident=True, deep=True)
         choices = tabulate(profile.rankings, able)
         for direction in Direction:
             for nbytes in (0, 1, 10**12):

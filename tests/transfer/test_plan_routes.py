@@ -23,7 +23,6 @@ from kvortex.transfer.plan import (
     split_pieces,
     strides,
 )
-from kvortex.transfer.split import cut_record, plan_split
 from tests.naive_plan import VRAM, Machine
 from tests.transfer.plans import HOST, Case, cases, fragments_of
 
@@ -35,14 +34,10 @@ def made(case: Case, route: str) -> Plan:
     if route in ("batched", "one by one"):
         where, one_call = np.zeros(len(case.fragments), np.int64), route == "batched"
         return plan_batched(case.blocks, case.slots, case.fragments, where, case.pool, case.streams, one_call=one_call)
-    if route == "split":
-        found = strides(case.fragments, 1 << 31, np.zeros(len(case.fragments), np.int64))
-        cut = cut_record(case.fragments, found, case.pieces)
-        return plan_split(case.blocks, case.slots, case.pieces, cut, case.pool, case.max_blocks)
     return plan_mapped(case.blocks, case.slots, case.pieces, case.pool, case.max_blocks)
 
 
-@pytest.mark.parametrize("route", ["strided", "batched", "one by one", "mapped", "split"])
+@pytest.mark.parametrize("route", ["strided", "batched", "one by one", "mapped"])
 @settings(max_examples=150)
 @given(case=cases())
 def test_every_byte_once(route: str, case: Case) -> None:

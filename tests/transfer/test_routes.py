@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,7 +18,7 @@ def both(
     fragment: int, nbytes: int, busy: bool, layerwise: bool = False, profile: Any = H100, **ability: bool
 ) -> tuple[Route, Route]:
     """Of a save and of a load."""
-    able = Ability(fragment, **{"strided": False, "split": False, "batched": False, "resident": True, "deep": False} | ability)
+    able = Ability(fragment, **{"strided": False, "batched": False, "resident": True, "deep": False} | ability)
     save, load = (
         choose(tabulate(profile.rankings, able), direction, nbytes, beside_compute=busy, layerwise=layerwise)
         for direction in Direction
@@ -38,11 +37,8 @@ def test_what_is_guessed_of_an_idle_gpu() -> None:
     every = {"strided": True, "batched": True, "deep": True}
     assert of(4 * KIB, MUCH, False, **every) is of(64 * KIB, MUCH, False, **every) is Route.RESIDENT
     assert of(4 * KIB, MUCH, False, resident=False) is Route.STAGED
-    assert both(16 * KIB, 2 << 20, False, strided=True) == (Route.STRIDED, Route.MAPPED), "loads are digested afterwards"
-    assert of(16 * KIB, 2 << 20, False) is Route.MAPPED
-    assert both(32 * KIB, 2 << 20, False, strided=True, split=True) == (Route.STRIDED, Route.SPLIT)
-    assert both(32 * KIB, MUCH, False, strided=True, split=True) == (Route.RESIDENT, Route.RESIDENT)
-    assert of(4 * KIB, 2 << 20, False, split=True) is Route.MAPPED and of(32 * KIB, 2 << 20, True, split=True) is Route.MAPPED
+    assert of(16 * KIB, 2 << 20, False, strided=True) is Route.STRIDED and of(16 * KIB, 2 << 20, False) is Route.MAPPED
+    assert of(32 * KIB, MUCH, False, strided=True) is Route.RESIDENT
     assert of(4 * KIB, 4 << 20, False, strided=True) is Route.MAPPED, "lines are short"
     assert of(4 * KIB, 4 << 20, False) is Route.MAPPED and of(4 * KIB, (4 << 20) + 1, False) is Route.RESIDENT
 
@@ -69,7 +65,7 @@ def test_when_batches_are_guessed_to_be_best() -> None:
 
 @pytest.mark.parametrize("fragment", [4 * KIB, 18 * KIB, 64 * KIB, 1 << 20])
 def test_one_dma_for_all_layers_is_no_use_to_who_waits_for_the_first(fragment: int) -> None:
-    every = {"strided": True, "batched": True, "split": True}
+    every = {"strided": True, "batched": True}
     assert both(fragment, 2 << 20, False, layerwise=True, **every) == (Route.MAPPED, Route.MAPPED)
     assert of(fragment, MUCH, True, layerwise=True, **every) is Route.RESIDENT
     assert of(fragment, MUCH, True, layerwise=True, **every, deep=True) is Route.STAGED
@@ -88,7 +84,7 @@ def test_each_direction_has_rankings_of_its_own_by_length_and_payload() -> None:
     ]
 
     def load(fragment: int, nbytes: int, **ability: bool) -> Route:
-        able = Ability(fragment, **{"strided": True, "split": True, "batched": True, "resident": True, "deep": True} | ability)
+        able = Ability(fragment, **{"strided": True, "batched": True, "resident": True, "deep": True} | ability)
         table = tabulate(rows[::-1], able)
         assert choose(table, Direction.SAVE, nbytes, beside_compute=False) is Route.STAGED
         assert choose(table, Direction.LOAD, nbytes, beside_compute=True) is Route.STAGED
@@ -105,15 +101,9 @@ def test_shallow_staging_comes_behind_all_but_kernels_over_the_link() -> None:
     order = (Route.STAGED, Route.RESIDENT, Route.MAPPED)
     rows = [Ranking(direction, beside, 0, 0, order) for direction in Direction for beside in (False, True)]
     for deep, resident, wanted in ((True, True, Route.STAGED), (False, True, Route.RESIDENT), (False, False, Route.STAGED)):
-        table = tabulate(rows, Ability(0, strided=True, split=True, batched=True, resident=resident, deep=deep))
+        table = tabulate(rows, Ability(0, strided=True, batched=True, resident=resident, deep=deep))
         assert choose(table, Direction.SAVE, 1, beside_compute=True) is wanted
         assert choose(table, Direction.SAVE, 1, beside_compute=False) is Route.STAGED
-    order = (Route.STAGED, Route.SPLIT, Route.RESIDENT)
-    table = tabulate(
-        [replace(row, routes=order) for row in rows],
-        Ability(0, strided=True, split=True, batched=True, resident=False, deep=False),
-    )
-    assert choose(table, Direction.SAVE, 1, beside_compute=True) is Route.STAGED, "a split has such a kernel, too"
 
 
 @pytest.mark.parametrize("routes", [(), (Route.RESIDENT,), (Route.DIRECT, Route.STAGED), (Route.STAGED, Route.STAGED)])

@@ -83,7 +83,7 @@ def test_what_would_be_loaded_as_something_else_does_not_compile(values: Any) ->
         stored(np.zeros(64, np.int64).ctypes.data, values, (np.zeros(1, np.int64),))
 
 
-@pytest.mark.parametrize("route", ["staged", "resident", "strided", "batched", "mapped", "split"])
+@pytest.mark.parametrize("route", ["staged", "resident", "strided", "batched", "mapped"])
 def test_every_byte_arrives(cache: PagedCache, route: str) -> None:
     with cache.engine(slots=BLOCKS, transfer_route=route, gpu_pool_size_bytes=16 * 4096) as engine:
         before = cache.randomize()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 # Cells of ``lane``: numbers that stay the same for a direction; and behind them when the next paced copies may begin, in ns,
-# and the place in its queue up to which plans are not paced any more.
+# the place in its queue up to which plans are not paced any more, and what its flag for early reading was raised to last.
 (CONTEXT, KERNEL, THREADS, MAX_CTAS, TABLE, JOIN_STREAM, CALLER_EVENT, TO_HOST, COPY_STREAM, COPY_EVENT,
- COUNTERS, NAP, CLOCK, FS_OF_BYTE, DUE, HURRIED) = range(LANE_CELLS := 16)  # fmt: skip
+ COUNTERS, NAP, CLOCK, FS_OF_BYTE, DUE, HURRIED, RAISED) = range(LANE_CELLS := 17)  # fmt: skip
 HANDED, COPIED = range(2)  # rows of ``turns``: what is recorded behind kernels, and behind copies
 # Cells of ``outcome``: whether everything was attempted, the first error of the work, the first of the events behind it, its
 # place in the queue of the thread that it is left to, from 1 on, or 0, and whether that thread paces it.

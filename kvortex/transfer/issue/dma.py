@@ -36,7 +36,8 @@ _ORDER_STREAM, _OVERLAP = 1, 1 << 32
 
 
 @njit(nogil=True)
-def _lines(to_host, functions, copy, device, stream, scratch):  # type: ignore[no-untyped-def]
+def fill_rectangle(to_host, copy, device, scratch):  # type: ignore[no-untyped-def]
+    """What the driver is told of a copy in lines."""
     rectangle = scratch[RECTANGLE:]
     rectangle[:] = 0
     there, here = (0, _SIDE_CELLS) if to_host else (_SIDE_CELLS, 0)
@@ -48,7 +49,6 @@ def _lines(to_host, functions, copy, device, stream, scratch):  # type: ignore[n
     rectangle[here + _PITCH] = copy[HOST_PITCH]
     rectangle[2 * _SIDE_CELLS] = copy[COPY_BYTES]
     rectangle[2 * _SIDE_CELLS + 1] = copy[LINES]
-    return call(functions[COPY_LINES], (rectangle.ctypes.data, stream))
 
 
 @njit(nogil=True)
@@ -57,7 +57,8 @@ def copy_chunk(to_host, functions, copies, chunk, base, stream, scratch):  # typ
     for at in range(chunk[FIRST_COPY], chunk[FIRST_COPY] + chunk[N_COPIES]):
         device, host, nbytes = copies[at, DEVICE_SIDE] + base, copies[at, HOST_SIDE], copies[at, COPY_BYTES]
         if copies[at, LINES] > 1:
-            code = _lines(to_host, functions, copies[at], device, stream, scratch)
+            fill_rectangle(to_host, copies[at], device, scratch)
+            code = call(functions[COPY_LINES], (scratch[RECTANGLE:].ctypes.data, stream))
         elif to_host:
             code = call(functions[COPY_TO_HOST], (host, device, nbytes, stream))
         else:

@@ -12,7 +12,7 @@ from kvortex.devices.driver import CTX_POP, CTX_PUSH, EVENT_RECORD, STREAM_WAIT
 from kvortex.devices.native import call, release
 from kvortex.jit import njit
 from kvortex.transfer import digesting
-from kvortex.transfer.digesting import EVENT, PIECE_BYTES, STREAM, SUMS_BYTES, read, read_back, send
+from kvortex.transfer.digesting import EVENT, FLAG, PIECE_BYTES, STREAM, SUMS_BYTES, read, read_back, send
 from kvortex.transfer.issue.cells import (
     CALLER_EVENT,
     CONTEXT,
@@ -29,6 +29,7 @@ from kvortex.transfer.issue.cells import (
     TO_HOST,
 )
 from kvortex.transfer.issue.dma import copy_batch, copy_chunk
+from kvortex.transfer.issue.early import issue_early
 from kvortex.transfer.issue.launching import aim_chunk, run_chunk
 from kvortex.transfer.issue.ordering import follow, follow_stream, join
 from kvortex.transfer.issue.pacing import begin_turns, has_passed, is_due, nap, take_turn
@@ -44,8 +45,8 @@ def issue(  # type: ignore[no-untyped-def]
 ):
     """Puts a plan on its streams, after the caller's and before ``done``.
 
-    Copies and launches that take turns (:mod:`kvortex.transfer.split`) have a stream each; ``done`` is on that of launches, or,
-    where sums of a load are read back, on the join stream.
+    ``done`` is on the stream of the only chunk, and on the join stream where there are several, or copies have one of their
+    own. A load that a kernel reads early goes to :func:`kvortex.transfer.issue.early.issue_early`.
 
     Parameters
     ----------
@@ -94,6 +95,11 @@ def issue(  # type: ignore[no-untyped-def]
         interrupt that comes during the call takes the place of its return value. ``QUEUED`` and ``PACED`` say whether this
         waits until kernels can begin, each time before it issues one.
     """
+    if digest[FLAG] != 0:
+        issue_early(
+            functions, lane, streams, caller, after, start, done, chunks, copies, digest, parameters, pointers, scratch, outcome
+        )
+        return
     n = len(streams)
     first = turn[0]
     used = min(n, len(chunks))
@@ -108,8 +114,6 @@ def issue(  # type: ignore[no-untyped-def]
     if caller != NO_STREAM:
         error = call(functions[EVENT_RECORD], (lane[CALLER_EVENT], caller))
     digests, reads = digest[SUMS_BYTES] > 0, digest[_READS] != 0
-    by_turns = len(chunks) > 1 and chunks[0, N_PIECES] == 0 and chunks[1, N_PIECES] > 0  # copies alone, and launches
-    split = by_turns and n <= 2  # then all copies are on the first stream
     sends, beside = digests and digest[PIECE_BYTES] == 0, reads and to_host
     apart = n > 1 and len(chunks) > 0 and chunks[0, N_PIECES] > 0 and chunks[0, N_COPIES] > 0
     copies_on = lane[COPY_STREAM]
@@ -122,7 +126,7 @@ def issue(  # type: ignore[no-untyped-def]
     for at in range(used):
         if not error:
             error = follow(functions, streams[(first + at) % n], after)
-        if not error and sends_beside and (by_turns or not reads):
+        if not error and sends_beside and not reads:
             error = call(functions[STREAM_WAIT], (streams[(first + at) % n], digest[EVENT], 0))
     if apart and not to_host and not error:
         error = follow(functions, copies_on, after)
@@ -182,20 +186,15 @@ def issue(  # type: ignore[no-untyped-def]
             error = copy_batch(to_host, functions, batch, chunk, copying, scratch)
         elif not error:
             error = copy_chunk(to_host, functions, copies, chunk, base, copying, scratch)
-        if not error and beside and here == int(split):  # once the link is busy: these calls of the driver take microseconds
+        if not error and beside and here == 0:  # once the link is busy: these calls of the driver take microseconds
             error = follow(functions, digest[STREAM], after)
             if not error:
                 error = read(functions, digest, digest[STREAM], parameters, pointers)
         if not error and apart:
             error = call(functions[EVENT_RECORD], (turns[COPIED, at], copying))
         here += 1
-    if not error and split and reads and not to_host:  # what its DMAs brought, while kernels move the rest
-        error = read(functions, digest, streams[first % n], parameters, pointers)
     last, behind = np.int32(0), streams[first % n]
-    if split and used > 1:  # which leaves two calls out: these transfers are short
-        behind = streams[(first + 1) % n]
-        last = follow_stream(functions, behind, streams[first % n], joins[first % n])
-    elif used > 1 or apart:  # joining streams takes microseconds on the GPU, and of one there is nothing to join
+    if used > 1 or apart:  # joining streams takes microseconds on the GPU, and of one there is nothing to join
         last, behind = join(functions, lane, streams, joins, first, used), lane[JOIN_STREAM]
     if apart:
         code = follow_stream(functions, behind, copies_on, lane[COPY_EVENT])
@@ -205,11 +204,11 @@ def issue(  # type: ignore[no-untyped-def]
         code = follow_stream(functions, behind, digest[STREAM], digest[EVENT])
         if not last:
             last = code
-    if not error and reads and not to_host and not split:
+    if not error and reads and not to_host:
         error = read(functions, digest, behind, parameters, pointers)
     if not error and sends and not to_host and behind != lane[JOIN_STREAM]:
         # Its copies go the other way, and a stream that has copied both ways may wait for ever: see docs/transfers.md.
-        error = follow_stream(functions, lane[JOIN_STREAM], behind, joins[(first + int(split and used > 1)) % n])
+        error = follow_stream(functions, lane[JOIN_STREAM], behind, joins[first % n])
         if not error:
             behind = lane[JOIN_STREAM]
     if not error and sends and not early:

@@ -73,7 +73,7 @@ class Bench:
     def routes(self) -> tuple[Route, ...]:
         """Those that can run here."""
         can = {Route.RESIDENT: resident_kernels_can_run(self._device), Route.BATCHED: cu.has_batched_copies()}
-        every = Route.STAGED, Route.RESIDENT, Route.STRIDED, Route.BATCHED, Route.MAPPED, Route.SPLIT
+        every = Route.STAGED, Route.RESIDENT, Route.STRIDED, Route.BATCHED, Route.MAPPED
         return tuple(route for route in every if can.get(route, True))
 
     def link(self, profile: Profile, direction: Direction) -> float:

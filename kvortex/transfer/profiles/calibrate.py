@@ -19,7 +19,7 @@ from kvortex.transfer.profiles import store
 from kvortex.transfer.profiles.bench import FRAGMENTS, Bench
 from kvortex.transfer.profiles.measurements import Measurement, first_of_the_best, least_short, long_enough, rank
 from kvortex.transfer.profiles.profile import KERNEL_S, STAGED_CTAS_EACH, Profile, guess, most_resident_ctas
-from kvortex.transfer.routes import OVER_THE_LINK, Route
+from kvortex.transfer.routes import Route
 
 FRAGMENT_BYTES = (4 << 10, 16 << 10, 32 << 10, 128 << 10)
 MIDDLE_BYTES = 16 << 10  # for what hardly depends on it
@@ -197,7 +197,7 @@ def _beside(
     """Of routes that are fast enough with the GPU idle, but for kernels that keep multiprocessors for each byte on the link."""
     table = []
     for row in idle:
-        worth = row.rate >= _WORTH_BESIDE * link[row.direction] and row.route not in OVER_THE_LINK
+        worth = row.rate >= _WORTH_BESIDE * link[row.direction] and row.route is not Route.MAPPED
         if worth and (row.fragment_bytes, row.nbytes, row.slowdown) == (fragment_bytes, machine.nbytes, None):
             rate, slowdown = _one_beside(machine, profile, row.direction, fragment_bytes, row.route)
             table.append(replace(row, rate=rate, slowdown=slowdown))

@@ -24,7 +24,7 @@ _ALIKE = 0.02  # of what is missed beside a computation: so much comes and goes 
 _KEEPS = 0.06
 _SLOW = 0.5  # of the fastest rate: a copy engine that is slower than that is not worth having a multiprocessor spared
 # Fewest multiprocessors first, which decides between equals.
-_SPARING = (Route.STRIDED, Route.BATCHED, Route.STAGED, Route.RESIDENT, Route.SPLIT, Route.MAPPED)
+_SPARING = (Route.STRIDED, Route.BATCHED, Route.STAGED, Route.RESIDENT, Route.MAPPED)
 COPY_ENGINES_ONLY = frozenset({Route.STRIDED, Route.BATCHED})
 _T = TypeVar("_T")
 

@@ -168,13 +168,9 @@ def _round(nbytes: float) -> int:
 def _guessed_rankings(line: int, batched: int, little: int) -> tuple[Ranking, ...]:
     """From lengths of lines of a 2D DMA and of copies in a batch that are worth it, and a payload that is not worth staging."""
     mapped, staged, resident, by_lines, by_copies = Route.MAPPED, Route.STAGED, Route.RESIDENT, Route.STRIDED, Route.BATCHED
-    split = Route.SPLIT
     long = resident, staged, mapped
-    idle = {
-        # What DMAs saved is digested beside them, and what they loaded only afterwards: then a kernel had better move it.
-        Direction.SAVE: {0: ((mapped, resident, staged), long), line: ((by_lines, mapped, resident, staged), long)},
-        Direction.LOAD: {0: ((mapped, resident, staged), long), line: ((split, mapped, by_lines, resident, staged), long)},
-    }
+    # Beside compute a kernel would have to wait for the model's, and keeps multiprocessors.
+    idle = {0: ((mapped, resident, staged), long), line: ((by_lines, mapped, resident, staged), long)}
     beside = {
         0: ((mapped, resident, staged), (staged, resident)),
         line: ((by_lines, mapped, resident, staged), (staged, by_lines, resident)),
@@ -183,7 +179,7 @@ def _guessed_rankings(line: int, batched: int, little: int) -> tuple[Ranking, ..
     return tuple(
         Ranking(direction, busy, fragment, nbytes, routes)
         for direction in Direction
-        for busy, table in ((False, idle[direction]), (True, beside))
+        for busy, table in ((False, idle), (True, beside))
         for fragment, pair in table.items()
         for nbytes, routes in zip((0, little + 1), pair, strict=True)
     )

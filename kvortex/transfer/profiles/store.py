@@ -17,7 +17,7 @@ from kvortex.kernels import cache
 from kvortex.transfer.executor import poll
 from kvortex.transfer.profiles.profile import Profile, from_plain, to_plain
 
-_MAGIC, _VERSION = b"KVXPROFL", 8  # another version where what is measured, or how, changes
+_MAGIC, _VERSION = b"KVXPROFL", 9  # another version where what is measured, or how, changes
 _LONGEST_WAIT_S = 60.0
 
 

@@ -1,0 +1,106 @@
+"""Loads that a kernel reads while DMAs bring them, on a GPU made of RAM that works late: the kernel waits for all that it
+reads, the copies wait for the caller's stream, and whoever waits for the load waits for both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvortex.devices.cuda import CudaDevice
+from kvortex.transfer.routes import Route
+from tests.fake_gpu import fake_gpu
+from tests.late_gpu import LateGpu
+from tests.pages import Bytes, PagedCache, Tensor, assert_same, keys_of
+
+BLOCKS, CALLER, READER = 16, 0x77, 0x78
+SHAPES = [(1, 2), (5, 2), (5, 3)]  # blocks, streams
+
+
+@pytest.fixture(params=range(3))
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[LateGpu]:
+    with fake_gpu(monkeypatch, LateGpu(request.param)) as made:
+        yield made
+
+
+def cache_of() -> PagedCache:
+    return PagedCache(CudaDevice(), [Tensor(CudaDevice(), (16, BLOCKS, 3, 100))], 1)
+
+
+def engine_of(cache: PagedCache, streams: int) -> Any:
+    options: dict[str, Any] = {"num_transfer_streams": streams, "staging_buffers": streams, "beside_compute": False}
+    return cache.engine(slots=BLOCKS, transfer_route="strided", **options)
+
+
+def memory_of(gpu: LateGpu, cache: PagedCache) -> Bytes:
+    """What is in the pages at this moment of the GPU's, and no copy."""
+    return gpu.memory[cache.tensors[0].buffer.address].array
+
+
+@pytest.mark.parametrize("way", ["short", "left", "layerwise"])
+@pytest.mark.parametrize(("count", "streams"), SHAPES)
+def test_a_load_waits_for_who_reads_and_is_waited_for_by_who_reads_next(
+    gpu: LateGpu, monkeypatch: pytest.MonkeyPatch, count: int, streams: int, way: str
+) -> None:
+    """``left`` plans are issued by the lane's thread."""
+    if way == "left":
+        monkeypatch.setattr("kvortex.transfer.lane._AT_ONCE", -1)
+    cache = cache_of()
+    with engine_of(cache, streams) as engine:
+        before = cache.randomize()
+        keys, source, target = keys_of(*range(count)), np.arange(count), BLOCKS - 1 - 2 * np.arange(count)
+        assert engine.save_blocks(keys, source).wait().all()
+        poisoned = cache.randomize()
+        gpu.finish()
+        pages, seen = memory_of(gpu, cache), []
+        for _ in range(20):  # of a model that still attends to the old pages
+            gpu.enqueue(CALLER, lambda: seen.append(pages.copy()))
+        ticket = engine.load_blocks(keys, target, stream=CALLER, layerwise=way == "layerwise")
+        if way == "layerwise":
+            ticket.wait_layer(0, READER)
+        else:
+            ticket.add_to(READER)
+        gpu.enqueue(READER, lambda: seen.append(pages.copy()))
+        assert ticket.wait(20).all() and ticket.error is None
+        gpu.finish()
+        assert [call for call in gpu.issued.calls if call.name == "write_value"], "nothing was read early"
+        wanted = cache.expected(poisoned, before, list(zip(source.tolist(), target.tolist(), strict=True)))
+        assert_same(seen, [poisoned[0]] * 20 + wanted)
+
+
+@pytest.mark.parametrize("other", [Route.STAGED, Route.RESIDENT, Route.STRIDED, Route.BATCHED, Route.MAPPED])
+def test_between_others_nothing_is_mixed_up(gpu: LateGpu, monkeypatch: pytest.MonkeyPatch, other: Route) -> None:
+    """Streams, events and their turns are those of other routes, too; and the flag is raised in the order of its values."""
+    order = [other, Route.STRIDED, other, Route.STRIDED, Route.STRIDED, other] * 2
+    monkeypatch.setattr("kvortex.transfer.cuda.choose", lambda *_, **__: order.pop(0))
+    cache = cache_of()
+    with cache.engine(slots=BLOCKS, num_transfer_streams=3, gpu_pool_size_bytes=12 * 4096, beside_compute=False) as engine:
+        before = cache.randomize()
+        some = [np.arange(at, at + 1 + at % 2) for at in (0, 1, 3, 4, 6, 7)]
+        saves = [engine.save_blocks(keys_of(*blocks.tolist()), blocks, stream=CALLER) for blocks in some]
+        assert all(save.wait(20).all() for save in saves)
+        poisoned = cache.randomize()
+        gpu.finish()
+        loads = [engine.load_blocks(keys_of(*blocks.tolist()), blocks, stream=CALLER) for blocks in some]
+        assert all(load.wait(20).all() for load in loads)
+        gpu.finish()
+        raised = [call.arguments[2] for call in gpu.issued.calls if call.name == "write_value"]
+        assert other is Route.RESIDENT or raised == [*range(1, 1 + (6 if other is Route.STRIDED else 3))]
+        moved = [(block, block) for blocks in some for block in blocks.tolist()]
+        assert_same(cache.memory(), cache.expected(poisoned, before, moved))
+
+
+def test_a_damaged_byte_in_a_slot_fails_its_block(gpu: LateGpu) -> None:
+    cache = cache_of()
+    with engine_of(cache, 2) as engine:
+        cache.randomize()
+        whole = cache.layout.record_bytes
+        for at, byte in enumerate((0, whole // 2, whole - 1)):
+            keys, blocks = keys_of(10 * at, 10 * at + 1), np.array([2, 9])
+            assert engine.save_blocks(keys, blocks).wait().all()
+            slot = int(engine._index.acquire(keys[:1])[0])
+            engine._parts.arena.view(slot * engine._executor._pool.slot_bytes, whole)[byte] ^= 1
+            engine._index.release(np.array([slot]))
+            assert engine.load_blocks(keys, blocks + 1).wait().tolist() == [False, True]
