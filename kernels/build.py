@@ -55,7 +55,6 @@ KERNELS = {
 _REGISTERS = {
     "kvortex.kernels.paged": 128,
     "kvortex.kernels.resident": 128,
-    "kvortex.kernels.reading": 128,
     "kvortex.kernels.compute": 32,
     "kvortex.kernels.coded_read": 128,
     "kvortex.kernels.plane_encode": 80,
@@ -66,9 +65,10 @@ _REGISTERS = {
     "kvortex.kernels.cachegen_decode": 64,
 }
 # Before Hopper a vote in a loop is a call where the compiler does not see that warps are whole: registers for two CTAs of 256.
+# And kernels that only read would take a few more than a CTA of 512 threads has.
 _BEFORE_HOPPER = {
     f"kvortex.kernels.{codec}_{way}": 128 for codec in ("plane", "lossy", "cachegen") for way in ("encode", "decode")
-}
+} | {"kvortex.kernels.reading": 128}
 _MAGIC, _VERSION = b"KVXCUBIN", 2
 _ENTRY_BYTES = struct.Struct("<I")
 _COMPILERS = (
