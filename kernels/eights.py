@@ -17,12 +17,32 @@ from kvortex.kernels.ptx import statement
 # Mantissas of the quarter powers of two between 1 and 2; the exponent of the least scale, 2**-32.
 ROOTS = (0, 0x1837F0, 0x3504F3, 0x5744FD)
 LEAST_SCALE = 95
-_MANTISSA, _NEAREST = 0x7FFFFF, 0x4B400000  # the latter is 1.5 * 2**23, where float32 counts in ones
+_MANTISSA, _NEAREST = 0x7FFFFF, 0x4B400000  # the latter is that of
+NEAREST = 1.5 * 2**23  # where float32 counts in ones
 _SIZES = {"e": 8, "w": 8, "v": 4}
 
 
 def _floats(x: Any) -> Any:
     return np.array(x, np.float32)
+
+
+def _products(x: Any, y: Any) -> Any:
+    """Of float32, exact."""
+    return np.asarray(x, np.float64) * np.asarray(y, np.float64)
+
+
+def _fused(x: Any, y: Any, z: Any) -> Any:
+    """(k,) float32: products and sums with one rounding, where all are finite.
+
+    A sum of float64 that is not exact is made odd, towards what was left of it: then rounding it once more does no harm
+    (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", IEEE Transactions on Computers, 2008).
+    """
+    a, b = _products(x, y), np.asarray(z, np.float64)
+    total = a + b
+    other = total - a
+    left = (a - (total - other)) + (b - other)
+    even = total.view(np.int64) & 1 == 0
+    return np.where((left != 0) & even, np.nextafter(total, np.copysign(np.inf, left)), total).astype(np.float32)
 
 
 def uint32s(x: Any) -> Any:
@@ -74,11 +94,6 @@ def differences(x, y):  # type: ignore[no-untyped-def]
     return tuple(_floats(x) - _floats(y))
 
 
-@statement(_each("mul.rn.f32 @, [a], [b];", "ef"), "ef", "e", pure=True)
-def scaled(x, factor):  # type: ignore[no-untyped-def]
-    return tuple(_floats(x) * np.float32(factor))
-
-
 @statement(_each("fma.rn.f32 @, [b], [c], [a];", "eef"), "eef", "e", pure=True)
 def joined(x, y, sign):  # type: ignore[no-untyped-def]
     """Sums, or with -1 as ``sign`` differences: a product with 1 or -1 is exact, so there is one rounding, as in those."""
@@ -91,16 +106,16 @@ def from_lane(x, flip):  # type: ignore[no-untyped-def]
     return cuda.shfl_xor_sync(0xFFFFFFFF, x, int(flip))
 
 
-@statement(_each("min.f32 @, [a], [b];", "ee"), "ee", "e", pure=True)
+@statement(_each("min.NaN.f32 @, [a], [b];", "ee"), "ee", "e", pure=True)
 def smaller_each(x, y):  # type: ignore[no-untyped-def]
-    """Of numbers of which none is NaN."""
-    return tuple(np.fmin(_floats(x), _floats(y)))
+    """NaN where one is."""
+    return tuple(np.minimum(_floats(x), _floats(y)))
 
 
-@statement(_each("max.f32 @, [a], [b];", "ee"), "ee", "e", pure=True)
+@statement(_each("max.NaN.f32 @, [a], [b];", "ee"), "ee", "e", pure=True)
 def larger_each(x, y):  # type: ignore[no-untyped-def]
     """Likewise."""
-    return tuple(np.fmax(_floats(x), _floats(y)))
+    return tuple(np.maximum(_floats(x), _floats(y)))
 
 
 @statement(_each("abs.f32 u, [a]; abs.f32 @, [b]; max.NaN.f32 @, u, @;", "ee", ".reg .b32 u;"), "ee", "e", pure=True)
@@ -116,16 +131,16 @@ def _folded(step: str) -> str:
     return whole(lines, ["t0"], ".reg .b32 t<8>;")
 
 
-@statement(_folded("min.f32"), "e", "f", pure=True)
+@statement(_folded("min.NaN.f32"), "e", "f", pure=True)
 def smallest(x):  # type: ignore[no-untyped-def]
-    """Of numbers of which none is NaN."""
-    return np.fmin.reduce(_floats(x))
+    """NaN where one is."""
+    return np.minimum.reduce(_floats(x))
 
 
-@statement(_folded("max.f32"), "e", "f", pure=True)
+@statement(_folded("max.NaN.f32"), "e", "f", pure=True)
 def largest(x):  # type: ignore[no-untyped-def]
     """Likewise."""
-    return np.fmax.reduce(_floats(x))
+    return np.maximum.reduce(_floats(x))
 
 
 def _turned() -> str:
@@ -274,33 +289,33 @@ def inverses_of(low, high, exponents):  # type: ignore[no-untyped-def]
 
 
 # No number is larger than its scale, nor a scale's product with its inverse than 1: so no code lies below the first one.
-_CODE = "mul.rn.f32 t, ${a}, ${b}; min.f32 t, t, ${top}; add.rm.f32 t{k}, t, m;"
+_CODE = "fma.rm.f32 t{k}, ${a}, ${b}, $17; min.f32 t{k}, t{k}, $18;"
 
 
 def _keys(begin: int) -> str:
-    """Of four numbers from ``begin`` on; behind 16 places of numbers and inverses lie half and top."""
-    lines = [f"mov.b32 m, {_NEAREST};", "add.rn.f32 m, m, $17;"]
-    lines += [_CODE.format(a=1 + begin + k, b=9 + begin + k, top=18, k=k) for k in range(4)]
+    """Of four numbers from ``begin`` on; behind 16 places of numbers and inverses lie first and last."""
+    lines = [_CODE.format(a=1 + begin + k, b=9 + begin + k, k=k) for k in range(4)]
     lines += ["prmt.b32 t0, t0, t1, 0x0040;", "prmt.b32 t2, t2, t3, 0x0040;", "prmt.b32 t0, t0, t2, 0x5410;"]
-    return whole(lines, ["t0"], ".reg .b32 t<4>, t, m;")
+    return whole(lines, ["t0"], ".reg .b32 t<4>;")
 
 
-def _codes(rest: Any, inverse: Any, half: Any, top: Any, which: slice) -> int:
+def _codes(rest: Any, inverse: Any, first: Any, last: Any, which: slice) -> int:
     with np.errstate(all="ignore"):
-        part = np.fmin(_floats(rest)[which] * _floats(inverse)[which], np.float32(top))
-        return int((np.floor(part) + np.float32(half)).astype(np.uint8).view(np.uint32)[0])
+        steps = np.floor(_products(_floats(rest)[which], _floats(inverse)[which])) + np.float64(first)
+        return int((np.fmin(steps, np.float64(last)) - NEAREST).astype(np.int64).astype(np.uint8).view(np.uint32)[0])
 
 
 @statement(_keys(0), "eeff", "r", pure=True)
-def low_codes(rest, inverse, half, top):  # type: ignore[no-untyped-def]
-    """A byte for each of the first four, none below -``half`` steps: the step that it lies in, up to that of ``top``."""
-    return _codes(rest, inverse, half, top, slice(0, 4))
+def low_codes(rest, inverse, first, last):  # type: ignore[no-untyped-def]
+    """A byte for each of the first four: which step it lies in. ``NEAREST`` and a code is ``first`` of what lies in the step
+    from 0 on, ``last`` of what lies in the last one or above."""
+    return _codes(rest, inverse, first, last, slice(0, 4))
 
 
 @statement(_keys(4), "eeff", "r", pure=True)
-def high_codes(rest, inverse, half, top):  # type: ignore[no-untyped-def]
+def high_codes(rest, inverse, first, last):  # type: ignore[no-untyped-def]
     """Of the last four."""
-    return _codes(rest, inverse, half, top, slice(4, 8))
+    return _codes(rest, inverse, first, last, slice(4, 8))
 
 
 def _values() -> str:
@@ -308,7 +323,7 @@ def _values() -> str:
     lines = [f"mov.b32 m, {_NEAREST};"]
     for j in range(8):
         for i in range(4):
-            lines += [f"sub.rn.f32 u{i}, ${8 + 4 * j + i}, $40;", f"mul.rn.f32 u{i}, u{i}, $41;", f"add.rn.f32 u{i}, u{i}, m;"]
+            lines += [f"sub.rn.f32 u{i}, ${8 + 4 * j + i}, $40;", f"fma.rn.f32 u{i}, u{i}, $41, m;"]
         lines += ["prmt.b32 u0, u0, u1, 0x0040;", "prmt.b32 u2, u2, u3, 0x0040;", f"prmt.b32 t{j}, u0, u2, 0x5410;"]
     return whole(lines, [f"t{k}" for k in range(8)], ".reg .b32 t<8>, u<4>, m;")
 
@@ -317,7 +332,7 @@ def _values() -> str:
 def value_codes(a, b, c, d, zero, inverse):  # type: ignore[no-untyped-def]
     """A byte for each number, in their order: how many steps it lies above zero, the nearest, of two the even one."""
     with np.errstate(all="ignore"):
-        steps = np.rint((np.stack([_floats(x) for x in (a, b, c, d)]) - np.float32(zero)) * np.float32(inverse))
+        steps = np.rint(_products(np.stack([_floats(x) for x in (a, b, c, d)]) - np.float32(zero), np.float32(inverse)))
         return tuple(steps.astype(np.uint8).view(np.uint32).ravel().tolist())
 
 
@@ -330,7 +345,7 @@ def _key_numbers() -> str:
     """Two words, middle, steps, means and magic; pairs of bf16."""
     lines = _counted([(f"${4 + k // 4}", k % 4) for k in range(8)], "$23")
     lines += [
-        f"sub.rn.f32 t{k}, t{k}, $6; mul.rn.f32 t{k}, t{k}, ${7 + k}; add.rn.f32 t{k}, t{k}, ${15 + k};" for k in range(8)
+        f"sub.rn.f32 t{k}, t{k}, $6; fma.rn.f32 t{k}, t{k}, ${7 + k}, ${15 + k};" for k in range(8)
     ]
     lines += [f"cvt.rn.bf16x2.f32 t{k}, t{2 * k + 1}, t{2 * k};" for k in range(4)]
     return whole(lines, [f"t{k}" for k in range(4)], ".reg .b32 t<8>;")
@@ -345,7 +360,7 @@ def key_numbers(low, high, middle, step, mean, magic):  # type: ignore[no-untype
     codes = np.array([int(low), int(high)], np.uint64).astype(np.uint32).view(np.uint8)
     count = np.float32(magic) + np.float32(256) * codes.astype(np.float32) - np.float32(middle)
     with np.errstate(over="ignore"):
-        return brain(tuple(count * _floats(step) + _floats(mean)))
+        return brain(tuple(_fused(count, _floats(step), _floats(mean))))
 
 
 def _value_numbers() -> str:

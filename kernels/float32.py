@@ -55,16 +55,16 @@ def over(a, b):  # type: ignore[no-untyped-def]
     return np.float32(a) / np.float32(b)
 
 
-@statement("min.f32 $0, $1, $2;", "ff", "f", pure=True)
+@statement("min.NaN.f32 $0, $1, $2;", "ff", "f", pure=True)
 def smaller(a, b):  # type: ignore[no-untyped-def]
-    """Of two numbers of which none is NaN."""
-    return np.fmin(np.float32(a), np.float32(b))
+    """Of two numbers; NaN where one is."""
+    return np.minimum(np.float32(a), np.float32(b))
 
 
-@statement("max.f32 $0, $1, $2;", "ff", "f", pure=True)
+@statement("max.NaN.f32 $0, $1, $2;", "ff", "f", pure=True)
 def larger(a, b):  # type: ignore[no-untyped-def]
     """Likewise."""
-    return np.fmax(np.float32(a), np.float32(b))
+    return np.maximum(np.float32(a), np.float32(b))
 
 
 @statement("{ .reg .f32 t; abs.f32 t, $2; max.NaN.f32 $0, $1, t; }", "ff", "f", pure=True)

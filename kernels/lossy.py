@@ -23,13 +23,12 @@ from numba import cuda
 from numba.cuda import types
 
 from kvortex.kernels.divide import quotient
-from kvortex.kernels.eights import differences, from_lane, joined, scaled, sums, turned
+from kvortex.kernels.eights import differences, from_lane, joined, sums, turned
 from kvortex.kernels.float32 import number_of, times, word_of
 from kvortex.kernels.lossy_form import (
     ACROSS,
     BODY_BYTES,
     EACH,
-    FACTOR,
     GROUPS,
     HEADER_BYTES,
     KEY_BYTES,
@@ -46,8 +45,9 @@ uint32, uint64, int32 = types.uint32, types.uint64, types.int32
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def rotated(a, b, c, d, lane, lanes, factor):  # type: ignore[no-untyped-def]
-    """The Hadamard transform of heads that lie in ``lanes`` lanes side by side, 32 numbers in each."""
+def rotated(a, b, c, d, lane, lanes):  # type: ignore[no-untyped-def]
+    """The Hadamard transform of heads that lie in ``lanes`` lanes side by side, 32 numbers in each; what its numbers count,
+    a power of two, is left to steps and zeros."""
     a, b, c, d = turned(a), turned(b), turned(c), turned(d)
     a, b, c, d = sums(a, b), differences(a, b), sums(c, d), differences(c, d)
     a, b, c, d = sums(a, c), sums(b, d), differences(a, c), differences(b, d)
@@ -57,7 +57,7 @@ def rotated(a, b, c, d, lane, lanes, factor):  # type: ignore[no-untyped-def]
         a, b = joined(from_lane(a, flip), a, sign), joined(from_lane(b, flip), b, sign)
         c, d = joined(from_lane(c, flip), c, sign), joined(from_lane(d, flip), d, sign)
         flip = uint32(flip << uint32(1))
-    return scaled(a, factor), scaled(b, factor), scaled(c, factor), scaled(d, factor)
+    return a, b, c, d
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
@@ -75,9 +75,10 @@ def form_of(codec):  # type: ignore[no-untyped-def]
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def values_of(codec):  # type: ignore[no-untyped-def]
-    """Bits of V, lanes that a head lies in, and what rotated values are multiplied by, as bits, or 0; the same in all lanes."""
-    return uniform(uint32(codec[V_BITS])), uniform(uint32(codec[LANES])), uniform(uint32(codec[FACTOR]))
+def values_of(codec, way):  # type: ignore[no-untyped-def]
+    """Bits of V, lanes that a head lies in, and what rotated values count, as bits, or 0; the same in all lanes. ``way`` is
+    ``FACTOR`` or ``BACK``."""
+    return uniform(uint32(codec[V_BITS])), uniform(uint32(codec[LANES])), uniform(uint32(codec[way]))
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]

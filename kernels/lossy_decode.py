@@ -53,6 +53,7 @@ from kvortex.kernels.lossy import (
     values_of,
 )
 from kvortex.kernels.lossy_form import (
+    BACK,
     BODY_BYTES,
     HEADER_BYTES,
     HEADER_WORDS,
@@ -220,14 +221,16 @@ def _key_tile(form, bits, words, scales, slot, target, magic, lane):  # type: ig
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
 def _value_tile(value, words, both, target, magic, lane):  # type: ignore[no-untyped-def]
     """1,024 values of V in a row."""
-    _, lanes, factor = value
+    _, lanes, back = value
     step = times(from_half(uint32(both & uint64(0xFFFF))), number_of(uint32(0x3B800000)))  # a 256th
     zero = from_half(uint32(both >> uint64(16)))
+    if back != uint32(0):
+        step, zero = times(step, number_of(back)), times(zero, number_of(back))
     e, f, g, h, w, x, y, z = words
     a, b = value_numbers(e, f, step, zero, magic), value_numbers(g, h, step, zero, magic)
     c, d = value_numbers(w, x, step, zero, magic), value_numbers(y, z, step, zero, magic)
-    if factor != uint32(0):
-        a, b, c, d = rotated(a, b, c, d, lane, lanes, number_of(factor))
+    if back != uint32(0):
+        a, b, c, d = rotated(a, b, c, d, lane, lanes)
     store16(target, brain(a))
     store16(target + uint64(16), brain(b))
     store16(target + uint64(32), brain(c))
@@ -265,7 +268,7 @@ def _decoder(digests: bool) -> Callable[..., None]:
         slots = uint64(shared_at(all_shared.ctypes.data)) + uint64(warp_shared) * uint64(cuda.threadIdx.x >> 5)
         lane = uint32(cuda.threadIdx.x & 31)
         form = form_of(codec)
-        key_bits, value = uniform(uint32(codec[K_BITS])), values_of(codec)
+        key_bits, value = uniform(uint32(codec[K_BITS])), values_of(codec, BACK)
         magic = number_of(uint32(uint32(0x4B000000) + uint32(key_bits >> uint32(8))))  # 2**23: no codec has that many bits
         tiles = uint32(uint32(codec[N_PLANES]) * form[1])
         count = uint32(uint32(end) - uint32(first))

@@ -17,6 +17,7 @@ from kvortex.kernels.digest import add_up
 from kvortex.kernels.divide import quotient
 from kvortex.kernels.eights import (
     LEAST_SCALE,
+    NEAREST,
     differences,
     eight,
     gathered,
@@ -32,7 +33,20 @@ from kvortex.kernels.eights import (
     value_codes,
 )
 from kvortex.kernels.flags import mark, take, tell
-from kvortex.kernels.float32 import half_down, half_up, larger, minus, number_of, over, plus, reach, smaller, whole, word_of
+from kvortex.kernels.float32 import (
+    half_down,
+    half_up,
+    larger,
+    minus,
+    number_of,
+    over,
+    plus,
+    reach,
+    smaller,
+    times,
+    whole,
+    word_of,
+)
 from kvortex.kernels.lane import early_cached16, load4, load16, store2, store4, store8, store16
 from kvortex.kernels.lossy import (
     after,
@@ -51,6 +65,7 @@ from kvortex.kernels.lossy import (
 from kvortex.kernels.lossy_form import (
     BODY_BYTES,
     DECLINED,
+    FACTOR,
     HEADER_BYTES,
     HEADER_WORDS,
     HEADERS,
@@ -106,12 +121,12 @@ def _key_tile(form, group, column, bits, e, f, g, h, plane_at, lane):  # type: i
         store8(plane_at + uint64(at), uint64(low) | uint64(high) << uint64(32))
     exponents = uint32(uint32(0x01010101) * uint32(bits + uint32(253 - LEAST_SCALE)))
     inverse = inverses_of(low, high, exponents)
-    half = whole(uint32(uint32(1) << uint32(bits - uint32(1))))
-    top = minus(half, number_of(uint32(0x3F000000)))  # lies within the last step
-    a0, a1 = low_codes(e, inverse, half, top), high_codes(e, inverse, half, top)
-    b0, b1 = low_codes(f, inverse, half, top), high_codes(f, inverse, half, top)
-    c0, c1 = low_codes(g, inverse, half, top), high_codes(g, inverse, half, top)
-    d0, d1 = low_codes(h, inverse, half, top), high_codes(h, inverse, half, top)
+    nearest, count = uint32(NEAREST), uint32(uint32(1) << bits)
+    begin, end = whole(uint32(nearest + uint32(count >> uint32(1)))), whole(uint32(nearest + count - uint32(1)))
+    a0, a1 = low_codes(e, inverse, begin, end), high_codes(e, inverse, begin, end)
+    b0, b1 = low_codes(f, inverse, begin, end), high_codes(f, inverse, begin, end)
+    c0, c1 = low_codes(g, inverse, begin, end), high_codes(g, inverse, begin, end)
+    d0, d1 = low_codes(h, inverse, begin, end), high_codes(h, inverse, begin, end)
     first, step = key_codes_at(form, group, column, bits, lane)
     codes, apart = plane_at + uint64(first), uint64(step)
     if bits == uint32(8):
@@ -136,19 +151,15 @@ def _key_tile(form, group, column, bits, e, f, g, h, plane_at, lane):  # type: i
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _huge(words):  # type: ignore[no-untyped-def]
-    """Not 0 where one of 8 values is no number, or so large that sums could be none: the two highest bits of its exponent."""
-    a, b, c, d = words
-    return uint32((a & a << uint32(1) | b & b << uint32(1) | c & c << uint32(1) | d & d << uint32(1)) & uint32(0x40004000))
-
-
-@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
 def _value_tile(form, group, column, value, a, b, c, d, plane_at, lane):  # type: ignore[no-untyped-def]
-    """1,024 values of V in a row; False where one is too large."""
+    """1,024 values of V in a row; False where one is too large, or none: that of a head with such a value the least or the
+    largest is, too, rotated or not."""
     across, each_tiles = form
     bits, lanes, factor = value
+    count, times_it = number_of(uint32(0x3F800000)), number_of(uint32(0x3F800000))
     if factor != uint32(0):
-        a, b, c, d = rotated(a, b, c, d, lane, lanes, number_of(factor))
+        a, b, c, d = rotated(a, b, c, d, lane, lanes)
+        count, times_it = number_of(factor), number_of(uint32(uint32(0x7F000000) - factor))  # a power of two, and its inverse
     low = smallest(smaller_each(smaller_each(a, b), smaller_each(c, d)))
     high = largest(larger_each(larger_each(a, b), larger_each(c, d)))
     flip = uint32(1)
@@ -157,7 +168,7 @@ def _value_tile(form, group, column, value, a, b, c, d, plane_at, lane):  # type
         high = larger(high, number_of(uint32(cuda.shfl_xor_sync(ALL, int32(word_of(high)), flip))))
         flip = uint32(flip << uint32(1))
     none = number_of(uint32(0))
-    low, high = plus(low, none), plus(high, none)  # which makes 0 of -0
+    low, high = plus(times(low, count), none), plus(times(high, count), none)  # which makes 0 of -0
     good = word_of(reach(reach(none, low), high)) <= uint32(0x477FE000)  # 65,504
     zero_half = uint32(half_down(low))
     zero = from_half(zero_half)
@@ -165,14 +176,14 @@ def _value_tile(form, group, column, value, a, b, c, d, plane_at, lane):  # type
     step = from_half(step_half)
     inverse = none
     if step_half != uint32(0):
-        inverse = over(number_of(uint32(0x3F800000)), step)
+        inverse = times(over(number_of(uint32(0x3F800000)), step), count)
     at = uint32(uint32(32) * uint32(group * across + column) + lane)
     shift = uint32(cuda.popc(uint32(lanes - uint32(1))))  # lanes are a power of two
     if uint32(lane & uint32(lanes - uint32(1))) == uint32(0):
         store4(plane_at + uint64(uint32(uint32(4) * uint32(at >> shift))), uint32(step_half | zero_half << uint32(16)))
     codes = uint32(uint32(uint32(128) * each_tiles >> shift) + uint32(uint32(4) * bits) * at)
     target = plane_at + uint64(codes)
-    words = value_codes(a, b, c, d, zero, inverse)
+    words = value_codes(a, b, c, d, times(zero, times_it), inverse)
     e, f, g, h, w, x, y, z = words
     if bits == uint32(8):
         store16(target, (e, f, g, h))
@@ -313,7 +324,7 @@ def lossy_encode(  # type: ignore[no-untyped-def]
     """
     lane = uint32(cuda.threadIdx.x & 31)
     form, means = form_of(codec), codec[MEANS]
-    key_bits, value = uniform(uint32(codec[K_BITS])), values_of(codec)
+    key_bits, value = uniform(uint32(codec[K_BITS])), values_of(codec, FACTOR)
     tiles = uint32(uint32(codec[N_PLANES]) * form[1])
     runs = ceil_div(tiles, uint32(run))
     used = uint64(uint32(uint32(HEADER_BYTES) + uint32(codec[BODY_BYTES])))
@@ -349,8 +360,6 @@ def lossy_encode(  # type: ignore[no-untyped-def]
                 if key:
                     mean = eight(mean)
                     w, x, y, z = differences(w, mean), differences(x, mean), differences(y, mean), differences(z, mean)
-                else:
-                    good = uint32(_huge(p) | _huge(q) | _huge(r) | _huge(s)) == uint32(0) and good
                 left = uint32(left - uint32(1))
                 if left > uint32(0):  # the next one's loads are in flight while this one is coded
                     following = after(codec, form, following)

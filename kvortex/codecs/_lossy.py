@@ -20,12 +20,14 @@ from typing import Any
 import numpy as np
 
 from kvortex.jit import njit
+from kvortex.jit.fused import fused
 
 GROUP = 16  # tokens that share a scale of K
 SCALE_ZERO = 128  # the scale that is 1
 _NIBBLES, _PAIRS, _BITS = np.uint32(0x0F0F0F0F), np.uint32(0x03030303), np.uint32(0x01010101)
 _FOUR, _TWO = np.uint32(4), np.uint32(2)
 _HUGE = 0x6000  # the bf16 of 2**65
+_NEAREST = np.float32(1.5 * 2.0**23)  # there float32 counts in ones: a sum with it, less it, is the nearest integer
 _LARGEST_HALF = np.float32(65504)
 _SUBNORMAL_STEP = np.float32(2.0**-24)
 _LEAST_NORMAL = np.float32(2.0**-14)
@@ -73,8 +75,8 @@ def _from_half(half: Any, cell: Any, bits: Any) -> Any:
 
 
 @njit(nogil=True)
-def _rotate(row: Any, at: int, dim: int, factor: Any) -> None:
-    """The orthonormal Sylvester-Hadamard transform of ``row[at:at + dim]``, in place; its own inverse."""
+def _rotate(row: Any, at: int, dim: int) -> None:
+    """The Sylvester-Hadamard transform of ``row[at:at + dim]``, in place; its own inverse but for a factor of ``dim``."""
     half = 1
     while half < dim:
         for first in range(at, at + dim, 2 * half):
@@ -82,8 +84,6 @@ def _rotate(row: Any, at: int, dim: int, factor: Any) -> None:
                 a, b = row[k], row[k + half]
                 row[k], row[k + half] = a + b, a - b
         half *= 2
-    for k in range(at, at + dim):
-        row[k] *= factor
 
 
 @njit(nogil=True)
@@ -197,7 +197,10 @@ def _encode_k(plane: Any, mean: Any, bits: int, table: Any, out: Any, at: int, w
         for row in range(GROUP * group, GROUP * group + GROUP):
             line = plane[row]
             for c in range(channels):
-                q = np.floor((line[c] - mean[c]) * step[c])
+                left = line[c] - mean[c]
+                q = np.floor(left * step[c])
+                if fused(left, step[c], -q) < 0:  # the product was rounded up to q
+                    q -= np.float32(1)
                 codes[c] = np.uint8(min(max(q, -half), half - np.float32(1)) + half)
             code_at = _pack(codes, bits, out, code_at)
     return code_at
@@ -217,26 +220,28 @@ def _decode_k(plane: Any, mean: Any, bits: int, table: Any, coded: Any, at: int,
             code_at = _unpack(codes, bits, coded, code_at)
             line = plane[row]
             for c in range(channels):
-                line[c] = (np.float32(codes[c]) - half + np.float32(0.5)) * step[c] + mean[c]
+                line[c] = fused(np.float32(codes[c]) - half + np.float32(0.5), step[c], mean[c])
     return code_at
 
 
 @njit(nogil=True)
 def _encode_v(plane: Any, dim: int, bits: int, factor: Any, out: Any, at: int, work: Any) -> Any:
-    """A V plane likewise; ``factor`` is 1 / sqrt(dim), or 0 for no rotation."""
+    """A V plane likewise; what is rotated counts ``factor`` times, and 0 is for no rotation."""
     tokens, channels = plane.shape
     codes, cell, cell_bits = work[1], work[4], work[5]
     heads, most = channels // dim, np.float32((1 << bits) - 1)
+    scale = factor if factor > 0 else np.float32(1)
     code_at = at + tokens * heads
     for row in range(tokens):
         line = plane[row]
         for head in range(heads):
             part = line[head * dim : head * dim + dim]
             if factor > 0:
-                _rotate(part, 0, dim, factor)
+                _rotate(part, 0, dim)
             low, high = part[0], part[0]
             for k in range(dim):
                 low, high = min(low, part[k]), max(high, part[k])
+            low, high = low * scale, high * scale
             if not (abs(low) <= _LARGEST_HALF and abs(high) <= _LARGEST_HALF):
                 return -1
             zero_half = _half_down(low, cell, cell_bits)
@@ -245,33 +250,35 @@ def _encode_v(plane: Any, dim: int, bits: int, factor: Any, out: Any, at: int, w
             step = _from_half(step_half, cell, cell_bits)
             if (zero_half & np.uint32(0x7FFF)) >= np.uint32(0x7C00):
                 return -1
-            inverse = np.float32(1) / step if step > 0 else np.float32(0)
+            inverse = np.float32(1) / step * scale if step > 0 else np.float32(0)
             out[at + row * heads + head] = step_half | zero_half << np.uint32(16)
+            zero /= scale
             for k in range(dim):
-                q = np.rint((part[k] - zero) * inverse)
+                q = fused(part[k] - zero, inverse, _NEAREST) - _NEAREST
                 codes[head * dim + k] = np.uint8(min(max(q, np.float32(0)), most))
         code_at = _pack(codes, bits, out, code_at)
     return code_at
 
 
 @njit(nogil=True)
-def _decode_v(plane: Any, dim: int, bits: int, factor: Any, coded: Any, at: int, work: Any) -> Any:
+def _decode_v(plane: Any, dim: int, bits: int, back: Any, coded: Any, at: int, work: Any) -> Any:
+    """What is rotated back counts ``back`` times, and 0 is for no rotation."""
     tokens, channels = plane.shape
     codes, cell, cell_bits = work[1], work[4], work[5]
-    heads = channels // dim
+    heads, scale = channels // dim, back if back > 0 else np.float32(1)
     code_at = at + tokens * heads
     for row in range(tokens):
         code_at = _unpack(codes, bits, coded, code_at)
         line = plane[row]
         for head in range(heads):
             word = coded[at + row * heads + head]
-            step = _from_half(word & np.uint32(0xFFFF), cell, cell_bits)
-            zero = _from_half(word >> np.uint32(16), cell, cell_bits)
+            step = _from_half(word & np.uint32(0xFFFF), cell, cell_bits) * scale
+            zero = _from_half(word >> np.uint32(16), cell, cell_bits) * scale
             part = line[head * dim : head * dim + dim]
             for k in range(dim):
                 part[k] = np.float32(codes[head * dim + k]) * step + zero
-            if factor > 0:
-                _rotate(part, 0, dim, factor)
+            if back > 0:
+                _rotate(part, 0, dim)
     return code_at
 
 
@@ -289,7 +296,7 @@ def _work(channels: int) -> Any:
 
 
 @njit(nogil=True)
-def encode_lossy(values: Any, out: Any, is_key: Any, mean: Any, form: Any, factor: Any, table: Any, coded: Any) -> None:
+def encode_lossy(values: Any, out: Any, is_key: Any, mean: Any, form: Any, turn: Any, table: Any, coded: Any) -> None:
     """Bodies of records.
 
     Parameters
@@ -300,8 +307,9 @@ def encode_lossy(values: Any, out: Any, is_key: Any, mean: Any, form: Any, facto
     mean : (planes, channels) float32
     form : (3,) int64
         Width of a head, bits of K, bits of V.
-    factor : float32
-        Of the rotation of V.
+    turn : (2,) float32
+        What rotated values of V count, and what those that are rotated back: powers of two, together 1 / width of a head; 0
+        where none are rotated.
     table : (256,) float32
         From :func:`scales`.
     coded : (n,) bool
@@ -326,12 +334,12 @@ def encode_lossy(values: Any, out: Any, is_key: Any, mean: Any, form: Any, facto
             elif is_key[p]:
                 at = _encode_k(plane, mean[p], form[1], table, out[record], at, work)
             else:
-                at = _encode_v(plane, form[0], form[2], factor, out[record], at, work)
+                at = _encode_v(plane, form[0], form[2], turn[0], out[record], at, work)
             coded[record] = at >= 0
 
 
 @njit(nogil=True)
-def decode_lossy(coded: Any, values: Any, is_key: Any, mean: Any, form: Any, factor: Any, table: Any, wanted: Any) -> None:
+def decode_lossy(coded: Any, values: Any, is_key: Any, mean: Any, form: Any, turn: Any, table: Any, wanted: Any) -> None:
     """The reverse, for the records that are ``wanted``, (n,) bool. Results are rounded to the nearest bf16, ties to even."""
     n, planes, tokens, channels = values.shape
     plane, work = np.empty((tokens, channels), np.float32), _work(channels)
@@ -344,7 +352,7 @@ def decode_lossy(coded: Any, values: Any, is_key: Any, mean: Any, form: Any, fac
             if is_key[p]:
                 at = _decode_k(plane, mean[p], form[1], table, coded[record], at, work)
             else:
-                at = _decode_v(plane, form[0], form[2], factor, coded[record], at, work)
+                at = _decode_v(plane, form[0], form[2], turn[1], coded[record], at, work)
             for row in range(tokens):
                 for c in range(channels):
                     word = plane_bits[row, c]

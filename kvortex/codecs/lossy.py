@@ -2,7 +2,7 @@
 
 Of a K value: its channel's calibrated mean is taken off; of 16 tokens of a channel the largest that is left is rounded up
 to a quarter power of two, a byte; codes are of equal steps between, mid-rise. Of V: a token's head is rotated by the
-orthonormal Hadamard matrix (where a codec says so), then coded between its least and its largest value, whose fp16 forms
+Hadamard matrix (where a codec says so), then coded between its least and its largest value, whose fp16 forms
 are rounded outwards. What has a value that is not finite, or is too large for any scale, is stored exactly.
 
 These forms, and no others, because the common ones ruin some models: K by token, K rotated, scales that clip, static
@@ -120,11 +120,12 @@ class LossyCodec(BoundedCodec):
         Of a plane of K and of V in a body.
     tiles
         Of 16 tokens of 64 channels, in a record.
-    factor : float32
-        What rotated values are multiplied by; 0 for no rotation.
+    turn : (2,) float32
+        What rotated values count, and what those that are rotated back: powers of two, together 1 / ``head_dim``; 0 for no
+        rotation.
     """
 
-    version = 2
+    version = 3
     k_bits: ClassVar[int]
     v_bits: ClassVar[int]
     rotated: ClassVar[bool]
@@ -146,7 +147,9 @@ class LossyCodec(BoundedCodec):
         self.parts = -(-shape.raw_bytes // self.part_bytes)
         self._is_key = np.array([part == "K" for part in shape.parts_of_planes])
         self._form = np.array([shape.head_dim, self.k_bits, self.v_bits], np.int64)
-        self.factor = np.float32(shape.head_dim**-0.5 if self.rotated else 0)
+        turns = shape.head_dim.bit_length() - 1 if self.rotated else 0
+        forth = (turns + 1) // 2
+        self.turn = np.array([2.0**-forth, 2.0 ** (forth - turns)] if self.rotated else [0, 0], np.float32)
 
     def parameters(self) -> bytes:
         return self.tables.digest
@@ -161,7 +164,7 @@ class LossyCodec(BoundedCodec):
     @cached_property
     def compiled(self) -> tuple[Any, ...]:
         """What compiled functions take of a codec: see :func:`kvortex.codecs._lossy.encode_lossy`."""
-        return self._is_key, self.tables.means, self._form, self.factor, _SCALES
+        return self._is_key, self.tables.means, self._form, self.turn, _SCALES
 
     def _encode_bodies(self, planes: npt.NDArray[np.uint16], room: npt.NDArray[np.uint32], coded: Flags) -> Int64s:
         if 4 * room.shape[1] < self.slot_bytes:

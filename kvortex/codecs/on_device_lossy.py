@@ -11,6 +11,7 @@ from kvortex.codecs.on_device import MOST_BYTES, Cells, check_size, planes_of
 from kvortex.errors import CodecError
 from kvortex.kernels.lossy_form import (
     ACROSS,
+    BACK,
     BODY_BYTES,
     EACH,
     FACTOR,
@@ -66,7 +67,7 @@ def cells(codec: LossyCodec, fragments: npt.NDArray[np.int64], constants_at: int
     made[[N_PLANES, GROUPS, ACROSS]] = shape.planes, shape.tokens // 16, shape.channels // 64
     made[EACH] = shape.heads if shape.order == "HND" else 1
     made[[K_BITS, V_BITS, LANES]] = codec.k_bits, codec.v_bits, width // LEAST_HEAD
-    made[FACTOR] = codec.factor.view(np.uint32)
+    made[[FACTOR, BACK]] = codec.turn.view(np.uint32)
     made[[KEY_BYTES, VALUE_BYTES]] = codec.key_bytes, codec.value_bytes
     made[BODY_BYTES] = codec.part_bytes
     made[PLANES:] = planes.ravel()

@@ -123,7 +123,7 @@ def code_lossy(memcpy, fragments, codec, blocks, parts, good, records, sums, to_
         Which part of a record that is kept exactly; :data:`CODED` for a coded one.
     """
     raw_bytes, slot_bytes, tokens, headers, rest = codec
-    is_key, mean, form, factor, table = rest
+    is_key, mean, form, turn, table = rest
     values, wanted = np.empty((1, mean.shape[0], tokens, mean.shape[1]), np.uint16), np.empty(1, np.bool_)
     coded = np.zeros((1, slot_bytes // 4), np.uint32)
     body, about_parts = coded[:, _HEADER_WORDS:], (raw_bytes, slot_bytes - 4 * _HEADER_WORDS, headers[1])
@@ -135,13 +135,13 @@ def code_lossy(memcpy, fragments, codec, blocks, parts, good, records, sums, to_
         elif to_host:
             _move(memcpy, fragments, blocks[b], np.int64(values.ctypes.data), 0, raw_bytes, True)
             wanted[0] = True
-            encode_lossy(values, body, is_key, mean, form, factor, table, wanted)
+            encode_lossy(values, body, is_key, mean, form, turn, table, wanted)
             coded[0, :_HEADER_WORDS] = headers[0]
             good[b] = wanted[0]
         else:
             good[b] = (coded[0, :_HEADER_WORDS] == headers[0]).all()
             wanted[0] = good[b]
-            decode_lossy(body, values, is_key, mean, form, factor, table, wanted)
+            decode_lossy(body, values, is_key, mean, form, turn, table, wanted)
             if good[b]:
                 _move(memcpy, fragments, blocks[b], np.int64(values.ctypes.data), 0, raw_bytes, False)
         if to_host and good[b]:

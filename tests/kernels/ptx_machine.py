@@ -27,11 +27,11 @@ def words(numbers: Any) -> Words:
     return np.ascontiguousarray(numbers, np.float32).view(np.uint32)
 
 
-def _down(a: Words, b: Words) -> Words:
-    """Sums, rounded down."""
+def _fused_down(a: Words, b: Words, c: Words) -> Words:
+    """Products and sums, rounded down once."""
     made = np.empty(32, np.float32)
-    for lane, (x, y) in enumerate(zip(floats(a).tolist(), floats(b).tolist(), strict=True)):
-        exact = Fraction(x) + Fraction(y)
+    for lane, (x, y, z) in enumerate(zip(floats(a).tolist(), floats(b).tolist(), floats(c).tolist(), strict=True)):
+        exact = Fraction(x) * Fraction(y) + Fraction(z)
         near = np.float32(float(exact))
         made[lane] = np.nextafter(near, np.float32(-np.inf)) if Fraction(float(near)) > exact else near
     return words(made)
@@ -105,6 +105,7 @@ _FLOAT: dict[str, Callable[..., Any]] = {
     "div.rn.f32": np.divide,
     "min.f32": np.fmin,
     "max.f32": np.fmax,
+    "min.NaN.f32": np.minimum,
     "max.NaN.f32": np.maximum,
     "abs.f32": np.abs,
     "neg.f32": np.negative,
@@ -141,7 +142,7 @@ _WORD: dict[str, Callable[..., Any]] = {
     "prmt.b32": _permute,
     "lop3.b32": _table,
     "or.b32": np.bitwise_or,
-    "add.rm.f32": _down,
+    "fma.rm.f32": _fused_down,
     "fma.rn.f32": _fused,
     "cvt.rn.f32.u32": lambda a: words(a.astype(np.float32)),
     "cvt.rm.f16.f32": _half(False),

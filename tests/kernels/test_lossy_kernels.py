@@ -32,7 +32,7 @@ def test_in_the_simulator_they_write_what_the_host_writes(simulated: Simulated) 
 @pytest.mark.parametrize("name", KERNELS)
 def test_the_machine_code_is_lean(name: str, tmp_path: Path) -> None:
     """Nothing in local memory, all of a page by lanes of 128 bits, no division of 64 bits, and no product and sum joined but
-    in a division, where a rotation crosses lanes, and where a code is multiplied by its step."""
+    where the host joins them: codes and numbers of K and V, where a rotation crosses lanes, and in a division."""
     text = sass(compiled(name, (9, 0)).code, tmp_path)
     assert not re.findall(r"\b(LDL|STL)\b", text), "registers were spilled to local memory"
     assert max(map(int, re.findall(r"\bR(\d+)\b", text))) < (128 if name == "lossy_encode" else 80)
@@ -40,8 +40,7 @@ def test_the_machine_code_is_lean(name: str, tmp_path: Path) -> None:
     wide = re.findall(r"\b(LDG|STG)\.E\.\S*128", text)
     assert wide.count("LDG" if name == "lossy_encode" else "STG") >= 8
     joined = len(re.findall(r"\bFFMA\b", text.split("WARPSYNC")[0]))  # behind it lies what no whole warp comes to
-    steps = len(re.findall(r"\bFMUL\b", text)), len(re.findall(r"\bFADD\b", text))
-    assert steps[0] >= 64 and steps[1] >= 200 and joined < (32 + 32 if name == "lossy_encode" else 64 + 1)
+    assert len(re.findall(r"\bFADD\b", text)) >= 200 and 3 * 32 <= joined < 3 * 32 + (32 if name == "lossy_encode" else 2)
 
 
 def steps_of(text: str) -> tuple[list[str], dict[str, int]]:

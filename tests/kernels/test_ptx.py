@@ -11,7 +11,7 @@ import pytest
 
 from kvortex.codecs._lossy import scales
 from kvortex.kernels import digest, eights, float32, packed, plane_row, shares, warp_words
-from kvortex.kernels.eights import LEAST_SCALE, ROOTS
+from kvortex.kernels.eights import LEAST_SCALE, NEAREST, ROOTS
 from tests.kernels.ptx_machine import LANES, Machine, floats, words
 
 Rng = np.random.Generator
@@ -95,8 +95,8 @@ GIVEN: dict[str, dict[int, Callable[[Rng, int], np.ndarray]]] = {
     **{f"eights.{name}": {0: _between(-9, 9)} for name in ("smallest", "largest")},
     **{f"eights.{name}_each": {0: _between(-9, 9), 1: _between(-9, 9)} for name in ("smaller", "larger")},
     **{f"float32.{name}": {0: _between(-9, 9), 1: _between(-9, 9)} for name in ("smaller", "larger")},
-    "eights.low_codes": {0: _between(-9, 9), 1: _between(0.9, 15), 2: _fixed(128), 3: _fixed(127.5)},
-    "eights.high_codes": {0: _between(-9, 9), 1: _fixed(1), 2: _fixed(8), 3: _fixed(7.5)},
+    "eights.low_codes": {0: _between(-9, 9), 1: _between(0.9, 14), 2: _fixed(NEAREST + 128), 3: _fixed(NEAREST + 255)},
+    "eights.high_codes": {0: _between(-8, 9), 1: _fixed(1), 2: _fixed(NEAREST + 8), 3: _fixed(NEAREST + 15)},
     "eights.value_codes": dict(enumerate([_between(-3, 20)] * 4 + [_fixed(-3), _fixed(11, 3.7)])),
     "eights.key_numbers": {2: _fixed(2**23 + 2048 - 128), 3: _between(0.001, 1), 5: _fixed(2**23)},
     "plane_row.row_word": {1: _bases, 2: _late},
