@@ -185,10 +185,10 @@ class _Form:
         self._headers = gpu.array(int(cells[lf.HEADERS]), 2 * lf.HEADER_WORDS, ctypes.c_uint32).reshape(2, -1)
         self._raw_bytes, self.body_bytes = 2 * int(np.prod(self._shape)), int(cells[lf.BODY_BYTES])
         self.tiles = self._raw_bytes // 2048
-        is_key, factor = np.arange(planes) // each % 2 == 0, cells[[lf.FACTOR]].astype(np.uint32).view(np.float32)[0]
+        is_key, turn = np.arange(planes) // each % 2 == 0, cells[[lf.FACTOR, lf.BACK]].astype(np.uint32).view(np.float32)
         bits = np.array([32 * cells[lf.LANES], cells[lf.K_BITS], cells[lf.V_BITS]])
         self._is_key, self._bytes = is_key, cells[[lf.VALUE_BYTES, lf.KEY_BYTES]]
-        self._coding = is_key, mean.view(np.float32).reshape(planes, -1), bits, factor, scales()
+        self._coding = is_key, mean.view(np.float32).reshape(planes, -1), bits, turn, scales()
 
     def range_of(self, first: int, end: int) -> tuple[int, int]:
         """Bytes of a record that a launch over these tiles finds."""

@@ -186,6 +186,7 @@ class FakeGpu(FakeDriver):
     def _flag(self, name: str, address: int, value: int) -> None:
         if not self._reach("a flag", address, 4):
             return
+        assert address not in self.counters, "a flag where launches share work"
         cell = ctypes.c_uint32.from_address(address)
         if name == "write_value":
             cell.value = value

@@ -146,6 +146,7 @@ class LateGpu(FakeGpu):
             while (ctypes.c_uint32.from_address(call.arguments[1]).value - call.arguments[2]) & 0x80000000:
                 yield _WAITING
         elif name == "write_value":
+            assert call.arguments[1] not in self.counters, "a flag where launches share work"
             cell = ctypes.c_uint32.from_address(call.arguments[1])
             if (call.arguments[2] - cell.value) & 0x80000000:
                 self.wild.append(f"a flag goes back from {cell.value} to {call.arguments[2]}")

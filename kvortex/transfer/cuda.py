@@ -274,7 +274,7 @@ class CudaExecutor(Lender):
         plan, edges = self._plan(direction, route, blocks, slots, busy), np.array([0, len(self._planner.pieces)])
         if in_groups:  # the other routes take all layers at once
             return self._layer_save([plan], route, busy, np.zeros(num_layers, np.int64), blocks, edges)
-        early = self._reads_early and direction is Direction.LOAD and not busy
+        early = not busy and self._may_read_early(direction, caller, mark)
         digesting = self._digesting(route, blocks, *edges.tolist(), early=early)
         if digesting is not None and digesting.early:
             plan = in_one_chunk(plan)
@@ -384,19 +384,29 @@ class CudaExecutor(Lender):
 
     def _is_busy(self, caller: int, mark: CudaMark | None) -> bool:
         """Whether a model is computing: as the user says, or mostly when the caller's stream has work on it."""
-        if self.beside_compute is not None:
-            return self.beside_compute
-        if mark is not None:
-            return mark.busy()
-        return self._ask(cu.STREAM_QUERY, caller) == asking.NOT_READY
+        return self.beside_compute if self.beside_compute is not None else self._has_work(caller, mark)
+
+    def _has_work(self, caller: int, mark: CudaMark | None) -> bool:
+        """Whether there is something ahead on the caller's stream."""
+        return mark.busy() if mark is not None else self._ask(cu.STREAM_QUERY, caller) == asking.NOT_READY
+
+    def _may_read_early(self, direction: Direction, caller: int, mark: CudaMark | None) -> bool:
+        """Of a transfer that is not beside a model: whether a kernel may wait on the GPU for what its DMAs bring. All such
+        loads have the same streams, so none may be there that waits for its caller."""
+        if direction is not Direction.LOAD or not self._reads_early:
+            return False
+        return self.beside_compute is None or not self._has_work(caller, mark)  # what is None has been asked
 
     def prepare_buffers(
         self, direction: Direction, addresses: Int64s, sizes: Int64s, slots: Int64s, stream: Any
     ) -> CudaCompletion:
         plan = plan_direct(addresses, sizes, slots, self._pool, self._count, one_tensor=False)
-        digesting = self._digests.of_buffers(addresses, sizes)
         mark = stream if isinstance(stream, CudaMark) else None
         caller = NO_STREAM if mark is not None else cuda_stream_handle(stream)
+        early = not self._is_busy(caller, mark) and self._may_read_early(direction, caller, mark)
+        digesting = self._digests.of_buffers(addresses, sizes, early=early)
+        if digesting is not None and digesting.early:
+            plan = in_one_chunk(plan)
         return CudaCompletion(self, direction, plan, caller, Route.DIRECT, None, digesting, sizes, mark)
 
     def mark(self, stream: Any) -> CudaMark:

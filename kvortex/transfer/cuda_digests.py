@@ -91,12 +91,13 @@ class Digests:
         early = early and apart > 0 and route in _ON_ONE_STREAM
         return Digesting(len(blocks), self.numbers, reading, apart, early=early)
 
-    def of_buffers(self, addresses: Int64s, sizes: Int64s) -> Digesting | None:
-        """Of contiguous buffers."""
+    def of_buffers(self, addresses: Int64s, sizes: Int64s, *, early: bool = False) -> Digesting | None:
+        """Of contiguous buffers; ``early`` as of :meth:`of_blocks`."""
         if self._readers is None:
             return None
         reading = buffers_reading(self._readers[1], addresses, sizes)
-        return Digesting(len(sizes), self.numbers, reading, pieces_apart(len(sizes), reading.n_pieces))
+        apart = pieces_apart(len(sizes), reading.n_pieces)
+        return Digesting(len(sizes), self.numbers, reading, apart, early=early and apart > 0)
 
     def of_records(self, count: int) -> Digesting:
         """Of a codec's records, whose launches also say of each whether it fits, or is one."""

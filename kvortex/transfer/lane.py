@@ -247,9 +247,12 @@ class Lane:
             found[dg.N_PIECES], found[dg.N_BLOCKS] = reading.n_pieces, digesting.count
             most, warps = _READING_LAUNCHES * int(self.cells[cells.MAX_CTAS]), reading.n_pieces * digesting.count
             threads = READING_THREADS if warps > most * (_FEW_THREADS // 32) else _FEW_THREADS
-            found[dg.CTAS], found[dg.THREADS] = min(most, -(-warps // (threads // 32))), threads
             if digesting.early:
                 found[dg.FLAG] = self._flag
+                most = max(1, self._device.multiprocessors // 2)
+                few = (_FEW_THREADS, 2 * _FEW_THREADS)
+                threads = next((each for each in few if warps <= most * (each // 32)), READING_THREADS)
+            found[dg.CTAS], found[dg.THREADS] = min(most, -(-warps // (threads // 32))), threads
         return found
 
     def _resident_job(

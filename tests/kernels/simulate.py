@@ -139,8 +139,8 @@ def run_reading(case: Case, grid: int, threads: int) -> None:
     cuda.jit(reading.read_pages)[grid, threads](*values, *where, *at_once)
     assert sums.tolist() == [list(pair) for pair in case.sums(memory)]
     cells, into = apart(len(ids), len(pieces))
-    data, flag = memory.copy(), np.array([0xFFFFFFFD, 0xEE], np.uint32)
-    memory[:] = 0
+    data, flag = memory.copy(), np.array([0, 0xEE], np.uint32)
+    awaited = np.uint64(flag.ctypes.data), np.uint32(0)
 
     def bring() -> None:
         """A DMA, in two parts of which the first raises the flag of another one; 0 comes behind 2**32 - 1."""
@@ -149,11 +149,14 @@ def run_reading(case: Case, grid: int, threads: int) -> None:
             memory[part] = data[part]
             flag[0] = value
 
-    thread = threading.Thread(target=bring)
-    thread.start()
-    awaited = np.uint64(flag.ctypes.data), np.uint32(0)
-    cuda.jit(reading.read_pages)[grid, threads](*values, where[0], *into, *awaited)
-    thread.join()
+    def read_late(kernel: Any, *arguments: Any) -> None:
+        flag[0], memory[:] = 0xFFFFFFFD, 0
+        thread = threading.Thread(target=bring)
+        thread.start()
+        cuda.jit(kernel)[grid, threads](*arguments, *awaited)
+        thread.join()
+
+    read_late(reading.read_pages, *values, where[0], *into)
     assert cells.sum(1, np.uint64).tolist() == sums.tolist() and cells[:, :-1].any(2).all() and flag.tolist() == [0, 0xEE]
     spans = [(case.starts[0], 4200), (0, 0), (case.starts[-1] + 1, 61), (0, memory.size)]
     spans = [(first, min(count, memory.size - first)) for first, count in spans]
@@ -164,7 +167,7 @@ def run_reading(case: Case, grid: int, threads: int) -> None:
     cuda.jit(reading.read_buffers)[grid, threads](*values, where[0], np.uint64(sums.ctypes.data), *where[2:], *at_once)
     assert sums.tolist() == [list(naive_sums(memory[first:][:count].tobytes())) for first, count in spans]
     cells, into = apart(len(spans), most)
-    cuda.jit(reading.read_buffers)[grid, threads](*values, where[0], *into, *awaited)
+    read_late(reading.read_buffers, *values, where[0], *into)
     assert cells.sum(1, np.uint64).tolist() == sums.tolist() and cells[-1, :-1].any(1).all()
 
 

@@ -8,7 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+import kvortex
+from kvortex.devices.cuda import CudaDevice
 from kvortex.transfer import digesting as dg
+from kvortex.transfer.executor import Direction
 from kvortex.transfer.plan import N_COPIES, Int64s, Plan, in_one_chunk
 from tests.fake_driver import Result
 from tests.fake_gpu import FakeGpu, fake_gpu
@@ -53,6 +56,8 @@ def test_copies_the_flag_behind_them_and_then_the_kernel(name: str, turn: int) -
     assert all(caller in before[at] for at in (start, read, *copies)) and {read, start, *copies} <= before[done]
     assert calls[done].stream == reading
     assert {call.stream for call in calls if call.name not in ("push", "pop")} == {CALLER, copying, reading}
+    waits = [call.arguments[1] for call in calls if call.name == "wait" and call.stream == reading]
+    assert waits == [START] and before[min(copies)] - before[start] == {start}, "or it keeps room from what copies wait for"
 
 
 def test_each_load_has_a_value_of_its_own() -> None:
@@ -61,6 +66,10 @@ def test_each_load_has_a_value_of_its_own() -> None:
         assert lane.issue(recorder, plan_of("direct")) == (0, 0)
     values = [call.arguments[2] for call in recorder.calls if call.name == "write_value"]
     assert values == [0xFFFFFFFF, 0, 1] == [call.parameters[10] for call in recorder.calls if call.name == "launch"]
+    first, *_ = (at for at, call in enumerate(recorder.calls) if call.name == "write_value")
+    lane, refused = early(7), Recorder({first: CODE})
+    assert [lane.issue(refused, plan_of("direct"))[0] for _ in range(2)] == [CODE, 0]
+    assert [call.arguments[2] for call in refused.calls if call.name == "write_value"] == [8, 9], "refused, and of the next one"
 
 
 def test_events_in_the_place_of_a_stream() -> None:
@@ -102,8 +111,6 @@ def test_a_driver_that_refuses_any_call(name: str) -> None:
 
 
 def cache_of(kind: str) -> PagedCache:
-    from kvortex.devices.cuda import CudaDevice
-
     device = CudaDevice()
     if kind == "one piece":
         return PagedCache(device, [Tensor(device, (40, H100.copy_bytes), 1)], 0)
@@ -171,10 +178,46 @@ def test_long_loads_and_those_of_a_gpu_without_such_flags_are_not(monkeypatch: p
 
 
 def test_who_has_work_on_the_stream_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So does, as far as other loads go, who says that he does not: they would wait behind his."""
     with fake_gpu(monkeypatch) as gpu:
         cache = cache_of("even")
-        with cache.engine(slots=40, transfer_route="strided") as engine:
+        for says in (None, False):
+            with cache.engine(slots=40, transfer_route="strided", beside_compute=says) as engine:
+                cache.randomize()
+                for works in (False, True):
+                    monkeypatch.setattr(type(engine._executor), "_has_work", lambda *_: works)  # noqa: B023
+                    assert reads_early(gpu, engine, 1) is not works
+
+
+@pytest.mark.parametrize("streams", [1, 3])
+def test_two_streams_and_half_of_the_multiprocessors_are_taken(streams: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 8, as much as there is to read: 16 pieces a block."""
+    with fake_gpu(monkeypatch) as gpu:
+        cache = cache_of("even")
+        options = {"num_transfer_streams": streams, "staging_buffers": 3, "transfer_route": "strided"}
+        with cache.engine(slots=40, **options) as engine:
             cache.randomize()
-            assert reads_early(gpu, engine, 1)
-            monkeypatch.setattr(type(engine._executor), "_is_busy", lambda *_: True)
-            assert not reads_early(gpu, engine, 1)
+            lane = engine._executor._lanes[Direction.LOAD]
+            jobs: list[Any] = []
+            monkeypatch.setattr(lane, "issue", lambda job, issue=lane.issue: (jobs.append(job), issue(job))[1])
+            for count, shape in ((1, (4, 128)), (2, (4, 256)), (4, (4, 512)), (30, (4, 512))):
+                assert reads_early(gpu, engine, count)
+                (launch,) = (call for call in gpu.issued.calls if call.name == "launch")
+                assert (launch.arguments[1], launch.arguments[4]) == shape and launch.stream == int(lane.streams[1])
+            assert [len(given[6]) for _, given in jobs] == [2] * 4, "what is issued on must be told"
+
+
+@pytest.mark.parametrize(("nbytes", "expected"), [(1 << 20, True), (9 << 20, False)])
+def test_short_buffers_are_read_early_too(nbytes: int, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    with fake_gpu(monkeypatch) as gpu:
+        device = CudaDevice()
+        options = {"device": "cuda", "cpu_pool_size_bytes": 4 * nbytes, "max_block_bytes": nbytes}
+        with kvortex.KVortexEngine.create(kvortex.KVortexConfig(**options)) as engine:
+            data = np.random.default_rng(1).integers(0, 256, nbytes, np.uint8)
+            source, target = device.allocate(nbytes), device.allocate(nbytes)
+            source.write(data)
+            assert engine.save_blocks(keys_of(1), data_ptrs=[source.address], sizes=[nbytes]).wait().all()
+            assert not [call for call in gpu.issued.calls if call.name == "write_value"]
+            assert engine.load_blocks(keys_of(1), output_ptrs=[target.address], sizes=[nbytes]).wait().all()
+            assert bool([call for call in gpu.issued.calls if call.name == "write_value"]) is expected
+            assert (target.read() == data).all()

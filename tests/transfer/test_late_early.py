@@ -12,8 +12,9 @@ import pytest
 from kvortex.devices.cuda import CudaDevice
 from kvortex.transfer.routes import Route
 from tests.fake_gpu import fake_gpu
-from tests.late_gpu import LateGpu
+from tests.late_gpu import _WAITING, LateGpu
 from tests.pages import Bytes, PagedCache, Tensor, assert_same, keys_of
+from tests.transfer.recorder import Call
 
 BLOCKS, CALLER, READER = 16, 0x77, 0x78
 SHAPES = [(1, 2), (5, 2), (5, 3)]  # blocks, streams
@@ -44,7 +45,8 @@ def memory_of(gpu: LateGpu, cache: PagedCache) -> Bytes:
 def test_a_load_waits_for_who_reads_and_is_waited_for_by_who_reads_next(
     gpu: LateGpu, monkeypatch: pytest.MonkeyPatch, count: int, streams: int, way: str
 ) -> None:
-    """``left`` plans are issued by the lane's thread."""
+    """``left`` plans are issued by the lane's thread. Work that comes between the question and the copies counts, too."""
+    monkeypatch.setattr("kvortex.transfer.cuda.CudaExecutor._has_work", lambda *_: False)
     if way == "left":
         monkeypatch.setattr("kvortex.transfer.lane._AT_ONCE", -1)
     cache = cache_of()
@@ -74,6 +76,7 @@ def test_a_load_waits_for_who_reads_and_is_waited_for_by_who_reads_next(
 def test_between_others_nothing_is_mixed_up(gpu: LateGpu, monkeypatch: pytest.MonkeyPatch, other: Route) -> None:
     """Streams, events and their turns are those of other routes, too; and the flag is raised in the order of its values."""
     order = [other, Route.STRIDED, other, Route.STRIDED, Route.STRIDED, other] * 2
+    monkeypatch.setattr("kvortex.transfer.cuda.CudaExecutor._has_work", lambda *_: False)
     monkeypatch.setattr("kvortex.transfer.cuda.choose", lambda *_, **__: order.pop(0))
     cache = cache_of()
     with cache.engine(slots=BLOCKS, num_transfer_streams=3, gpu_pool_size_bytes=12 * 4096, beside_compute=False) as engine:
@@ -104,3 +107,58 @@ def test_a_damaged_byte_in_a_slot_fails_its_block(gpu: LateGpu) -> None:
             engine._parts.arena.view(slot * engine._executor._pool.slot_bytes, whole)[byte] ^= 1
             engine._index.release(np.array([slot]))
             assert engine.load_blocks(keys, blocks + 1).wait().tolist() == [False, True]
+
+
+class SmallGpu(LateGpu):
+    """Eight multiprocessors with room for 512 threads each. A kernel begins when one of its CTAs finds room, and has as many as
+    do then."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.room = [512] * 8
+
+    def kernel(self, ctas: int, threads: int, work: Iterator[str]) -> Iterator[str]:
+        while max(self.room) < threads:
+            yield _WAITING
+        taken: list[int] = []
+        while len(taken) < ctas and max(self.room) >= threads:
+            taken.append(int(np.argmax(self.room)))
+            self.room[taken[-1]] -= threads
+        yield "began"
+        yield from work
+        for at in taken:
+            self.room[at] += threads
+        yield "ended"
+
+    def _work(self, call: Call) -> Iterator[str]:
+        work = super()._work(call)
+        return self.kernel(call.arguments[1], call.arguments[4], work) if call.name == "launch" else work
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 32])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_kernel_that_waits_keeps_no_room_from_what_its_copies_wait_for(
+    monkeypatch: pytest.MonkeyPatch, seed: int, count: int
+) -> None:
+    """A load from a model's stream has the copies' stream first; what it waits for are kernels that need whole
+    multiprocessors."""
+    with fake_gpu(monkeypatch, SmallGpu(seed)) as gpu:
+        assert isinstance(gpu, SmallGpu)
+        cache = PagedCache(CudaDevice(), [Tensor(CudaDevice(), (16, 64, 3, 100))], 1)
+        with cache.engine(slots=64, transfer_route="strided") as engine:
+            cache.randomize()
+            one, others = np.array([0]), np.arange(1, 1 + count)
+            assert engine.save_blocks(keys_of(*range(1 + count)), np.arange(1 + count)).wait().all()
+            gpu.finish()
+            gpu.issued.calls.clear()
+            patience, gpu.patience = gpu.patience, 0
+            for _ in range(20):
+                gpu._put(CALLER, gpu.kernel(8, 512, iter(["computes"] * 2)))
+            loads = engine.load_blocks(keys_of(0), one, stream=CALLER), engine.load_blocks(keys_of(*others.tolist()), others)
+            assert len([call for call in gpu.issued.calls if call.name == "write_value"]) == 1, "the second one is read early"
+            gpu.patience = patience
+            gpu.finish()
+            left, gpu.room = gpu.left, [1 << 30] * 8
+            gpu.finish()
+            assert not left, "work that nothing lets go on"
+            assert all(load.wait(5).all() for load in loads)

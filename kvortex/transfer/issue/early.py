@@ -2,16 +2,17 @@
 
 A kernel behind a DMA ends some 8 us after that, a fifth of the time in which 2 MiB cross the link. One that is there before,
 and waits for a flag that the copies' stream raises (:mod:`kvortex.kernels.reading`), goes on when it sees that. It keeps
-multiprocessors meanwhile, so it is for short loads, of a GPU that has nothing else to do.
+multiprocessors meanwhile, so it is for short loads, whose caller has no work on its stream, and for half of the GPU at most.
 
-The copies, and the flag behind them, are issued before the kernel that waits for it. So a driver that returns from a launch
-only when the kernel has ended returns, and streams that share a hardware queue are slower, and never stuck. All copies of such
-loads are on one stream, so that the flag, which only grows, is raised in the order in which they end.
+It must not keep them from what its copies wait for: kernels that are ahead of these on their stream, or a model's that those
+wait for. So it begins when the copies are next on their stream: behind the event that is recorded right before them. The
+copies, and the flag, are issued before the kernel: a driver that returns from a launch only when the kernel has ended returns.
+All copies of such loads are on one stream, so that the flag, which only grows, is raised in the order in which they end.
 """
 
 from __future__ import annotations
 
-from kvortex.devices.driver import CTX_POP, CTX_PUSH, EVENT_RECORD, STREAM_WRITE_VALUE
+from kvortex.devices.driver import CTX_POP, CTX_PUSH, EVENT_RECORD, STREAM_WAIT, STREAM_WRITE_VALUE
 from kvortex.devices.native import call, release
 from kvortex.jit import njit
 from kvortex.transfer.digesting import FLAG, VALUE, read
@@ -53,7 +54,7 @@ def issue_early(  # type: ignore[no-untyped-def]
         digest[VALUE] = lane[RAISED]
         error = call(functions[STREAM_WRITE_VALUE], (behind, digest[FLAG], digest[VALUE], 0))
     if not error:
-        error = follow(functions, streams[1], after)
+        error = call(functions[STREAM_WAIT], (streams[1], start, 0))
     if not error:
         error = read(functions, digest, streams[1], parameters, pointers)
         if not error:

@@ -45,8 +45,8 @@ def issue(  # type: ignore[no-untyped-def]
 ):
     """Puts a plan on its streams, after the caller's and before ``done``.
 
-    ``done`` is on the stream of the only chunk, and on the join stream where there are several, or copies have one of their
-    own. A load that a kernel reads early goes to :func:`kvortex.transfer.issue.early.issue_early`.
+    ``done`` is on the stream of the only chunk, and on the join stream where there are several, copies have one of their own,
+    or sums of a load are read back. A load that a kernel reads early goes to :func:`kvortex.transfer.issue.early.issue_early`.
 
     Parameters
     ----------
