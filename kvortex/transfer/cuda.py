@@ -403,7 +403,7 @@ class CudaExecutor(Lender):
         plan = plan_direct(addresses, sizes, slots, self._pool, self._count, one_tensor=False)
         mark = stream if isinstance(stream, CudaMark) else None
         caller = NO_STREAM if mark is not None else cuda_stream_handle(stream)
-        early = not self._is_busy(caller, mark) and self._may_read_early(direction, caller, mark)
+        early = self._may_read_early(direction, caller, mark) and not self._is_busy(caller, mark)
         digesting = self._digests.of_buffers(addresses, sizes, early=early)
         if digesting is not None and digesting.early:
             plan = in_one_chunk(plan)

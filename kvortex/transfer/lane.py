@@ -245,15 +245,18 @@ class Lane:
             found[dg.KERNEL] = reading.kernel
             found[dg.TABLE] = reading.table or found[dg.IDS]
             found[dg.N_PIECES], found[dg.N_BLOCKS] = reading.n_pieces, digesting.count
-            most, warps = _READING_LAUNCHES * int(self.cells[cells.MAX_CTAS]), reading.n_pieces * digesting.count
-            threads = READING_THREADS if warps > most * (_FEW_THREADS // 32) else _FEW_THREADS
-            if digesting.early:
-                found[dg.FLAG] = self._flag
-                most = max(1, self._device.multiprocessors // 2)
-                few = (_FEW_THREADS, 2 * _FEW_THREADS)
-                threads = next((each for each in few if warps <= most * (each // 32)), READING_THREADS)
-            found[dg.CTAS], found[dg.THREADS] = min(most, -(-warps // (threads // 32))), threads
+            found[dg.FLAG] = self._flag if digesting.early else 0
+            found[dg.CTAS], found[dg.THREADS] = self._reading_shape(reading.n_pieces * digesting.count, digesting.early)
         return found
+
+    def _reading_shape(self, pieces: int, early: bool) -> tuple[int, int]:
+        """CTAs, and threads of each, of a kernel that reads so many pieces, a warp one at a time. One that is launched early
+        has half of the multiprocessors at most, and there what it takes to have all pieces in flight."""
+        most, few = _READING_LAUNCHES * int(self.cells[cells.MAX_CTAS]), [_FEW_THREADS]
+        if early:
+            most, few = max(1, self._device.multiprocessors // 2), [_FEW_THREADS, 2 * _FEW_THREADS]
+        threads = next((each for each in few if pieces <= most * (each // 32)), READING_THREADS)
+        return min(most, -(-pieces // (threads // 32))), threads
 
     def _resident_job(
         self,
