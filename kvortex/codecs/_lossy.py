@@ -167,6 +167,20 @@ def _unpack(codes: Any, bits: int, coded: Any, at: int) -> Any:
 
 
 @njit(nogil=True)
+def _floor(left: Any, step: Any) -> Any:
+    """Of their product, exact; ``step`` is above 0."""
+    q = np.floor(left * step)
+    # The product was rounded up to q, or to -0.
+    return q - np.float32(1) if fused(left, step, -q) < 0 or (q == 0 and left < 0) else q
+
+
+@njit(nogil=True)
+def _nearest(left: Any, step: Any) -> Any:
+    """The whole number that is nearest to their product, exact, of two the even one; from 0 to 2**22."""
+    return fused(left, step, _NEAREST) - _NEAREST
+
+
+@njit(nogil=True)
 def _encode_k(plane: Any, mean: Any, bits: int, table: Any, out: Any, at: int, work: Any) -> Any:
     """A K plane (tokens, channels) of float32 to ``out[at:]``: the place behind, or -1 where a scale would have to clip."""
     tokens, channels = plane.shape
@@ -197,10 +211,7 @@ def _encode_k(plane: Any, mean: Any, bits: int, table: Any, out: Any, at: int, w
         for row in range(GROUP * group, GROUP * group + GROUP):
             line = plane[row]
             for c in range(channels):
-                left = line[c] - mean[c]
-                q = np.floor(left * step[c])
-                if fused(left, step[c], -q) < 0:  # the product was rounded up to q
-                    q -= np.float32(1)
+                q = _floor(line[c] - mean[c], step[c])
                 codes[c] = np.uint8(min(max(q, -half), half - np.float32(1)) + half)
             code_at = _pack(codes, bits, out, code_at)
     return code_at
@@ -254,7 +265,7 @@ def _encode_v(plane: Any, dim: int, bits: int, factor: Any, out: Any, at: int, w
             out[at + row * heads + head] = step_half | zero_half << np.uint32(16)
             zero /= scale
             for k in range(dim):
-                q = fused(part[k] - zero, inverse, _NEAREST) - _NEAREST
+                q = _nearest(part[k] - zero, inverse)
                 codes[head * dim + k] = np.uint8(min(max(q, np.float32(0)), most))
         code_at = _pack(codes, bits, out, code_at)
     return code_at

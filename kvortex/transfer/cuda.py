@@ -23,12 +23,12 @@ from kvortex.transfer._layers import load_compiled as load_layers
 from kvortex.transfer.coded.coders import coder_for
 from kvortex.transfer.coded.layers import LayeredCoder, LayeredLoad
 from kvortex.transfer.cuda_completion import CudaCompletion, CudaMark
-from kvortex.transfer.cuda_digests import Digests
+from kvortex.transfer.cuda_digests import ON_ONE_STREAM, Digests
 from kvortex.transfer.digesting import Digesting
 from kvortex.transfer.executor import Completion, Direction
 from kvortex.transfer.issue.cells import COUNTER_BYTES, NO_STREAM
 from kvortex.transfer.issue.resident import FLAG_BYTES
-from kvortex.transfer.lane import Lane
+from kvortex.transfer.lane import Lane, is_short
 from kvortex.transfer.layer_load import LayerLoad
 from kvortex.transfer.layers import Ordered, Sections, group_count, in_order, split_groups
 from kvortex.transfer.layerwise import LayerSave
@@ -170,7 +170,7 @@ class CudaExecutor(Lender):
             self._flags = self.device.allocate(flags_bytes + counters_bytes + FLAG_BYTES)
             self._flags.write(np.zeros(self._flags.nbytes, np.uint8))
             flags, counters = self._flags.address, self._flags.address + flags_bytes
-            if depth > 1 and self.device.has_stream_flags:
+            if self._digests.summed and self._codec is None and self.device.has_stream_flags:
                 flag = counters + counters_bytes
         self._reads_early = flag != 0
         works: list[int] | None = None
@@ -203,7 +203,7 @@ class CudaExecutor(Lender):
                 self._staging.buffer_bytes if self._staging is not None else 0,
                 self._profile.link_rate,
                 self._link_share,
-                flag,
+                flag if direction is Direction.LOAD else 0,
             )
 
     def _halves(self, buffers: list[int]) -> list[int]:
@@ -274,7 +274,7 @@ class CudaExecutor(Lender):
         plan, edges = self._plan(direction, route, blocks, slots, busy), np.array([0, len(self._planner.pieces)])
         if in_groups:  # the other routes take all layers at once
             return self._layer_save([plan], route, busy, np.zeros(num_layers, np.int64), blocks, edges)
-        early = not busy and self._may_read_early(direction, caller, mark)
+        early = not busy and self._may_read_early(direction, route, plan, caller, mark)
         digesting = self._digesting(route, blocks, *edges.tolist(), early=early)
         if digesting is not None and digesting.early:
             plan = in_one_chunk(plan)
@@ -390,12 +390,18 @@ class CudaExecutor(Lender):
         """Whether there is something ahead on the caller's stream."""
         return mark.busy() if mark is not None else self._ask(cu.STREAM_QUERY, caller) == asking.NOT_READY
 
-    def _may_read_early(self, direction: Direction, caller: int, mark: CudaMark | None) -> bool:
-        """Of a transfer that is not beside a model: whether a kernel may wait on the GPU for what its DMAs bring. All such
-        loads have the same streams, so none may be there that waits for its caller."""
-        if direction is not Direction.LOAD or not self._reads_early:
+    def _may_read_early(
+        self, direction: Direction, route: Route, plan: Plan, caller: int, mark: CudaMark | None
+    ) -> bool:
+        """Of a transfer that is not beside a model: whether a kernel may wait on the GPU for what its DMAs bring. They must be
+        few, and next on their engine: nothing else may be loading, nor anything be ahead of this on its caller's stream."""
+        if direction is not Direction.LOAD or not self._reads_early or route not in ON_ONE_STREAM:
             return False
-        return self.beside_compute is None or not self._has_work(caller, mark)  # what is None has been asked
+        lane = self._lanes[direction]
+        if not is_short(in_one_chunk(plan)) or not lane.idle:
+            return False
+        busy = self.beside_compute is not None and self._has_work(caller, mark)  # where that is None it has been asked
+        return not busy and not any(self._ask(cu.STREAM_QUERY, stream) for stream in lane.ordinary_streams)
 
     def prepare_buffers(
         self, direction: Direction, addresses: Int64s, sizes: Int64s, slots: Int64s, stream: Any
@@ -403,7 +409,7 @@ class CudaExecutor(Lender):
         plan = plan_direct(addresses, sizes, slots, self._pool, self._count, one_tensor=False)
         mark = stream if isinstance(stream, CudaMark) else None
         caller = NO_STREAM if mark is not None else cuda_stream_handle(stream)
-        early = self._may_read_early(direction, caller, mark) and not self._is_busy(caller, mark)
+        early = self._may_read_early(direction, Route.DIRECT, plan, caller, mark) and not self._is_busy(caller, mark)
         digesting = self._digests.of_buffers(addresses, sizes, early=early)
         if digesting is not None and digesting.early:
             plan = in_one_chunk(plan)

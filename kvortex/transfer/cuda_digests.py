@@ -18,7 +18,7 @@ from kvortex.transfer.plan import Int64s
 from kvortex.transfer.routes import Route
 
 _MOVED_BY_KERNELS = (Route.STAGED, Route.RESIDENT, Route.MAPPED)
-_ON_ONE_STREAM = (Route.STRIDED, Route.DIRECT)  # copies of a short load, since they are no faster on several
+ON_ONE_STREAM = (Route.STRIDED, Route.DIRECT)  # copies of a short load, since they are no faster on several
 
 
 class Digests:
@@ -88,7 +88,7 @@ class Digests:
         if route in _MOVED_BY_KERNELS:
             return Digesting(len(blocks), self.numbers, None, apart)
         reading = Reading(self._readers[0], table + first * PIECE_ROW_BYTES, last - first, blocks.astype(np.int32))
-        early = early and apart > 0 and route in _ON_ONE_STREAM
+        early = early and apart > 0
         return Digesting(len(blocks), self.numbers, reading, apart, early=early)
 
     def of_buffers(self, addresses: Int64s, sizes: Int64s, *, early: bool = False) -> Digesting | None:

@@ -78,12 +78,15 @@ class Lane:
     link_share
         What paced copies are to take of that.
     flag
-        Address of 4 bytes of VRAM, zeroed, for :mod:`kvortex.transfer.issue.early`; 0 where nothing can be read early.
+        Address of 4 bytes of VRAM, zeroed, for :mod:`kvortex.transfer.issue.early`, which has two streams of its own: what is
+        on the others may wait for its callers. 0 where nothing can be read early.
 
     Attributes
     ----------
     copy_stream : int
         The stream of all copies between staging buffers and the host.
+    ordinary_streams : tuple of int
+        All but those of what is read early.
     """
 
     def __init__(
@@ -113,12 +116,14 @@ class Lane:
         self._streams: list[int] = []
         self._events: list[int] = []
         try:
-            self._open(len(buffers), behind=direction is Direction.SAVE)
+            self._open(len(buffers), 2 if flag else 0, behind=direction is Direction.SAVE)
             self._submitter = Submitter(f"kvortex-{direction.value}", self.cells)
         except BaseException:
             self.close()
             raise
-        *streams, kernel_stream, self.copy_stream, flag_stream, self._digest_stream, join_stream = self._streams
+        self.ordinary_streams = tuple(self._streams[: len(buffers) + 5])
+        self._early = np.array(self._streams[len(buffers) + 5 :], np.int64)
+        *streams, kernel_stream, self.copy_stream, flag_stream, self._digest_stream, join_stream = self.ordinary_streams
         joins, others = self._events[: len(streams)], self._events[len(streams) :][:5]
         kernel_event, copy_event, flag_event, caller_event, self._digest_event = others
         self._all = np.array([[*streams, kernel_stream, self.copy_stream], [*joins, kernel_event, copy_event]], np.int64)
@@ -174,15 +179,13 @@ class Lane:
             return RESIDENT, self._resident_job(functions, plan, caller, after, events, ids, digest, outcome)
         # Batches of short copies need many streams: at 32 KiB 8 of them brought 49 GB/s on an H100, and one 32 / 30.
         used = self._count if kind == NOTHING and not plan.batch.size else len(self.streams)
-        if digest[dg.FLAG]:
-            used = 2  # copies on the one, the kernel that reads on the other, however many others get
         return STREAMED, (
             kind,
             self._holder,
             *self._all,
             functions,
             self.cells,
-            self.streams[:used],
+            self._early if digest[dg.FLAG] else self.streams[:used],
             self.buffers[:used],
             self.joins[:used],
             np.ascontiguousarray(self._handing[:, :used]),
@@ -327,13 +330,13 @@ class Lane:
         """Paces no plan any more up to that place of the queue, since somebody waits until it is issued."""
         hurry(self.cells, place)
 
-    def _open(self, count: int, *, behind: bool) -> None:
+    def _open(self, count: int, more: int, *, behind: bool) -> None:
         with cu.current(self._device.context) as driver:
             low, high = cu.check(driver.cuCtxGetStreamPriorityRange(), "cuCtxGetStreamPriorityRange")
             # High priority: a short gather must not queue behind a model's kernels. Loads before saves,
             # since a model waits for them. (A smaller number is a higher priority.)
             priority = min(high + 1, low) if behind else high
-            for _ in range(count + 5):
+            for _ in range(count + 5 + more):
                 # Non-blocking: not ordered with the legacy default stream but through events.
                 flags = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
                 self._streams.append(int(cu.check(driver.cuStreamCreateWithPriority(flags, priority), "cuStreamCreate")))

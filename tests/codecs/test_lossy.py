@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from kvortex.codecs import RecordShape, Tables, calibrate, make_codec
-from kvortex.codecs._lossy import _from_half, _half_down, _half_up, _rotate, scales
+from kvortex.codecs._lossy import _floor, _from_half, _half_down, _half_up, _nearest, _rotate, scales
 from kvortex.codecs.base import EXACT, HEADER, HEADER_BYTES
 from kvortex.codecs.lossy import LossyCodec
 from kvortex.errors import CodecError
@@ -252,6 +254,47 @@ def test_latents_and_odd_heads_are_refused() -> None:
     with pytest.raises(CodecError, match="power of two"):
         make_codec("k4v4", odd, tables_of(odd, np.random.default_rng(0)))
     assert make_codec("int8", odd, tables_of(odd, np.random.default_rng(0))).slot_bytes < odd.raw_bytes / 1.85
+
+
+def exact(x: Any, y: Any) -> np.ndarray:
+    """Products of float32, in float64."""
+    return np.asarray(x, np.float64) * np.asarray(y, np.float64)
+
+
+def test_products_are_rounded_once() -> None:
+    """Among numbers of which many are not what two roundings would make of them."""
+    rng = np.random.default_rng(1)
+    whole = rng.integers(-200, 0, 300_000).astype(np.float32)
+    step = np.exp2(rng.uniform(-8, 8, whole.size)).astype(np.float32)
+    left = np.nextafter(whole / step, np.float32(-np.inf), dtype=np.float32)
+    found = np.array([_floor(a, b) for a, b in zip(left, step, strict=True)])
+    assert (found == np.floor(exact(left, step))).all() and (found != np.floor(left * step)).sum() > 100
+    tiny = np.float32(-(2.0**-140))
+    assert _floor(tiny, np.float32(2.0**-20)) == -1 == _floor(np.float32(-1e-30), np.float32(1e-30)), "below 0, if not by much"
+    assert _floor(np.float32(0), np.float32(3)) == _floor(-np.float32(0), np.float32(3)) == 0
+    middle = np.abs(whole) + np.float32(0.5)
+    left = (middle / step).astype(np.float32)
+    found = np.array([_nearest(a, b) for a, b in zip(left, step, strict=True)])
+    assert (found == np.rint(exact(left, step))).all() and (found != np.rint(left * step)).sum() > 100
+
+
+def test_decoded_numbers_are_rounded_once() -> None:
+    """And then to bf16: of a million there are some that two roundings in float32 would have on another side."""
+    shape = RecordShape(1, 16, 64)
+    rng, count = np.random.default_rng(2), 64
+    means = bf16((rng.normal(size=(2, 1024)) * np.exp2(rng.integers(-4, 5, (2, 1024)))).astype(np.float32))
+    codec = make_codec("int8", shape, Tables(np.full((2, 1024), 128, np.uint8), means))
+    assert isinstance(codec, LossyCodec)
+    records, back = np.zeros((count, codec.slot_bytes), np.uint8), np.zeros((count, shape.raw_bytes), np.uint8)
+    records[:, :HEADER_BYTES] = codec.headers[0].view(np.uint8)
+    scale, code = rng.integers(110, 140, (count, 1024)), rng.integers(0, 256, (count, 16, 1024))
+    records[:, HEADER_BYTES:][:, :1024], records[:, HEADER_BYTES + 1024 :][:, : 16 * 1024] = scale, code.reshape(count, -1)
+    assert codec.decode_into(records, back).all()
+    step, steps = (scales()[scale] / 128)[:, None], (code - 127.5).astype(np.float32)
+    mean = (means[0].astype(np.uint32) << 16).view(np.float32)
+    once, twice = bf16_near(exact(steps, step) + mean.astype(np.float64)), bf16_near(steps * step + mean)
+    seen = back.view(np.uint16).reshape(count, 2, 16, 1024)[:, 0]
+    assert (seen == once).all() and (once != twice).any()
 
 
 def test_halves_are_rounded_outwards() -> None:

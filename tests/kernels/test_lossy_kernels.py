@@ -43,6 +43,13 @@ def test_the_machine_code_is_lean(name: str, tmp_path: Path) -> None:
     assert len(re.findall(r"\bFADD\b", text)) >= 200 and 3 * 32 <= joined < 3 * 32 + (32 if name == "lossy_encode" else 2)
 
 
+def test_no_least_or_largest_number_hides_a_nan(tmp_path: Path) -> None:
+    """Nothing else tells the encoder that V has one; of K a step's last code may take its place, and its scale tells."""
+    text = sass(compiled("lossy_encode", (9, 0)).code, tmp_path)
+    plain = len(re.findall(r"\bFMNMX R", text))
+    assert plain == 32 and len(re.findall(r"\bFMNMX\.NAN\b", text)) >= 2 * 31 + 4 + 24
+
+
 def steps_of(text: str) -> tuple[list[str], dict[str, int]]:
     """Instructions with their predicates, and where each label is among them."""
     steps, labels = list[str](), dict[str, int]()

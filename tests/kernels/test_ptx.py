@@ -42,6 +42,10 @@ def _short_float(rng: Rng, places: int) -> np.ndarray:
     return _any_float(rng, places) & np.uint32(0xFFFFE000)
 
 
+def _with_nan(rng: Rng, places: int) -> np.ndarray:
+    return np.where(rng.random((places, 32)) < 0.1, np.uint32(0x7FC00000), _between(-9, 9)(rng, places))
+
+
 def _between(low: float, high: float) -> Callable[[Rng, int], np.ndarray]:
     return lambda rng, places: words(rng.uniform(low, high, (places, 32)).astype(np.float32))
 
@@ -103,6 +107,12 @@ GIVEN: dict[str, dict[int, Callable[[Rng, int], np.ndarray]]] = {
     "plane_row.late_of": {0: _whole(0, 8)},
     "plane_row.first_codes": {0: _distances},
     "plane_row.distances": {0: _inverted, 1: _shifted_bases},
+    "eights.smaller_each": {0: _with_nan, 1: _with_nan},
+    "eights.larger_each": {0: _with_nan, 1: _with_nan},
+    "eights.smallest": {0: _with_nan},
+    "eights.largest": {0: _with_nan},
+    "float32.smaller": {0: _with_nan, 1: _with_nan},
+    "float32.larger": {0: _with_nan, 1: _with_nan},
     "float32.half_down": {0: _between(-65504, 65504)},
     "float32.half_up": {0: _between(0, 70)},
     "float32.whole": {0: _whole(0, 1 << 24)},

@@ -140,7 +140,7 @@ def reads_early(gpu: FakeGpu, engine: Any, count: int, **how: Any) -> bool:
         ("even", {}, 5, True),
         ("even", {"num_transfer_streams": 1, "staging_buffers": 2}, 5, True),
         ("even", {"num_transfer_streams": 3}, 5, True),
-        ("even", {"num_transfer_streams": 1, "staging_buffers": 1}, 1, False),
+        ("even", {"num_transfer_streams": 1, "staging_buffers": 1}, 1, True),
         ("even", {"beside_compute": True}, 1, False),
         ("even", {"digests": False}, 1, False),
         ("even", {"transfer_route": "batched"}, 1, False),
@@ -203,21 +203,46 @@ def test_two_streams_and_half_of_the_multiprocessors_are_taken(streams: int, mon
             for count, shape in ((1, (4, 128)), (2, (4, 256)), (4, (4, 512)), (30, (4, 512))):
                 assert reads_early(gpu, engine, count)
                 (launch,) = (call for call in gpu.issued.calls if call.name == "launch")
-                assert (launch.arguments[1], launch.arguments[4]) == shape and launch.stream == int(lane.streams[1])
+                assert (launch.arguments[1], launch.arguments[4]) == shape
+                assert launch.stream not in lane.ordinary_streams and launch.stream in lane.every_stream
             assert [len(given[6]) for _, given in jobs] == [2] * 4, "what is issued on must be told"
 
 
-@pytest.mark.parametrize(("nbytes", "expected"), [(1 << 20, True), (9 << 20, False)])
-def test_short_buffers_are_read_early_too(nbytes: int, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("streams", [1, 3])
+@pytest.mark.parametrize("busy", [None, "says so", "has work"])
+@pytest.mark.parametrize(("sizes", "fits"), [([1 << 20], True), ([(1 << 20) + 1], False), ([5000, 1, 4096, 70000], True)])
+def test_short_buffers_are_read_early_too(
+    sizes: list[int], fits: bool, busy: str | None, streams: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dg, "MOST_APART", 256)
     with fake_gpu(monkeypatch) as gpu:
-        device = CudaDevice()
-        options = {"device": "cuda", "cpu_pool_size_bytes": 4 * nbytes, "max_block_bytes": nbytes}
+        device, most = CudaDevice(), max(sizes)
+        options = {"device": "cuda", "cpu_pool_size_bytes": 8 * most, "max_block_bytes": most, "num_transfer_streams": streams}
+        options["beside_compute"] = True if busy == "says so" else None
         with kvortex.KVortexEngine.create(kvortex.KVortexConfig(**options)) as engine:
-            data = np.random.default_rng(1).integers(0, 256, nbytes, np.uint8)
-            source, target = device.allocate(nbytes), device.allocate(nbytes)
-            source.write(data)
-            assert engine.save_blocks(keys_of(1), data_ptrs=[source.address], sizes=[nbytes]).wait().all()
+            data = [np.random.default_rng(at).integers(0, 256, size, np.uint8) for at, size in enumerate(sizes)]
+            keys, pairs = keys_of(*range(len(sizes))), [(device.allocate(size), device.allocate(size)) for size in sizes]
+            for (source, _), own in zip(pairs, data, strict=True):
+                source.write(own)
+            assert engine.save_blocks(keys, data_ptrs=[source.address for source, _ in pairs], sizes=sizes).wait().all()
             assert not [call for call in gpu.issued.calls if call.name == "write_value"]
-            assert engine.load_blocks(keys_of(1), output_ptrs=[target.address], sizes=[nbytes]).wait().all()
-            assert bool([call for call in gpu.issued.calls if call.name == "write_value"]) is expected
-            assert (target.read() == data).all()
+            if busy == "has work":
+                monkeypatch.setattr(type(engine._executor), "_has_work", lambda *_: True)
+            assert engine.load_blocks(keys, output_ptrs=[target.address for _, target in pairs], sizes=sizes).wait().all()
+            early = bool([call for call in gpu.issued.calls if call.name == "write_value"])
+            assert early is (fits and busy is None)
+            assert all((target.read() == own).all() for (_, target), own in zip(pairs, data, strict=True))
+
+
+def test_many_copies_and_loads_beside_others_are_not_read_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such copies are faster on several streams; and behind what is being loaded a kernel would keep its room for long."""
+    with fake_gpu(monkeypatch) as gpu:
+        cache = cache_of("even")
+        with cache.engine(slots=40, transfer_route="strided") as engine:
+            cache.randomize()
+            monkeypatch.setattr("kvortex.transfer.lane._AT_ONCE", 8)
+            assert reads_early(gpu, engine, 5) and not reads_early(gpu, engine, 6)
+            ask, busy = engine._executor._ask, engine._executor._lanes[Direction.LOAD].copy_stream
+            with monkeypatch.context() as patch:
+                patch.setattr(engine._executor, "_ask", lambda which, *of: 600 if of[:1] == (busy,) else ask(which, *of))
+                assert not reads_early(gpu, engine, 5)

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+import kvortex
 from kvortex.devices.cuda import CudaDevice
 from kvortex.transfer.routes import Route
+from tests.engine.test_late import may
 from tests.fake_gpu import fake_gpu
 from tests.late_gpu import _WAITING, LateGpu
 from tests.pages import Bytes, PagedCache, Tensor, assert_same, keys_of
@@ -24,6 +26,11 @@ SHAPES = [(1, 2), (5, 2), (5, 3)]  # blocks, streams
 def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[LateGpu]:
     with fake_gpu(monkeypatch, LateGpu(request.param)) as made:
         yield made
+
+
+def as_if_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loads that may not be read early, since something is there, are."""
+    monkeypatch.setattr("kvortex.transfer.cuda.CudaExecutor._may_read_early", lambda _, way, route, *__: may(way, route))
 
 
 def cache_of() -> PagedCache:
@@ -46,7 +53,7 @@ def test_a_load_waits_for_who_reads_and_is_waited_for_by_who_reads_next(
     gpu: LateGpu, monkeypatch: pytest.MonkeyPatch, count: int, streams: int, way: str
 ) -> None:
     """``left`` plans are issued by the lane's thread. Work that comes between the question and the copies counts, too."""
-    monkeypatch.setattr("kvortex.transfer.cuda.CudaExecutor._has_work", lambda *_: False)
+    as_if_alone(monkeypatch)
     if way == "left":
         monkeypatch.setattr("kvortex.transfer.lane._AT_ONCE", -1)
     cache = cache_of()
@@ -76,7 +83,7 @@ def test_a_load_waits_for_who_reads_and_is_waited_for_by_who_reads_next(
 def test_between_others_nothing_is_mixed_up(gpu: LateGpu, monkeypatch: pytest.MonkeyPatch, other: Route) -> None:
     """Streams, events and their turns are those of other routes, too; and the flag is raised in the order of its values."""
     order = [other, Route.STRIDED, other, Route.STRIDED, Route.STRIDED, other] * 2
-    monkeypatch.setattr("kvortex.transfer.cuda.CudaExecutor._has_work", lambda *_: False)
+    as_if_alone(monkeypatch)
     monkeypatch.setattr("kvortex.transfer.cuda.choose", lambda *_, **__: order.pop(0))
     cache = cache_of()
     with cache.engine(slots=BLOCKS, num_transfer_streams=3, gpu_pool_size_bytes=12 * 4096, beside_compute=False) as engine:
@@ -140,8 +147,10 @@ class SmallGpu(LateGpu):
 def test_a_kernel_that_waits_keeps_no_room_from_what_its_copies_wait_for(
     monkeypatch: pytest.MonkeyPatch, seed: int, count: int
 ) -> None:
-    """A load from a model's stream has the copies' stream first; what it waits for are kernels that need whole
-    multiprocessors."""
+    """Kernels that need whole multiprocessors, for which another load waits that was there before; were the copies behind that
+    one, all would wait for ever."""
+    as_if_alone(monkeypatch)
+    monkeypatch.setattr("kvortex.transfer.cuda.CudaExecutor._is_busy", lambda _, caller, __: caller == CALLER)
     with fake_gpu(monkeypatch, SmallGpu(seed)) as gpu:
         assert isinstance(gpu, SmallGpu)
         cache = PagedCache(CudaDevice(), [Tensor(CudaDevice(), (16, 64, 3, 100))], 1)
@@ -162,3 +171,35 @@ def test_a_kernel_that_waits_keeps_no_room_from_what_its_copies_wait_for(
             gpu.finish()
             assert not left, "work that nothing lets go on"
             assert all(load.wait(5).all() for load in loads)
+
+
+@pytest.mark.parametrize("kind", ["pages", "buffers"])
+def test_who_has_nothing_ahead_waits_for_no_other_caller(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """A model that does not end before this load has: loads from its stream were there first."""
+    as_if_alone(monkeypatch)
+    monkeypatch.setattr("kvortex.transfer.cuda.CudaExecutor._is_busy", lambda _, caller, __: caller == CALLER)
+    with fake_gpu(monkeypatch, LateGpu(1)) as gpu:
+        ended: list[bool] = []
+
+        def model() -> Iterator[str]:
+            while not ended:
+                yield _WAITING
+
+        cache = cache_of()
+        layout = None if kind == "buffers" else cache.layout
+        options = {"device": "cuda", "transfer_route": "strided", "cpu_pool_size_bytes": 1 << 20, "max_block_bytes": 4096}
+        with kvortex.KVortexEngine.create(kvortex.KVortexConfig(**options), layout) as engine:
+            memory = [CudaDevice().allocate(4096) for _ in range(4)]
+
+            def asked(at: int, way: str) -> Any:
+                if kind == "pages":
+                    return {"block_ids": [at]}
+                return {way: [memory[at].address], "sizes": [4096]}
+
+            assert all(engine.save_blocks(keys_of(at), **asked(at, "data_ptrs")).wait(5).all() for at in range(4))
+            gpu.finish()
+            gpu._put(CALLER, model())
+            behind = [engine.load_blocks(keys_of(at), **asked(at, "output_ptrs"), stream=CALLER) for at in range(3)]
+            assert engine.load_blocks(keys_of(3), **asked(3, "output_ptrs")).wait(5).all(), "it waits for the model"
+            ended.append(True)
+            assert all(ticket.wait(5).all() for ticket in behind)

@@ -7,7 +7,8 @@ multiprocessors meanwhile, so it is for short loads, whose caller has no work on
 It must not keep them from what its copies wait for: kernels that are ahead of these on their stream, or a model's that those
 wait for. So it begins when the copies are next on their stream: behind the event that is recorded right before them. The
 copies, and the flag, are issued before the kernel: a driver that returns from a launch only when the kernel has ended returns.
-All copies of such loads are on one stream, so that the flag, which only grows, is raised in the order in which they end.
+All copies of such loads are on one stream, so that the flag, which only grows, is raised in the order in which they end. That
+stream, and the kernels', are theirs alone: what is on others may wait for its callers.
 """
 
 from __future__ import annotations
