@@ -401,7 +401,7 @@ class CudaExecutor(Lender):
         if not is_short(in_one_chunk(plan)) or not lane.idle:
             return False
         busy = self.beside_compute is not None and self._has_work(caller, mark)  # where that is None it has been asked
-        return not busy and not any(self._ask(cu.STREAM_QUERY, stream) for stream in lane.ordinary_streams)
+        return not busy and not self.ask_streams(lane.ordinary_streams)
 
     def prepare_buffers(
         self, direction: Direction, addresses: Int64s, sizes: Int64s, slots: Int64s, stream: Any

@@ -85,8 +85,8 @@ class Lane:
     ----------
     copy_stream : int
         The stream of all copies between staging buffers and the host.
-    ordinary_streams : tuple of int
-        All but those of what is read early.
+    every_stream, ordinary_streams : (n,) int64
+        Handles of all its streams; and of all but those of what is read early.
     """
 
     def __init__(
@@ -121,9 +121,10 @@ class Lane:
         except BaseException:
             self.close()
             raise
-        self.ordinary_streams = tuple(self._streams[: len(buffers) + 5])
-        self._early = np.array(self._streams[len(buffers) + 5 :], np.int64)
-        *streams, kernel_stream, self.copy_stream, flag_stream, self._digest_stream, join_stream = self.ordinary_streams
+        self.every_stream = np.array(self._streams, np.int64)
+        self.ordinary_streams, self._early = self.every_stream[: len(buffers) + 5], self.every_stream[len(buffers) + 5 :]
+        handles = self.ordinary_streams.tolist()
+        *streams, kernel_stream, self.copy_stream, flag_stream, self._digest_stream, join_stream = handles
         joins, others = self._events[: len(streams)], self._events[len(streams) :][:5]
         kernel_event, copy_event, flag_event, caller_event, self._digest_event = others
         self._all = np.array([[*streams, kernel_stream, self.copy_stream], [*joins, kernel_event, copy_event]], np.int64)
@@ -349,11 +350,6 @@ class Lane:
         """Whether its thread has nothing to issue."""
         return self._submitter is None or self._submitter.idle
 
-    @property
-    def every_stream(self) -> tuple[int, ...]:
-        """Handles of all its streams."""
-        return tuple(self._streams)
-
     def close(self) -> None:
         """Frees all. Nothing may be in flight."""
         if self._submitter is not None:
@@ -361,5 +357,6 @@ class Lane:
         with contextlib.suppress(DeviceError), cu.current(self._device.context) as driver:
             while self._events:
                 driver.cuEventDestroy(self._events.pop())
+            self.every_stream = self.ordinary_streams = np.empty(0, np.int64)  # none is asked any more
             while self._streams:
                 driver.cuStreamDestroy(self._streams.pop())

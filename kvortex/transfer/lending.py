@@ -119,7 +119,11 @@ class Lender(Executor):
 
     def query_streams(self, direction: Direction) -> int:
         """0 when nothing of a direction runs any more, else the code that says otherwise."""
-        return next((code for stream in self._lanes[direction].every_stream if (code := self._ask(cu.STREAM_QUERY, stream))), 0)
+        return self.ask_streams(self._lanes[direction].every_stream)
+
+    def ask_streams(self, streams: Int64s) -> int:
+        """0 when nothing is on any of these streams, else the code that says otherwise."""
+        return asking.ask_streams(self._functions, int(self.device.context), streams)
 
     def elapsed(self, start: int, done: int) -> float:
         """Seconds between two events that have passed; 0.0 where the driver cannot say."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kvortex.devices import driver as cu
-from kvortex.devices.asking import ask
+from kvortex.devices.asking import ask, ask_streams
 
 OURS, THEIRS, RELAXED, GLOBAL = 0xC0FFEE, 0xBEEF, 2, 0
 
@@ -20,7 +20,8 @@ class Driver:
     def __init__(self, context: int) -> None:
         self.context, self.mode, self.fails = context, GLOBAL, dict[str, int]()
         self.asked: list[tuple[Any, ...]] = []
-        names = {cu.CTX_GET: self.get, cu.CTX_SET: self.set, cu.CAPTURE_MODE: self.exchange, cu.EVENT_QUERY: self.query}
+        names = {cu.CTX_GET: self.get, cu.CTX_SET: self.set, cu.CAPTURE_MODE: self.exchange}
+        names |= {cu.EVENT_QUERY: self.query, cu.STREAM_QUERY: self.query}
         form = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_longlong] * 3)
         self._kept = {at: form(function) for at, function in names.items()}
         self.functions = np.zeros(max(names) + 1, np.int64)
@@ -63,3 +64,14 @@ def test_a_refusal_before_the_question(what: str, asks: int) -> None:
     driver.fails = {what: 201}
     assert ask(driver.functions, OURS, cu.EVENT_QUERY, 7) == (0 if asks else 201)
     assert len(driver.asked) == asks and (driver.context, driver.mode) == (THEIRS, GLOBAL)
+
+
+@pytest.mark.parametrize("context", [OURS, THEIRS])
+def test_streams_are_asked_until_one_answers_otherwise(context: int) -> None:
+    driver = Driver(context)
+    none = np.empty(0, np.int64)
+    assert ask_streams(driver.functions, OURS, np.array([7, 8, 9])) == 0 == ask_streams(driver.functions, OURS, none)
+    assert [(ours, mode, stream) for ours, mode, (stream, *_) in driver.asked] == [(OURS, RELAXED, at) for at in (7, 8, 9)]
+    driver.fails = {"query": 600}
+    assert ask_streams(driver.functions, OURS, np.array([4, 5])) == 600 and [of[0] for *_, of in driver.asked[3:]] == [4]
+    assert (driver.context, driver.mode) == (context, GLOBAL)

@@ -242,7 +242,8 @@ def test_many_copies_and_loads_beside_others_are_not_read_early(monkeypatch: pyt
             cache.randomize()
             monkeypatch.setattr("kvortex.transfer.lane._AT_ONCE", 8)
             assert reads_early(gpu, engine, 5) and not reads_early(gpu, engine, 6)
-            ask, busy = engine._executor._ask, engine._executor._lanes[Direction.LOAD].copy_stream
-            with monkeypatch.context() as patch:
-                patch.setattr(engine._executor, "_ask", lambda which, *of: 600 if of[:1] == (busy,) else ask(which, *of))
-                assert not reads_early(gpu, engine, 5)
+            lane = engine._executor._lanes[Direction.LOAD]
+            for stream in lane.every_stream.tolist():
+                with monkeypatch.context() as patch:
+                    patch.setitem(gpu.answers, "cuStreamQuery", lambda asked: (Result(600 if asked == stream else 0),))  # noqa: B023
+                    assert reads_early(gpu, engine, 5) is (stream not in lane.ordinary_streams.tolist())
