@@ -28,7 +28,7 @@ from kvortex.transfer.digesting import Digesting
 from kvortex.transfer.executor import Completion, Direction
 from kvortex.transfer.issue.cells import COUNTER_BYTES, NO_STREAM
 from kvortex.transfer.issue.resident import FLAG_BYTES
-from kvortex.transfer.lane import Lane, is_short
+from kvortex.transfer.lane import Lane, are_few
 from kvortex.transfer.layer_load import LayerLoad
 from kvortex.transfer.layers import Ordered, Sections, group_count, in_order, split_groups
 from kvortex.transfer.layerwise import LayerSave
@@ -398,7 +398,7 @@ class CudaExecutor(Lender):
         if direction is not Direction.LOAD or not self._reads_early or route not in ON_ONE_STREAM:
             return False
         lane = self._lanes[direction]
-        if not is_short(in_one_chunk(plan)) or not lane.idle:
+        if not are_few(1, len(plan.copies)) or not lane.idle:
             return False
         busy = self.beside_compute is not None and self._has_work(caller, mark)  # where that is None it has been asked
         return not busy and not self.ask_streams(lane.ordinary_streams)

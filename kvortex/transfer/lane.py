@@ -35,8 +35,12 @@ _READING_LAUNCHES = 2  # times the CTAs of a launch, for one that only reads: as
 
 def is_short(plan: Plan) -> bool:
     """Whether a plan takes so few calls of the driver that its caller had best make them."""
-    copies = len(plan.copies) + plan.batch.shape[1] // 4
-    return bool(3 * len(plan.chunks) + copies + len(plan.launches) <= _AT_ONCE)
+    return are_few(len(plan.chunks), len(plan.copies) + plan.batch.shape[1] // 4 + len(plan.launches))
+
+
+def are_few(chunks: int, others: int) -> bool:
+    """The same of so many chunks, and copies and launches that these take."""
+    return bool(3 * chunks + others <= _AT_ONCE)
 
 
 def _kind(plan: Plan) -> int:
