@@ -280,6 +280,7 @@ def test_a_real_calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             build.load(name, device.compute_capability)
     found = calibrate(device)
     assert found.seconds < 30 and 0.2 * found.profile.link_rate < min(found.link.values()) and found.profile.measured
-    assert all(0 < row.rate < 1.1 * found.link[row.direction] for row in found.table), "faster than the link"
-    assert all(0.5 < row.slowdown < 10 for row in found.table if row.slowdown is not None)
+    faster = [row for row in found.table if not 0 < row.rate < 1.1 * found.link[row.direction]]
+    assert not faster, (found.link, faster)
+    assert not [row for row in found.table if row.slowdown is not None and not 0.5 < row.slowdown < 10]
     assert store.save(device, found.profile) and store.load(device) == found.profile
