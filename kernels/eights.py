@@ -17,8 +17,9 @@ from kvortex.kernels.ptx import statement
 # Mantissas of the quarter powers of two between 1 and 2; the exponent of the least scale, 2**-32.
 ROOTS = (0, 0x1837F0, 0x3504F3, 0x5744FD)
 LEAST_SCALE = 95
-_MANTISSA, _NEAREST = 0x7FFFFF, 0x4B400000  # the latter is that of
+_MANTISSA = 0x7FFFFF
 NEAREST = 1.5 * 2**23  # where float32 counts in ones
+_NEAREST_BITS = int(np.float32(NEAREST).view(np.uint32))
 _SIZES = {"e": 8, "w": 8, "v": 4}
 
 
@@ -320,7 +321,7 @@ def high_codes(rest, inverse, first, last):  # type: ignore[no-untyped-def]
 
 def _values() -> str:
     """Four eights, then zero and inverse."""
-    lines = [f"mov.b32 m, {_NEAREST};"]
+    lines = [f"mov.b32 m, {_NEAREST_BITS};"]
     for j in range(8):
         for i in range(4):
             lines += [f"sub.rn.f32 u{i}, ${8 + 4 * j + i}, $40;", f"fma.rn.f32 u{i}, u{i}, $41, m;"]

@@ -191,7 +191,7 @@ class FakeGpu(FakeDriver):
         if name == "write_value":
             cell.value = value
             self._pump()
-        elif (cell.value - value) & 0x80000000:
+        elif is_behind(address, value):
             self.wild.append(f"a stream waits for ever: flag {cell.value}, wanted {value}")
 
     def _pump(self) -> None:
@@ -210,7 +210,7 @@ class FakeGpu(FakeDriver):
         for row in np.ctypeslib.as_array((ctypes.c_int64 * (8 * n_chunks)).from_address(table)).reshape(-1, 8).copy().tolist():
             staging, first, n_blocks, piece, n_pieces, ready, value, done = row
             self._reach("a kernel's flag", ready, 4)
-            while (ctypes.c_uint32.from_address(ready).value - value) & 0x80000000:
+            while is_behind(ready, value):
                 yield "waiting"
             self._reach("a kernel's table", pieces + 32 * piece, 32 * n_pieces)
             self._reach("a kernel's ids", ids + 4 * first, 4 * n_blocks)
@@ -242,9 +242,7 @@ class FakeGpu(FakeDriver):
     def awaits(self, call: Call) -> bool:
         """Whether a kernel that reads has to wait for its flag."""
         flag, value = call.parameters[9:11]
-        if not flag or not self._reach("a kernel's flag", flag, 4):
-            return False
-        return bool((ctypes.c_uint32.from_address(flag).value - value) & 0x80000000)
+        return flag != 0 and self._reach("a kernel's flag", flag, 4) and is_behind(flag, value)
 
     def _read(self, call: Call) -> None:
         """A kernel that digests pages or buffers."""
@@ -314,6 +312,11 @@ class FakeGpu(FakeDriver):
                     self._copy("a kernel", *(pair if entry & 0xFF == _ENTRIES[b"gather"] else pair[::-1]), nbytes)
                     if entry & _DIGESTS:
                         self.digest(pair[1], nbytes, offset, numbers_at, sums + b * record + p * piece, piece)
+
+
+def is_behind(flag: int, value: int) -> bool:
+    """Whether a flag has not reached a value; it only grows, and wraps."""
+    return bool((ctypes.c_uint32.from_address(flag).value - value) & 0x80000000)
 
 
 def ids_of(address: int, count: int, only: int) -> list[int]:

@@ -19,7 +19,7 @@ import numpy as np
 
 from tests import fake_codecs
 from tests.fake_driver import Result
-from tests.fake_gpu import _CODES, _DIGESTS, _ENTRIES, _RESIDENT, FakeGpu, ids_of
+from tests.fake_gpu import _CODES, _DIGESTS, _ENTRIES, _RESIDENT, FakeGpu, ids_of, is_behind
 from tests.transfer.recorder import Call
 
 _WAITING = "waiting"
@@ -143,7 +143,7 @@ class LateGpu(FakeGpu):
     def _work(self, call: Call) -> Iterator[str]:
         name = call.name
         if name == "wait_value":
-            while (ctypes.c_uint32.from_address(call.arguments[1]).value - call.arguments[2]) & 0x80000000:
+            while is_behind(*call.arguments[1:3]):
                 yield _WAITING
         elif name == "write_value":
             assert call.arguments[1] not in self.counters, "a flag where launches share work"

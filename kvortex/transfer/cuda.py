@@ -129,7 +129,6 @@ class CudaExecutor(Lender):
         self._staging: StagingRing | None = None
         self._table: Any = None
         self._flags: Any = None
-        self._reads_early = False  # whether a kernel may wait on the GPU for what DMAs bring
         self._digests = Digests(digests)
         self._depth = max(self._count, profile.buffers)
         lie = _allocations(device, fragments, num_blocks)
@@ -172,7 +171,6 @@ class CudaExecutor(Lender):
             flags, counters = self._flags.address, self._flags.address + flags_bytes
             if self._digests.summed and self._codec is None and self.device.has_stream_flags:
                 flag = counters + counters_bytes
-        self._reads_early = flag != 0
         works: list[int] | None = None
         if staged and self._codec is not None and self._staging is not None:
             known = self._pool, self._kernel, self._digests.numbers
@@ -274,10 +272,8 @@ class CudaExecutor(Lender):
         plan, edges = self._plan(direction, route, blocks, slots, busy), np.array([0, len(self._planner.pieces)])
         if in_groups:  # the other routes take all layers at once
             return self._layer_save([plan], route, busy, np.zeros(num_layers, np.int64), blocks, edges)
-        early = not busy and self._may_read_early(direction, route, plan, caller, mark)
-        digesting = self._digesting(route, blocks, *edges.tolist(), early=early)
-        if digesting is not None and digesting.early:
-            plan = in_one_chunk(plan)
+        digesting = self._digesting(route, blocks, *edges.tolist())
+        plan, digesting = self._early(direction, route, plan, digesting, caller, mark, busy)
         digests = digesting, self._sizes(blocks)
         return CudaCompletion(self, direction, plan, caller, route, None, *digests, mark, beside_compute=busy)
 
@@ -323,9 +319,9 @@ class CudaExecutor(Lender):
     def _sizes(self, blocks: Int64s) -> Int64s:
         return np.full(len(blocks), self._layer_offsets[-1])
 
-    def _digesting(self, route: Route, blocks: Int64s, first: int, last: int, **how: bool) -> Digesting | None:
+    def _digesting(self, route: Route, blocks: Int64s, first: int, last: int, whole: bool = True) -> Digesting | None:
         table = self._table.address if self._table is not None else 0
-        return self._digests.of_blocks(route, blocks, table, first, last, **how)
+        return self._digests.of_blocks(route, blocks, table, first, last, whole=whole)
 
     def _layer_save(
         self, plans: list[Plan], route: Route, busy: bool, group_of: Int64s, blocks: Int64s, edges: Int64s
@@ -390,13 +386,29 @@ class CudaExecutor(Lender):
         """Whether there is something ahead on the caller's stream."""
         return mark.busy() if mark is not None else self._ask(cu.STREAM_QUERY, caller) == asking.NOT_READY
 
-    def _may_read_early(
-        self, direction: Direction, route: Route, plan: Plan, caller: int, mark: CudaMark | None
-    ) -> bool:
-        """Of a transfer that is not beside a model: whether a kernel may wait on the GPU for what its DMAs bring. They must be
-        few, and next on their engine: nothing else may be loading, nor anything be ahead of this on its caller's stream."""
-        if direction is not Direction.LOAD or not self._reads_early or route not in ON_ONE_STREAM:
-            return False
+    def _early(
+        self,
+        direction: Direction,
+        route: Route,
+        plan: Plan,
+        digesting: Digesting | None,
+        caller: int,
+        mark: CudaMark | None,
+        busy: bool | None = None,
+    ) -> tuple[Plan, Digesting | None]:
+        """A transfer of copies alone, and what is digested of it: as a load that is read early, where it may be. ``busy`` is
+        what :meth:`_is_busy` says, if it was asked."""
+        if digesting is None or not digesting.apart or direction is not Direction.LOAD or route not in ON_ONE_STREAM:
+            return plan, digesting
+        if not self._lanes[direction].reads_early or (self._is_busy(caller, mark) if busy is None else busy):
+            return plan, digesting
+        if not self._may_read_early(direction, plan, caller, mark):
+            return plan, digesting
+        return in_one_chunk(plan), dataclasses.replace(digesting, early=True)
+
+    def _may_read_early(self, direction: Direction, plan: Plan, caller: int, mark: CudaMark | None) -> bool:
+        """Of a load that is not beside a model: whether a kernel may wait on the GPU for what its DMAs bring. They must be few,
+        and next on their engine: nothing else may be loading, nor anything be ahead of this on its caller's stream."""
         lane = self._lanes[direction]
         if not are_few(1, len(plan.copies)) or not lane.idle:
             return False
@@ -409,10 +421,8 @@ class CudaExecutor(Lender):
         plan = plan_direct(addresses, sizes, slots, self._pool, self._count, one_tensor=False)
         mark = stream if isinstance(stream, CudaMark) else None
         caller = NO_STREAM if mark is not None else cuda_stream_handle(stream)
-        early = self._may_read_early(direction, Route.DIRECT, plan, caller, mark) and not self._is_busy(caller, mark)
-        digesting = self._digests.of_buffers(addresses, sizes, early=early)
-        if digesting is not None and digesting.early:
-            plan = in_one_chunk(plan)
+        digesting = self._digests.of_buffers(addresses, sizes)
+        plan, digesting = self._early(direction, Route.DIRECT, plan, digesting, caller, mark)
         return CudaCompletion(self, direction, plan, caller, Route.DIRECT, None, digesting, sizes, mark)
 
     def mark(self, stream: Any) -> CudaMark:

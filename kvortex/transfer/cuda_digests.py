@@ -64,7 +64,7 @@ class Digests:
         return sizes if self.summed else None
 
     def of_blocks(
-        self, route: Route, blocks: Int64s, table: int, first: int, last: int, *, whole: bool = True, early: bool = False
+        self, route: Route, blocks: Int64s, table: int, first: int, last: int, *, whole: bool = True
     ) -> Digesting | None:
         """Of pages.
 
@@ -79,8 +79,6 @@ class Digests:
         whole
             Whether they are all that the caller waits for, and not one of many groups of layers, for which there is not that
             much room.
-        early
-            Whether a kernel that reads what DMAs bring may wait on the GPU for these.
         """
         if self._readers is None:
             return None
@@ -88,16 +86,14 @@ class Digests:
         if route in _MOVED_BY_KERNELS:
             return Digesting(len(blocks), self.numbers, None, apart)
         reading = Reading(self._readers[0], table + first * PIECE_ROW_BYTES, last - first, blocks.astype(np.int32))
-        early = early and apart > 0
-        return Digesting(len(blocks), self.numbers, reading, apart, early=early)
+        return Digesting(len(blocks), self.numbers, reading, apart)
 
-    def of_buffers(self, addresses: Int64s, sizes: Int64s, *, early: bool = False) -> Digesting | None:
-        """Of contiguous buffers; ``early`` as of :meth:`of_blocks`."""
+    def of_buffers(self, addresses: Int64s, sizes: Int64s) -> Digesting | None:
+        """Of contiguous buffers."""
         if self._readers is None:
             return None
         reading = buffers_reading(self._readers[1], addresses, sizes)
-        apart = pieces_apart(len(sizes), reading.n_pieces)
-        return Digesting(len(sizes), self.numbers, reading, apart, early=early and apart > 0)
+        return Digesting(len(sizes), self.numbers, reading, pieces_apart(len(sizes), reading.n_pieces))
 
     def of_records(self, count: int) -> Digesting:
         """Of a codec's records, whose launches also say of each whether it fits, or is one."""

@@ -89,6 +89,8 @@ class Lane:
     ----------
     copy_stream : int
         The stream of all copies between staging buffers and the host.
+    reads_early : bool
+        Whether kernels may wait on the GPU for what DMAs bring.
     every_stream, ordinary_streams : (n,) int64
         Handles of all its streams; and of all but those of what is read early.
     """
@@ -113,14 +115,14 @@ class Lane:
         link_share: float = 1.0,
         flag: int = 0,
     ) -> None:
-        self._device, self._flag = device, flag
+        self._device, self._flag, self.reads_early = device, flag, flag != 0
         self._submitter: Submitter | None = None
         self._ahead_bytes, self._link_rate = (len(buffers) - 1) * buffer_bytes, link_rate
         self.cells = np.zeros(cells.LANE_CELLS, np.int64)
         self._streams: list[int] = []
         self._events: list[int] = []
         try:
-            self._open(len(buffers), 2 if flag else 0, behind=direction is Direction.SAVE)
+            self._open(len(buffers), 2 * self.reads_early, behind=direction is Direction.SAVE)
             self._submitter = Submitter(f"kvortex-{direction.value}", self.cells)
         except BaseException:
             self.close()

@@ -12,7 +12,7 @@ import pytest
 import kvortex
 from kvortex.devices.cuda import CudaDevice
 from kvortex.transfer.routes import Route
-from tests.engine.test_late import may
+from tests.engine.test_late import as_if_alone
 from tests.fake_gpu import fake_gpu
 from tests.late_gpu import _WAITING, LateGpu
 from tests.pages import Bytes, PagedCache, Tensor, assert_same, keys_of
@@ -26,11 +26,6 @@ SHAPES = [(1, 2), (5, 2), (5, 3)]  # blocks, streams
 def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[LateGpu]:
     with fake_gpu(monkeypatch, LateGpu(request.param)) as made:
         yield made
-
-
-def as_if_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loads that may not be read early, since something is there, are."""
-    monkeypatch.setattr("kvortex.transfer.cuda.CudaExecutor._may_read_early", lambda _, way, route, *__: may(way, route))
 
 
 def cache_of() -> PagedCache:

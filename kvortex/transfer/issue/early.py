@@ -13,12 +13,13 @@ stream, and the kernels', are theirs alone: what is on others may wait for its c
 
 from __future__ import annotations
 
-from kvortex.devices.driver import CTX_POP, CTX_PUSH, EVENT_RECORD, STREAM_WAIT, STREAM_WRITE_VALUE
-from kvortex.devices.native import call, release
+from kvortex.devices.driver import EVENT_RECORD, STREAM_WAIT, STREAM_WRITE_VALUE
+from kvortex.devices.native import call
 from kvortex.jit import njit
 from kvortex.transfer.digesting import FLAG, VALUE, read
-from kvortex.transfer.issue.cells import CALLER_EVENT, CONTEXT, ERROR, ISSUED, LAST, NO_STREAM, RAISED
+from kvortex.transfer.issue.cells import RAISED
 from kvortex.transfer.issue.dma import copy_chunk, fill_rectangle
+from kvortex.transfer.issue.framing import begin, end
 from kvortex.transfer.issue.ordering import follow
 from kvortex.transfer.plan import DEVICE_SIDE
 
@@ -35,14 +36,9 @@ def issue_early(  # type: ignore[no-untyped-def]
     :func:`kvortex.transfer.issue.plans.issue`.
     """
     behind = streams[0]
-    error = call(functions[CTX_PUSH], (lane[CONTEXT],))
-    if error:
-        outcome[ERROR] = error
-        release()
-        outcome[ISSUED] = 1
+    entered, error = begin(functions, lane, caller, outcome)
+    if not entered:
         return
-    if caller != NO_STREAM:
-        error = call(functions[EVENT_RECORD], (lane[CALLER_EVENT], caller))
     if not error:
         error = follow(functions, behind, after)
     fill_rectangle(False, copies[0], copies[0, DEVICE_SIDE], scratch)  # what the first copy needs is in the caches then
@@ -60,9 +56,4 @@ def issue_early(  # type: ignore[no-untyped-def]
         error = read(functions, digest, streams[1], parameters, pointers)
         if not error:
             behind = streams[1]  # it ends after the copies
-    last = call(functions[EVENT_RECORD], (done, behind))
-    call(functions[CTX_POP], (scratch.ctypes.data,))
-    outcome[ERROR] = error
-    outcome[LAST] = last
-    release()
-    outcome[ISSUED] = 1
+    end(functions, done, behind, error, 0, scratch, outcome)

@@ -8,28 +8,23 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvortex.devices.driver import CTX_POP, CTX_PUSH, EVENT_RECORD, STREAM_WAIT
-from kvortex.devices.native import call, release
+from kvortex.devices.driver import EVENT_RECORD, STREAM_WAIT
+from kvortex.devices.native import call
 from kvortex.jit import njit
 from kvortex.transfer import digesting
 from kvortex.transfer.digesting import EVENT, FLAG, PIECE_BYTES, STREAM, SUMS_BYTES, read, read_back, send
 from kvortex.transfer.issue.cells import (
-    CALLER_EVENT,
-    CONTEXT,
     COPIED,
     COPY_EVENT,
     COPY_STREAM,
-    ERROR,
     HANDED,
-    ISSUED,
     JOIN_STREAM,
-    LAST,
-    NO_STREAM,
     PACED,
     TO_HOST,
 )
 from kvortex.transfer.issue.dma import copy_batch, copy_chunk
 from kvortex.transfer.issue.early import issue_early
+from kvortex.transfer.issue.framing import begin, end
 from kvortex.transfer.issue.launching import aim_chunk, run_chunk
 from kvortex.transfer.issue.ordering import follow, follow_stream, join
 from kvortex.transfer.issue.pacing import begin_turns, has_passed, is_due, nap, take_turn
@@ -105,14 +100,9 @@ def issue(  # type: ignore[no-untyped-def]
     used = min(n, len(chunks))
     to_host = lane[TO_HOST] != 0
     mark = 0
-    error = call(functions[CTX_PUSH], (lane[CONTEXT],))
-    if error:  # nothing was issued, and ``done`` says so: an event that was never recorded counts as passed
-        outcome[ERROR] = error
-        release()
-        outcome[ISSUED] = 1
+    entered, error = begin(functions, lane, caller, outcome)
+    if not entered:
         return
-    if caller != NO_STREAM:
-        error = call(functions[EVENT_RECORD], (lane[CALLER_EVENT], caller))
     digests, reads = digest[SUMS_BYTES] > 0, digest[_READS] != 0
     sends, beside = digests and digest[PIECE_BYTES] == 0, reads and to_host
     apart = n > 1 and len(chunks) > 0 and chunks[0, N_PIECES] > 0 and chunks[0, N_COPIES] > 0
@@ -213,12 +203,5 @@ def issue(  # type: ignore[no-untyped-def]
             behind = lane[JOIN_STREAM]
     if not error and sends and not early:
         error = read_back(functions, digest, behind)
-    code = call(functions[EVENT_RECORD], (done, behind))
-    if not last:
-        last = code
-    call(functions[CTX_POP], (scratch.ctypes.data,))
     turn[0] = (first + len(chunks)) % n
-    outcome[ERROR] = error
-    outcome[LAST] = last
-    release()
-    outcome[ISSUED] = 1
+    end(functions, done, behind, error, last, scratch, outcome)

@@ -18,29 +18,22 @@ from __future__ import annotations
 from kvortex.devices.asking import ask_relaxed
 from kvortex.devices.driver import (
     COPY_TO_DEVICE,
-    CTX_POP,
-    CTX_PUSH,
     EVENT_QUERY,
     EVENT_RECORD,
     LAUNCH,
     STREAM_WAIT_VALUE,
     STREAM_WRITE_VALUE,
 )
-from kvortex.devices.native import call, release
+from kvortex.devices.native import call
 from kvortex.jit import njit
 from kvortex.transfer.digesting import NUMBERS, SUMS, SUMS_BYTES, read_back
 from kvortex.transfer.issue.cells import (
-    CALLER_EVENT,
-    CONTEXT,
-    ERROR,
-    ISSUED,
     JOIN_STREAM,
-    LAST,
-    NO_STREAM,
     TABLE,
     TO_HOST,
 )
 from kvortex.transfer.issue.dma import MODE, copy_chunk
+from kvortex.transfer.issue.framing import begin, end
 from kvortex.transfer.issue.ordering import follow, follow_stream, join
 from kvortex.transfer.plan import FIRST_BLOCK, FIRST_PIECE, N_BLOCKS, N_PIECES
 
@@ -139,15 +132,10 @@ def issue_resident(  # type: ignore[no-untyped-def]
     to_host, sums = lane[TO_HOST] != 0, digest[SUMS_BYTES] > 0
     ready, done = values[0], values[1]
     _write_rows(to_host, ring, buffers, first, filled, offsets, chunks, rows, values)
-    error = call(functions[CTX_PUSH], (lane[CONTEXT],))
-    if error:
-        outcome[ERROR] = error
-        release()
-        outcome[ISSUED] = 1
+    entered, error = begin(functions, lane, caller, outcome)
+    if not entered:
         return
     kernel_stream = ring[STREAM]
-    if caller != NO_STREAM:
-        error = call(functions[EVENT_RECORD], (lane[CALLER_EVENT], caller))
     # What fills the first staging buffer needs no kernel yet. Then the link is busy while all else is issued.
     early = not to_host and not error and _have_passed(functions, after, scratch)
     if early:
@@ -217,13 +205,6 @@ def issue_resident(  # type: ignore[no-untyped-def]
         last = code
     if sums and not to_host and not error and not last:  # on no stream that copies the other way: see docs/transfers.md
         error = read_back(functions, digest, lane[JOIN_STREAM])
-    code = call(functions[EVENT_RECORD], (done_event, lane[JOIN_STREAM]))
-    if not last:
-        last = code
-    call(functions[CTX_POP], (scratch.ctypes.data,))
     if launched:
         turn[0] = (first + len(chunks)) % depth
-    outcome[ERROR] = error
-    outcome[LAST] = last
-    release()
-    outcome[ISSUED] = 1
+    end(functions, done_event, lane[JOIN_STREAM], error, last, scratch, outcome)

@@ -169,9 +169,8 @@ def _guessed_rankings(line: int, batched: int, little: int) -> tuple[Ranking, ..
     """From lengths of lines of a 2D DMA and of copies in a batch that are worth it, and a payload that is not worth staging."""
     mapped, staged, resident, by_lines, by_copies = Route.MAPPED, Route.STAGED, Route.RESIDENT, Route.STRIDED, Route.BATCHED
     long = resident, staged, mapped
-    # Beside compute a kernel would have to wait for the model's, and keeps multiprocessors.
     idle = {0: ((mapped, resident, staged), long), line: ((by_lines, mapped, resident, staged), long)}
-    beside = {
+    beside = {  # a kernel would have to wait for the model's, and keeps multiprocessors
         0: ((mapped, resident, staged), (staged, resident)),
         line: ((by_lines, mapped, resident, staged), (staged, by_lines, resident)),
         max(line + 1, batched): ((by_lines, by_copies, mapped, resident, staged), (staged, by_lines, by_copies, resident)),
