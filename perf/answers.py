@@ -59,11 +59,11 @@ def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]]
         notes = {"model": name, "threads": model.workers.count, "prefix_tokens": len(prefix), "new_tokens": new_tokens}
         notes["load_average"] = os.getloadavg()[0]  # more than the threads: others computed as well
         notes |= _rates(model, sides, prefix, rounds)
-        saved = _save_prefix(sides, prefix)
         rows: list[dict[str, Any]] = []
         pairs: list[float] = []
         for number, prompt in enumerate(prompts, 1):
             progress(f"prompt {number} of {len(prompts)}")
+            saved = _save_prefix(sides, prefix)
             row = {"prompt": number, "tokens": len(prompt)} | _times(sides, prefix, prompt, number, rounds, pairs)
             row["wrong_bytes"] = _wrong_bytes(sides, prefix, saved)
             rows.append(row | _answers(sides, prompt, len(prefix), new_tokens))
@@ -121,10 +121,15 @@ def _spent(work: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def _save_prefix(sides: SideBySide, prefix: list[int]) -> list[Any]:
-    """Computes the document, saves it, and keeps a copy of its full blocks."""
+    """Computes the document, saves it in the place of what is known of it, and keeps a copy of its full blocks.
+
+    Once for each prompt: the one before left a block that was computed again for its damage, beside another number of tokens,
+    and by another order of a sum the last bit of a value may be another (with OpenBLAS's kernels for Haswell it is).
+    """
+    keys = sides.engine.block_keys(prefix)
+    sides.engine.drop_blocks(keys)
     pages = sides.cache.take(len(prefix))
     sides.model.forward(np.array(prefix), 0, pages, sides.cache)
-    keys = sides.engine.block_keys(prefix)
     sides.engine.save_blocks(keys, pages[: len(keys)]).wait()
     saved = [layer[:, pages[: len(keys)]] for layer in sides.cache.layers]
     sides.cache.give_back(pages)

@@ -28,6 +28,19 @@ def test_a_wrong_byte_of_a_page_is_counted(sides: SideBySide) -> None:
     assert answers._wrong_bytes(sides, prefix, saved) == 3
 
 
+def test_what_was_computed_again_is_not_taken_for_wrong_bytes(sides: SideBySide) -> None:
+    prefix = list(range(300, 400))
+    answers._save_prefix(sides, prefix)
+    keys = sides.engine.block_keys(prefix)
+    pages = sides.cache.take(len(prefix))
+    for layer in sides.cache.layers:
+        layer[:, pages] = 1  # a sum in another order, and more
+    sides.engine.drop_blocks(keys[2:3])
+    sides.engine.save_blocks(keys[2:3], pages[2:3]).wait()
+    sides.cache.give_back(pages)
+    assert answers._wrong_bytes(sides, prefix, answers._save_prefix(sides, prefix)) == 0
+
+
 def test_a_damaged_block_is_told(sides: SideBySide) -> None:
     prompt = list(range(200, 300))
     found = answers._answers(sides, prompt, 80, 4)
