@@ -92,28 +92,8 @@ put2 = _put("st.shared.u16 [$0], $1;", ctypes.c_uint16)
 put1 = _put("st.shared.u8 [$0], $1;", ctypes.c_uint8)
 
 
-@statement("{ .reg .pred p; setp.ne.u32 p, $2, 0; @p st.shared.u16 [$0], $1; }", "rrr")
-def put2_where(address, value, flag):  # type: ignore[no-untyped-def]
-    """The lower 2 bytes of a word, if a flag is not 0."""
-    if flag:
-        ctypes.c_uint16.from_address(int(address)).value = int(value) & 0xFFFF
-
-
-@statement(
-    "{ .reg .pred p; .reg .b32 t; setp.ne.u32 p, $2, 0; mov.b32 t, 0; @p ld.shared.u16 t, [$1]; mov.b32 $0, t; }", "rr", "r"
-)
-def get2_where(address, flag):  # type: ignore[no-untyped-def]
-    """2 bytes, if a flag is not 0; else 0."""
-    return ctypes.c_uint16.from_address(int(address)).value if flag else 0
-
-
-@statement("st.shared.v2.u32 [$0], {$1,$2};", "rrr")
-def put_pair(address, first, second):  # type: ignore[no-untyped-def]
-    """Two words at a multiple of 8."""
-    (ctypes.c_uint32 * 2).from_address(int(address))[:] = [int(first) & 0xFFFFFFFF, int(second) & 0xFFFFFFFF]
-
-
-@statement("mov.b32 $0, $1;", "rr", "r", pure=True)
-def near(word, address):  # type: ignore[no-untyped-def]
-    """An address again of which 32 bits were kept in shared memory, not far from another one."""
-    return int(address) + ((int(word) - int(address) + (1 << 31)) & 0xFFFFFFFF) - (1 << 31)
+@statement("st.shared.v4.u32 [$0], {$1,$2,$3,$4};", "rrrrr")
+def put16(address, first, second, third, fourth):  # type: ignore[no-untyped-def]
+    """Four words at a multiple of 16."""
+    given = (first, second, third, fourth)
+    (ctypes.c_uint32 * 4).from_address(int(address))[:] = [int(each) & 0xFFFFFFFF for each in given]

@@ -5,8 +5,8 @@ need, side by side: header and table, the fixed parts of the range, and tails fr
 is the record as it is.
 
 A warp has the next tile copied into shared memory while it decodes one (:mod:`kvortex.kernels.ahead`), its fixed part and its
-tail; of the tiles that it takes at a time, lanes keep table and tails' places. Words of bits, which have a lane's bit each, are
-turned once for eight rows (:mod:`kvortex.kernels.warp_words`), so that a lane finds its own codes in one word.
+tail; of the tiles that it takes at a time, lanes keep table and tails' places. What the second tier says of values is laid out
+in shared memory, where a lane finds its own one behind another (:mod:`kvortex.kernels.marked`).
 
 What a record says is checked before anything is led by it: header, lengths, and every tile's entry against its planes and
 against what lies there. So damaged bytes become a failure of their record and are never followed out of it.
@@ -28,17 +28,17 @@ from kvortex.kernels.ahead import (
     copy16,
     get1,
     get2,
-    get2_where,
     get4,
     get16,
     put2,
-    put_pair,
+    put16,
     shared_at,
     wait_for_last_but_one,
 )
 from kvortex.kernels.coded_read import digest_slice
 from kvortex.kernels.divide import quotient
 from kvortex.kernels.lane import early_cached2, load4, store4
+from kvortex.kernels.marked import get_marked
 from kvortex.kernels.plane import (
     ACROSS,
     CODED,
@@ -56,10 +56,10 @@ from kvortex.kernels.plane import (
     tiles_of,
 )
 from kvortex.kernels.plane_form import FIXED_BYTES, RAW_TAIL, RAW_TILE, ROWS, SIGN_AT, VALUES
-from kvortex.kernels.plane_row import ESCAPED, bases_of, halves, late_of, places, row_word
+from kvortex.kernels.plane_row import ESCAPED, bases_of, late_of, nibble_place, row_word, row_word_above, sevenths
 from kvortex.kernels.shares import answer, ask_next, asker_of, ceil_div, first_share, leave
 from kvortex.kernels.warp import ALL, uniform
-from kvortex.kernels.warp_words import summed, turned
+from kvortex.kernels.warp_words import summed
 
 uint16, uint32, uint64, int32 = plane.uint16, plane.uint32, plane.uint64, plane.int32
 SIGNATURE: Any = types.void(
@@ -118,93 +118,107 @@ def _fetch(stage, fixed, tail, size, lane):  # type: ignore[no-untyped-def]
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def _escapes(bytes_at, k, n_escapes, late, nibbles):  # type: ignore[no-untyped-def]
+    """Puts exponents of a lane's escapes among eight values, from the ``k``-th of the tile on, where rows look for them; the
+    number of the next one."""
+    mask = uint32(sevenths(nibbles))
+    while mask != uint32(0):
+        if k < n_escapes:
+            place = uint32(nibble_place(uint32(cuda.ffs(int32(mask)))))
+            value = uint32(uint32(get1(bytes_at + uint64(k))) << uint32(7) | uint32(ESCAPED))
+            put2(late + uint64(2) * uint64(place), value)
+        k = uint32(k + uint32(1))
+        mask = uint32(mask & uint32(mask - uint32(1)))
+    return k
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def _put_eight(late, nibbles):  # type: ignore[no-untyped-def]
+    low, high = late_of(nibbles), late_of(uint32(nibbles >> uint32(16)))
+    put16(late, low[0], low[1], high[0], high[1])
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
 def _second_tier(tail, late, entry, lane):  # type: ignore[no-untyped-def]
     """Puts the second tier's values where rows look for them. False: it contradicts itself."""
-    lower = uint32((uint32(1) << lane) - uint32(1))
-    groups = uint32(((entry & uint32(0xFFFF)) + uint32(31)) >> uint32(5))
     n_escapes = uint32(entry >> uint32(16))
-    bytes_at = tail + uint64(12) * uint64(groups)
-    escapes = uint32(0)
-    words = tail + uint64(4) * uint64(lane)
-    at = late + uint64(2) * uint64(lane)
-    while groups != uint32(0):
-        some = min(groups, uint32(10))  # of so many a lane has its codes in a word
-        bits = uint32(turned(get4(words), lane))
-        words += uint64(120)
-        groups = uint32(groups - some)
-        while some != uint32(0):
-            code = uint32(bits & uint32(7))
-            value = uint32(late_of(code))
-            mask = uint32(cuda.ballot_sync(ALL, code == uint32(7)))
-            if mask != uint32(0):
-                k = uint32(escapes + uint32(cuda.popc(uint32(mask & lower))))
-                if code == uint32(7) and k < n_escapes:
-                    value = uint32(uint32(get1(bytes_at + uint64(k))) << uint32(7) | uint32(ESCAPED))
-                escapes = uint32(escapes + uint32(cuda.popc(mask)))
-            put2(at, value)
-            at += uint64(64)
-            bits = uint32(bits >> uint32(3))
-            some = uint32(some - uint32(1))
+    sixteens = uint32(uint32(uint32(uint32(entry & uint32(0xFFFF)) + uint32(31)) >> uint32(5)) * uint32(2))
+    bytes_at = tail + uint64(6) * uint64(sixteens)
+    escapes, first = uint32(0), uint32(0)
+    while first < sixteens:  # one for each lane: once, but for a tile that is hard to code
+        at = uint32(first + lane)
+        own = late + uint64(32) * uint64(at)
+        codes, more = uint32(0), uint32(0)
+        if at < sixteens:
+            odd = uint32(at & uint32(1))
+            words = tail + uint64(6) * uint64(at) - uint64(2) * uint64(odd)
+            word, short = uint32(get4(words)), uint32(get2(words + uint64(8) - uint64(2) * uint64(odd)))
+            codes = uint32(word & uint32(0x77777777))
+            spare = uint32((word >> uint32(3)) & uint32(0x1111) | (word >> uint32(18)) & uint32(0x2222))
+            spare = uint32(spare | (short >> uint32(1)) & uint32(0x4444))
+            more = uint32(short & uint32(0x7777) | spare << uint32(16))
+            _put_eight(own, codes)
+            _put_eight(own + uint64(16), more)
+        count = uint32(uint32(cuda.popc(uint32(sevenths(codes)))) + uint32(cuda.popc(uint32(sevenths(more)))))
+        upto = uint32(summed(count, lane))
+        k = uint32(escapes + upto - count)
+        k = _escapes(bytes_at, k, n_escapes, own, codes)
+        _escapes(bytes_at, k, n_escapes, own + uint64(16), more)
+        escapes = uint32(escapes + uint32(cuda.shfl_sync(ALL, int32(upto), 31)))
+        first = uint32(first + uint32(32))
     return escapes == n_escapes
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _late_of_row(words, three, low, high, late, lower):  # type: ignore[no-untyped-def]
-    """What both values of a row have in the second tier; ``words`` as of :func:`places`. ``low`` and ``high`` are the bits of
-    ``three`` that say so of this lane."""
-    first, other = places(words, late, lower)
-    return halves(get2_where(first, uint32(three & uint32(low))), get2_where(other, uint32(three & uint32(high))))
-
-
-@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _two_rows(target, step, codes, after, three, bases, cells, signs, late, lower):  # type: ignore[no-untyped-def]
+def _two_rows(target, step, codes, after, bases, late, more, signs):  # type: ignore[no-untyped-def]
     """Writes two rows, whose codes of the first tier are ``codes`` and ``after``."""
-    words, more = get16(cells), get16(cells + uint64(16))
-    first, other = _late_of_row(words, three, 1, 4, late, lower), _late_of_row(more, three, 16, 64, late, lower)
-    store4(target, row_word(codes, bases, first, get2(signs)))
+    store4(target, row_word(codes, bases, late, signs))
     target += step
-    store4(target, row_word(after, bases, other, get2(signs + uint64(64))))
+    store4(target, row_word_above(after, bases, more, signs))
     return target + step
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _four_rows(target, step, codes, three, bases, cells, signs, late, lower):  # type: ignore[no-untyped-def]
-    """Writes four rows, whose codes lie beside each other as those of exponents will."""
-    first, other = uint32(codes << uint32(7)), uint32(codes << uint32(3))
-    target = _two_rows(target, step, first, other, three, bases, cells, signs, late, lower)
-    first, other, three = uint32(codes >> uint32(1)), uint32(codes >> uint32(5)), uint32(three >> uint32(8))
-    return _two_rows(target, step, first, other, three, bases, cells + uint64(32), signs + uint64(128), late, lower)
+def _eight_rows(target, step, word, marks, bases, late, signs):  # type: ignore[no-untyped-def]
+    """Writes eight rows, of whose codes a lane has a word. What they have in the second tier begins at ``late``."""
+    other = late + uint64(2) * uint64(uint32(cuda.popc(uint32(marks & uint32(0xFFFF)))))
+    own, bits = get_marked(marks, late, other), get16(signs)
+    first, after = uint32(word << uint32(7)), uint32(word << uint32(5))
+    target = _two_rows(target, step, first, after, bases, own[0], own[1], bits[0])
+    first, after = uint32(word << uint32(3)), uint32(word << uint32(1))
+    target = _two_rows(target, step, first, after, bases, own[2], own[3], bits[1])
+    first, after = uint32(word >> uint32(1)), uint32(word >> uint32(3))
+    target = _two_rows(target, step, first, after, bases, own[4], own[5], bits[2])
+    first, after = uint32(word >> uint32(5)), uint32(word >> uint32(7))
+    return _two_rows(target, step, first, after, bases, own[6], own[7], bits[3])
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _eight_rows(target, step, word, bases, cells, signs, late, lower):  # type: ignore[no-untyped-def]
-    """Writes eight rows, of which a lane has four bits each in a word."""
-    three = uint32(word & (word >> uint32(1)) & uint32(0x55555555))
-    codes = uint32(word & uint32(0xFFFF) | (word << uint32(14)) & uint32(0xFFFF0000))
-    target = _four_rows(target, step, codes, three, bases, cells, signs, late, lower)
-    codes, three = uint32(word >> uint32(16) | (word >> uint32(2)) & uint32(0xFFFF0000)), uint32(three >> uint32(16))
-    return _four_rows(target, step, codes, three, bases, cells + uint64(64), signs + uint64(256), late, lower)
+def _marks(word):  # type: ignore[no-untyped-def]
+    """Bits of a word of the first tier whose values are in the second."""
+    return uint32(word & (word >> uint32(1)) & uint32(0x55555555))
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
 def _tile(stage, late, entry, target, step, pair, lane):  # type: ignore[no-untyped-def]
     """Writes the tile that lies in shared memory. False: it contradicts itself."""
     at = uint64(4) * uint64(lane)
-    word = uint32(turned(get4(stage + at), lane))
-    other = uint32(turned(get4(stage + at + uint64(128)), lane))
-    mask = uint32(uint32(get4(stage + at + at)) & uint32(get4(stage + at + at + uint64(4))))
-    count = uint32(cuda.popc(mask))
+    word, other = uint32(get4(stage + at)), uint32(get4(stage + at + uint64(128)))
+    marks, more = _marks(word), _marks(other)
+    count = uint32(uint32(cuda.popc(marks)) | uint32(cuda.popc(more)) << uint32(16))  # of both halves at once
     upto = uint32(summed(count, lane))
     good = _second_tier(stage + uint64(FIXED_BYTES), late, entry, lane)
-    good = good and uint32(cuda.shfl_sync(ALL, int32(upto), 31)) == uint32(entry & uint32(0xFFFF))
-    cuda.syncwarp()  # all have read the words of the first tier, where the cells of rows are to lie
-    put_pair(stage + at + at, mask, late + uint64(2) * uint64(uint32(upto - count)))
+    total = uint32(cuda.shfl_sync(ALL, int32(upto), 31))
+    first = uint32(total & uint32(0xFFFF))
+    good = good and uint32(first + (total >> uint32(16))) == uint32(entry & uint32(0xFFFF))
     cuda.syncwarp()
     bases = bases_of(pair)
-    lower = uint32((uint32(1) << lane) - uint32(1))
-    signs = stage + uint64(SIGN_AT) + uint64(2) * uint64(lane)
-    target = _eight_rows(target, step, word, bases, stage, signs, late, lower)
-    _eight_rows(target, step, other, bases, stage + uint64(128), signs + uint64(512), late, lower)
+    before = uint32(upto - count)
+    signs = stage + uint64(SIGN_AT) + uint64(16) * uint64(lane)
+    own = late + uint64(2) * uint64(uint32(before & uint32(0xFFFF)))
+    target = _eight_rows(target, step, word, marks, bases, own, signs)
+    own = late + uint64(2) * uint64(uint32(first + (before >> uint32(16))))
+    _eight_rows(target, step, other, more, bases, own, signs + uint64(512))
     return good
 
 

@@ -35,10 +35,9 @@ from kvortex.kernels.plane import (
     tiles_of,
     write_header,
 )
-from kvortex.kernels.plane_form import ENCODE_WARPS, FIXED_BYTES, MOST_TAIL, RAW_TAIL, RAW_TILE, SIGN_AT, VALUES
+from kvortex.kernels.plane_form import ENCODE_WARPS, FIXED_BYTES, MOST_TAIL, RAW_TAIL, RAW_TILE, VALUES
 from kvortex.kernels.plane_row import shifted_bases
 from kvortex.kernels.plane_tile import (
-    FIXED_AT,
     SHARED_BYTES,
     beside,
     count_escapes,
@@ -47,7 +46,6 @@ from kvortex.kernels.plane_tile import (
     eight_words,
     keep_raw,
     make_tail,
-    write_fixed,
 )
 from kvortex.kernels.shares import answer, ask_next, ceil_div, first_share, leave
 from kvortex.kernels.sizes import bytes_before, publish
@@ -124,8 +122,6 @@ def _tiles(codec, at, run, counts, block, tile, count, record, pitch, numbers, s
     these are, and how many ranges of :func:`_range` are digested already, while others were still at work, without whom nobody
     knows where tails begin."""
     across = uint32(codec[ACROSS])
-    stage = shared + uint64(FIXED_AT)
-    signs = stage + uint64(SIGN_AT) + uint64(2) * uint64(lane)
     kept = shared + uint64(SHARED_BYTES)
     fits = uint64(fixed_bytes(codec)) <= pitch
     entries, total, tail_at = uint32(0), uint32(0), uint32(0)  # no tail lies at 0: nobody has said where they begin
@@ -142,15 +138,15 @@ def _tiles(codec, at, run, counts, block, tile, count, record, pitch, numbers, s
             pair, words = next_pair, next_words
             more = eight_words(source + uint64(8) * uint64(step), step)
             bases = shifted_bases(pair)
-            eight_signs(words, signs)
-            n = eight_rows(words, bases, shared, stage, uint32(0), lane)
-            eight_signs(more, signs + uint64(512))
+            eight_signs(words, fixed, 0, fits, lane)
+            n = eight_rows(words, bases, shared, fixed, 0, fits, uint32(0), lane)
+            eight_signs(more, fixed, 1, fits, lane)
             i = uint32(i + uint32(1))
             if i < count:
                 source, base, column = beside(codec, uint32(tile + i), block, lane, source, step, base, column)
                 next_pair = uint32(early_cached2(base))
                 next_words = eight_words(source, step)
-            n = eight_rows(more, bases, shared, stage + uint64(128), n, lane)
+            n = eight_rows(more, bases, shared, fixed, 1, fits, n, lane)
             cuda.syncwarp()
             groups = uint32(uint32(12) * uint32(uint32(n + uint32(31)) >> uint32(5)))
             most = uint32(groups + uint32(uint32(n + uint32(3)) & uint32(0xFFFFFFFC)))
@@ -168,11 +164,10 @@ def _tiles(codec, at, run, counts, block, tile, count, record, pitch, numbers, s
             cuda.syncwarp()
             if size > uint32(MOST_TAIL):
                 size, entry = uint32(RAW_TAIL), uint32(RAW_TILE)
+                cuda.syncwarp()  # what is there of its fixed part, others of the warp write over
                 if not_kept == uint32(0):
                     keep_raw(codec, uint32(tile + i - uint32(1)), block, fixed, fits, tail, lane)
                     cuda.syncwarp()
-            elif fits:
-                write_fixed(fixed, stage, lane)
             if lane == uint32(i - uint32(1)):
                 entries = entry
             if tail_at != uint32(0):

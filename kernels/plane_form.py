@@ -12,10 +12,15 @@ tiles; their tails, in the order of tiles (by plane, by 16 tokens, by 64 channel
 
 | where in a tile | what |
 |---|---|
-| fixed, 0 | first tier, u32[16][4]: of each row the low bits of the even channels, their high bits, and those of the odd ones |
-| fixed, 256 | sign and mantissa, u8[16][64] |
-| tail, 0 | second tier, u32[groups of 32 codes][3]: bits 0, 1, 2. By rows, in a row even channels first; filled with 0 |
-| tail, behind | escaped exponents in the same order, u8, filled with zeros to 4 bytes |
+| fixed, 0 | first tier, u32[2][32], a word for 8 rows of 2 channels: 16 bits of the even one, row by row, then of the odd |
+| fixed, 256 | sign and mantissa, u8[2][32][8][2]: likewise, row by row |
+| tail, 0 | second tier, 12 bytes for 32 codes: 32 bits for each of two sixteens, then 16 for each; filled with code 0 |
+| tail, behind | escaped exponents, u8, in the order of nibbles; filled with zeros to 4 bytes |
+
+The second tier has the order of the first one's words and bits. Of a sixteen each four codes 0, 1, 2, 3 are nibbles, from the
+lowest on those of 0, 2, 1, 3. Two fours take the 32 bits and the third one the 16. The fourth takes their nibbles' upper bits:
+its bits 0 those of the lower half of the 32, bits 1 those of the upper half, bits 2 those of the 16. So who has 8 rows of a pair
+of channels, or a sixteen, has whole words of the record.
 
 A tile's entry in the table: values of the second tier, and of the third in the upper half. A tile that would need as much as
 it has is kept as it is, its 16 rows of 128 bytes through fixed part and tail, and its entry is ``RAW_TILE``.
@@ -26,7 +31,7 @@ from __future__ import annotations
 ROWS, CHANNELS = 16, 64
 VALUES = ROWS * CHANNELS
 TILE_BYTES = 2 * VALUES
-TIER1_WORDS = 4 * ROWS
+TIER1_WORDS = VALUES // 16
 SIGN_AT = 4 * TIER1_WORDS  # in bytes
 FIXED_WORDS = TIER1_WORDS + VALUES // 4
 FIXED_BYTES = 4 * FIXED_WORDS

@@ -17,7 +17,6 @@ from typing import Any
 from numba import cuda
 from numba.cuda import types
 
-from kvortex.kernels.ahead import near
 from kvortex.kernels.ptx import statement
 
 uint32: Any = types.uint32
@@ -36,31 +35,30 @@ def bases_of(pair):  # type: ignore[no-untyped-def]
 
 
 @statement(
-    "{ .reg .b32 a, b; mov.b32 a, 0xFEFF0004; mov.b32 b, 0x00FBFCFD; prmt.b32 a, a, b, $1; shl.b32 $0, a, 7; }",
+    "{ .reg .b32 a, b, t; mov.b32 a, 0xFEFF0004; mov.b32 b, 0x00FBFCFD; prmt.b32 t, a, b, $2; mov.b32 a, 0;"
+    " prmt.b32 b, t, a, 0x2404; shr.u32 $0, b, 1; prmt.b32 b, t, a, 0x3414; shr.u32 $1, b, 1; }",
     "r",
-    "r",
+    "p",
     pure=True,
 )
-def late_of(code):  # type: ignore[no-untyped-def]
-    """Of a code of the second tier that is no escape, in the lower half: 0 is the base itself, others are 4 and more below."""
-    return ((4, 0, 255, 254, 253, 252, 251, 0)[int(code)] | 0x04040400) << 7 & 0xFFFFFFFF
+def late_of(nibbles):  # type: ignore[no-untyped-def]
+    """What four codes of the second tier have that are no escapes, two in a word: 0 is the base itself, others are 4 and more
+    below. Nibbles of the lower half have codes 0, 2, 1, 3."""
+    a, c, b, d = ((4, 0, 255, 254, 253, 252, 251, 0)[int(nibbles) >> shift & 7] << 7 for shift in (0, 4, 8, 12))
+    return a | b << 16, c | d << 16
 
 
-@statement("prmt.b32 $0, $1, $2, 0x5410;", "rr", "r", pure=True)
-def halves(low, high):  # type: ignore[no-untyped-def]
-    """A word of the lower halves of two."""
-    return int(low) & 0xFFFF | (int(high) & 0xFFFF) << 16
+def _row_word(signs: int) -> str:
+    """With a selector of bytes of signs."""
+    return (
+        # Carries of the lower sum end in bits whose place signs and mantissas take.
+        "{ .reg .b32 t, a; and.b32 t, $1, 0x01800180; sub.u32 t, $2, t; add.u32 t, t, $3;"
+        " prmt.b32 a, $3, $3, 0xBB99; lop3.b32 t, $3, t, a, 0xE4;"  # an escape's highest bit, all along: its own exponent
+        f" prmt.b32 a, $4, $4, {signs:#x}; lop3.b32 $0, a, t, {_SIGNS:#x}, 0xE4; }}"
+    )
 
 
-@statement(
-    # Carries of the lower sum end in bits whose place signs and mantissas take.
-    "{ .reg .b32 t, a; and.b32 t, $1, 0x01800180; sub.u32 t, $2, t; add.u32 t, t, $3;"
-    " prmt.b32 a, $3, $3, 0xBB99; lop3.b32 t, $3, t, a, 0xE4;"  # an escape's highest bit, all along: its own exponent
-    f" prmt.b32 a, $4, $4, 0x1100; lop3.b32 $0, a, t, {_SIGNS:#x}, 0xE4; }}",
-    "rrrr",
-    "r",
-    pure=True,
-)
+@statement(_row_word(0x1100), "rrrr", "r", pure=True)
 def row_word(codes, bases, late, signs):  # type: ignore[no-untyped-def]
     """Two bf16.
 
@@ -73,7 +71,7 @@ def row_word(codes, bases, late, signs):  # type: ignore[no-untyped-def]
     late
         What both have in the second tier, 16 bits each; 0 where the code is another than 3.
     signs
-        Sign and mantissa of both, a byte each.
+        Sign and mantissa of both, a byte each, in the lower half.
     """
     word = 0
     for own, shift in zip(_halves(late), (0, 16), strict=True):
@@ -83,22 +81,23 @@ def row_word(codes, bases, late, signs):  # type: ignore[no-untyped-def]
     return spread & _SIGNS | word
 
 
-@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def places(words, table, lower):  # type: ignore[no-untyped-def]
-    """Where in the second tier's values those of a lane are, if they are there at all.
+@statement(_row_word(0x3322), "rrrr", "r", pure=True)
+def row_word_above(codes, bases, late, signs):  # type: ignore[no-untyped-def]
+    """As :func:`row_word`, with signs and mantissas in the upper half."""
+    return row_word(codes, bases, late, int(signs) >> 16)
 
-    Parameters
-    ----------
-    words
-        Of the lower channels of a row who has code 3, and the address of the first one's value; then of the upper ones.
-    table
-        Address of all values.
-    lower
-        Bits of the lanes before.
-    """
-    first = near(words[1], table) + uint64(2) * uint64(uint32(cuda.popc(uint32(uint32(words[0]) & lower))))
-    other = near(words[3], table) + uint64(2) * uint64(uint32(cuda.popc(uint32(uint32(words[2]) & lower))))
-    return first, other
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def sevenths(nibbles):  # type: ignore[no-untyped-def]
+    """The lowest bits of nibbles that are 7, of such as are below 8: of codes of the second tier those of escapes."""
+    return uint32(nibbles & (nibbles >> uint32(1)) & (nibbles >> uint32(2)))
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def nibble_place(found):  # type: ignore[no-untyped-def]
+    """Which of eight codes a nibble has, of which one bit's number plus 1 is known."""
+    k = uint32(uint32(found - uint32(1)) >> uint32(2))
+    return uint32(k & uint32(4) | (k << uint32(1)) & uint32(2) | (k >> uint32(1)) & uint32(1))
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
@@ -141,6 +140,24 @@ def first_codes(near):  # type: ignore[no-untyped-def]
     """Codes of the first tier by :func:`distances`, if 3 is added and bits above the two lowest are dropped."""
     low, high = (min(each, 4) for each in _halves(near))
     return low | high << 16
+
+
+def _late_codes(most: str) -> str:
+    lines = ["{ .reg .b32 t, u, k, z; mov.b32 k, 0x00030003; mov.b32 z, 0;"]
+    for at in range(4):
+        lines.append(f"and.b32 t, ${1 + at}, 0x000F000F; {most}")
+        lines.append("mov.b32 u, t;" if at == 0 else f"mad.lo.u32 u, t, {16**at}, u;")
+    return " ".join([*lines, "sub.u32 u, u, 0x33333333; prmt.b32 $0, u, z, 0x3120; }"])
+
+
+@statement(
+    _late_codes("max.u16x2 t, t, k;"), "rrrr", "r", pure=True, before=_late_codes("vmax2.u32.u32.u32 t, t, k, z;")
+)
+def late_codes(a, b, c, d):  # type: ignore[no-untyped-def]
+    """Codes of the second tier of eight values, by distances of 0, 4 and more in the lowest four bits of the halves of words:
+    four in the nibbles of a half, in the order 0, 2, 1, 3."""
+    codes = [max((each & 15) - 3, 0) for word in (a, b, c, d) for each in _halves(word)]
+    return sum(codes[at] << 4 * k for k, at in enumerate((0, 2, 1, 3, 4, 6, 5, 7)))
 
 
 def _halves(word: Any) -> tuple[int, int]:

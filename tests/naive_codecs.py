@@ -10,32 +10,38 @@ import numpy as np
 
 def plane_tile(tile: Any, base: Any) -> tuple[int, bytes, bytes]:
     """Entry, fixed part and tail of (16, 64) bf16 patterns under (64,) bases; see kernels/plane_form.py."""
-    first, signs, second, escaped = b"", b"", [], []
-    order = [*range(0, 64, 2), *range(1, 64, 2)]
-    for row in tile.tolist():
-        codes = {}
-        for channel in order:
-            exponent = row[channel] >> 7 & 255
-            below = int(base[channel]) - exponent
-            codes[channel] = {1: 0, 2: 1, 3: 2}.get(below, 3)
-            if codes[channel] == 3:
-                second.append({0: 0, 4: 1, 5: 2, 6: 3, 7: 4, 8: 5, 9: 6}.get(below, 7))
-                if second[-1] == 7:
-                    escaped.append(exponent)
-        for odd in (0, 1):
-            for bit in (0, 1):
-                first += struct.pack("<I", sum((codes[2 * lane + odd] >> bit & 1) << lane for lane in range(32)))
-        signs += bytes((value >> 15) << 7 | value & 127 for value in row)
-    tail = b""
+    first, signs, second = b"", b"", []
+    late = {0: 0, 4: 1, 5: 2, 6: 3, 7: 4, 8: 5, 9: 6}
+    for half in (tile[:8].tolist(), tile[8:].tolist()):
+        for pair in range(0, 64, 2):
+            word = 0
+            for odd in (0, 1):
+                for row, line in enumerate(half):
+                    exponent = line[pair + odd] >> 7 & 255
+                    below = int(base[pair + odd]) - exponent
+                    code = {1: 0, 2: 1, 3: 2}.get(below, 3)
+                    word |= code << 16 * odd + 2 * row
+                    if code == 3:
+                        second.append((late.get(below, 7), exponent))
+            first += struct.pack("<I", word)
+            signs += bytes((line[pair + odd] >> 15) << 7 | line[pair + odd] & 127 for line in half for odd in (0, 1))
+    tail, escaped = b"", []
+    count = len(second)
+    second += [(0, 0)] * (-len(second) % 32)
     for begin in range(0, len(second), 32):
-        group = second[begin : begin + 32]
-        for bit in (0, 1, 2):
-            tail += struct.pack("<I", sum((code >> bit & 1) << lane for lane, code in enumerate(group)))
+        words, shorts = [], []
+        for sixteen in (second[begin : begin + 16], second[begin + 16 : begin + 32]):
+            fours = [[sixteen[4 * four + k] for k in (0, 2, 1, 3)] for four in range(4)]
+            escaped += [exponent for four in fours for code, exponent in four if code == 7]
+            a, b, c, d = (sum(code << 4 * k for k, (code, _) in enumerate(four)) for four in fours)
+            words.append(a | (d & 0x1111) << 3 | (b | (d & 0x2222) << 2) << 16)
+            shorts.append(c | (d & 0x4444) << 1)
+        tail += struct.pack("<IIHH", *words, *shorts)
     tail += bytes(escaped) + bytes(-len(escaped) % 4)
     if len(tail) >= 768:
         raw = tile.astype("<u2").tobytes()
         return 0xFFFFFFFF, raw[:1280], raw[1280:]
-    return len(second) | len(escaped) << 16, first + signs, tail
+    return count | len(escaped) << 16, first + signs, tail
 
 
 def plane_record(record: Any, codec: Any) -> bytes:
@@ -53,7 +59,7 @@ def plane_record(record: Any, codec: Any) -> bytes:
     stored = 0
     if len(body) >= record.size:
         stored, body = 1, record.tobytes()
-    head = b"KVXC" + struct.pack("<HHIIQQ", 1, 1, stored, 0, record.size, 64 + len(body)) + codec.digest
+    head = b"KVXC" + struct.pack("<HHIIQQ", 1, 2, stored, 0, record.size, 64 + len(body)) + codec.digest
     return head + body
 
 

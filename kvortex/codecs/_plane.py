@@ -24,27 +24,25 @@ from kvortex.kernels.plane_form import (
 
 _HEADER_WORDS = HEADER_BYTES // 4
 _PAIRS = CHANNELS // 2
-# Eight bytes of 0 or 1, as a number, times this: the top byte has a bit of each (Knuth, TAOCP 4A, 7.1.3).
-_GATHER = np.uint64(0x0102040810204080)
-_BYTE = np.uint64(56)
+_HALF = ROWS // 2
+_NONE = np.uint8(255)  # instead of a code of the second tier, where there is none
 
 
-def _spread() -> Any:
-    """(256,) uint64: eight bytes of 0 or 1, a bit of the index each."""
-    bits = (np.arange(256)[:, None] >> np.arange(8)) & 1
-    return bits.astype(np.uint8).view("<u8").ravel()
-
-
-_SPREAD = _spread()
-
-
-@njit(nogil=True, inline="always")
-def _packed(bits: Any, at: int) -> Any:
-    """32 bytes of 0 or 1 from word ``at`` of a view of eight bytes a word, as 32 bits."""
-    word = np.uint32((bits[at] * _GATHER) >> _BYTE)
-    word |= np.uint32((bits[at + 1] * _GATHER) >> _BYTE) << np.uint32(8)
-    word |= np.uint32((bits[at + 2] * _GATHER) >> _BYTE) << np.uint32(16)
-    return word | np.uint32((bits[at + 3] * _GATHER) >> _BYTE) << np.uint32(24)
+@njit(nogil=True)
+def _row(line: Any, base: Any, late: Any, exponents: Any, codes: Any, signs: Any) -> None:
+    """Of a row's values codes of the second tier, exponents, and codes of the first tier, and signs and mantissas."""
+    for j in range(CHANNELS):
+        exponent = np.uint8(line[j] >> np.uint16(7))  # the sign falls out
+        below = np.int16(base[j]) - np.int16(exponent)
+        near = np.int16(below - 1)
+        far = np.int16(below - 3)
+        far = far if np.uint16(far) < np.uint16(7) else np.int16(7)
+        far = np.int16(0) if below == 0 else far
+        first = np.uint16(near) < np.uint16(3)
+        late[j] = _NONE if first else np.uint8(far)
+        codes[j] = np.uint8(near) if first else np.uint8(3)
+        exponents[j] = exponent
+        signs[j] = np.uint8((line[j] >> np.uint16(8)) & np.uint16(0x80)) | np.uint8(line[j] & np.uint16(0x7F))
 
 
 @njit(nogil=True)
@@ -54,60 +52,57 @@ def _encode_tile(values: Any, at: int, step: int, base: Any, tile: Any, scratch:
     Returns the tile's entry in the table.
     """
     words, chars = tile.view(np.uint32), tile.view(np.uint8)
-    codes, escapes = scratch[0], scratch[1]
-    low, high = scratch[2, :CHANNELS], scratch[2, CHANNELS : 2 * CHANNELS]
-    second, exponents = scratch[2, 2 * CHANNELS : 3 * CHANNELS], scratch[2, 3 * CHANNELS : 4 * CHANNELS]
-    low64, high64 = low.view(np.uint64), high.view(np.uint64)
-    count = 0
+    late, exponents = scratch[0].reshape(ROWS, CHANNELS), scratch[1].reshape(ROWS, CHANNELS)
+    codes, second, escapes = scratch[2], scratch[3], scratch[4]
+    row_codes, row_signs = codes[:CHANNELS], codes[CHANNELS : 2 * CHANNELS]
+    pairs, sign_pairs = row_codes.view(np.uint16), row_signs.view(np.uint16)
+    words[: SIGN_AT // 4] = 0
     for row in range(ROWS):
-        line = values[at + row * step : at + row * step + CHANNELS]
-        signs = chars[SIGN_AT + row * CHANNELS : SIGN_AT + (row + 1) * CHANNELS]
-        for j in range(CHANNELS):
-            signs[j] = np.uint8((line[j] >> np.uint16(8)) & np.uint16(0x80)) | np.uint8(line[j] & np.uint16(0x7F))
-        for odd in range(2):  # even channels, then odd ones
-            for pair in range(_PAIRS):
-                exponent = np.uint8(line[2 * pair + odd] >> np.uint16(7))  # the sign falls out
-                below = np.int16(base[2 * pair + odd]) - np.int16(exponent)
-                near = np.int16(below - 1)
-                code = np.uint8(near) if np.uint16(near) < np.uint16(3) else np.uint8(3)
-                late = np.int16(below - 3)
-                late = late if np.uint16(late) < np.uint16(7) else np.int16(7)
-                second[_PAIRS * odd + pair] = np.uint8(0) if below == 0 else np.uint8(late)
-                exponents[_PAIRS * odd + pair] = exponent
-                low[_PAIRS * odd + pair] = code & np.uint8(1)
-                high[_PAIRS * odd + pair] = code >> np.uint8(1)
-        words[4 * row] = _packed(low64, 0)
-        words[4 * row + 1] = _packed(high64, 0)
-        words[4 * row + 2] = _packed(low64, 4)
-        words[4 * row + 3] = _packed(high64, 4)
-        for place in range(CHANNELS):
-            codes[count] = second[place]
-            escapes[count] = exponents[place]
-            count += low[place] & high[place]
-    n_escapes = 0
-    for k in range(count):
-        escapes[n_escapes] = escapes[k]
-        n_escapes += codes[k] == 7
+        _row(values[at + row * step : at + row * step + CHANNELS], base, late[row], exponents[row], row_codes, row_signs)
+        half, shift = row // _HALF, np.uint32(2 * (row % _HALF))
+        first = words[half * _PAIRS : (half + 1) * _PAIRS]
+        for k in range(_PAIRS):
+            first[k] |= (np.uint32(pairs[k] & np.uint16(3)) | np.uint32(pairs[k] >> np.uint16(8)) << np.uint32(16)) << shift
+        signs = tile[SIGN_AT // 2 + half * _HALF * _PAIRS + row % _HALF :]
+        for k in range(_PAIRS):
+            signs[_HALF * k] = sign_pairs[k]
+    count = 0
+    for half in range(2):
+        for channel in range(CHANNELS):
+            for row in range(_HALF * half, _HALF * half + _HALF):
+                second[count] = late[row, channel]
+                escapes[count] = exponents[row, channel]
+                count += late[row, channel] != _NONE
     groups = (count + 31) >> 5
+    second[count : 32 * groups] = 0
+    for sixteen in range(2 * groups):
+        own = second[16 * sixteen : 16 * sixteen + 16]
+        a, b, c, d = _nibbles(own, 0), _nibbles(own, 4), _nibbles(own, 8), _nibbles(own, 12)
+        low = a | (d & np.uint32(0x1111)) << np.uint32(3)
+        high = b | (d & np.uint32(0x2222)) << np.uint32(2)
+        words[FIXED_WORDS + 3 * (sixteen >> 1) + (sixteen & 1)] = low | high << np.uint32(16)
+        short = c | (d & np.uint32(0x4444)) << np.uint32(1)
+        tile[2 * FIXED_WORDS + 6 * (sixteen >> 1) + 4 + (sixteen & 1)] = np.uint16(short)
+    n_escapes, start = 0, 4 * FIXED_WORDS + 12 * groups
+    for k in range(0, 32 * groups, 4):
+        for place in (k, k + 2, k + 1, k + 3):
+            chars[start + n_escapes] = escapes[place]
+            n_escapes += second[place] == 7
     tail = 12 * groups + (n_escapes + 3 & ~3)
     if tail > MOST_TAIL:
         for row in range(ROWS):
             for j in range(CHANNELS):
                 tile[row * CHANNELS + j] = values[at + row * step + j]
         return RAW_TILE
-    for k in range(count, 32 * groups):
-        codes[k] = 0
-    for group in range(groups):
-        for bit in range(3):
-            for k in range(32):
-                low[k] = (codes[32 * group + k] >> bit) & 1
-            words[FIXED_WORDS + 3 * group + bit] = _packed(low64, 0)
-    start = 4 * FIXED_WORDS + 12 * groups
-    for k in range(n_escapes):
-        chars[start + k] = escapes[k]
-    for k in range(n_escapes, n_escapes + 3 & ~3):
-        chars[start + k] = 0
+    chars[start + n_escapes : start + (n_escapes + 3 & ~3)] = 0
     return count | (n_escapes << 16)
+
+
+@njit(nogil=True, inline="always")
+def _nibbles(codes: Any, at: int) -> Any:
+    """Four codes as 16 bits, in the order in which nibbles have them."""
+    low = np.uint32(codes[at]) | np.uint32(codes[at + 2]) << np.uint32(4)
+    return low | np.uint32(codes[at + 1]) << np.uint32(8) | np.uint32(codes[at + 3]) << np.uint32(12)
 
 
 @njit(nogil=True, inline="always")
@@ -141,7 +136,7 @@ def encode_plane(values: Any, out: Any, header: Any, base: Any, form: Any, sizes
     planes, channels = base.shape
     groups, across, table_words = form[0], form[1], form[2]
     tiles = planes * groups * across
-    tile, scratch = np.empty(TILE_BYTES, np.uint16), np.empty((3, VALUES), np.uint8)
+    tile, scratch = np.empty(TILE_BYTES, np.uint16), np.empty((5, VALUES), np.uint8)
     tile32 = tile.view(np.uint32)
     table_at, fixed_at = _HEADER_WORDS, _HEADER_WORDS + table_words
     tails_at = fixed_at + tiles * FIXED_WORDS
@@ -181,59 +176,72 @@ def encode_plane(values: Any, out: Any, header: Any, base: Any, form: Any, sizes
 
 
 @njit(nogil=True)
-def _decode_tile(tile: Any, entry: int, values: Any, at: int, step: int, base: Any, second: Any, spread: Any) -> Any:
-    """The reverse of :func:`_encode_tile`; False where the planes contradict the entry."""
-    if entry == RAW_TILE:
-        raw = tile.view(np.uint16)
-        for row in range(ROWS):
-            for j in range(CHANNELS):
-                values[at + row * step + j] = raw[row * CHANNELS + j]
-        return True
+def _second_tier(tile: Any, entry: int, second: Any) -> Any:
+    """Of each code how far below the base the exponent is, or 256 and the exponent itself. False: it contradicts itself."""
     words, chars = tile.view(np.uint32), tile.view(np.uint8)
-    count, n_escapes = entry & 0xFFFF, entry >> 16
-    escapes, groups = 0, (count + 31) >> 5
+    groups, n_escapes, escapes = ((entry & 0xFFFF) + 31) >> 5, entry >> 16, 0
     escapes_at = 4 * FIXED_WORDS + 12 * groups
-    for group in range(groups):
-        p, q, r = words[FIXED_WORDS + 3 * group], words[FIXED_WORDS + 3 * group + 1], words[FIXED_WORDS + 3 * group + 2]
-        for k in range(32):
-            code = ((p >> k) & 1) | (((q >> k) & 1) << 1) | (((r >> k) & 1) << 2)
-            below = 0 if code == 0 else np.int32(code) + 3
-            if code == 7:
-                if escapes == n_escapes:
-                    return False
-                below = 16 + np.int32(chars[escapes_at + escapes])  # 16 and more: the exponent itself
-                escapes += 1
-            second[32 * group + k] = below
-    if escapes != n_escapes:
-        return False
-    low, high, both = np.empty(CHANNELS, np.uint8), np.empty(CHANNELS, np.uint8), np.empty(CHANNELS, np.int16)
-    low64, high64 = low.view(np.uint64), high.view(np.uint64)
-    n = 0
-    for row in range(ROWS):
-        for k in range(4):
-            low64[k] = spread[chars[16 * row + k]]
-            high64[k] = spread[chars[16 * row + 4 + k]]
-            low64[4 + k] = spread[chars[16 * row + 8 + k]]
-            high64[4 + k] = spread[chars[16 * row + 12 + k]]
-        for place in range(CHANNELS):
-            both[place] = second[n]
-            n += low[place] & high[place]
-        line = values[at + row * step : at + row * step + CHANNELS]
-        signs = chars[SIGN_AT + row * CHANNELS : SIGN_AT + (row + 1) * CHANNELS]
-        for odd in range(2):
-            for pair in range(_PAIRS):
-                own, late = np.int16(base[2 * pair + odd]), both[_PAIRS * odd + pair]
-                code = np.int16(low[_PAIRS * odd + pair]) + np.int16(2) * np.int16(high[_PAIRS * odd + pair])
-                other = np.int16(own - late) if late < np.int16(16) else np.int16(late - np.int16(16))
-                exponent = np.int16(own - np.int16(1) - code) if code < np.int16(3) else other
-                sign = np.uint16(signs[2 * pair + odd])
-                kept = ((sign & np.uint16(0x80)) << np.uint16(8)) | (sign & np.uint16(0x7F))
-                line[2 * pair + odd] = np.uint16(kept) | np.uint16((np.uint16(exponent) & np.uint16(255)) << np.uint16(7))
-    return n == count
+    for sixteen in range(2 * groups):
+        word = words[FIXED_WORDS + 3 * (sixteen >> 1) + (sixteen & 1)]
+        short = np.uint32(tile[2 * FIXED_WORDS + 6 * (sixteen >> 1) + 4 + (sixteen & 1)])
+        spare = (word >> np.uint32(3)) & np.uint32(0x1111) | (word >> np.uint32(18)) & np.uint32(0x2222)
+        spare |= (short >> np.uint32(1)) & np.uint32(0x4444)
+        for eight in range(2):
+            nibbles = short & np.uint32(0x7777) | spare << np.uint32(16) if eight else word & np.uint32(0x77777777)
+            for k in range(8):
+                code = np.int32((nibbles >> np.uint32(4 * k)) & np.uint32(7))
+                below = 0 if code == 0 else code + np.int32(3)
+                if code == 7:
+                    if escapes == n_escapes:
+                        return False
+                    below = 256 + np.int32(chars[escapes_at + escapes])
+                    escapes += 1
+                place = 2 * (k & 1) + (k >> 1 & 1)  # of a four 0, 2, 1, 3
+                second[16 * sixteen + 8 * eight + (k & 4) + place] = below
+    return escapes == n_escapes
 
 
 @njit(nogil=True)
-def decode_plane(coded: Any, values: Any, header: Any, base: Any, form: Any, spread: Any, good: Any) -> None:
+def _decode_tile(tile: Any, entry: int, values: Any, at: int, step: int, base: Any, second: Any, late: Any) -> Any:
+    """The reverse of :func:`_encode_tile`; False where it contradicts its entry."""
+    if entry == RAW_TILE:
+        for row in range(ROWS):
+            for j in range(CHANNELS):
+                values[at + row * step + j] = tile[row * CHANNELS + j]
+        return True
+    if not _second_tier(tile, entry, second):
+        return False
+    words, n = tile.view(np.uint32), 0
+    for half in range(2):
+        for pair in range(_PAIRS):
+            word = words[half * _PAIRS + pair]
+            marks = word & word >> np.uint32(1)
+            for odd in range(2):
+                for row in range(_HALF):
+                    late[_HALF * half + row, 2 * pair + odd] = second[n]
+                    n += (marks >> np.uint32(16 * odd + 2 * row)) & np.uint32(1)
+    codes, sign_bytes = np.empty(CHANNELS, np.uint8), np.empty(CHANNELS, np.uint8)
+    pairs, sign_pairs = codes.view(np.uint16), sign_bytes.view(np.uint16)
+    for row in range(ROWS):
+        half, shift = row // _HALF, np.uint32(2 * (row % _HALF))
+        first, signs = words[half * _PAIRS :], tile[SIGN_AT // 2 + half * _HALF * _PAIRS + row % _HALF :]
+        for k in range(_PAIRS):
+            both = first[k] >> shift
+            pairs[k] = np.uint16(both & np.uint32(3)) | np.uint16((both >> np.uint32(8)) & np.uint32(0x300))
+            sign_pairs[k] = signs[_HALF * k]
+        line, own_late = values[at + row * step : at + row * step + CHANNELS], late[row]
+        for j in range(CHANNELS):
+            own, far, code = np.int16(base[j]), own_late[j], np.int16(codes[j])
+            other = np.int16(own - far) if far < np.int16(256) else far  # of which 8 bits count
+            exponent = np.int16(own - np.int16(1) - code) if code < np.int16(3) else other
+            sign = np.uint16(sign_bytes[j])
+            kept = ((sign & np.uint16(0x80)) << np.uint16(8)) | (sign & np.uint16(0x7F))
+            line[j] = np.uint16(kept) | np.uint16((np.uint16(exponent) & np.uint16(255)) << np.uint16(7))
+    return n == entry & 0xFFFF
+
+
+@njit(nogil=True)
+def decode_plane(coded: Any, values: Any, header: Any, base: Any, form: Any, good: Any) -> None:
     """See :meth:`kvortex.codecs.base.Codec.decode_into`; parameters as of :func:`encode_plane`.
 
     ``good`` is (n,) bool and gets whether each row is a record.
@@ -245,6 +253,7 @@ def decode_plane(coded: Any, values: Any, header: Any, base: Any, form: Any, spr
     tails_at = fixed_at + tiles * FIXED_WORDS
     verbatim_words = _HEADER_WORDS + values.shape[1] // 2
     second, tile = np.zeros(VALUES + 1, np.int16), np.zeros(TILE_BYTES, np.uint16)
+    late = np.zeros((ROWS, CHANNELS), np.int16)
     tile32 = tile.view(np.uint32)
     for record in range(len(coded)):
         good[record] = False
@@ -277,7 +286,7 @@ def decode_plane(coded: Any, values: Any, header: Any, base: Any, form: Any, spr
                     tile32[FIXED_WORDS : FIXED_WORDS + tail] = coded[record, at : at + tail]
                     first, channel = (plane * groups + group) * ROWS * channels + column * CHANNELS, column * CHANNELS
                     bases = base[plane, channel : channel + CHANNELS]
-                    whole &= _decode_tile(tile, entry, values[record], first, channels, bases, second, spread)
+                    whole &= _decode_tile(tile, entry, values[record], first, channels, bases, second, late)
                     at += tail
                     index += 1
         good[record] = whole

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvortex.codecs._plane import _SPREAD, decode_plane, encode_plane
+from kvortex.codecs._plane import decode_plane, encode_plane
 from kvortex.codecs.base import HEADER_BYTES, Bytes, Codec, Flags, Int64s, as_rows
 from kvortex.codecs.shape import RecordShape
 from kvortex.codecs.tables import Tables
@@ -42,6 +42,7 @@ class PlaneCodec(Codec):
     """
 
     name, number, exact = "plane", 1, True
+    version = 2
 
     def __init__(self, shape: RecordShape, tables: Tables, *, budget: float | None = None) -> None:
         check_tables(shape, tables)
@@ -80,7 +81,7 @@ class PlaneCodec(Codec):
             raise CodecError(f"coded is {coded.shape}, and out {out.shape}")
         good = np.empty(len(words), np.bool_)
         header = self.header.view(np.uint32)
-        decode_plane(words, room.view(np.uint16), header, self.tables.base, self.form, _SPREAD, good)
+        decode_plane(words, room.view(np.uint16), header, self.tables.base, self.form, good)
         return good
 
 

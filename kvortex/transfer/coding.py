@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from kvortex.codecs import Codec
 from kvortex.codecs._lossy import decode_lossy, encode_lossy
-from kvortex.codecs._plane import _SPREAD, decode_plane, encode_plane
+from kvortex.codecs._plane import decode_plane, encode_plane
 from kvortex.codecs.base import HEADER_BYTES
 from kvortex.codecs.lossy import LossyCodec
 from kvortex.codecs.plane import PlaneCodec
@@ -63,13 +63,13 @@ def code_plane(memcpy, fragments, codec, blocks, good, records, sums, to_host, f
     memcpy, fragments, blocks, records, sums, to_host, fixed
         As of :func:`kvortex.transfer.copies.copy_paged`; ``sums`` are of what lies in slots.
     codec
-        Bytes of a record in pages and in a slot, then header, bases, form and spread of
+        Bytes of a record in pages and in a slot, then header, bases and form of
         :func:`kvortex.codecs._plane.decode_plane`.
     good : (n,) bool
         Gets whether a record fits into its slot, whose bytes mean nothing else; or of a load whether the slot has a record
         of this codec. The page stays as it is else.
     """
-    raw_bytes, slot_bytes, header, base, form, spread = codec
+    raw_bytes, slot_bytes, header, base, form = codec
     values, coded = np.empty((1, raw_bytes // 2), np.uint16), np.zeros((1, slot_bytes // 4), np.uint32)
     sizes, whole = np.empty(1, np.int64), np.empty(1, np.bool_)
     for b in range(len(blocks)):
@@ -82,7 +82,7 @@ def code_plane(memcpy, fragments, codec, blocks, good, records, sums, to_host, f
                 _cross(memcpy, records[b], np.int64(coded.ctypes.data), slot_bytes, sums, b, True, fixed)
         else:
             _cross(memcpy, records[b], np.int64(coded.ctypes.data), slot_bytes, sums, b, False, fixed)
-            decode_plane(coded, values, header, base, form, spread, whole)
+            decode_plane(coded, values, header, base, form, whole)
             good[b] = whole[0]
             if whole[0]:
                 _move(memcpy, fragments, blocks[b], np.int64(values.ctypes.data), 0, raw_bytes, False)
@@ -167,7 +167,7 @@ class Coder:
         self._fixed: tuple[Any, ...]
         if isinstance(codec, PlaneCodec):
             header = codec.header.view(np.uint32)
-            self._fixed = codec.shape.raw_bytes, codec.slot_bytes, header, codec.tables.base, codec.form, _SPREAD
+            self._fixed = codec.shape.raw_bytes, codec.slot_bytes, header, codec.tables.base, codec.form
         elif isinstance(codec, LossyCodec):
             self._fixed = codec.shape.raw_bytes, codec.slot_bytes, codec.shape.tokens, codec.headers, codec.compiled
         else:

@@ -132,6 +132,18 @@ def test_a_hundred_million_values() -> None:
     assert done >= 100_000_000
 
 
+def test_records_of_the_version_before_are_none() -> None:
+    """Their codes lie otherwise, and nothing else in them says so."""
+    codec, record = plane(), PAGES["denormals"].reshape(1, -1).view(np.uint8)
+    coded = np.zeros((1, codec.worst_bytes), np.uint8)
+    codec.encode_into(record, coded)
+    assert codec.version == 2 == coded[0, :HEADER_BYTES].view(HEADER)["version"][0]
+    coded[0, :HEADER_BYTES].view(HEADER)["version"] = 1
+    back = np.full_like(record, 0x5A)
+    assert not codec.decode_into(coded, back).any() and (back == 0x5A).all()
+    assert "version 1" in str(codec.refusal(coded[0]))
+
+
 def test_a_tile_that_would_grow_is_kept_and_a_record_that_would_grow_too() -> None:
     codec, raw = plane(base=0), SMALL.raw_bytes
     wild = (RNG.integers(30, 60, (16, 256)) << 7).astype(np.uint16)

@@ -126,8 +126,10 @@ _WORD: dict[str, Callable[..., Any]] = {
     "mad.lo.u32": lambda a, b, c: a * b + c,
     "add.u16x2": _halves(np.add),
     "min.u16x2": _halves(np.minimum),
+    "max.u16x2": _halves(np.maximum),
     "vadd2.u32.u32.u32": lambda a, b, c: _halves(np.add)(a, b),
     "vmin2.u32.u32.u32": lambda a, b, c: _halves(np.minimum)(a, b),
+    "vmax2.u32.u32.u32": lambda a, b, c: _halves(np.maximum)(a, b),
     "mul.wide.u32": lambda a, b: a.astype(np.uint64) * b,
     "mad.wide.u32": lambda a, b, c: a.astype(np.uint64) * b + c,
     "setp.gt.u32": np.greater,
@@ -218,7 +220,8 @@ class Machine:
         found = re.search(r"\[(\S+?)(?:\+(\d+))?\]", rest)
         assert found is not None
         names = re.findall(r"[$\w]+", rest.replace(found[0], ""))
-        kind, number = (ctypes.c_uint64, np.uint64) if name.endswith(".u64") else (ctypes.c_uint32, np.uint32)
+        kind = {".u64": ctypes.c_uint64, ".u16": ctypes.c_uint16}.get(name[-4:], ctypes.c_uint32)
+        number = np.uint64 if name.endswith(".u64") else np.uint32  # what is shorter gets zeros above
         for lane in LANES[live]:
             cells = (kind * len(names)).from_address(int(self.registers[found[1]][lane]) + int(found[2] or 0))
             for at, each in enumerate(names):

@@ -20,6 +20,7 @@ from kvortex.digests.keys import kernel_numbers
 from kvortex.kernels import (
     coded_read,
     digest_staged,
+    marked,
     plane,
     plane_decode,
     plane_encode,
@@ -149,11 +150,11 @@ def run_damaged(case: PlaneCase) -> None:
     assert (codec.encode_into(raw, rows) > 0).all()
     for row, (what, at) in zip(rows, pages.items(), strict=True):
         if what == "second tier":
-            words = row[at : at + 12].view(np.uint32)
-            words |= ~np.bitwise_and.reduce(words) & np.uint32(0xFF)  # codes become escapes, more than the entry has
+            words = row[at : at + 4].view(np.uint32)
+            assert words != 0x77777777
+            words |= np.uint32(0x77777777)  # codes become escapes, more than the entry has
         elif what == "first tier":
-            low, high = row[at : at + 8].view(np.uint32)
-            row[at : at + 4].view(np.uint32)[0] = low ^ high & (~high + np.uint32(1))  # a code is 3, or no more
+            row[at] ^= 3 ^ (row[at] & 3) or 1  # a code is 3, or no more
         else:
             row[at] ^= 1
     memory = np.full((case.memory.shape[0], len(pages) + 2, *case.memory.shape[2:]), 0x5A5A, np.uint16)
@@ -197,8 +198,7 @@ def run_ranges(case: PlaneCase, edges: list[int]) -> None:
     ranges = ranged(codec, rows, edges)
     again, right = rows.copy(), rows.copy()
     at = 64 + 4 * codec.form[2] + 1280 * edges[-2]  # the first tile of the last range: a code is 3, or no more
-    low, high = again[hurt, at : at + 8].view(np.uint32)
-    again[hurt, at : at + 4].view(np.uint32)[0] = low ^ high & (~high + np.uint32(1))
+    again[hurt, at] ^= 3 ^ (again[hurt, at] & 3) or 1
     n, memory = len(rows), np.full_like(case.memory, 0x5A5A)
     fixed, expected, numbers = constants(codec), memory.copy(), kernel_numbers(case.pitch)
     form = cells(codec, case.fragments(memory.ctypes.data), fixed.ctypes.data)
@@ -242,7 +242,8 @@ def run_ranges(case: PlaneCase, edges: list[int]) -> None:
 def main() -> int:
     assert config.ENABLE_CUDASIM
     warnings.filterwarnings("ignore", "overflow encountered", RuntimeWarning)  # sums are modulo 2**64
-    warp.install(plane, plane_encode, plane_tile, plane_decode, plane_row, shares, sizes, digest_staged, written, kernels_warp)
+    coders = plane, plane_encode, plane_tile, plane_decode, plane_row, marked
+    warp.install(*coders, shares, sizes, digest_staged, written, kernels_warp)
     for case in CASES:
         run(case)
         print(f"simulated plane: {case.name}", flush=True)

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from kvortex.codecs._lossy import scales
-from kvortex.kernels import digest, eights, float32, packed, plane_row, shares, warp_words
+from kvortex.kernels import digest, eights, float32, marked, packed, plane_row, shares, warp_words
 from kvortex.kernels.eights import LEAST_SCALE, NEAREST, ROOTS
 from tests.kernels.ptx_machine import LANES, Machine, floats, words
 
 Rng = np.random.Generator
 PLACES = {"e": 8, "w": 8, "v": 4, "p": 2}
-TOGETHER = ("from_lane", "scale_codes", "gathered", "turned", "summed")
+TOGETHER = ("from_lane", "scale_codes", "gathered")
 STATEMENTS = {
     f"{module.__name__.rsplit('.', 1)[1]}.{name}": function
     for module in (eights, float32, packed, plane_row)
@@ -76,6 +76,19 @@ def _distances(rng: Rng, places: int) -> np.ndarray:
     return low | high << np.uint32(16)
 
 
+def _nibbles(rng: Rng, places: int) -> np.ndarray:
+    """Codes of the second tier, and above the lower half anything."""
+    codes = rng.integers(0, 8, (4, places, 32)).astype(np.uint32) << np.uint32([[[0]], [[4]], [[8]], [[12]]])
+    return np.bitwise_or.reduce(codes) | rng.integers(0, 1 << 16, (places, 32)).astype(np.uint32) << np.uint32(16)
+
+
+def _kept(rng: Rng, places: int) -> np.ndarray:
+    """Distances of the second tier, and bytes of exponents."""
+    far = rng.choice([0, 4, 5, 6, 7, 8, 9, plane_row.FAR], (places, 32, 2)).astype(np.uint32)
+    far |= rng.integers(0, 256, (places, 32, 2)).astype(np.uint32) << np.uint32(8)
+    return far[..., 0] | far[..., 1] << np.uint32(16)
+
+
 def _shifted_bases(rng: Rng, places: int) -> np.ndarray:
     low, high = rng.choice([0, 1, 9, 10, 11, 127, 254, 255], (2, places, 32)).astype(np.uint32) + np.uint32(0xFF01)
     return low & np.uint32(0xFFFF) | high << np.uint32(16)
@@ -104,7 +117,9 @@ GIVEN: dict[str, dict[int, Callable[[Rng, int], np.ndarray]]] = {
     "eights.value_codes": dict(enumerate([_between(-3, 20)] * 4 + [_fixed(-3), _fixed(11, 3.7)])),
     "eights.key_numbers": {2: _fixed(2**23 + 2048 - 128), 3: _between(0.001, 1), 5: _fixed(2**23)},
     "plane_row.row_word": {1: _bases, 2: _late},
-    "plane_row.late_of": {0: _whole(0, 8)},
+    "plane_row.row_word_above": {1: _bases, 2: _late},
+    "plane_row.late_of": {0: _nibbles},
+    "plane_row.late_codes": dict(enumerate([_kept] * 4)),
     "plane_row.first_codes": {0: _distances},
     "plane_row.distances": {0: _inverted, 1: _shifted_bases},
     "eights.smaller_each": {0: _with_nan, 1: _with_nan},
@@ -172,13 +187,39 @@ def test_lanes_trade() -> None:
     rng = np.random.default_rng(1)
     given = rng.integers(0, 1 << 32, (8, 32)).astype(np.uint32)
     word = given[:1]
-    bits = np.unpackbits(word[0].view(np.uint8), bitorder="little").reshape(32, 32)
-    turned = _executed(warp_words.turned, [word, LANES[None].astype(np.uint32)])
-    assert (turned[0] == np.packbits(bits.T, bitorder="little").view(np.uint32)).all()
     summed = _executed(warp_words.summed, [word, LANES[None].astype(np.uint32)])
     assert (summed[0] == np.cumsum(word[0], dtype=np.uint32)).all()
     flip = np.full((1, 32), 8, np.uint32)
     assert (_executed(eights.from_lane, [given, flip]) == given[:, LANES ^ 8]).all()
+
+
+def test_marked_halves_lie_one_behind_another() -> None:
+    """Of each lane by itself, and nothing else changes; what comes back has 0 where nothing is marked."""
+    rng, unit = np.random.default_rng(5), 64
+    given = rng.integers(0, 1 << 32, (8, 32)).astype(np.uint32)
+    marks = rng.integers(0, 1 << 32, 32).astype(np.uint32) & np.uint32(0x55555555)
+    marks[:3] = 0, 0x55555555, 0x40000001
+    memory = rng.integers(0, 1 << 16, (32, unit)).astype(np.uint16)
+    wanted = memory.copy()
+    first = memory.ctypes.data + 2 * unit * LANES.astype(np.uint64)
+    for lane in LANES:
+        at = wanted.ctypes.data + 2 * unit * int(lane)
+        marked.put_marked(given[:, lane].tolist(), int(marks[lane]), at + 8, at + 64)
+    registers = {f"${at}": row for at, row in enumerate([*given, marks, first + np.uint64(8), first + np.uint64(64)])}
+    Machine(dict(registers)).run(marked.put_marked.ptx[0])
+    assert (memory == wanted).all()
+    own = [[r for r in range(8) if marks[1 + lane] >> 2 * r & 1] for lane in range(31)]
+    for lane, rows in enumerate(own, 1):
+        assert memory[lane, 4 : 4 + len(rows)].tolist() == (given[rows, lane] & 0xFFFF).tolist()
+    machine = Machine(dict(registers))
+    machine.run(marked.get_marked.ptx[0])
+    back = np.stack([machine.registers[f"${at}"] for at in range(8)])
+    both = np.arange(0, 16, 2, dtype=np.uint32)[:, None]
+    low, high = marks >> both & 1, marks >> (16 + both) & 1
+    assert (back == given & (low * np.uint32(0xFFFF) | high * np.uint32(0xFFFF0000))).all()
+    for lane in LANES:
+        found = marked.get_marked(int(marks[lane]), int(first[lane]) + 8, int(first[lane]) + 64)
+        assert list(found) == back[:, lane].tolist()
 
 
 def test_lanes_find_scales_together() -> None:
