@@ -19,8 +19,8 @@ tiles; their tails, in the order of tiles (by plane, by 16 tokens, by 64 channel
 
 The second tier has the order of the first one's words and bits. Of a sixteen each four codes 0, 1, 2, 3 are nibbles, from the
 lowest on those of 0, 2, 1, 3. Two fours take the 32 bits and the third one the 16. The fourth takes their nibbles' upper bits:
-its bits 0 those of the lower half of the 32, bits 1 those of the upper half, bits 2 those of the 16. So who has 8 rows of a pair
-of channels, or a sixteen, has whole words of the record.
+its bits 0 those of the lower half of the 32, bits 1 those of the upper half, bits 2 those of the 16. So who has 8 rows of a
+pair of channels, or a sixteen, has whole words of the record.
 
 A tile's entry in the table: values of the second tier, and of the third in the upper half. A tile that would need as much as
 it has is kept as it is, its 16 rows of 128 bytes through fixed part and tail, and its entry is ``RAW_TILE``.

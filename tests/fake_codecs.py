@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvortex.codecs._lossy import decode_lossy, encode_lossy, scales
-from kvortex.codecs._plane import _SPREAD, _decode_tile, encode_plane
+from kvortex.codecs._plane import _decode_tile, encode_plane
 from kvortex.codecs.base import CODED, DECLINED, HEADER
 from kvortex.kernels import lossy_form as lf
 from kvortex.kernels import plane_form as pf
@@ -133,6 +133,7 @@ def _decode_tiles(
     if record[pf.STORED_AT] != CODED or fixed_bytes + size.sum() != record[pf.USED_AT]:
         return False
     good, second, tile = True, np.zeros(pf.VALUES + 1, np.int16), np.zeros(pf.TILE_BYTES, np.uint16)
+    late = np.zeros((pf.ROWS, pf.CHANNELS), np.int16)
     for number in range(first, end):
         at, words = fixed_bytes + size[:number].sum() - tails_from, int(size[number]) // 4
         if at < 0 or size[number] > pf.RAW_TAIL or own + at // 4 + words > len(record):
@@ -144,7 +145,7 @@ def _decode_tiles(
         plane, within = divmod(number, groups * across)
         begin, step = within // across * pf.ROWS * 64 * across + within % across * 64, 64 * across
         bases = base[plane, within % across * 64 :][:64]
-        good &= bool(_decode_tile(tile, int(entries[number]), pages[plane], begin, step, bases, second, _SPREAD))
+        good &= bool(_decode_tile(tile, int(entries[number]), pages[plane], begin, step, bases, second, late))
     return good
 
 
