@@ -30,8 +30,8 @@ from perf.coder_bench import Bench, pitch_of, threads_of, wrong_digests
 from perf.report import Report, progress
 
 SHAPE = RecordShape(32, 8, 128)
-RUNS = (4, 8, 12)  # of 1,024 tiles in a block
-CTAS_EACH = 3  # of 256 threads a multiprocessor, as many as its registers hold
+RUNS = (4, 8, 12, 16)  # of 1,024 tiles in a block
+CTAS_EACH = 4  # of 256 threads a multiprocessor, as many as its registers hold
 CHECKED = 8  # blocks whose coded record is compared with the host's
 NAMES = "plane_encode", "plane_decode_digest"
 KEYS = ("kernel", "run")

@@ -138,11 +138,10 @@ class PlaneCoder(_TileCoder):
     form: ClassVar[Any] = on_device
     encoder, save_warps = "plane_encode", ENCODE_WARPS
     decoder = "plane_decode"
-    ctas_each, ctas_elsewhere = (6, 3), (4, 2)
-    # Of a save: 13 tiles of real KV have longer tails than a warp keeps in one share of 300, 16 in one of 3; and a warp looks
-    # at the cells of all shares before its own: 3 blocks took 48, 35 and 37 us by 1, 2 and 4 tiles, 7 took 53, 50 and 41 by 2,
-    # 3 and 4 (an H200).
-    runs = (4, 12), (1, _MOST_RUN)
+    ctas_each: ClassVar = {(0, 0): (4, 2), (9, 0): (8, 4), (10, 0): (6, 3), (12, 0): (4, 2)}
+    # Of a save no fewer, since a warp looks at the cells of all shares before its own: 3 blocks took 48, 35 and 37 us by 1, 2
+    # and 4 tiles, 7 took 53, 50 and 41 by 2, 3 and 4 (an H200, version 1).
+    runs = (4, _MOST_RUN), (1, _MOST_RUN)
     row_bytes = 4  # a page, int32
     kernels = (encoder, decoder, decoder + "_digest", "read_records")
     strips = 3  # header and table, which are digested with the first tiles; fixed parts; tails
@@ -202,7 +201,7 @@ class LossyCoder(_TileCoder):
     runs = (1, _MOST_RUN), (1, _MOST_RUN // 2)
     row_bytes = 8  # a page, and which part of it the record is, int32
     kernels = (encoder, decoder, decoder + "_digest", "read_records")
-    ctas_each = 2, 3
+    ctas_each: ClassVar = {(0, 0): (2, 2), (9, 0): (2, 3), (12, 0): (2, 2)}
     work_bytes = 4  # a counter of who is done with the record; zeros whenever none is being coded
     strips, headed = 1, (False,)
     codec: LossyCodec

@@ -122,13 +122,11 @@ class DeviceCoder(ABC):
     """
 
     kernels: ClassVar[tuple[str, ...]]
-    # CTAs a multiprocessor, of a save and of a load: as many as find room at once, of kernels that code. A third more made a
-    # wave of their own, in which two thirds of the GPU had nothing to do: 1,631 and not 1,918 GB/s of blocks by k4v3 were
-    # decoded (an H200).
-    ctas_each: ClassVar[tuple[int, int]] = (3, 3)
-    # Before 9.0, where kernels have registers for no more (kvortex.kernels.build), and from 12.0 on, where there are 100 KiB of
-    # shared memory a multiprocessor.
-    ctas_elsewhere: ClassVar[tuple[int, int]] = (2, 2)
+    # CTAs a multiprocessor, of a save and of a load, from a compute capability on: as many as find room at once, of kernels
+    # that code. A third more made a wave of their own, in which two thirds of the GPU had nothing to do: 1,631 and not 1,918
+    # GB/s of blocks by k4v3 were decoded (an H200). Registers decide it (kvortex.kernels.build), and from 12.0 on, with
+    # 100 KiB of it a multiprocessor, shared memory.
+    ctas_each: ClassVar[dict[tuple[int, int], tuple[int, int]]] = {(0, 0): (2, 2), (9, 0): (3, 3), (12, 0): (2, 2)}
     work_bytes = 0  # of each record of a chunk
 
     def __init__(
@@ -138,7 +136,7 @@ class DeviceCoder(ABC):
         self.works: list[int] = []
         self._held: list[Any] = []
         self._kernels = {name: kernel(name) for name in self.kernels if numbers or not name.endswith("_digest")}
-        save, load = self.ctas_each if (9, 0) <= device.compute_capability < (12, 0) else self.ctas_elsewhere
+        save, load = self.ctas_each[max(least for least in self.ctas_each if least <= device.compute_capability)]
         self.most_ctas = save * device.multiprocessors, load * device.multiprocessors
 
     def open(self, buffers: int, buffer_bytes: int) -> None:
