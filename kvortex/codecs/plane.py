@@ -1,4 +1,4 @@
-"""Lossless bf16: bit planes of exponents in a window below one calibrated byte a channel, escapes, no entropy coder.
+"""Lossless bf16: exponents as short codes in a window below one calibrated byte a channel, escapes, no entropy coder.
 
 Every bit pattern comes back: NaN payloads, infinities, denormals, zeros. All that is gained is in the exponents, since
 mantissas are noise (docs/codecs.md). The form is in :mod:`kvortex.kernels.plane_form`.
