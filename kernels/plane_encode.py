@@ -162,10 +162,9 @@ def _tiles(codec, at, run, counts, block, tile, count, record, pitch, numbers, s
                 escapes = uint32(count_escapes(n, lane, shared))
             size = uint32(groups + uint32(uint32(escapes + uint32(3)) & uint32(0xFFFFFFFC)))
             entry = uint32(n | escapes << uint32(16))
-            cuda.syncwarp()
+            cuda.syncwarp()  # the tail is there; and what is there of the fixed part, others write over if the tile stays raw
             if size > uint32(MOST_TAIL):
                 size, entry = uint32(RAW_TAIL), uint32(RAW_TILE)
-                cuda.syncwarp()  # what is there of its fixed part, others of the warp write over
                 if not_kept == uint32(0):
                     keep_raw(codec, uint32(tile + i - uint32(1)), block, fixed, fits, tail, lane)
                     cuda.syncwarp()

@@ -32,6 +32,26 @@ def hostile(rng: np.random.Generator, planes: int, tokens: int, channels: int) -
     return [anything, np.zeros(size, np.uint16), nans, wild]
 
 
+# Values of the second tier, and of the third among them, of two tiles a page: none, whole groups of 32, more than lanes have
+# sixteens, all; with the longest tail that is coded and one that is longer.
+EDGES = [((0, 0), (1024, 380)), ((32, 0), (1024, 381)), ((512, 3), (64, 64)), ((513, 100), (992, 7))]
+
+
+def edges(rng: np.random.Generator, base: npt.NDArray[np.uint8]) -> list[Words]:
+    """Pages (2, 16, 64) with as many values of each tier as :data:`EDGES` says, under (2, 64) bases."""
+    pages = []
+    for page in EDGES:
+        below = rng.integers(1, 4, (2, 1024))  # of the first tier
+        for tile, (second, third) in enumerate(page):
+            places = rng.permutation(1024)[:second]
+            below[tile, places] = rng.choice([0, 4, 5, 6, 7, 8, 9], second)
+            below[tile, places[:third]] = rng.integers(10, 60, third)
+        exponents = base.astype(np.int64)[:, None] - below.reshape(2, 16, 64)
+        assert (0 <= exponents).all()
+        pages.append((rng.integers(0, 1 << 16, (2, 16, 64)) & 0x807F | exponents << 7).astype(np.uint16))
+    return pages
+
+
 @dataclass
 class PlaneCase:
     """Pages of one tensor in an order of their own; ``room`` is a part of the original, None for as much as is ever needed."""
@@ -40,6 +60,7 @@ class PlaneCase:
     shape: RecordShape
     pages: int  # of the usual kind
     hostile: bool = False
+    edges: bool = False
     room: float | None = None
     run: int = 2
     codec: PlaneCodec = field(init=False)
@@ -55,6 +76,7 @@ class PlaneCase:
         assert isinstance(codec, PlaneCodec)
         self.codec = codec
         pages += hostile(rng, *size) if self.hostile else []
+        pages += edges(rng, codec.tables.base) if self.edges else []
         self.memory = np.stack(pages, 1)  # (planes, pages, tokens, channels): a page's planes lie apart
         self.blocks = rng.permutation(len(pages)).astype(np.int32)
 
@@ -130,6 +152,7 @@ def ranged(codec: PlaneCodec, records: npt.NDArray[np.uint8], edges: list[int]) 
 
 CASES = [
     PlaneCase("two tiles, usual and hostile", RecordShape(1, 1, 64), 2, hostile=True),
+    PlaneCase("tails of all lengths", RecordShape(1, 1, 64), 1, edges=True),
     PlaneCase("groups of tokens, tiles side by side", RecordShape(1, 2, 64, tokens=32, parts="L"), 1, run=3),
     PlaneCase("a room that hostile pages do not fit", RecordShape(1, 1, 64), 1, hostile=True, room=0.8),
     PlaneCase("a room for less than fixed parts", RecordShape(1, 1, 64), 1, hostile=True, room=0.5),

@@ -253,7 +253,7 @@ def main() -> int:
     run_roomy(CASES[0])
     print("simulated plane: damaged records", flush=True)
     run_ranges(CASES[0], [0, 1, 2])
-    run_ranges(CASES[1], [0, 1, 3, 4])
+    run_ranges(CASES[2], [0, 1, 3, 4])
     print("simulated plane: ranges of tiles", flush=True)
     return 0
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kvortex.codecs._lossy import scales
-from kvortex.kernels import digest, eights, float32, marked, packed, plane_row, shares, warp_words
+from kvortex.kernels import ahead, digest, eights, float32, marked, packed, plane_row, shares, warp_words
 from kvortex.kernels.eights import LEAST_SCALE, NEAREST, ROOTS
 from tests.kernels.ptx_machine import LANES, Machine, floats, words
 
@@ -217,9 +217,22 @@ def test_marked_halves_lie_one_behind_another() -> None:
     both = np.arange(0, 16, 2, dtype=np.uint32)[:, None]
     low, high = marks >> both & 1, marks >> (16 + both) & 1
     assert (back == given & (low * np.uint32(0xFFFF) | high * np.uint32(0xFFFF0000))).all()
+    given_back = [marks[None], registers["$9"][None], registers["$10"][None]]
+    assert (back == _executed(marked.get_marked, given_back, shared=True)).all(), "a result came before all arguments were read"
     for lane in LANES:
         found = marked.get_marked(int(marks[lane]), int(first[lane]) + 8, int(first[lane]) + 64)
         assert list(found) == back[:, lane].tolist()
+
+
+def test_four_words_go_to_shared_memory_at_once() -> None:
+    given = np.random.default_rng(6).integers(0, 1 << 32, (4, 32)).astype(np.uint32)
+    memory = np.zeros((32, 8), np.uint32)
+    first = memory.ctypes.data + 32 * LANES.astype(np.uint64)
+    Machine({f"${at}": row for at, row in enumerate([first, *given])}).run(ahead.put16.ptx[0])
+    assert (memory[:, :4] == given.T).all() and not memory[:, 4:].any()
+    other = np.zeros(8, np.uint32)
+    ahead.put16(other.ctypes.data, *given[:, 3].tolist())
+    assert (other == memory[3]).all()
 
 
 def test_lanes_find_scales_together() -> None:
