@@ -26,11 +26,32 @@ Streams: TypeAlias = npt.NDArray[np.int64]
 
 
 @njit(nogil=True)
+def _relax(functions, mode):  # type: ignore[no-untyped-def]
+    """Has questions not end a graph that another thread captures; whether that could not be done. ``mode`` is (1,) int64."""
+    mode[0] = _RELAXED
+    return call(functions[CAPTURE_MODE], (mode.ctypes.data,))
+
+
+@njit(nogil=True)
+def _enter(functions, context, cells):  # type: ignore[no-untyped-def]
+    """Makes a context current, and keeps which one was; a code."""
+    code = call(functions[CTX_GET], (cells[_SAVED:].ctypes.data,))
+    if not code and cells[_SAVED] != context:
+        code = call(functions[CTX_SET], (context,))
+    return code
+
+
+@njit(nogil=True)
+def _leave(functions, context, cells):  # type: ignore[no-untyped-def]
+    if cells[_SAVED] != context:
+        call(functions[CTX_SET], (cells[_SAVED],))
+
+
+@njit(nogil=True)
 def ask_relaxed(functions, which, a, b, c, mode):  # type: ignore[no-untyped-def]
     """Asks in the context that is current, so that a graph which another thread captures goes on; ``mode`` is (1,) int64, of
     nothing that outlives the call."""
-    mode[0] = _RELAXED
-    unset = call(functions[CAPTURE_MODE], (mode.ctypes.data,))
+    unset = _relax(functions, mode)
     code = call(functions[which], (a, b, c))  # of which a function takes as many as it has parameters
     if not unset:
         call(functions[CAPTURE_MODE], (mode.ctypes.data,))
@@ -39,17 +60,11 @@ def ask_relaxed(functions, which, a, b, c, mode):  # type: ignore[no-untyped-def
 
 @njit(nogil=True)
 def _ask(functions, context, which, a, b, c, cells):  # type: ignore[no-untyped-def]
-    code = call(functions[CTX_GET], (cells[_SAVED:].ctypes.data,))
+    code = _enter(functions, context, cells)
     if code:
         return code
-    foreign = cells[_SAVED] != context
-    if foreign:
-        code = call(functions[CTX_SET], (context,))
-        if code:
-            return code
     code = ask_relaxed(functions, which, a, b, c, cells[_MODE:])
-    if foreign:
-        call(functions[CTX_SET], (cells[_SAVED],))
+    _leave(functions, context, cells)
     return code
 
 
@@ -60,11 +75,19 @@ def _ask_capture(functions, context, stream, cells):  # type: ignore[no-untyped-
 
 @njit(nogil=True)
 def _ask_streams(functions, context, streams, cells):  # type: ignore[no-untyped-def]
+    code = _enter(functions, context, cells)
+    if code:
+        return code
+    mode = cells[_MODE:]
+    unset = _relax(functions, mode)
     for stream in streams:
-        code = _ask(functions, context, STREAM_QUERY, stream, 0, 0, cells)
+        code = call(functions[STREAM_QUERY], (stream, 0, 0))
         if code:
-            return code
-    return np.int32(0)
+            break
+    if not unset:
+        call(functions[CAPTURE_MODE], (mode.ctypes.data,))
+    _leave(functions, context, cells)
+    return code
 
 
 @functools.cache
@@ -99,6 +122,6 @@ def ask_capture(functions: Functions, context: int, stream: int) -> tuple[int, i
 
 
 def ask_streams(functions: Functions, context: int, streams: Streams) -> int:
-    """The first code of ``cuStreamQuery`` of some streams, (n,), that is not 0, or 0; see :func:`ask`. Asked one by one from
-    Python they take some 5 us each, on caches that Python has emptied."""
+    """The first code of ``cuStreamQuery`` of some streams, (n,), that is not 0, or 0; see :func:`ask`. The context and the mode
+    are set once for all; asked one by one from Python they take some 5 us each, on caches that Python has emptied."""
     return int(_ask_streams(functions, context, streams, np.zeros(_CELLS, np.int64)))

@@ -20,6 +20,7 @@ class Driver:
     def __init__(self, context: int) -> None:
         self.context, self.mode, self.fails = context, GLOBAL, dict[str, int]()
         self.asked: list[tuple[Any, ...]] = []
+        self.exchanged = 0
         names = {cu.CTX_GET: self.get, cu.CTX_SET: self.set, cu.CAPTURE_MODE: self.exchange}
         names |= {cu.EVENT_QUERY: self.query, cu.STREAM_QUERY: self.query}
         form = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_longlong] * 3)
@@ -39,6 +40,7 @@ class Driver:
 
     def exchange(self, address: int, *_: int) -> int:
         cell = ctypes.c_int.from_address(address)
+        self.exchanged += 1
         if "exchange" not in self.fails:
             cell.value, self.mode = self.mode, cell.value
         return self.fails.get("exchange", 0)
@@ -71,7 +73,16 @@ def test_streams_are_asked_until_one_answers_otherwise(context: int) -> None:
     driver = Driver(context)
     none = np.empty(0, np.int64)
     assert ask_streams(driver.functions, OURS, np.array([7, 8, 9])) == 0 == ask_streams(driver.functions, OURS, none)
+    assert driver.exchanged == 4, "the mode is set once for all streams, and put back"
     assert [(ours, mode, stream) for ours, mode, (stream, *_) in driver.asked] == [(OURS, RELAXED, at) for at in (7, 8, 9)]
     driver.fails = {"query": 600}
     assert ask_streams(driver.functions, OURS, np.array([4, 5])) == 600 and [of[0] for *_, of in driver.asked[3:]] == [4]
     assert (driver.context, driver.mode) == (context, GLOBAL)
+
+
+@pytest.mark.parametrize(("what", "asks"), [("get", 0), ("set", 0), ("exchange", 2)])
+def test_a_refusal_before_streams_are_asked(what: str, asks: int) -> None:
+    driver = Driver(THEIRS)
+    driver.fails = {what: 201}
+    assert ask_streams(driver.functions, OURS, np.array([7, 8])) == (0 if asks else 201)
+    assert len(driver.asked) == asks and (driver.context, driver.mode) == (THEIRS, GLOBAL)
