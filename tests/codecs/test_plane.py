@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from kvortex.codecs import RecordShape, calibrate, make_codec
 from kvortex.codecs.base import CODED, DECLINED, HEADER, HEADER_BYTES, VERBATIM, Bytes, Codec
 from kvortex.errors import CodecError
+from kvortex.kernels.plane_form import MOST_TAIL, RAW_TILE
 from tests.codecs.sample import MODELS, SHAPES, records_of, tables_of, values_of
+from tests.kernels.plane_cases import EDGES, edges
 from tests.naive_codecs import plane_record
 
 SMALL = RecordShape(1, 2, 64)  # two planes of two tiles
@@ -130,6 +132,40 @@ def test_a_hundred_million_values() -> None:
         round_trip(codec, bits.view(np.uint8))
         done += bits.size
     assert done >= 100_000_000
+
+
+def edge_records(codec: Codec) -> Bytes:
+    """(4, raw_bytes) of two tiles, with tails of all kinds of lengths."""
+    pages = edges(np.random.default_rng(3), codec.tables.base)  # type: ignore[attr-defined]
+    return np.stack(pages).reshape(len(pages), -1).view(np.uint8)
+
+
+def test_tails_of_all_lengths_are_coded_as_described() -> None:
+    codec = plane(RecordShape(1, 1, 64), 127)
+    records = edge_records(codec)
+    round_trip(codec, records)
+    for record, tiles in zip(records, EDGES, strict=True):
+        coded = codec.encode(record)
+        assert coded == plane_record(record, codec)
+        for entry, (second, third) in zip(np.frombuffer(coded[64:72], np.uint32).tolist(), tiles, strict=True):
+            fits = 12 * -(-second // 32) + -(-third // 4) * 4 <= MOST_TAIL
+            assert entry == (second | third << 16 if fits else RAW_TILE)
+
+
+@pytest.mark.parametrize(("what", "at"), [("first tier", 64 + 16), ("one escape more", 0), ("one escape less", 196)])
+def test_a_tile_that_contradicts_its_entry_is_told(what: str, at: int) -> None:
+    """Of the two tiles the first has 512 and 3 values of the upper tiers, and the second one nothing but escapes."""
+    codec = plane(RecordShape(1, 1, 64), 127)
+    coded = np.zeros((1, codec.worst_bytes), np.uint8)
+    record = edge_records(codec)[2:3]
+    codec.encode_into(record, coded)
+    if what == "first tier":
+        coded[0, at] ^= 3 ^ (coded[0, at] & 3) or 1  # a code is 3, or no more
+    else:
+        place = codec.fixed_bytes + at  # type: ignore[attr-defined]
+        assert (coded[0, place] & 7 == 7) == (what == "one escape less")
+        coded[0, place] = coded[0, place] & 0xF8 | (6 if what == "one escape less" else 7)
+    assert not codec.decode_into(coded, np.empty_like(record)).any()
 
 
 def test_records_of_the_version_before_are_none() -> None:
