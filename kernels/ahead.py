@@ -92,8 +92,7 @@ put2 = _put("st.shared.u16 [$0], $1;", ctypes.c_uint16)
 put1 = _put("st.shared.u8 [$0], $1;", ctypes.c_uint8)
 
 
-@statement("st.shared.v4.u32 [$0], {$1,$2,$3,$4};", "rrrrr")
-def put16(address, first, second, third, fourth):  # type: ignore[no-untyped-def]
+@statement("st.shared.v4.u32 [$0], {$1,$2,$3,$4};", "rv")
+def put16(address, words):  # type: ignore[no-untyped-def]
     """Four words at a multiple of 16."""
-    given = (first, second, third, fourth)
-    (ctypes.c_uint32 * 4).from_address(int(address))[:] = [int(each) & 0xFFFFFFFF for each in given]
+    (ctypes.c_uint32 * 4).from_address(int(address))[:] = [int(each) & 0xFFFFFFFF for each in words]

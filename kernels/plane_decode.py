@@ -56,7 +56,18 @@ from kvortex.kernels.plane import (
     tiles_of,
 )
 from kvortex.kernels.plane_form import FIXED_BYTES, RAW_TAIL, RAW_TILE, ROWS, SIGN_AT, VALUES
-from kvortex.kernels.plane_row import ESCAPED, bases_of, late_of, nibble_place, row_word, row_word_above, sevenths
+from kvortex.kernels.plane_row import (
+    ESCAPED,
+    bases_of,
+    late_of,
+    marks_of,
+    nibble_place,
+    nibbles_of_sixteen,
+    row_word,
+    row_word_above,
+    sevenths,
+    sixteen_places,
+)
 from kvortex.kernels.shares import answer, ask_next, asker_of, ceil_div, first_share, leave
 from kvortex.kernels.warp import ALL, uniform
 from kvortex.kernels.warp_words import summed
@@ -118,10 +129,9 @@ def _fetch(stage, fixed, tail, size, lane):  # type: ignore[no-untyped-def]
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _escapes(bytes_at, k, n_escapes, late, nibbles):  # type: ignore[no-untyped-def]
+def _escapes(bytes_at, k, n_escapes, late, mask):  # type: ignore[no-untyped-def]
     """Puts exponents of a lane's escapes among eight values, from the ``k``-th of the tile on, where rows look for them; the
     number of the next one."""
-    mask = uint32(sevenths(nibbles))
     while mask != uint32(0):
         if k < n_escapes:
             place = uint32(nibble_place(uint32(cuda.ffs(int32(mask)))))
@@ -135,7 +145,7 @@ def _escapes(bytes_at, k, n_escapes, late, nibbles):  # type: ignore[no-untyped-
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
 def _put_eight(late, nibbles):  # type: ignore[no-untyped-def]
     low, high = late_of(nibbles), late_of(uint32(nibbles >> uint32(16)))
-    put16(late, low[0], low[1], high[0], high[1])
+    put16(late, (low[0], low[1], high[0], high[1]))
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
@@ -150,20 +160,16 @@ def _second_tier(tail, late, entry, lane):  # type: ignore[no-untyped-def]
         own = late + uint64(32) * uint64(at)
         codes, more = uint32(0), uint32(0)
         if at < sixteens:
-            odd = uint32(at & uint32(1))
-            words = tail + uint64(6) * uint64(at) - uint64(2) * uint64(odd)
-            word, short = uint32(get4(words)), uint32(get2(words + uint64(8) - uint64(2) * uint64(odd)))
-            codes = uint32(word & uint32(0x77777777))
-            spare = uint32((word >> uint32(3)) & uint32(0x1111) | (word >> uint32(18)) & uint32(0x2222))
-            spare = uint32(spare | (short >> uint32(1)) & uint32(0x4444))
-            more = uint32(short & uint32(0x7777) | spare << uint32(16))
+            places = sixteen_places(tail, at)
+            codes, more = nibbles_of_sixteen(uint32(get4(places[0])), uint32(get2(places[1])))
             _put_eight(own, codes)
             _put_eight(own + uint64(16), more)
-        count = uint32(uint32(cuda.popc(uint32(sevenths(codes)))) + uint32(cuda.popc(uint32(sevenths(more)))))
+        mask, other = sevenths(codes), sevenths(more)
+        count = uint32(uint32(cuda.popc(mask)) + uint32(cuda.popc(other)))
         upto = uint32(summed(count, lane))
         k = uint32(escapes + upto - count)
-        k = _escapes(bytes_at, k, n_escapes, own, codes)
-        _escapes(bytes_at, k, n_escapes, own + uint64(16), more)
+        k = _escapes(bytes_at, k, n_escapes, own, mask)
+        _escapes(bytes_at, k, n_escapes, own + uint64(16), other)
         escapes = uint32(escapes + uint32(cuda.shfl_sync(ALL, int32(upto), 31)))
         first = uint32(first + uint32(32))
     return escapes == n_escapes
@@ -194,17 +200,11 @@ def _eight_rows(target, step, word, marks, bases, late, signs):  # type: ignore[
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _marks(word):  # type: ignore[no-untyped-def]
-    """Bits of a word of the first tier whose values are in the second."""
-    return uint32(word & (word >> uint32(1)) & uint32(0x55555555))
-
-
-@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
 def _tile(stage, late, entry, target, step, pair, lane):  # type: ignore[no-untyped-def]
     """Writes the tile that lies in shared memory. False: it contradicts itself."""
     at = uint64(4) * uint64(lane)
     word, other = uint32(get4(stage + at)), uint32(get4(stage + at + uint64(128)))
-    marks, more = _marks(word), _marks(other)
+    marks, more = marks_of(word), marks_of(other)
     count = uint32(uint32(cuda.popc(marks)) | uint32(cuda.popc(more)) << uint32(16))  # of both halves at once
     upto = uint32(summed(count, lane))
     good = _second_tier(stage + uint64(FIXED_BYTES), late, entry, lane)

@@ -88,6 +88,35 @@ def row_word_above(codes, bases, late, signs):  # type: ignore[no-untyped-def]
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def marks_of(codes):  # type: ignore[no-untyped-def]
+    """Of a word of the first tier a bit for each value that is in the second, as :mod:`kvortex.kernels.marked` has them."""
+    return uint32(codes & (codes >> uint32(1)) & uint32(0x55555555))
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def sixteen_places(tail, at):  # type: ignore[no-untyped-def]
+    """Where the 32 bits of a sixteen lie in a tail, and its 16."""
+    odd = uint64(at & uint32(1))
+    word = tail + uint64(6) * uint64(at) - uint64(2) * odd
+    return word, word + uint64(8) - uint64(2) * odd
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def packed_sixteen(codes, more):  # type: ignore[no-untyped-def]
+    """The 32 bits and the 16, which have others above, from nibbles of the first eight codes and of the last."""
+    word = uint32(codes | (more >> uint32(13)) & uint32(0x8888) | (more << uint32(2)) & uint32(0x88880000))
+    return word, uint32(more | (more >> uint32(15)) & uint32(0x8888))
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def nibbles_of_sixteen(word, short):  # type: ignore[no-untyped-def]
+    """The reverse of :func:`packed_sixteen`."""
+    spare = uint32((word >> uint32(3)) & uint32(0x1111) | (word >> uint32(18)) & uint32(0x2222))
+    spare = uint32(spare | (short >> uint32(1)) & uint32(0x4444))
+    return uint32(word & uint32(0x77777777)), uint32(short & uint32(0x7777) | spare << uint32(16))
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
 def sevenths(nibbles):  # type: ignore[no-untyped-def]
     """The lowest bits of nibbles that are 7, of such as are below 8: of codes of the second tier those of escapes."""
     return uint32(nibbles & (nibbles >> uint32(1)) & (nibbles >> uint32(2)))
@@ -150,9 +179,7 @@ def _late_codes(most: str) -> str:
     return " ".join([*lines, "sub.u32 u, u, 0x33333333; prmt.b32 $0, u, z, 0x3120; }"])
 
 
-@statement(
-    _late_codes("max.u16x2 t, t, k;"), "rrrr", "r", pure=True, before=_late_codes("vmax2.u32.u32.u32 t, t, k, z;")
-)
+@statement(_late_codes("max.u16x2 t, t, k;"), "rrrr", "r", pure=True, before=_late_codes("vmax2.u32.u32.u32 t, t, k, z;"))
 def late_codes(a, b, c, d):  # type: ignore[no-untyped-def]
     """Codes of the second tier of eight values, by distances of 0, 4 and more in the lowest four bits of the halves of words:
     four in the nibbles of a half, in the order 0, 2, 1, 3."""

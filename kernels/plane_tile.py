@@ -13,7 +13,19 @@ from kvortex.kernels.lane import all_here, early4, load4, store4, store16
 from kvortex.kernels.marked import put_marked
 from kvortex.kernels.plane import int32, place, uint32, uint64, warp_sum
 from kvortex.kernels.plane_form import FIXED_BYTES, RAW_ROWS, ROWS, SIGN_AT, VALUES
-from kvortex.kernels.plane_row import FAR, distances, first_codes, inverted, late_codes, nibble_place, sevenths, sign_bytes
+from kvortex.kernels.plane_row import (
+    FAR,
+    distances,
+    first_codes,
+    inverted,
+    late_codes,
+    marks_of,
+    nibble_place,
+    packed_sixteen,
+    sevenths,
+    sign_bytes,
+    sixteen_places,
+)
 from kvortex.kernels.warp import ALL
 from kvortex.kernels.warp_words import summed
 from kvortex.kernels.written import WRITTEN_SHARED
@@ -94,7 +106,7 @@ def eight_rows(words, bases, table, fixed, half, fits, n, lane):  # type: ignore
     codes = uint32(even & uint32(0x33333333) | (odd << uint32(2)) & uint32(0xCCCCCCCC))
     if fits:
         store4(fixed + uint64(128 * half) + uint64(4) * uint64(lane), codes)
-    marks = uint32(codes & (codes >> uint32(1)) & uint32(0x55555555))
+    marks = marks_of(codes)
     count = uint32(cuda.popc(marks))
     upto = uint32(summed(count, lane))
     first = table + uint64(2) * uint64(uint32(n + upto - count))
@@ -104,9 +116,8 @@ def eight_rows(words, bases, table, fixed, half, fits, n, lane):  # type: ignore
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _put_escapes(target, k, values, nibbles):  # type: ignore[no-untyped-def]
+def _put_escapes(target, k, values, mask):  # type: ignore[no-untyped-def]
     """Exponents of a lane's escapes among eight values, from the ``k``-th of the tile on; where the next ones go."""
-    mask = uint32(sevenths(nibbles))
     while mask != uint32(0):
         place = uint32(nibble_place(uint32(cuda.ffs(int32(mask)))))
         put1(target + uint64(k), uint32(uint32(255) - uint32(get1(values + uint64(1) + uint64(2) * uint64(place)))))
@@ -132,16 +143,15 @@ def make_tail(tail, n, lane, table):  # type: ignore[no-untyped-def]
             a, b = get16(values), get16(values + uint64(16))
             codes = uint32(late_codes(a[0], a[1], a[2], a[3]))
             more = uint32(late_codes(b[0], b[1], b[2], b[3]))
-            odd = uint32(at & uint32(1))
-            to = tail + uint64(6) * uint64(at) - uint64(2) * uint64(odd)
-            word = uint32(codes | (more >> uint32(13)) & uint32(0x8888) | (more << uint32(2)) & uint32(0x88880000))
-            put4(to, word)
-            put2(to + uint64(8) - uint64(2) * uint64(odd), uint32(more | (more >> uint32(15)) & uint32(0x8888)))
-        count = uint32(uint32(cuda.popc(uint32(sevenths(codes)))) + uint32(cuda.popc(uint32(sevenths(more)))))
+            places, words = sixteen_places(tail, at), packed_sixteen(codes, more)
+            put4(places[0], words[0])
+            put2(places[1], words[1])
+        mask, other = sevenths(codes), sevenths(more)
+        count = uint32(uint32(cuda.popc(mask)) + uint32(cuda.popc(other)))
         upto = uint32(summed(count, lane))
         k = uint32(escapes + upto - count)
-        k = _put_escapes(target, k, values, codes)
-        _put_escapes(target, k, values + uint64(16), more)
+        k = _put_escapes(target, k, values, mask)
+        _put_escapes(target, k, values + uint64(16), other)
         escapes = uint32(escapes + uint32(cuda.shfl_sync(ALL, int32(upto), 31)))
         first = uint32(first + uint32(32))
     if uint32(escapes + lane) < uint32(uint32(escapes + uint32(3)) & uint32(0xFFFFFFFC)):

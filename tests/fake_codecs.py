@@ -132,7 +132,7 @@ def _decode_tiles(
     fixed_bytes = 4 * head + pf.FIXED_BYTES * tiles
     if record[pf.STORED_AT] != CODED or fixed_bytes + size.sum() != record[pf.USED_AT]:
         return False
-    good, second, tile = True, np.zeros(pf.VALUES + 1, np.int16), np.zeros(pf.TILE_BYTES, np.uint16)
+    good, second, tile = True, np.zeros(pf.VALUES, np.int16), np.zeros(pf.TILE_BYTES, np.uint16)
     late = np.zeros((pf.ROWS, pf.CHANNELS), np.int16)
     for number in range(first, end):
         at, words = fixed_bytes + size[:number].sum() - tails_from, int(size[number]) // 4

@@ -252,7 +252,7 @@ def decode_plane(coded: Any, values: Any, header: Any, base: Any, form: Any, goo
     room, table_at, fixed_at = coded.shape[1], _HEADER_WORDS, _HEADER_WORDS + table_words
     tails_at = fixed_at + tiles * FIXED_WORDS
     verbatim_words = _HEADER_WORDS + values.shape[1] // 2
-    second, tile = np.zeros(VALUES + 1, np.int16), np.zeros(TILE_BYTES, np.uint16)
+    second, tile = np.zeros(VALUES, np.int16), np.zeros(TILE_BYTES, np.uint16)
     late = np.zeros((ROWS, CHANNELS), np.int16)
     tile32 = tile.view(np.uint32)
     for record in range(len(coded)):

@@ -12,7 +12,7 @@ from kvortex.codecs.base import CODED, DECLINED, HEADER, HEADER_BYTES, VERBATIM,
 from kvortex.errors import CodecError
 from kvortex.kernels.plane_form import MOST_TAIL, RAW_TILE
 from tests.codecs.sample import MODELS, SHAPES, records_of, tables_of, values_of
-from tests.kernels.plane_cases import EDGES, edges
+from tests.kernels.plane_cases import EDGES, change_code, edges
 from tests.naive_codecs import plane_record
 
 SMALL = RecordShape(1, 2, 64)  # two planes of two tiles
@@ -160,7 +160,7 @@ def test_a_tile_that_contradicts_its_entry_is_told(what: str, at: int) -> None:
     record = edge_records(codec)[2:3]
     codec.encode_into(record, coded)
     if what == "first tier":
-        coded[0, at] ^= 3 ^ (coded[0, at] & 3) or 1  # a code is 3, or no more
+        change_code(coded[0], at)
     else:
         place = codec.fixed_bytes + at  # type: ignore[attr-defined]
         assert (coded[0, place] & 7 == 7) == (what == "one escape less")

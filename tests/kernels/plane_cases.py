@@ -52,6 +52,11 @@ def edges(rng: np.random.Generator, base: npt.NDArray[np.uint8]) -> list[Words]:
     return pages
 
 
+def change_code(record: npt.NDArray[np.uint8], at: int) -> None:
+    """Of the first tier's words the code in the lowest bits of a byte: it is 3 afterwards, or no more."""
+    record[at] ^= 3 ^ (record[at] & 3) or 1
+
+
 @dataclass
 class PlaneCase:
     """Pages of one tensor in an order of their own; ``room`` is a part of the original, None for as much as is ever needed."""

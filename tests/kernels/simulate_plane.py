@@ -32,7 +32,7 @@ from kvortex.kernels import (
 )
 from kvortex.kernels import warp as kernels_warp
 from tests.kernels import warp
-from tests.kernels.plane_cases import CASES, GUARD, PlaneCase, ranged
+from tests.kernels.plane_cases import CASES, GUARD, PlaneCase, change_code, ranged
 from tests.naive_digest import digest
 from tests.naive_digest import sums as naive_sums
 
@@ -154,7 +154,7 @@ def run_damaged(case: PlaneCase) -> None:
             assert words != 0x77777777
             words |= np.uint32(0x77777777)  # codes become escapes, more than the entry has
         elif what == "first tier":
-            row[at] ^= 3 ^ (row[at] & 3) or 1  # a code is 3, or no more
+            change_code(row, at)
         else:
             row[at] ^= 1
     memory = np.full((case.memory.shape[0], len(pages) + 2, *case.memory.shape[2:]), 0x5A5A, np.uint16)
@@ -197,8 +197,8 @@ def run_ranges(case: PlaneCase, edges: list[int]) -> None:
     hurt = int(np.flatnonzero(~bad)[0])
     ranges = ranged(codec, rows, edges)
     again, right = rows.copy(), rows.copy()
-    at = 64 + 4 * codec.form[2] + 1280 * edges[-2]  # the first tile of the last range: a code is 3, or no more
-    again[hurt, at] ^= 3 ^ (again[hurt, at] & 3) or 1
+    at = 64 + 4 * codec.form[2] + 1280 * edges[-2]  # the first tile of the last range
+    change_code(again[hurt], at)
     n, memory = len(rows), np.full_like(case.memory, 0x5A5A)
     fixed, expected, numbers = constants(codec), memory.copy(), kernel_numbers(case.pitch)
     form = cells(codec, case.fragments(memory.ctypes.data), fixed.ctypes.data)

@@ -231,7 +231,7 @@ def test_four_words_go_to_shared_memory_at_once() -> None:
     Machine({f"${at}": row for at, row in enumerate([first, *given])}).run(ahead.put16.ptx[0])
     assert (memory[:, :4] == given.T).all() and not memory[:, 4:].any()
     other = np.zeros(8, np.uint32)
-    ahead.put16(other.ctypes.data, *given[:, 3].tolist())
+    ahead.put16(other.ctypes.data, given[:, 3].tolist())
     assert (other == memory[3]).all()
 
 
