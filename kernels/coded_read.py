@@ -16,7 +16,7 @@ from numba.cuda import types
 
 from kvortex.kernels.digest import add_up, digest_aligned
 from kvortex.kernels.digest_staged import digest_by_five, ring_bytes
-from kvortex.kernels.lane import load4
+from kvortex.kernels.lane import afresh, load4
 from kvortex.kernels.plane_form import USED_AT
 from kvortex.kernels.shares import MOST_SHARES, answer, ask_next, asker_of, ceil_div, first_share, leave
 
@@ -28,7 +28,7 @@ SIGNATURE: Any = types.void(_U64, _U64, types.int32, _U64, _U64, types.int32, ty
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _used(record, room):  # type: ignore[no-untyped-def]
+def used_of(record, room):  # type: ignore[no-untyped-def]
     """Bytes that a record uses, as its header says, but no more than there are."""
     low, high = _U64(load4(record + _U64(4 * USED_AT))), _U64(load4(record + _U64(4 * USED_AT + 4)))
     used = room
@@ -38,8 +38,8 @@ def _used(record, room):  # type: ignore[no-untyped-def]
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def digest_slice(record, room, at, count, numbers, sums, shared, lane):  # type: ignore[no-untyped-def]
-    """Digests one of ``count`` equal slices of what a record uses, as its header says, for who decodes it in as many shares.
+def digest_slice(record, room, used, at, count, numbers, sums, shared, lane):  # type: ignore[no-untyped-def]
+    """Digests one of ``count`` equal slices of what a record uses, by :func:`used_of`, for who decodes it in as many shares.
 
     It is not what the share decodes, whose bytes lie apart; but others work on the same record at about the same time, so one
     of both finds it in L2. What it adds goes to the 16 bytes at ``sums``; ``shared`` are ``SLICE_SHARED`` bytes of shared
@@ -47,10 +47,11 @@ def digest_slice(record, room, at, count, numbers, sums, shared, lane):  # type:
     """
     each = _U32(ceil_div(_U32(room), count) + _U32(511)) & ~_U32(511)  # rows, so that lanes stay in their columns
     begin = _U64(_U32(at * each))
-    last = min(_used(record, room), begin + _U64(each))
+    last = min(used, begin + _U64(each))
     if begin < last:
         piece = (last - begin) & _U64(0x7FFFFFFF)  # 32 bits, as the compiler sees
-        mine, other = digest_by_five(shared, record + begin, piece, begin, numbers, lane)
+        ring, own = shared + _U64(afresh(_U32(0))), numbers + _U64(afresh(_U32(0)))  # no registers but in here
+        mine, other = digest_by_five(ring, record + begin, piece, begin, own, lane)
         add_up(sums, mine, other, lane)
 
 
@@ -91,7 +92,7 @@ def read_records(  # type: ignore[no-untyped-def]
         record = staging + _U64(b) * pitch
         offset, last = _U64(_U32(_U32(first) + r * run * _U32(CODED_PIECE))), _U64(end)
         if headed != 0:
-            last = _used(record, last)
+            last = used_of(record, last)
         if offset < last:
             live = min(offset + _U64(run) * _U64(CODED_PIECE), last)
             piece = (live - offset) & _U64(0x7FFFFFFF)  # 32 bits, as the compiler sees

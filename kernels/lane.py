@@ -45,6 +45,18 @@ def early_cached16(address):  # type: ignore[no-untyped-def]
     return tuple((ctypes.c_uint32 * 4).from_address(int(address)))
 
 
+@statement(
+    "{ .reg .b64 p; createpolicy.fractional.L2::evict_first.b64 p, 1.0; "
+    "ld.global.L2::cache_hint.v4.u32 {$0,$1,$2,$3}, [$4], p; }",
+    "l",
+    "v",
+)
+def early_once16(address):  # type: ignore[no-untyped-def]
+    """As :func:`early_cached16`, of lines that several loads of a warp read together and nobody later: the first to leave L2,
+    which keeps what the warp writes meanwhile."""
+    return tuple((ctypes.c_uint32 * 4).from_address(int(address)))
+
+
 @statement("ld.global.L1::no_allocate.u32 $0, [$1];", "l", "r")
 def early4(address):  # type: ignore[no-untyped-def]
     """4 bytes, as :func:`early16` loads its own."""
@@ -58,6 +70,13 @@ def all_here():  # type: ignore[no-untyped-def]
     From 9.0 on it is no instruction. Before it would be a call, over which every loaded word is kept in a register of its own,
     more than there are: there it is left out.
     """
+
+
+@statement("mov.b32 $0, $1;", "r", "r")
+def afresh(number):  # type: ignore[no-untyped-def]
+    """The same number, of which the compiler does not know that: what is made of it is made here, and not before a loop, over
+    which it would have registers."""
+    return number
 
 
 @statement(f"{_FRESH}.v4.u32 {{$0,$1,$2,$3}}, [$4];", "l", "v")

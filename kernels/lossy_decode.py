@@ -17,7 +17,7 @@ from numba.cuda import types
 
 from kvortex.kernels import lossy, plane
 from kvortex.kernels.ahead import ALIGNED, close_batch, copy16, get16, shared_at, wait_for_all, wait_for_last_but_one
-from kvortex.kernels.coded_read import SLICE_SHARED, digest_slice
+from kvortex.kernels.coded_read import SLICE_SHARED, digest_slice, used_of
 from kvortex.kernels.divide import quotient
 from kvortex.kernels.eights import (
     LEAST_SCALE,
@@ -291,7 +291,8 @@ def _decoder(digests: bool) -> Callable[..., None]:
             last = min(uint32(tile + uint32(run)), uint32(end))
             record = staging + uint64(b) * pitch
             if digests:  # first, since nothing of what follows is known yet, and to be kept meanwhile
-                digest_slice(record, pitch, r, runs, numbers, sums + uint64(16) * uint64(b), slots + uint64(_SLOTS), lane)
+                ring = slots + uint64(_SLOTS)
+                digest_slice(record, pitch, used_of(record, pitch), r, runs, numbers, sums + uint64(16) * uint64(b), ring, lane)
             block, part = blocks[uint32(uint32(2) * b)], blocks[uint32(uint32(2) * b + uint32(1))]
             good = uint32(allowed & (uint32(1) if part < int32(0) else uint32(2))) != uint32(0)
             following = place(codec, form, tile)

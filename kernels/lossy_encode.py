@@ -47,7 +47,7 @@ from kvortex.kernels.float32 import (
     whole,
     word_of,
 )
-from kvortex.kernels.lane import early_cached16, load4, load16, store2, store4, store8, store16
+from kvortex.kernels.lane import early_cached16, early_once16, load4, load16, store2, store4, store8, store16
 from kvortex.kernels.lossy import (
     after,
     form_of,
@@ -98,14 +98,14 @@ def _loaded(form, at, page, means, lane):  # type: ignore[no-untyped-def]
     if key:
         first, step = key_at(form, group, column, lane)
         source, apart = page + uint64(first), uint64(step)
-        p, q = early_cached16(source), early_cached16(source + apart)
-        r, s = early_cached16(source + uint64(2) * apart), early_cached16(source + uint64(3) * apart)
+        p, q = early_once16(source), early_once16(source + apart)
+        r, s = early_once16(source + uint64(2) * apart), early_once16(source + uint64(3) * apart)
         channel = uint32(uint32(128) * uint32(number * across + column) + uint32(16) * uint32(lane & uint32(7)))
         mean = early_cached16(means + uint64(channel))
     else:
         source = page + uint64(uint32(uint32(2048) * uint32(group * across + column) + uint32(64) * lane))
-        p, q = early_cached16(source), early_cached16(source + uint64(16))
-        r, s = early_cached16(source + uint64(32)), early_cached16(source + uint64(48))
+        p, q = early_once16(source), early_once16(source + uint64(16))
+        r, s = early_once16(source + uint64(32)), early_once16(source + uint64(48))
     return p, q, r, s, mean
 
 

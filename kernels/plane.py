@@ -17,7 +17,7 @@ from numba import cuda
 from numba.cuda import types
 
 from kvortex.kernels.divide import quotient
-from kvortex.kernels.lane import all_here, early4, load4, store4
+from kvortex.kernels.lane import all_here, early16, load4, store4
 from kvortex.kernels.plane_form import (
     ACROSS,
     BASES,
@@ -87,42 +87,40 @@ def tail_bytes(entry):  # type: ignore[no-untyped-def]
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _added(before, total, entry, i, first):  # type: ignore[no-untyped-def]
-    """Both sums with a tile's tail."""
-    size = tail_bytes(uint32(entry))
-    if i < first:
-        before = uint32(before + size)
-    return before, uint32(total + size)
+def _size_before(entry, i, first):  # type: ignore[no-untyped-def]
+    """Bytes of the tail of tile ``i``, if it is before tile ``first``: its entry is what a tile may have."""
+    count, escapes = uint32(entry & uint32(0xFFFF)), uint32(entry >> uint32(16))
+    size = uint32(uint32(12) * ((count + uint32(31)) >> uint32(5)) + ((escapes + uint32(3)) & uint32(0xFFFFFFFC)))
+    if entry == uint32(RAW_TILE):
+        size = uint32(RAW_TAIL)
+    if i >= first:
+        size = uint32(0)
+    return size
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def tails(table, first, tiles, lane):  # type: ignore[no-untyped-def]
-    """Bytes of the tails of ``tiles`` entries at ``table``: before tile ``first``, and of all. The same in every lane."""
-    before = uint32(0)
-    total = uint32(0)
-    at = uint32(0)
-    while uint32(at + uint32(256)) <= tiles:  # eight loads in flight
-        words = table + uint64(4) * uint64(uint32(at + lane))
-        a, b = early4(words), early4(words + uint64(128))
-        c, d = early4(words + uint64(256)), early4(words + uint64(384))
-        e, f = early4(words + uint64(512)), early4(words + uint64(640))
-        g, h = early4(words + uint64(768)), early4(words + uint64(896))
+def _added(before, words, i, first):  # type: ignore[no-untyped-def]
+    """A sum with the tails of four tiles, from the ``i``-th on."""
+    a, b = _size_before(uint32(words[0]), i, first), _size_before(uint32(words[1]), uint32(i + uint32(1)), first)
+    c = _size_before(uint32(words[2]), uint32(i + uint32(2)), first)
+    return uint32(before + a + b + c + _size_before(uint32(words[3]), uint32(i + uint32(3)), first))
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def tails_before(table, first, lane):  # type: ignore[no-untyped-def]
+    """Bytes of all tails before tile ``first``, by the entries at ``table``, a multiple of 16, the same in every lane. Whether
+    these entries are any that a tile has, is for those to say who decode them."""
+    before, at = uint32(0), uint32(0)
+    most = uint32(uint32(first - uint32(1)) & uint32(0xFFFFFFFC))
+    while at < first:  # four loads in flight
+        i = uint32(at + uint32(4) * lane)
+        j, k, m = uint32(i + uint32(128)), uint32(i + uint32(256)), uint32(i + uint32(384))
+        a, b = early16(table + uint64(4) * uint64(min(i, most))), early16(table + uint64(4) * uint64(min(j, most)))
+        c, d = early16(table + uint64(4) * uint64(min(k, most))), early16(table + uint64(4) * uint64(min(m, most)))
         all_here()
-        i = uint32(at + lane)
-        before, total = _added(before, total, a, i, first)
-        before, total = _added(before, total, b, uint32(i + uint32(32)), first)
-        before, total = _added(before, total, c, uint32(i + uint32(64)), first)
-        before, total = _added(before, total, d, uint32(i + uint32(96)), first)
-        before, total = _added(before, total, e, uint32(i + uint32(128)), first)
-        before, total = _added(before, total, f, uint32(i + uint32(160)), first)
-        before, total = _added(before, total, g, uint32(i + uint32(192)), first)
-        before, total = _added(before, total, h, uint32(i + uint32(224)), first)
-        at = uint32(at + uint32(256))
-    i = uint32(at + lane)
-    while i < tiles:
-        before, total = _added(before, total, load4(table + uint64(4) * uint64(i)), i, first)
-        i = uint32(i + uint32(32))
-    return warp_sum(before), warp_sum(total)
+        before = _added(_added(_added(_added(before, a, i, first), b, j, first), c, k, first), d, m, first)
+        at = uint32(at + uint32(512))
+    return warp_sum(before)
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]

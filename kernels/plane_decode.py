@@ -52,7 +52,7 @@ from kvortex.kernels.plane import (
     head_bytes,
     place,
     tail_bytes,
-    tails,
+    tails_before,
     tiles_of,
 )
 from kvortex.kernels.plane_form import FIXED_BYTES, RAW_TAIL, RAW_TILE, ROWS, SIGN_AT, VALUES
@@ -85,15 +85,20 @@ _SHARED = WARPS * _WARP // 8
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _told(record, header, lane):  # type: ignore[no-untyped-def]
-    """Whether a header is of this codec, its tables and this shape, and both fields that vary; the same in every lane."""
-    same = True
-    word = uint32(0)
+def _words(record, header, lane):  # type: ignore[no-untyped-def]
+    """A lane's word of a record's header, and of the codec's own one."""
+    word, own = uint32(0), uint32(0)
     if lane < uint32(HEADER_WORDS):
         offset = uint64(4) * uint64(lane)
-        varies = lane == uint32(STORED_AT) or lane == uint32(USED_AT)
-        word = uint32(load4(record + offset))
-        same = varies or word == uint32(load4(header + offset))
+        word, own = uint32(load4(record + offset)), uint32(load4(header + offset))
+    return word, own
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def _told(words, lane):  # type: ignore[no-untyped-def]
+    """Whether a header is of this codec, its tables and this shape, and both fields that vary; the same in every lane."""
+    word, own = words
+    same = word == own or lane == uint32(STORED_AT) or lane == uint32(USED_AT)
     ours = uint32(cuda.ballot_sync(ALL, same)) == uint32(0xFFFFFFFF)
     stored = uint32(cuda.shfl_sync(ALL, int32(word), STORED_AT))
     return ours, stored, uint32(cuda.shfl_sync(ALL, int32(word), USED_AT))
@@ -102,7 +107,7 @@ def _told(record, header, lane):  # type: ignore[no-untyped-def]
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
 def is_ours(record, header, lane):  # type: ignore[no-untyped-def]
     """Whether a header is of this codec, its tables and this shape; the same in every lane."""
-    ours, _, _ = _told(record, header, lane)
+    ours, _, _ = _told(_words(record, header, lane), lane)
     return ours
 
 
@@ -234,11 +239,18 @@ def _raw_tile(stage, target, step, lane):  # type: ignore[no-untyped-def]
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _tiles(codec, block, tile, count, record, fixed_at, tail_at, room, shared, lane):  # type: ignore[no-untyped-def]
-    """Writes up to 32 neighbouring tiles, of whose tails ``room`` bytes lie there at most. False: not all is good."""
+def _entry(table, tile, count, lane):  # type: ignore[no-untyped-def]
+    """That of a lane's tile of a share."""
     entry = uint32(0)
     if lane < count:
-        entry = uint32(load4(record + uint64(4 * HEADER_WORDS) + uint64(4) * uint64(uint32(tile + lane))))
+        entry = uint32(load4(table + uint64(4) * uint64(uint32(tile + lane))))
+    return entry
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def _tiles(codec, block, tile, count, record, entry, fixed_at, tail_at, room, shared, lane):  # type: ignore[no-untyped-def]
+    """Writes up to 32 neighbouring tiles, of which each lane has the entry of its own, and of whose tails ``room`` bytes lie
+    there at most. False: not all is good."""
     size = tail_bytes(entry)
     where = uint32(uint32(summed(size, lane)) - size)
     # A tail may be none, or lie elsewhere: its tile is left out.
@@ -306,29 +318,35 @@ def _decoder(digests: bool) -> Callable[..., None]:
         asker = asker_of(shares, lane)
         at = first_share(all_shared, counter, asker)
         while at < shares:
-            ahead_at = ask_next(counter, asker, at)
             b = uint32(quotient(at, runs))
             r = uint32(at - uint32(b * runs))
             tile = uint32(r * each)  # counted from the first one that is decoded
             n = min(uint32(count - tile), each)
             record = staging + uint64(b) * pitch
-            if digests:  # first, since nothing of what follows is known yet, and to be kept meanwhile
-                digest_slice(record, pitch, r, runs, numbers, sums + uint64(16) * uint64(b), shared, lane)
-            good, stored, used = _told(record, codec[HEADER], lane)
+            fits = uint64(own_bytes) <= pitch
+            words, table = _words(record, codec[HEADER], lane), record + uint64(4 * HEADER_WORDS)
+            entry, before = uint32(0), uint32(0)
+            if fits:  # which all are in flight at once, and lead nowhere yet
+                entry = _entry(table, uint32(uint32(first) + tile), n, lane)
+                before = tails_before(table, uint32(uint32(first) + tile), lane)
+            good, stored, used = _told(words, lane)
+            if digests:  # before others' copies go to its ring
+                live = min(uint64(used), pitch)
+                digest_slice(record, pitch, live, r, runs, numbers, sums + uint64(16) * uint64(b), shared, lane)
+            ahead_at = ask_next(counter, asker, at)  # no earlier: a register less beside the digest's
             if stored == uint32(CODED):
-                good = good and uint64(own_bytes) <= pitch
-                if good:
-                    before, total = tails(record + uint64(4 * HEADER_WORDS), uint32(uint32(first) + tile), tiles, lane)
-                    fixed = uint32(heads + uint32(FIXED_BYTES) * tiles)
-                    good = uint32(fixed + total) == used
-                    tail_at = uint32(uint32(fixed + before) - uint32(tails_from))  # before the first one it is beyond all
-                    good = good and tail_at <= room
+                good = good and fits
+                fixed = uint32(heads + uint32(FIXED_BYTES) * tiles)
+                if good and r == uint32(runs - uint32(1)):  # by one share of a record alone: it takes what a tile does
+                    good = uint32(fixed + tails_before(table, tiles, lane)) == used
+                tail_at = uint32(uint32(fixed + before) - uint32(tails_from))  # before the first one it is beyond all
+                good = good and tail_at <= room
                 if good:
                     fixed_at = uint32(heads + uint32(FIXED_BYTES) * tile)
                     tile = uint32(uint32(first) + tile)
                     left = uint32(room - tail_at)
                     tail_at = uint32(own_bytes + tail_at)
-                    good = _tiles(codec, blocks[b], tile, n, record, fixed_at, tail_at, left, shared, lane)
+                    good = _tiles(codec, blocks[b], tile, n, record, entry, fixed_at, tail_at, left, shared, lane)
             else:
                 verbatim_bytes = uint32(uint32(4 * HEADER_WORDS) + uint32(2 * VALUES) * tiles)
                 good = good and stored == uint32(VERBATIM) and used == verbatim_bytes

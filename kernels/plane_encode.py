@@ -18,10 +18,10 @@ from numba.cuda import types
 
 from kvortex.kernels import plane
 from kvortex.kernels.ahead import ALIGNED, get4, shared_at
-from kvortex.kernels.digest import add_up
+from kvortex.kernels.digest import add_up, digest_word
 from kvortex.kernels.divide import quotient
 from kvortex.kernels.flags import join, tell
-from kvortex.kernels.lane import early_cached2, store4, store8
+from kvortex.kernels.lane import afresh, early_cached2, store4, store8
 from kvortex.kernels.plane import (
     ACROSS,
     CODED,
@@ -57,6 +57,8 @@ uint32, uint64, int32 = plane.uint32, plane.uint64, plane.int32
 # Bytes of tails that a warp keeps. 16 tiles of real KV have 1,640, and none of 354 such shares had more than these, with the
 # room that a tail might take before it is made; a tile's are at most 1,408 before it is kept raw.
 KEPT_TAILS = 2560
+# Fixed parts are digested behind so many tiles, as long as L2 has them: 16 tiles of all warps are more than an H200's.
+DIGESTED_TILES = 8
 _WARP = SHARED_BYTES + KEPT_TAILS
 _SHARED = ENCODE_WARPS * _WARP // 8
 _verbatim = plane.verbatim(to_record=True)
@@ -96,37 +98,42 @@ def _put_tails(record, pitch, at, kept, nbytes, lane):  # type: ignore[no-untype
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _range(codec, tile, n, tail_at, total, k):  # type: ignore[no-untyped-def]
-    """Begin and end of what a share has written: entries, fixed parts, and tails."""
+def _range(codec, tile, n, fixed, tail_at, total, k):  # type: ignore[no-untyped-def]
+    """Begin and end of what a share has written: fixed parts, but for those of the first ``fixed`` tiles; entries, unless these
+    are all; and tails."""
     if k == uint32(0):
-        begin = uint32(uint32(4 * HEADER_WORDS) + uint32(4) * tile)
-        end = uint32(begin + uint32(4) * n)
+        begin = uint32(head_bytes(codec) + uint32(FIXED_BYTES) * uint32(tile + fixed))
+        end = uint32(begin + uint32(FIXED_BYTES) * uint32(n - fixed))
     elif k == uint32(1):
-        begin = uint32(head_bytes(codec) + uint32(FIXED_BYTES) * tile)
-        end = uint32(begin + uint32(FIXED_BYTES) * n)
+        begin = uint32(uint32(4 * HEADER_WORDS) + uint32(4) * tile)
+        end = begin
+        if fixed < n:
+            end = uint32(begin + uint32(4) * n)
     else:
         begin, end = tail_at, uint32(tail_at + total)
     return begin, end
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _digested(record, pitch, begin, end, numbers, sums, shared, lane):  # type: ignore[no-untyped-def]
-    """Adds what bytes of a record that the warp has written add to its digest."""
+def _digested(record, pitch, begin, end, count, entry, entry_at, numbers, sums, shared, lane):  # type: ignore[no-untyped-def]
+    """Adds what bytes of a record that the warp has written add to its digest, and the first ``count`` lanes' entries."""
     if uint64(end) <= pitch:  # else it is declined, and not all of that was written
-        mine, other = digest_written(record, begin, end, numbers, shared, lane)
+        ring = shared + uint64(afresh(uint32(0)))  # no registers but in here
+        mine, other = digest_written(record, begin, end, numbers, ring, lane)
+        if lane < count:
+            mine, other = digest_word(mine, other, uint64(entry), uint64(uint32(entry_at + uint32(4) * lane)), numbers)
         add_up(sums, mine, other, lane)
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
 def _tiles(codec, at, run, counts, block, tile, count, record, pitch, numbers, sums, shared, lane):  # type: ignore[no-untyped-def]
     """Writes up to 32 tiles of a coded record, one at least, with their entries in the table: where their tails begin, how long
-    these are, and how many ranges of :func:`_range` are digested already, while others were still at work, without whom nobody
-    knows where tails begin."""
+    these are, and of how many tiles the fixed parts are digested already."""
     across = uint32(codec[ACROSS])
     kept = shared + uint64(SHARED_BYTES)
     fits = uint64(fixed_bytes(codec)) <= pitch
     entries, total, tail_at = uint32(0), uint32(0), uint32(0)  # no tail lies at 0: nobody has said where they begin
-    digested = uint32(0)
+    digested = uint32(0)  # tiles
     i, not_kept = uint32(0), uint32(0)  # the first tile of which no tail is kept, and 64; above, how long those before are
     while i < count:
         source, wide, base = place(codec, uint32(tile + i), block, lane)
@@ -135,7 +142,8 @@ def _tiles(codec, at, run, counts, block, tile, count, record, pitch, numbers, s
         fixed = record + uint64(uint32(head_bytes(codec) + uint32(FIXED_BYTES) * uint32(tile + i)))
         next_pair = uint32(early_cached2(base))
         next_words = eight_words(source, step)
-        while i < count:
+        stop = min(uint32(i + uint32(DIGESTED_TILES)), count)
+        while i < stop:
             pair, words = next_pair, next_words
             more = eight_words(source + uint64(8) * uint64(step), step)
             bases = shifted_bases(pair)
@@ -143,7 +151,7 @@ def _tiles(codec, at, run, counts, block, tile, count, record, pitch, numbers, s
             n = eight_rows(words, bases, shared, fixed, 0, fits, uint32(0), lane)
             eight_signs(more, fixed, 1, fits, lane)
             i = uint32(i + uint32(1))
-            if i < count:
+            if i < stop:
                 source, base, column = beside(codec, uint32(tile + i), block, lane, source, step, base, column)
                 next_pair = uint32(early_cached2(base))
                 next_words = eight_words(source, step)
@@ -178,20 +186,24 @@ def _tiles(codec, at, run, counts, block, tile, count, record, pitch, numbers, s
         if tail_at == uint32(0):
             b, share, _, _ = _share(codec, at, run)  # again: no register has kept it
             cells = _done_at(codec, counts, b) + uint64(4)
-            publish(cells, share, total, lane)
-            if lane < count and fits:
-                store4(record + uint64(4 * HEADER_WORDS) + uint64(4) * uint64(uint32(tile + lane)), entries)
+            if i == count:
+                publish(cells, share, total, lane)
+                if lane < count and fits:
+                    store4(record + uint64(4 * HEADER_WORDS) + uint64(4) * uint64(uint32(tile + lane)), entries)
             cuda.syncwarp()
             if not_kept == uint32(0) and sums != uint64(0):
-                while digested < uint32(2):
-                    begin, end = _range(codec, tile, count, uint32(0), uint32(0), digested)
-                    _digested(record, pitch, begin, end, numbers, sums + uint64(16) * uint64(b), shared, lane)
-                    digested = uint32(digested + uint32(1))
-            tail_at = uint32(fixed_bytes(codec) + bytes_before(cells, share, lane))
-            if not_kept != uint32(0):  # once more, from there on
-                i, total, not_kept = uint32(not_kept & uint32(63)), uint32(not_kept >> uint32(8)), uint32(0)
-            _put_tails(record, pitch, tail_at, kept, total, lane)
-            cuda.syncwarp()
+                begin, end = _range(codec, tile, i, digested, uint32(0), uint32(0), uint32(0))
+                entry_at = uint32(uint32(4 * HEADER_WORDS) + uint32(4) * tile)
+                n = count if i == count else uint32(0)
+                sums_at = sums + uint64(16) * uint64(b)
+                _digested(record, pitch, begin, end, n, entries, entry_at, numbers, sums_at, shared, lane)
+                digested = i
+            if i == count:
+                tail_at = uint32(fixed_bytes(codec) + bytes_before(cells, share, lane))
+                if not_kept != uint32(0):  # once more, from there on
+                    i, total, not_kept = uint32(not_kept & uint32(63)), uint32(not_kept >> uint32(8)), uint32(0)
+                _put_tails(record, pitch, tail_at, kept, total, lane)
+                cuda.syncwarp()
     return tail_at, total, digested
 
 
@@ -275,21 +287,22 @@ def plane_encode(  # type: ignore[no-untyped-def]
     while at < shares:
         b, _, tile, n = _share(codec, at, run)
         record = staging + uint64(b) * pitch
-        tail_at, total, k = _tiles(codec, at, run, counts, blocks[b], tile, n, record, pitch, numbers, sums, shared, lane)
+        tail_at, total, fixed = _tiles(codec, at, run, counts, blocks[b], tile, n, record, pitch, numbers, sums, shared, lane)
         b, _, tile, n = _share(codec, at, run)  # again, as in there
         record = staging + uint64(b) * pitch
         sums_at = sums
         if sums != uint64(0):
             sums_at = sums + uint64(16) * uint64(b)
+        k, none = uint32(0), uint32(0)
         while k < uint32(4):
             begin, end = uint32(0), uint32(0)
             if k < uint32(3):
-                begin, end = _range(codec, tile, n, tail_at, total, k)
+                begin, end = _range(codec, tile, n, fixed, tail_at, total, k)
             else:
                 done, runs = _done_at(codec, counts, b), _runs(codec, run)[0]
                 end = _finished(codec, record, pitch, done, runs, blocks[b], sums_at, status + uint64(4) * uint64(b), lane)
             if sums != uint64(0) and begin < end:
-                _digested(record, pitch, begin, end, numbers, sums_at, shared, lane)
+                _digested(record, pitch, begin, end, none, none, none, numbers, sums_at, shared, lane)
             k = uint32(k + uint32(1))
         at = answer(ask_next(counter, lane, at))  # not before: who holds a share and does another keeps all behind it waiting
     leave(counter, at, shares, lane)

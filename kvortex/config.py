@@ -62,8 +62,8 @@ class KVortexConfig:
         work on the caller's stream as the sign of it.
     link_share_beside_compute
         Of the link's rate, that long transfers through staging buffers take of each direction while a model computes, 0.01 to
-        1: the fewer bytes move, the less that costs the model (``docs/transfers.md``). A transfer that a stream is made to
-        wait for is not held back; one that the host waits for is.
+        1, or a pair of that, of saves and of loads: the fewer bytes move, the less that costs the model
+        (``docs/transfers.md``). A transfer that a stream is made to wait for is not held back; one that the host waits for is.
     eviction_policy
         Which block goes when a slot is needed: ``"lru"``, ``"s3fifo"``, ``"arc"`` or ``"lfu"``; see
         :data:`kvortex.index.POLICIES`.
@@ -119,7 +119,7 @@ class KVortexConfig:
     calibrate: str = "stored"
     transfer_route: str = "auto"
     beside_compute: bool | None = None
-    link_share_beside_compute: float = 0.92
+    link_share_beside_compute: float | tuple[float, float] = 0.92
     eviction_policy: str = "lru"
     admit_after: int = 1
     digests: bool = True
@@ -182,9 +182,10 @@ class KVortexConfig:
         if self.eviction_policy not in _POLICIES:
             raise ConfigError(f"eviction_policy = {shown(self.eviction_policy)}: must be one of {', '.join(_POLICIES)}")
         self._check_tiers()
-        share = self.link_share_beside_compute
-        if not _is_number(share) or not 0.01 <= share <= 1:
-            raise ConfigError(f"link_share_beside_compute = {shown(share)}: must be a number from 0.01 to 1")
+        shares = self.link_shares
+        if len(shares) != 2 or not all(_is_number(share) and 0.01 <= share <= 1 for share in shares):
+            what = "must be a number from 0.01 to 1, or one for saves and one for loads"
+            raise ConfigError(f"link_share_beside_compute = {shown(self.link_share_beside_compute)}: {what}")
         seconds = self.transfer_timeout_s
         # Compared as it is: an int may be too large for a float, and what is above the limit no wait can take.
         if not _is_number(seconds) or not 0 < seconds <= threading.TIMEOUT_MAX:
@@ -204,6 +205,12 @@ class KVortexConfig:
         share = self.tier_pool_share
         if not _is_number(share) or not 0 < share <= 0.5:
             raise ConfigError(f"tier_pool_share = {shown(share)}: must be a number above 0, 0.5 at most")
+
+    @property
+    def link_shares(self) -> tuple[float, float]:
+        """``link_share_beside_compute`` of saves and of loads."""
+        given: Any = self.link_share_beside_compute
+        return tuple(given) if isinstance(given, (list, tuple)) else (given, given)
 
     def _integer(self, name: str, *, at_least: int, at_most: int = _MOST) -> None:
         check_integer(name, getattr(self, name), at_least, at_most)

@@ -180,7 +180,7 @@ def _executor(
         route = None if config.transfer_route == "auto" else Route(config.transfer_route)
         blocks = 0 if layout is None else layout.num_blocks
         budget = config.gpu_pool_size_bytes or _staging_bytes(device, profile, codec)
-        options = (profile, route, config.beside_compute, config.digests, codec, config.link_share_beside_compute)
+        options = (profile, route, config.beside_compute, config.digests, codec, config.link_shares)
         return CudaExecutor(device, fragments, layer_offsets, blocks, pool, budget, *options)
     from kvortex.transfer.host import HostExecutor
 

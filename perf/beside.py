@@ -31,7 +31,7 @@ LOAD = "prefill"
 TURNS = 5  # of each engine alone
 # Rates to be reached, of a contiguous DMA: nine tenths of what each codec is to bring where nothing computes.
 ASKED = {"raw": 0.9} | {name: 0.9 * bar for name, bar in BARS.items()}
-_MORE = 1.015  # of the link, whose rate is that of a profile, a little below what DMAs have here
+_MORE = 1.006  # of the link, whose rate is that of a profile, a little below what DMAs have here
 KEYS = ("codec", "direction")
 BETTER = {"rate": "higher", "of_alone": "higher", "ratio": "higher", "slowdown": "lower"}
 COLUMNS = (*KEYS, *BETTER, "asked", "slowdown_least", "slowdown_most", "alone", "raw_rate", "raw_slowdown", "wrong_bytes")
@@ -85,9 +85,11 @@ def measure(device_name: str, *, quick: bool) -> tuple[str, list[dict[str, Any]]
     return device.name, rows, notes
 
 
-def own_share(name: str, slot: float) -> dict[str, Any]:
-    """Options by which blocks in slots of this part of an original, as saves move them, have the rate that is asked for."""
-    return {"link_share_beside_compute": min(1.0, _MORE * ASKED.get(name, 1.0) * slot)}
+def own_share(name: str, slot: float, used: float) -> dict[str, Any]:
+    """Options by which blocks have the rate that is asked for, where a save moves slots and a load what records use of them,
+    these parts of an original."""
+    save, load = (min(1.0, _MORE * ASKED.get(name, 1.0) * part) for part in (slot, used))
+    return {"link_share_beside_compute": (save, load)}
 
 
 def alone(one: Coded) -> None:

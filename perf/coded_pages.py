@@ -22,7 +22,7 @@ from perf.plane import SHAPE, realistic
 
 DISTINCT, LEARNT, CHECKED = 32, 12, 8  # blocks: that are drawn, that tables are of, and that are held to the codec's own calls
 Bytes = npt.NDArray[np.uint8]
-Own = Callable[[str, float], dict[str, Any]]
+Own = Callable[[str, float, float], dict[str, Any]]
 
 
 class Pages:
@@ -152,7 +152,7 @@ class Coded:
 
 
 def engines(
-    pages: Pages, staging: int, notes: dict[str, Any], *, sets: int = 1, own: Own = lambda name, slot: {}
+    pages: Pages, staging: int, notes: dict[str, Any], *, sets: int = 1, own: Own = lambda name, slot, used: {}
 ) -> Iterator[Coded]:
     """One for each codec that has a way here, one after another; the others are told by the notes.
 
@@ -165,13 +165,15 @@ def engines(
     sets
         The pool holds as many times all blocks.
     own
-        Gives options of a codec's engine, by the codec's name and what its slots are of an original.
+        Gives options of a codec's engine, by the codec's name and what its slots are of an original, and records of it.
     """
     for name in CODECS:
-        slot_bytes = make_codec(name, SHAPE, pages.tables).slot_bytes
+        codec = make_codec(name, SHAPE, pages.tables)
+        slot_bytes, some = codec.slot_bytes, pages.records(pages.checked)
+        used = codec.encode_into(some, np.zeros((len(some), slot_bytes), np.uint8)).mean()
         given = {"codec": name, "gpu_pool_size_bytes": staging << 20 or None, "device": pages.device.name}
         given |= {"cpu_pool_size_bytes": sets * pages.count * -(-slot_bytes // 4096) * 4096, "codec_tables": str(pages.path)}
-        given |= own(name, slot_bytes / SHAPE.raw_bytes)
+        given |= own(name, slot_bytes / SHAPE.raw_bytes, float(used) / SHAPE.raw_bytes)
         try:
             engine = kvortex.KVortexEngine.create(kvortex.KVortexConfig(**given), pages.layout)
         except ConfigError as error:

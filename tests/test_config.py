@@ -46,7 +46,7 @@ GOOD: dict[str, list[Any]] = {
     "transfer_timeout_s": [0.001, 1, 3600.0],
     "tiers": [(), ("disk:/var/cache/kv?capacity=100GiB", {"url": "redis://host:6379/0", "mode": "back"}, print)],
     "tier_pool_share": [0.01, 0.5],
-    "link_share_beside_compute": [0.01, 0.5, 1, 1.0],
+    "link_share_beside_compute": [0.01, 0.5, 1, 1.0, (0.01, 1), [0.5, 0.5]],
 }
 BAD: dict[str, list[Any]] = {
     "cpu_pool_size_bytes": [0, -1, 1.5, 1e9, "16 GiB", True, None],
@@ -77,7 +77,10 @@ BAD: dict[str, list[Any]] = {
     "transfer_timeout_s": [0, 0.0, -1.0, float("inf"), float("nan"), True, "60", None],
     "tiers": [None, "disk:/var/cache/kv", 3, {"url": "disk:/"}],
     "tier_pool_share": [0, -0.1, 0.51, float("nan"), True, "0.1", None],
-    "link_share_beside_compute": [0, -0.1, 5e-324, 0.0099, 1.01, float("nan"), True, "0.9", None],
+    "link_share_beside_compute": [
+        *(0, -0.1, 5e-324, 0.0099, 1.01, float("nan"), True, "0.9", None),
+        *((), (0.5,), (1, 1, 1), (0, 1), (0.5, None), "11"),
+    ],
 }
 CASES = [(name, value) for name, values in BAD.items() for value in values]
 

@@ -90,8 +90,8 @@ class CudaExecutor(Lender):
         Whether blocks are digested while they move.
     codec
         Whose records slots hold, of blocks of the layout, which then are all staged; None for the blocks themselves.
-    link_share
-        Of the link's rate, that staged transfers take of each direction beside a computing model.
+    link_shares
+        Of the link's rate, that staged saves and loads take beside a computing model.
 
     Attributes
     ----------
@@ -113,13 +113,13 @@ class CudaExecutor(Lender):
         beside_compute: bool | None = None,
         digests: bool = False,
         codec: Codec | None = None,
-        link_share: float = 1.0,
+        link_shares: tuple[float, float] = (1.0, 1.0),
     ) -> None:
         super().__init__(device)
         self._codec = codec
         self._coder: LayeredCoder | None = None
         self.beside_compute = beside_compute
-        self._link_share = link_share
+        self._link_shares = link_shares
         self.resident_ctas = profile.resident_ctas, profile.resident_ctas_beside
         if pool.slot_bytes > device.max_pitch:  # then no 2D DMA reaches from one slot into the next
             pool = dataclasses.replace(pool, segment_slots=1)
@@ -200,7 +200,7 @@ class CudaExecutor(Lender):
                 None if works is None else works[at * depth : (at + 1) * depth],
                 self._staging.buffer_bytes if self._staging is not None else 0,
                 self._profile.link_rate,
-                self._link_share,
+                self._link_shares[at],
                 flag if direction is Direction.LOAD else 0,
             )
 

@@ -337,13 +337,13 @@ def test_what_is_not_paced_does_not_wait_for_what_is(late: LateGpu, cache: Paged
 
 
 def test_the_option_reaches_both_directions(late: LateGpu, cache: PagedCache) -> None:
-    for share in (0.25, 1.0, None):
+    for share, wanted in ((0.25, (0.25, 0.25)), (1.0, (1, 1)), (None, (0.92, 0.92)), ((0.5, 0.75), (0.5, 0.75))):
         options = {} if share is None else {"link_share_beside_compute": share}
         with engine_of(cache, **options) as engine:
-            executor = engine._executor
-            wanted = pace(executor._profile.link_rate, 0.92 if share is None else share)
-            assert [int(lane.cells[FS_OF_BYTE]) for lane in executor._lanes.values()] == [wanted] * 2
-            assert (wanted > 0) == (share != 1)
+            lanes, rate = engine._executor._lanes, engine._executor._profile.link_rate
+            for direction, own in zip((Direction.SAVE, Direction.LOAD), wanted, strict=True):
+                assert lanes[direction].cells[FS_OF_BYTE] == pace(rate, own)
+                assert (pace(rate, own) > 0) == (own != 1)
 
 
 PACED_CASES: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {

@@ -25,7 +25,8 @@ from kvortex.transfer.coded.layers import LayeredCoder
 from kvortex.transfer.coded.plans import Parameter
 from kvortex.transfer.plan import ABSOLUTE, BUFFER, IDS, STATUS, WORK, Int64s, Pool
 
-_MOST_RUN = 16  # tiles that a warp takes at a time
+# Tiles that a warp takes at a time, to save and to load.
+_MOST_RUN, _MOST_LOAD = 16, 4
 _USED_AT = HEADER.fields["used_bytes"][1]  # type: ignore[index]
 
 
@@ -141,7 +142,7 @@ class PlaneCoder(_TileCoder):
     ctas_each: ClassVar = {(0, 0): (4, 2), (9, 0): (8, 4), (10, 0): (6, 3), (12, 0): (4, 2)}
     # Of a save no fewer, since a warp looks at the cells of all shares before its own: 3 blocks took 48, 35 and 37 us by 1, 2
     # and 4 tiles, 7 took 53, 50 and 41 by 2, 3 and 4 (an H200, version 1).
-    runs = (4, _MOST_RUN), (1, _MOST_RUN)
+    runs = (4, _MOST_RUN), (1, _MOST_LOAD)
     row_bytes = 4  # a page, int32
     kernels = (encoder, decoder, decoder + "_digest", "read_records")
     strips = 3  # header and table, which are digested with the first tiles; fixed parts; tails
@@ -198,7 +199,7 @@ class LossyCoder(_TileCoder):
     encoder = "lossy_encode"
     decoder = "lossy_decode"
     # Of a load, 4 and 16 tiles took 99 and 114 us for 57 blocks of k6v4, 85 and 93 for 115 (per 128 MiB, an H200).
-    runs = (1, _MOST_RUN), (1, _MOST_RUN // 2)
+    runs = (1, _MOST_RUN), (1, _MOST_LOAD)
     row_bytes = 8  # a page, and which part of it the record is, int32
     kernels = (encoder, decoder, decoder + "_digest", "read_records")
     ctas_each: ClassVar = {(0, 0): (2, 2), (9, 0): (2, 3), (12, 0): (2, 2)}
