@@ -37,9 +37,18 @@ def _pair(address):  # type: ignore[no-untyped-def]
     return tuple((ctypes.c_uint64 * 2).from_address(int(address)))
 
 
-@statement("mad.wide.u32 $0, $1, $2, $3;", "rrl", "l", pure=True)
+@statement(
+    "{ .reg .u32 a, b; mov.b64 {a, b}, $3; mad.lo.cc.u32 a, $1, $2, a; madc.hi.u32 b, $1, $2, b; mov.b64 $0, {a, b}; }",
+    "rrl",
+    "l",
+    pure=True,
+)
 def _plus_product(word, other, total):  # type: ignore[no-untyped-def]
-    """``total`` and all 64 bits of a product of two words: one instruction, of which the compiler would make three."""
+    """``total`` and all 64 bits of a product of two words: one instruction, of which the compiler would make three.
+
+    By a carry, which becomes that instruction too, since products by ``mad.wide`` were added up apart where two of them go to
+    one total: two additions more for each pair.
+    """
     return (int(total) + int(word) * int(other)) & 0xFFFFFFFFFFFFFFFF
 
 

@@ -34,10 +34,14 @@ def _digester(slots: int) -> Callable[..., Any]:
         """Begins copies of the rows from byte ``at`` on, if there is one."""
         if at < nbytes:
             column = _U64(16) * _U64(lane)
-            left = _I32(nbytes - at - _I32(column))
             src += _U64(at) + column
-            copy16_of(slot + column, src, _U32(min(max(left, _I32(0)), _I32(16))))
-            copy16_of(slot + column + _U64(512), src + _U64(512), _U32(min(max(_I32(left - _I32(512)), _I32(0)), _I32(16))))
+            if _I32(at + _I32(_BATCH)) <= nbytes:
+                copy16(slot + column, src)
+                copy16(slot + column + _U64(512), src + _U64(512))
+            else:
+                left = _I32(nbytes - at - _I32(column))
+                copy16_of(slot + column, src, _U32(min(max(left, _I32(0)), _I32(16))))
+                copy16_of(slot + column + _U64(512), src + _U64(512), _U32(min(max(_I32(left - _I32(512)), _I32(0)), _I32(16))))
             if lane < _U32(3):
                 copy16(slot + column + _U64(_BATCH), rows + _U64(_U32(at) >> _U32(5)) + column)
         close_batch()

@@ -87,29 +87,44 @@ def tail_bytes(entry):  # type: ignore[no-untyped-def]
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _size_before(entry, i, first):  # type: ignore[no-untyped-def]
-    """Bytes of the tail of tile ``i``, if it is before tile ``first``: its entry is what a tile may have."""
-    count, escapes = uint32(entry & uint32(0xFFFF)), uint32(entry >> uint32(16))
-    size = uint32(uint32(12) * ((count + uint32(31)) >> uint32(5)) + ((escapes + uint32(3)) & uint32(0xFFFFFFFC)))
-    if entry == uint32(RAW_TILE):
-        size = uint32(RAW_TAIL)
-    if i >= first:
-        size = uint32(0)
-    return size
+def _four_before(words, i, first):  # type: ignore[no-untyped-def]
+    """Entries of tiles ``i`` to ``i + 3``; 0 for those that are not before tile ``first``."""
+    none = uint32(0)
+    a = uint32(words[0]) if i < first else none
+    b = uint32(words[1]) if uint32(i + uint32(1)) < first else none
+    c = uint32(words[2]) if uint32(i + uint32(2)) < first else none
+    d = uint32(words[3]) if uint32(i + uint32(3)) < first else none
+    return a, b, c, d
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
-def _added(before, words, i, first):  # type: ignore[no-untyped-def]
-    """A sum with the tails of four tiles, from the ``i``-th on."""
-    a, b = _size_before(uint32(words[0]), i, first), _size_before(uint32(words[1]), uint32(i + uint32(1)), first)
-    c = _size_before(uint32(words[2]), uint32(i + uint32(2)), first)
-    return uint32(before + a + b + c + _size_before(uint32(words[3]), uint32(i + uint32(3)), first))
+def _padded(entries):  # type: ignore[no-untyped-def]
+    """Sums over four tiles: of values in whole 32s below, of escapes in whole fours above; of one that is kept raw, 0."""
+    more, whole = uint32(3 << 16 | 31), uint32(0xFFFCFFE0)
+    a, b = uint32(uint32(entries[0] + more) & whole), uint32(uint32(entries[1] + more) & whole)
+    c, d = uint32(uint32(entries[2] + more) & whole), uint32(uint32(entries[3] + more) & whole)
+    return uint32(a + b + c + d)
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def _raw(entries):  # type: ignore[no-untyped-def]
+    """How many of four tiles are kept raw."""
+    a = uint32(1) if entries[0] == uint32(RAW_TILE) else uint32(0)
+    b = uint32(1) if entries[1] == uint32(RAW_TILE) else uint32(0)
+    c = uint32(1) if entries[2] == uint32(RAW_TILE) else uint32(0)
+    d = uint32(1) if entries[3] == uint32(RAW_TILE) else uint32(0)
+    return uint32(a + b + c + d)
+
+
+@cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
+def _largest(entries):  # type: ignore[no-untyped-def]
+    return max(max(entries[0], entries[1]), max(entries[2], entries[3]))
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
 def tails_before(table, first, lane):  # type: ignore[no-untyped-def]
     """Bytes of all tails before tile ``first``, by the entries at ``table``, a multiple of 16, the same in every lane. Whether
-    these entries are any that a tile has, is for those to say who decode them."""
+    these entries are any that a tile has, is for those to say who decode them: the sum of others is some number."""
     before, at = uint32(0), uint32(0)
     most = uint32(uint32(first - uint32(1)) & uint32(0xFFFFFFFC))
     while at < first:  # four loads in flight
@@ -118,7 +133,12 @@ def tails_before(table, first, lane):  # type: ignore[no-untyped-def]
         a, b = early16(table + uint64(4) * uint64(min(i, most))), early16(table + uint64(4) * uint64(min(j, most)))
         c, d = early16(table + uint64(4) * uint64(min(k, most))), early16(table + uint64(4) * uint64(min(m, most)))
         all_here()
-        before = _added(_added(_added(_added(before, a, i, first), b, j, first), c, k, first), d, m, first)
+        a, b = _four_before(a, i, first), _four_before(b, j, first)
+        c, d = _four_before(c, k, first), _four_before(d, m, first)
+        both = uint32(_padded(a) + _padded(b) + _padded(c) + _padded(d))  # of 16 tiles: no sum reaches into the other
+        before = uint32(before + uint32(uint32(3) * uint32(both & uint32(0xFFFF)) >> uint32(3)) + uint32(both >> uint32(16)))
+        if max(max(_largest(a), _largest(b)), max(_largest(c), _largest(d))) == uint32(RAW_TILE):
+            before = uint32(before + uint32(RAW_TAIL) * uint32(_raw(a) + _raw(b) + _raw(c) + _raw(d)))
         at = uint32(at + uint32(512))
     return warp_sum(before)
 

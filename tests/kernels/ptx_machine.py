@@ -162,6 +162,7 @@ class Machine:
 
     def __init__(self, registers: dict[str, Any]) -> None:
         self.registers = registers
+        self._carry = np.zeros(32, np.uint64)
 
     def run(self, text: str) -> None:
         """Of a statement."""
@@ -195,7 +196,9 @@ class Machine:
             target, found = target.split("|")
             self.registers[found] = int(self.value(operands[1])[0]) <= LANES
         with np.errstate(all="ignore"):
-            if name in _FLOAT:
+            if name in ("mad.lo.cc.u32", "madc.hi.u32"):
+                made = self._product(name, *(self.value(each).astype(np.uint64) for each in operands))
+            elif name in _FLOAT:
                 made = words(_FLOAT[name](*(floats(self.value(each)) for each in operands)))
             else:
                 made = _WORD[name](*(self.value(each) for each in operands))
@@ -204,6 +207,12 @@ class Machine:
             self.registers[low], self.registers[high] = made.astype(np.uint32), (made >> np.uint64(32)).astype(np.uint32)
             return
         self.registers[target] = made if live.all() else np.where(live, made, self.registers[target])
+
+    def _product(self, name: str, a: Any, b: Any, c: Any) -> Words:
+        """One half of a product and a third number; the lower one's carry goes to the upper one."""
+        total = (a * b & np.uint64(0xFFFFFFFF)) + c if name == "mad.lo.cc.u32" else (a * b >> np.uint64(32)) + c + self._carry
+        self._carry = total >> np.uint64(32)
+        return total.astype(np.uint32)
 
     def _atomic(self, name: str, rest: str, live: npt.NDArray[np.bool_]) -> None:
         """By one lane after another: an addition, or an increment that says what was there."""

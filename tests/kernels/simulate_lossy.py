@@ -135,7 +135,8 @@ def _slices(record, room, count, numbers, sums):  # type: ignore[no-untyped-def]
     place = lossy.uint64(shared.ctypes.data)
     for at in range(count):
         share = lossy.uint32(at), lossy.uint32(count)
-        coded_read.digest_slice(record, room, share[0], share[1], numbers, sums, place, cuda.threadIdx.x & 31)
+        used = coded_read.used_of(record, room)
+        coded_read.digest_slice(record, room, used, share[0], share[1], numbers, sums, place, cuda.threadIdx.x & 31)
 
 
 def run_slices() -> None:
