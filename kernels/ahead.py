@@ -29,12 +29,14 @@ def shared_at(address):  # type: ignore[no-untyped-def]
 @statement("cp.async.cg.shared.global [$0], [$1], 16;", "rl")
 def copy16(target, address):  # type: ignore[no-untyped-def]
     """Begins a copy of 16 bytes of VRAM, which nobody writes while the kernel runs; both addresses are multiples of 16."""
+    assert int(target) % 16 == int(address) % 16 == 0
     ctypes.memmove(int(target), int(address), 16)
 
 
 @statement("cp.async.cg.shared.global [$0], [$1], 16, $2;", "rlr")
 def copy16_of(target, address, nbytes):  # type: ignore[no-untyped-def]
     """As :func:`copy16` of fewer bytes, or none, and zeros behind them."""
+    assert int(target) % 16 == int(address) % 16 == 0
     ctypes.memset(int(target), 0, 16)
     ctypes.memmove(int(target), int(address), int(nbytes))
 
@@ -43,6 +45,7 @@ def copy16_of(target, address, nbytes):  # type: ignore[no-untyped-def]
 def copy4_below(target, address, at, end):  # type: ignore[no-untyped-def]
     """As :func:`copy16` of 4 bytes, if one number is below another."""
     if at < end:
+        assert int(target) % 4 == int(address) % 4 == 0
         ctypes.memmove(int(target), int(address), 4)
 
 

@@ -39,7 +39,8 @@ def used_of(record, room):  # type: ignore[no-untyped-def]
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
 def digest_slice(record, room, used, at, count, numbers, sums, shared, lane):  # type: ignore[no-untyped-def]
-    """Digests one of ``count`` equal slices of what a record uses, by :func:`used_of`, for who decodes it in as many shares.
+    """Digests one of ``count`` equal slices of the ``used`` bytes of a record, within its room, for who decodes it in as many
+    shares.
 
     It is not what the share decodes, whose bytes lie apart; but others work on the same record at about the same time, so one
     of both finds it in L2. What it adds goes to the 16 bytes at ``sums``; ``shared`` are ``SLICE_SHARED`` bytes of shared

@@ -124,7 +124,7 @@ def _largest(entries):  # type: ignore[no-untyped-def]
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
 def tails_before(table, first, lane):  # type: ignore[no-untyped-def]
     """Bytes of all tails before tile ``first``, by the entries at ``table``, a multiple of 16, the same in every lane. Whether
-    these entries are any that a tile has, is for those to say who decode them: the sum of others is some number."""
+    these entries are any that a tile has, is for those to say who decode them: the sum of others is some multiple of 4."""
     before, at = uint32(0), uint32(0)
     most = uint32(uint32(first - uint32(1)) & uint32(0xFFFFFFFC))
     while at < first:  # four loads in flight
@@ -135,12 +135,13 @@ def tails_before(table, first, lane):  # type: ignore[no-untyped-def]
         all_here()
         a, b = _four_before(a, i, first), _four_before(b, j, first)
         c, d = _four_before(c, k, first), _four_before(d, m, first)
-        both = uint32(_padded(a) + _padded(b) + _padded(c) + _padded(d))  # of 16 tiles: no sum reaches into the other
+        # Of 16 tiles: no sum of what tiles have reaches into the other one.
+        both = uint32(_padded(a) + _padded(b) + _padded(c) + _padded(d))
         before = uint32(before + uint32(uint32(3) * uint32(both & uint32(0xFFFF)) >> uint32(3)) + uint32(both >> uint32(16)))
         if max(max(_largest(a), _largest(b)), max(_largest(c), _largest(d))) == uint32(RAW_TILE):
             before = uint32(before + uint32(RAW_TAIL) * uint32(_raw(a) + _raw(b) + _raw(c) + _raw(d)))
         at = uint32(at + uint32(512))
-    return warp_sum(before)
+    return uint32(warp_sum(before) & uint32(0xFFFFFFFC))  # of entries that no tile has: copies begin at words
 
 
 @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]

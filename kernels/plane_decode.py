@@ -8,8 +8,10 @@ A warp has the next tile copied into shared memory while it decodes one (:mod:`k
 tail; of the tiles that it takes at a time, lanes keep table and tails' places. What the second tier says of values is laid out
 in shared memory, where a lane finds its own one behind another (:mod:`kvortex.kernels.marked`).
 
-What a record says is checked before anything is led by it: header, lengths, and every tile's entry against its planes and
-against what lies there. So damaged bytes become a failure of their record and are never followed out of it.
+What a record says leads nowhere out of it: header and lengths are checked, every tile's entry against its planes and what lies
+there, and where a share's tails begin, which the entries before it say, against the record's room. That all entries come to
+what the header says is used, the last share of a record in a launch finds, while others write: so damaged bytes become a
+failure of their record, whose page may have been overwritten.
 """
 
 from __future__ import annotations

@@ -182,6 +182,9 @@ class KVortexConfig:
         if self.eviction_policy not in _POLICIES:
             raise ConfigError(f"eviction_policy = {shown(self.eviction_policy)}: must be one of {', '.join(_POLICIES)}")
         self._check_tiers()
+        given: Any = self.link_share_beside_compute
+        if isinstance(given, list):  # as TOML has it
+            object.__setattr__(self, "link_share_beside_compute", tuple(given))
         shares = self.link_shares
         if len(shares) != 2 or not all(_is_number(share) and 0.01 <= share <= 1 for share in shares):
             what = "must be a number from 0.01 to 1, or one for saves and one for loads"
@@ -210,7 +213,7 @@ class KVortexConfig:
     def link_shares(self) -> tuple[float, float]:
         """``link_share_beside_compute`` of saves and of loads."""
         given: Any = self.link_share_beside_compute
-        return tuple(given) if isinstance(given, (list, tuple)) else (given, given)
+        return given if isinstance(given, tuple) else (given, given)
 
     def _integer(self, name: str, *, at_least: int, at_most: int = _MOST) -> None:
         check_integer(name, getattr(self, name), at_least, at_most)
@@ -310,7 +313,9 @@ def _value(name: str, value: Any, source: str) -> Any:
     except ConfigError as error:
         raise ConfigError(f"{source}: {name}: {error}") from None
     except ValueError:
-        wanted = "integer" if kind != "float" else "number of seconds" if name.endswith("_s") else "number"
+        wanted = "integer" if not kind.startswith("float") else "number of seconds" if name.endswith("_s") else "number"
+        if kind.startswith("float | tuple"):
+            wanted = "number, or two with a comma"
         raise ConfigError(f"{source}: {name} = {shown(value)} is no {wanted}") from None
 
 
@@ -327,6 +332,9 @@ def _read(name: str, kind: str, text: str) -> Any:
         return tuple(url.strip() for url in _NEXT_URL.split(text) if url.strip())
     if not text.isascii():  # int() and float() take the digits of every script
         raise ValueError
+    if name == "link_share_beside_compute":
+        shares = tuple(map(float, text.split(",")))
+        return shares if len(shares) > 1 else shares[0]
     return float(text) if kind == "float" else int(text)
 
 

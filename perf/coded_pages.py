@@ -170,7 +170,7 @@ def engines(
     for name in CODECS:
         codec = make_codec(name, SHAPE, pages.tables)
         slot_bytes, some = codec.slot_bytes, pages.records(pages.checked)
-        used = codec.encode_into(some, np.zeros((len(some), slot_bytes), np.uint8)).mean()
+        used = np.abs(codec.encode_into(some, np.zeros((len(some), slot_bytes), np.uint8))).mean()
         given = {"codec": name, "gpu_pool_size_bytes": staging << 20 or None, "device": pages.device.name}
         given |= {"cpu_pool_size_bytes": sets * pages.count * -(-slot_bytes // 4096) * 4096, "codec_tables": str(pages.path)}
         given |= own(name, slot_bytes / SHAPE.raw_bytes, float(used) / SHAPE.raw_bytes)

@@ -46,7 +46,7 @@ GOOD: dict[str, list[Any]] = {
     "transfer_timeout_s": [0.001, 1, 3600.0],
     "tiers": [(), ("disk:/var/cache/kv?capacity=100GiB", {"url": "redis://host:6379/0", "mode": "back"}, print)],
     "tier_pool_share": [0.01, 0.5],
-    "link_share_beside_compute": [0.01, 0.5, 1, 1.0, (0.01, 1), [0.5, 0.5]],
+    "link_share_beside_compute": [0.01, 0.5, 1, 1.0, (0.01, 1)],
 }
 BAD: dict[str, list[Any]] = {
     "cpu_pool_size_bytes": [0, -1, 1.5, 1e9, "16 GiB", True, None],
@@ -166,6 +166,7 @@ def test_mapping_parses_strings() -> None:
             "enable_numa": " Off ",
             "beside_compute": "yes",
             "transfer_timeout_s": "2.5",
+            "link_share_beside_compute": "0.5",
             "model": "16",  # names stay names
             "record_trace": "17",
             "block_size": 32,
@@ -175,9 +176,20 @@ def test_mapping_parses_strings() -> None:
     assert config.max_block_bytes == 2 << 20
     assert config.num_transfer_streams == 4
     assert config.enable_numa is False and config.beside_compute is True
-    assert config.transfer_timeout_s == 2.5
+    assert config.transfer_timeout_s == 2.5 and config.link_share_beside_compute == 0.5
     assert config.model == "16" and config.record_trace == "17"
     assert config.block_size == 32
+
+
+def test_shares_of_the_link_are_one_or_two() -> None:
+    given = [0.5, 0.75]
+    for pair in (given, (0.5, 0.75), "0.5,0.75", " 0.5, 0.75"):
+        config = KVortexConfig.from_mapping({"link_share_beside_compute": pair})
+        assert config.link_share_beside_compute == (0.5, 0.75) == config.link_shares and hash(config)
+    assert KVortexConfig.from_env({"KVORTEX_LINK_SHARE_BESIDE_COMPUTE": "0.25"}).link_shares == (0.25, 0.25)
+    for text in ("0.5,", "a", "0.5,0.5,0.5", "2,0.5", "\u0661"):
+        with pytest.raises(ConfigError, match="link_share_beside_compute"):
+            KVortexConfig.from_mapping({"link_share_beside_compute": text})
 
 
 @pytest.mark.parametrize(("word", "value"), [(w, True) for w in ("1", "true", "YES", "On")])

@@ -5,7 +5,9 @@ Started by test_plane_kernels.py as ``NUMBA_ENABLE_CUDASIM=1 python -m tests.ker
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import mmap
 import sys
 import warnings
 
@@ -14,6 +16,7 @@ from numba import cuda
 from numba.cuda.core import config
 
 import conftest  # noqa: F401  (makes kvortex.kernels importable)
+from kvortex.codecs import RecordShape
 from kvortex.codecs.on_device import cells, constants
 from kvortex.digests.host import add_lengths
 from kvortex.digests.keys import kernel_numbers
@@ -185,6 +188,85 @@ def run_roomy(case: PlaneCase) -> None:
     assert status[0] == 1 and (memory[tile] == 0x5A5A).all()
 
 
+def run_carried(case: PlaneCase) -> None:
+    """Entries whose values are so many that their sum reaches into that of escapes: copies that the next shares begin, of
+    tails that lie nowhere, still begin at words."""
+    codec, row = case.codec, aligned(case.pitch, 0)
+    assert (codec.encode_into(case.records()[case.blocks == 0][:1], row[None]) > 0).all()
+    row[64:72].view(np.uint32)[:] = 0xFFC0, 0x0400
+    memory, status = np.full_like(case.memory, 0x5A5A), np.zeros(1, np.uint32)
+    fixed, blocks = constants(codec), np.zeros(1, np.int32)
+    form = cells(codec, case.fragments(memory.ctypes.data), fixed.ctypes.data)
+    how = row.ctypes.data, case.pitch, form, status.ctypes.data, blocks, 1, 1, 0, case.tiles, codec.fixed_bytes
+    launch(plane_decode.plane_decode, *how)
+    assert case.tiles > 2 and status[0] == 1 and (memory[:, 1:] == 0x5A5A).all()
+
+
+def run_cornered(case: PlaneCase) -> None:
+    """A record that says it is coded, in a room without its table: nothing behind that is read, which nobody may."""
+    codec, page = case.codec, mmap.PAGESIZE
+    whole = np.zeros((1, codec.worst_bytes), np.uint8)
+    assert (codec.encode_into(case.records()[:1], whole) > 0).all()
+    memory, status = np.full_like(case.memory, 0x5A5A), np.zeros(1, np.uint32)
+    fixed, blocks = constants(codec), np.zeros(1, np.int32)
+    form = cells(codec, case.fragments(memory.ctypes.data), fixed.ctypes.data)
+    own = mmap.mmap(-1, 2 * page)
+    address, libc = ctypes.addressof(ctypes.c_char.from_buffer(own)), ctypes.CDLL(None, use_errno=True)
+    assert libc.mprotect(ctypes.c_void_p(address + page), ctypes.c_size_t(page), 0) == 0
+    start = address + page - case.pitch
+    ctypes.memmove(start, whole.ctypes.data, case.pitch)
+    how = start, case.pitch, form, status.ctypes.data, blocks, 1, 1, 0, case.tiles, codec.fixed_bytes
+    launch(plane_decode.plane_decode, *how)
+    assert status[0] == 1 and (memory == 0x5A5A).all()
+
+
+def run_many() -> None:
+    """Shares of more tiles than are digested at a time, some raw, with tails that are kept and tails that are not."""
+    case = PlaneCase("many tiles", RecordShape(1, 1, 64, tokens=16 * 18, parts="L"), 1)
+    raw = [16 * at + token for at in (3, 8, 9, 15) for token in range(16)]
+    case.memory[0, 0, raw] = np.random.default_rng(1).integers(0, 1 << 16, (len(raw), 64))
+    codec, memory, fixed = case.codec, case.memory.copy(), constants(case.codec)
+    form, numbers = cells(codec, case.fragments(memory.ctypes.data), fixed.ctypes.data), kernel_numbers(case.pitch)
+    usual = plane_encode.KEPT_TAILS
+    row, counts = aligned(case.pitch, 0xA5), np.zeros((1, 1 + case.tiles), np.uint32)
+    sums, status = np.zeros((1, 2), np.uint64), np.zeros(1, np.uint32)
+    where = numbers.ctypes.data, sums.ctypes.data
+    for kept in (usual, 1200):
+        plane_encode.KEPT_TAILS, sums[:] = kept, 0
+        head = row.ctypes.data, case.pitch, form, counts.ctypes.data, case.blocks, 1, 16, *where, status.ctypes.data
+        launch(plane_encode.plane_encode, *head, grid=1, threads=64)
+        assert case.tiles == 18 and not case.wrong(row[None]) and not status.any() and not counts.any()
+        assert tuple(map(int, sums[0])) == naive_sums(row.tobytes())
+    plane_encode.KEPT_TAILS = usual
+    sums[:], memory[:] = 0, 0x5A5A
+    how = row.ctypes.data, case.pitch, form, status.ctypes.data, case.blocks, 1, 4, *where
+    launch(plane_decode.plane_decode_digest, *how, grid=1, threads=64)
+    assert (memory == case.memory).all() and not status.any() and tuple(map(int, sums[0])) == naive_sums(row.tobytes())
+
+
+def _sums_before(table, firsts, count, out):  # type: ignore[no-untyped-def]
+    lane = plane.uint32(cuda.threadIdx.x & 31)
+    for k in range(count):
+        before = plane.tails_before(plane.uint64(table), plane.uint32(firsts[k]), lane)
+        if lane == 0:
+            out[k] = before
+
+
+def run_sums() -> None:
+    """Of tails before any tile of a long table, a tenth of whose tiles are raw."""
+    rng, tiles = np.random.default_rng(2), 1100
+    values = rng.integers(0, 1025, tiles)
+    entries = (values | (values * rng.random(tiles)).astype(np.int64) << 16).astype(np.uint32)
+    entries[rng.random(tiles) < 0.1] = 0xFFFFFFFF
+    table, firsts = aligned(4 * tiles, 0), np.array([0, 1, 6, 130, 259, 511, 512, 517, 1097], np.uint32)
+    table.view(np.uint32)[:] = entries
+    sizes = [12 * -(-(each & 0xFFFF) // 32) + 4 * -(-(each >> 16) // 4) for each in entries.tolist()]
+    sizes = [768 if raw else size for raw, size in zip((entries == 0xFFFFFFFF).tolist(), sizes, strict=True)]
+    out = np.zeros(len(firsts), np.uint32)
+    bare_launch(_sums_before, table.ctypes.data, firsts, len(firsts), out, grid=1)
+    assert out.tolist() == [sum(sizes[:first]) for first in firsts.tolist()]
+
+
 def run_ranges(case: PlaneCase, edges: list[int]) -> None:
     """Tiles range by range, the last range first: pages and digests become those of whole records, and what one launch says
     of a record the next ones let stand. One is damaged in the last range alone, and those that are no coded ones are told."""
@@ -248,9 +330,13 @@ def main() -> int:
         run(case)
         print(f"simulated plane: {case.name}", flush=True)
     run_shares()
+    run_many()
     print("simulated plane: shares of several pieces", flush=True)
     run_damaged(CASES[0])
     run_roomy(CASES[0])
+    run_carried(CASES[2])
+    run_cornered(CASES[5])
+    run_sums()
     print("simulated plane: damaged records", flush=True)
     run_ranges(CASES[0], [0, 1, 2])
     run_ranges(CASES[2], [0, 1, 3, 4])
