@@ -16,7 +16,7 @@ from numba.cuda import types
 
 from kvortex.kernels.digest import add_up, digest_aligned
 from kvortex.kernels.digest_staged import digest_by_five, ring_bytes
-from kvortex.kernels.lane import afresh, load4
+from kvortex.kernels.lane import load4
 from kvortex.kernels.plane_form import USED_AT
 from kvortex.kernels.shares import MOST_SHARES, answer, ask_next, asker_of, ceil_div, first_share, leave
 
@@ -51,8 +51,7 @@ def digest_slice(record, room, used, at, count, numbers, sums, shared, lane):  #
     last = min(used, begin + _U64(each))
     if begin < last:
         piece = (last - begin) & _U64(0x7FFFFFFF)  # 32 bits, as the compiler sees
-        ring, own = shared + _U64(afresh(_U32(0))), numbers + _U64(afresh(_U32(0)))  # no registers but in here
-        mine, other = digest_by_five(ring, record + begin, piece, begin, own, lane)
+        mine, other = digest_by_five(shared, record + begin, piece, begin, numbers, lane)
         add_up(sums, mine, other, lane)
 
 

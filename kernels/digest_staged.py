@@ -13,6 +13,7 @@ from numba.cuda import types
 
 from kvortex.kernels.ahead import close_batch, copy16, copy16_of, get16, wait_for_last_but_one, wait_for_last_but_three
 from kvortex.kernels.digest import ROWS_AT, both_sums, columns_of, no_sums, row16
+from kvortex.kernels.lane import afresh
 
 _U32, _U64, _I32 = types.uint32, types.uint64, types.int32
 _BATCH = 1024
@@ -49,6 +50,7 @@ def _digester(slots: int) -> Callable[..., Any]:
     @cuda.jit(device=True, inline="always")  # type: ignore[untyped-decorator]
     def digest(shared, src, nbytes, offset, numbers, lane):  # type: ignore[no-untyped-def]
         nbytes, at = _I32(nbytes), _I32(0)
+        shared += _U64(afresh(_U32(0)))  # no registers but in here
         rows = numbers + ROWS_AT + (offset >> _U64(9)) * _U64(16)
         column = _U64(16) * _U64(lane)
         own_row = _U64(_BATCH) + (((offset & _U64(511)) + column) >> _U64(9)) * _U64(16)

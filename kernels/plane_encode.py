@@ -21,7 +21,7 @@ from kvortex.kernels.ahead import ALIGNED, get4, shared_at
 from kvortex.kernels.digest import add_up, digest_word
 from kvortex.kernels.divide import quotient
 from kvortex.kernels.flags import join, tell
-from kvortex.kernels.lane import afresh, early_cached2, store4, store8
+from kvortex.kernels.lane import early_cached2, store4, store8
 from kvortex.kernels.plane import (
     ACROSS,
     CODED,
@@ -118,8 +118,7 @@ def _range(codec, tile, n, fixed, tail_at, total, k):  # type: ignore[no-untyped
 def _digested(record, pitch, begin, end, count, entry, entry_at, numbers, sums, shared, lane):  # type: ignore[no-untyped-def]
     """Adds what bytes of a record that the warp has written add to its digest, and the first ``count`` lanes' entries."""
     if uint64(end) <= pitch:  # else it is declined, and not all of that was written
-        ring = shared + uint64(afresh(uint32(0)))  # no registers but in here
-        mine, other = digest_written(record, begin, end, numbers, ring, lane)
+        mine, other = digest_written(record, begin, end, numbers, shared, lane)
         if lane < count:
             mine, other = digest_word(mine, other, uint64(entry), uint64(uint32(entry_at + uint32(4) * lane)), numbers)
         add_up(sums, mine, other, lane)

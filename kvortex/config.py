@@ -239,6 +239,8 @@ class KVortexConfig:
         return cls(**{**_parsed(_options(_read_toml(name, source), source), source), **_parsed(overrides, "keyword")})
 
 
+_PAIR = "float | tuple[float, float]"
+_WANTED = {"float": "number", _PAIR: "number, or two with a comma"}
 _FIELDS = {field.name: str(field.type) for field in dataclasses.fields(KVortexConfig)}
 
 
@@ -313,9 +315,7 @@ def _value(name: str, value: Any, source: str) -> Any:
     except ConfigError as error:
         raise ConfigError(f"{source}: {name}: {error}") from None
     except ValueError:
-        wanted = "integer" if not kind.startswith("float") else "number of seconds" if name.endswith("_s") else "number"
-        if kind.startswith("float | tuple"):
-            wanted = "number, or two with a comma"
+        wanted = "number of seconds" if kind == "float" and name.endswith("_s") else _WANTED.get(kind, "integer")
         raise ConfigError(f"{source}: {name} = {shown(value)} is no {wanted}") from None
 
 
@@ -332,7 +332,7 @@ def _read(name: str, kind: str, text: str) -> Any:
         return tuple(url.strip() for url in _NEXT_URL.split(text) if url.strip())
     if not text.isascii():  # int() and float() take the digits of every script
         raise ValueError
-    if name == "link_share_beside_compute":
+    if kind == _PAIR:
         shares = tuple(map(float, text.split(",")))
         return shares if len(shares) > 1 else shares[0]
     return float(text) if kind == "float" else int(text)

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 import kvortex
-from kvortex.codecs import CODECS, calibrate, make_codec
+from kvortex.codecs import CODECS, Codec, calibrate, make_codec
 from kvortex.codecs.base import HEADER
 from kvortex.devices import Device
 from kvortex.errors import ConfigError
@@ -62,6 +62,12 @@ class Pages:
     def records(self, blocks: Ids) -> Bytes:
         """(n, raw_bytes): what the pages of ``source`` hold."""
         return np.stack([self._block(int(at)).reshape(-1) for at in blocks]).view(np.uint8)
+
+    def parts(self, codec: Codec) -> tuple[float, float]:
+        """What a slot of a codec is of an original, and the mean of some blocks' records."""
+        some = self.records(self.checked)
+        used = np.abs(codec.encode_into(some, np.zeros((len(some), codec.slot_bytes), np.uint8))).mean()
+        return codec.slot_bytes / SHAPE.raw_bytes, float(used) / SHAPE.raw_bytes
 
     def clear(self) -> None:
         """Ones in all bits of the pages of ``target``."""
@@ -152,7 +158,7 @@ class Coded:
 
 
 def engines(
-    pages: Pages, staging: int, notes: dict[str, Any], *, sets: int = 1, own: Own = lambda name, slot, used: {}
+    pages: Pages, staging: int, notes: dict[str, Any], *, sets: int = 1, own: Own | None = None
 ) -> Iterator[Coded]:
     """One for each codec that has a way here, one after another; the others are told by the notes.
 
@@ -165,15 +171,15 @@ def engines(
     sets
         The pool holds as many times all blocks.
     own
-        Gives options of a codec's engine, by the codec's name and what its slots are of an original, and records of it.
+        Gives options of a codec's engine, by the codec's name and :meth:`Pages.parts`.
     """
     for name in CODECS:
         codec = make_codec(name, SHAPE, pages.tables)
-        slot_bytes, some = codec.slot_bytes, pages.records(pages.checked)
-        used = np.abs(codec.encode_into(some, np.zeros((len(some), slot_bytes), np.uint8))).mean()
+        slot = -(-codec.slot_bytes // 4096) * 4096
         given = {"codec": name, "gpu_pool_size_bytes": staging << 20 or None, "device": pages.device.name}
-        given |= {"cpu_pool_size_bytes": sets * pages.count * -(-slot_bytes // 4096) * 4096, "codec_tables": str(pages.path)}
-        given |= own(name, slot_bytes / SHAPE.raw_bytes, float(used) / SHAPE.raw_bytes)
+        given |= {"cpu_pool_size_bytes": sets * pages.count * slot, "codec_tables": str(pages.path)}
+        if own is not None:
+            given |= own(name, *pages.parts(codec))
         try:
             engine = kvortex.KVortexEngine.create(kvortex.KVortexConfig(**given), pages.layout)
         except ConfigError as error:

@@ -134,6 +134,11 @@ class Ranged:
     spans: list[tuple[int, int, int, int]]
 
 
+def tail_size(entry: int) -> int:
+    """Bytes of a tile's tail by its entry."""
+    return 768 if entry == 0xFFFFFFFF else 12 * -(-(entry & 0xFFFF) // 32) + 4 * -(-(entry >> 16) // 4)
+
+
 def ranged(codec: PlaneCodec, records: npt.NDArray[np.uint8], edges: list[int]) -> list[Ranged]:
     """Records (n, pitch) as launches over the ranges of tiles between ``edges`` find them."""
     n, tiles, head = len(records), codec.tiles, codec.fixed_bytes - 1280 * codec.tiles
@@ -141,8 +146,7 @@ def ranged(codec: PlaneCodec, records: npt.NDArray[np.uint8], edges: list[int]) 
     sizes = np.zeros((n, tiles), np.int64)
     for b, record in enumerate(records):
         for tile, entry in enumerate(record[64:][: 4 * tiles].view(np.uint32).tolist()):
-            count, escapes = entry & 0xFFFF, entry >> 16
-            sizes[b, tile] = 768 if entry == 0xFFFFFFFF else 12 * -(-count // 32) + 4 * -(-escapes // 4)
+            sizes[b, tile] = tail_size(entry)
     offsets = codec.fixed_bytes + np.concatenate((np.zeros((n, 1), np.int64), np.cumsum(sizes, axis=1)), axis=1)
     offsets = np.minimum(offsets, records.shape[1])
     for first, end in zip(edges[:-1], edges[1:], strict=True):

@@ -35,7 +35,7 @@ from kvortex.kernels import (
 )
 from kvortex.kernels import warp as kernels_warp
 from tests.kernels import warp
-from tests.kernels.plane_cases import CASES, GUARD, PlaneCase, change_code, ranged
+from tests.kernels.plane_cases import CASES, GUARD, PlaneCase, change_code, ranged, tail_size
 from tests.naive_digest import digest
 from tests.naive_digest import sums as naive_sums
 
@@ -171,6 +171,16 @@ def run_damaged(case: PlaneCase) -> None:
     assert (memory[:, [0, -1]] == 0x5A5A).all()
 
 
+def decoded(case: PlaneCase, start: int, pitch: int) -> tuple[np.ndarray, int]:
+    """What pages are behind a launch that decodes one record to the first, by shares of a tile, and its status."""
+    codec, memory, status = case.codec, np.full_like(case.memory, 0x5A5A), np.zeros(1, np.uint32)
+    fixed, blocks = constants(codec), np.zeros(1, np.int32)
+    form = cells(codec, case.fragments(memory.ctypes.data), fixed.ctypes.data)
+    how = start, pitch, form, status.ctypes.data, blocks, 1, 1, 0, case.tiles, codec.fixed_bytes
+    launch(plane_decode.plane_decode, *how)
+    return memory, int(status[0])
+
+
 def run_roomy(case: PlaneCase) -> None:
     """An entry that no tile has, in a record whose length agrees with it, where much lies behind the record."""
     codec, pitch = case.codec, 2 << 20
@@ -179,13 +189,9 @@ def run_roomy(case: PlaneCase) -> None:
     entry, used = row[64:68].view(np.uint32), row[24:32].view(np.uint64)
     count, escapes = int(entry[0]) & 0xFFFF, int(entry[0]) >> 16
     entry[0], used[0] = 0xFFFF, int(used[0]) - 12 * -(-count // 32) - 4 * -(-escapes // 4) + (1 << 20)
-    memory, status = np.full_like(case.memory, 0x5A5A), np.zeros(1, np.uint32)
-    fixed, blocks = constants(codec), np.zeros(1, np.int32)
-    form = cells(codec, case.fragments(memory.ctypes.data), fixed.ctypes.data)
-    how = row.ctypes.data, pitch, form, status.ctypes.data, blocks, 1, 1, 0, case.tiles, codec.fixed_bytes
-    launch(plane_decode.plane_decode, *how)
+    memory, status = decoded(case, row.ctypes.data, pitch)
     tile = np.ix_([0], [0], np.arange(16), np.arange(64))
-    assert status[0] == 1 and (memory[tile] == 0x5A5A).all()
+    assert status == 1 and (memory[tile] == 0x5A5A).all()
 
 
 def run_carried(case: PlaneCase) -> None:
@@ -194,12 +200,8 @@ def run_carried(case: PlaneCase) -> None:
     codec, row = case.codec, aligned(case.pitch, 0)
     assert (codec.encode_into(case.records()[case.blocks == 0][:1], row[None]) > 0).all()
     row[64:72].view(np.uint32)[:] = 0xFFC0, 0x0400
-    memory, status = np.full_like(case.memory, 0x5A5A), np.zeros(1, np.uint32)
-    fixed, blocks = constants(codec), np.zeros(1, np.int32)
-    form = cells(codec, case.fragments(memory.ctypes.data), fixed.ctypes.data)
-    how = row.ctypes.data, case.pitch, form, status.ctypes.data, blocks, 1, 1, 0, case.tiles, codec.fixed_bytes
-    launch(plane_decode.plane_decode, *how)
-    assert case.tiles > 2 and status[0] == 1 and (memory[:, 1:] == 0x5A5A).all()
+    memory, status = decoded(case, row.ctypes.data, case.pitch)
+    assert case.tiles > 2 and status == 1 and (memory[:, 1:] == 0x5A5A).all()
 
 
 def run_cornered(case: PlaneCase) -> None:
@@ -207,17 +209,13 @@ def run_cornered(case: PlaneCase) -> None:
     codec, page = case.codec, mmap.PAGESIZE
     whole = np.zeros((1, codec.worst_bytes), np.uint8)
     assert (codec.encode_into(case.records()[:1], whole) > 0).all()
-    memory, status = np.full_like(case.memory, 0x5A5A), np.zeros(1, np.uint32)
-    fixed, blocks = constants(codec), np.zeros(1, np.int32)
-    form = cells(codec, case.fragments(memory.ctypes.data), fixed.ctypes.data)
     own = mmap.mmap(-1, 2 * page)
     address, libc = ctypes.addressof(ctypes.c_char.from_buffer(own)), ctypes.CDLL(None, use_errno=True)
     assert libc.mprotect(ctypes.c_void_p(address + page), ctypes.c_size_t(page), 0) == 0
     start = address + page - case.pitch
     ctypes.memmove(start, whole.ctypes.data, case.pitch)
-    how = start, case.pitch, form, status.ctypes.data, blocks, 1, 1, 0, case.tiles, codec.fixed_bytes
-    launch(plane_decode.plane_decode, *how)
-    assert status[0] == 1 and (memory == 0x5A5A).all()
+    memory, status = decoded(case, start, case.pitch)
+    assert status == 1 and (memory == 0x5A5A).all()
 
 
 def run_many() -> None:
@@ -260,8 +258,7 @@ def run_sums() -> None:
     entries[rng.random(tiles) < 0.1] = 0xFFFFFFFF
     table, firsts = aligned(4 * tiles, 0), np.array([0, 1, 6, 130, 259, 511, 512, 517, 1097], np.uint32)
     table.view(np.uint32)[:] = entries
-    sizes = [12 * -(-(each & 0xFFFF) // 32) + 4 * -(-(each >> 16) // 4) for each in entries.tolist()]
-    sizes = [768 if raw else size for raw, size in zip((entries == 0xFFFFFFFF).tolist(), sizes, strict=True)]
+    sizes = [tail_size(each) for each in entries.tolist()]
     out = np.zeros(len(firsts), np.uint32)
     bare_launch(_sums_before, table.ctypes.data, firsts, len(firsts), out, grid=1)
     assert out.tolist() == [sum(sizes[:first]) for first in firsts.tolist()]
